@@ -1,0 +1,169 @@
+"""The tile table's contract: Arrow schema, manifest and gene table.
+
+A table is a folder (local or `s3://`): `manifest.json` is the commit point, and only files that it names exist for
+a reader. One Parquet file a section, one row group a sentence; the manifest holds each row group's byte range, so
+that a sentence costs one range request.
+"""
+
+import hashlib
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mclstexp import storage
+from mclstexp.errors import TableError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+TILE_SCHEMA = pa.schema(
+    [
+        ("section_id", pa.string()),
+        ("patient_id", pa.string()),
+        ("spot_id", pa.string()),  # unique within its section
+        ("array_row", pa.int32()),  # null where the source has no array
+        ("array_col", pa.int32()),
+        ("x_px", pa.float64()),  # tile centre, slide level 0
+        ("y_px", pa.float64()),
+        ("x_um", pa.float64()),
+        ("y_um", pa.float64()),
+        ("image", pa.binary()),  # encoded tile
+        ("tissue_fraction", pa.float32()),
+        ("crc", pa.uint32()),  # zlib.crc32 of image
+        ("gene_index", pa.list_(pa.int32())),  # null on H&E-only slides; rows of the gene table, ascending
+        ("count", pa.list_(pa.int32())),
+    ]
+)
+REJECT_SCHEMA = pa.schema(
+    [
+        ("section_id", pa.string()),
+        ("spot_id", pa.string()),
+        ("x_px", pa.float64()),
+        ("y_px", pa.float64()),
+        ("reason", pa.string()),
+    ]
+)
+GENE_SCHEMA = pa.schema([("gene_id", pa.string()), ("symbol", pa.string()), ("ensembl_id", pa.string())])
+_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RowGroup(_Record):
+    """One sentence's place in its section file, in bytes and rows."""
+
+    offset: int
+    length: int
+    num_rows: int
+
+
+class SectionEntry(_Record):
+    """One section of a tile table."""
+
+    section_id: str
+    patient_id: str
+    site: str
+    file: str
+    """Path relative to the table's root; never reused for other bytes."""
+    size_bytes: int
+    sha256: str
+    footer_offset: int
+    """First byte of the Parquet footer (which reaches to the end of the file)."""
+    row_groups: tuple[RowGroup, ...]
+    num_spots: int
+    measured: bool
+    """Whether the section has counts."""
+    max_array: int
+    """Largest array row or column; -1 where there is none."""
+    source_mpp: float
+    width_px: int
+    height_px: int
+    fingerprint: str
+    """Names the source files and all settings that the section's bytes depend on."""
+    rejects_file: str
+    rejected: dict[str, int]
+    """Rejected spots by reason."""
+
+
+class Manifest(_Record):
+    """The table's commit point."""
+
+    schema_version: int = SCHEMA_VERSION
+    tile_size_px: int
+    mpp: float
+    """Micrometres per tile pixel."""
+    sentence_length: int
+    genes_file: str
+    genes_sha256: str
+    num_genes: int
+    sections: tuple[SectionEntry, ...]
+    """Sorted by section_id."""
+
+    @property
+    def tile_size_um(self) -> float:
+        """Edge of a tile in micrometres."""
+        return self.tile_size_px * self.mpp
+
+    def section(self, section_id: str) -> SectionEntry:
+        """Returns one section's entry.
+
+        Raises:
+            TableError: there is no such section.
+        """
+        for entry in self.sections:
+            if entry.section_id == section_id:
+                return entry
+        known = ", ".join(entry.section_id for entry in self.sections)
+        raise TableError(f"the tile table has no section {section_id}; it has {known}")
+
+    def encode(self) -> bytes:
+        """Returns the bytes of `manifest.json`: the same manifest always gives the same bytes."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+    def digest(self) -> str:
+        """Returns 12 hex digits that name the table's content."""
+        return hashlib.sha256(self.encode()).hexdigest()[:12]
+
+
+def load_manifest(root: str) -> Manifest:
+    """Returns the manifest of the tile table at `root`.
+
+    Raises:
+        TableError: there is none, or it is damaged or of another schema version.
+    """
+    uri = storage.join(storage.absolute(root), MANIFEST)
+    try:
+        tree = json.loads(storage.read(uri))
+    except FileNotFoundError:
+        raise TableError(f"no tile table at {root} ({MANIFEST} is missing); make one with jobs/prepare.py") from None
+    except json.JSONDecodeError as error:
+        raise TableError(f"{uri} is damaged: {error}") from None
+    found = tree.get("schema_version") if isinstance(tree, dict) else None
+    if found != SCHEMA_VERSION:
+        raise TableError(f"{uri} has schema version {found}, this code reads {SCHEMA_VERSION}; prepare it again")
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        raise TableError(f"{uri} is damaged: {error}") from None
+
+
+def load_genes(root: str, manifest: Manifest) -> pa.Table:
+    """Returns the table's genes (GENE_SCHEMA; row number = `gene_index`), verified against the manifest."""
+    data = storage.read(storage.join(storage.absolute(root), manifest.genes_file))
+    if hashlib.sha256(data).hexdigest() != manifest.genes_sha256:
+        raise TableError(f"{manifest.genes_file} of {root} is not the file that the manifest names")
+    return pq.read_table(pa.BufferReader(data), schema=GENE_SCHEMA)
+
+
+def gene_names(name: str) -> tuple[str, str, str]:
+    """Returns (gene_id, symbol, ensembl_id) of a gene as a source names it.
+
+    Ensembl ids lose their version; gene_id is the Ensembl id where the source gives one, else the symbol.
+    """
+    match = _ENSEMBL.fullmatch(name)
+    return (match[1], "", match[1]) if match else (name, name, "")
