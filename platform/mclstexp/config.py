@@ -45,6 +45,8 @@ class ClusterConfig(Section):
     """Object store of a Ray started on this machine, in MiB. Unused on a cluster."""
     data_cpus: int = Field(1, ge=1)
     """CPUs that each training worker's data stream may use for reading and decoding."""
+    data_pool: str | None = None
+    """Value of the Ray node label `pool` on which tiles are decoded; empty: any node."""
     wait_s: float = Field(0.0, ge=0)
     """Seconds to wait for an autoscaler to add nodes before a run that does not fit is refused."""
 
@@ -238,6 +240,11 @@ class Config(Section):
             )
         if model.batch_norm == "sync" and not train.use_gpu:
             raise ValueError("model.batch_norm=sync needs train.use_gpu=true; use local or frozen on CPUs")
+        if train.batching == "random_spots" and model.position == "sinusoidal":
+            raise ValueError(
+                "model.position=sinusoidal measures from the centre of a neighbourhood, which "
+                "train.batching=random_spots has not; use table or none"
+            )
         if self.retrieval.weighting == "softmax" and not model.l2_normalise:
             raise ValueError("retrieval.weighting=softmax needs model.l2_normalise=true; use inverse_square")
         return self

@@ -1,0 +1,104 @@
+"""The published batches: random spots of all sections, attending to each other.
+
+All encoded rows are read once into the object store (HER2+'s 11,548 tiles are about 150 MB) and permuted exactly
+each epoch. That costs memory that grows with the data set, so it is refused above `MAX_BYTES`; `batching:
+sentences` has no such limit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from mclstexp.data.schema import Manifest
+from mclstexp.data.spots import SpotReader, decode_tiles
+from mclstexp.data.stream import Batch, pad
+from mclstexp.errors import ConfigError
+
+MAX_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class EncodedSpots:
+    """All rows of the training sections in stored order: tiles still encoded, expression and position ready."""
+
+    tiles: pa.ChunkedArray
+    expression: np.ndarray
+    position: np.ndarray
+
+
+def require_size(manifest: Manifest, section_ids: Sequence[str], batch_spots: int) -> int:
+    """Returns the number of spots of the sections.
+
+    Raises:
+        ConfigError: their rows do not fit the object store of a worker node, or do not fill a batch.
+    """
+    groups = [group for name in section_ids for group in manifest.section(name).row_groups]
+    num_bytes, num_spots = sum(group.length for group in groups), sum(group.num_rows for group in groups)
+    if num_bytes > MAX_BYTES:
+        raise ConfigError(
+            f"train.batching=random_spots holds all training rows in memory: {num_bytes / 2**30:.1f} GiB, "
+            f"allowed {MAX_BYTES / 2**30:.0f} GiB; use train.batching=sentences"
+        )
+    if num_spots < batch_spots:
+        raise ConfigError(f"train.batch_spots={batch_spots} exceeds the {num_spots} training spots; use at most those")
+    return num_spots
+
+
+def encode_spots(reader: SpotReader, section_ids: Sequence[str]) -> ray.ObjectRef:
+    """Reads all rows of the sections with Ray tasks and returns a reference to their EncodedSpots."""
+    read = ray.remote(num_cpus=1, max_retries=2)(lambda reader, *place: reader.read_encoded(*place))
+    shared = ray.put(reader)
+    groups = [(name, group) for name in section_ids for group in range(len(reader.manifest.section(name).row_groups))]
+    parts = ray.get([read.remote(shared, *place) for place in groups])
+    return ray.put(
+        EncodedSpots(
+            tiles=pa.chunked_array([tiles for _, tiles in parts]),
+            expression=np.concatenate([spots["expression"] for spots, _ in parts]),
+            position=np.concatenate([spots["position"] for spots, _ in parts]),
+        )
+    )
+
+
+def spot_order(num_spots: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns one epoch's permutation of the spots, int64 (num_spots,)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_spots)
+
+
+def rank_slice(order: np.ndarray, batch_spots: int, rank: int, world_size: int) -> list[dict[str, object]]:
+    """Returns one rank's rows of the stream: its equal share of every batch, -1 where the last batch is short.
+
+    A short last batch is dealt evenly, so that every rank has spots in it wherever there are enough.
+    """
+    num_steps = -(-len(order) // batch_spots)
+    share = batch_spots // world_size
+    rows = []
+    for step in range(num_steps):
+        mine = np.array_split(order[step * batch_spots : (step + 1) * batch_spots], world_size)[rank]
+        rows.append({"spots": np.concatenate([mine, np.full(share - len(mine), -1)]).astype(np.int64)})
+    return rows
+
+
+@dataclass(frozen=True)
+class SpotLoader:
+    """The map function of the stream: one row of spot numbers in, their padded arrays out."""
+
+    encoded: ray.ObjectRef
+    tile_size_px: int
+    partner: np.ndarray | None
+    """For the shuffled-pairs control: the spot whose expression each image gets, int64 (num_spots,)."""
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+        """Returns spot (-1: none), image, expression, position and mask with leading shape (1, share)."""
+        wanted = np.asarray(rows["spots"][0])
+        real = wanted[wanted >= 0]
+        spots: EncodedSpots = ray.get(self.encoded)
+        source = real if self.partner is None else self.partner[real]
+        arrays = {
+            "image": decode_tiles(spots.tiles.take(pa.array(real)), self.tile_size_px),
+            "expression": spots.expression[source],
+            "position": spots.position[source],
+        }
+        return pad(arrays, len(wanted)) | {"spot": wanted[None]}

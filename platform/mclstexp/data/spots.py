@@ -1,0 +1,133 @@
+"""From stored rows to the arrays that models take: decoded tiles, panel expression, positions.
+
+`SpotReader` is the one reader behind the training stream, the bank and the probes. It holds no images and no
+torch, so that decode tasks start fast; what it needs of a table travels with it.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from mclstexp import storage
+from mclstexp.data.genes import GenePanel, Normaliser, align, gene_totals, panel_counts
+from mclstexp.data.images import decode_tile
+from mclstexp.data.schema import Manifest, load_genes
+from mclstexp.data.stream import Batch, kept_spots, pad
+from mclstexp.data.table import read_sentence
+
+
+@dataclass(frozen=True)
+class SpotReader:
+    """Reads sentences of one tile table as arrays over one gene panel."""
+
+    root: str
+    manifest: Manifest
+    columns: np.ndarray
+    """Row of the gene table of each panel gene, int32 (G,); -1 where the table lacks it."""
+    input: Normaliser
+    target: Normaliser
+    array_position: bool
+    """Positions are array (column, row) instead of micrometres from the sentence's centre."""
+    gene_totals: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per section, the panel genes' totals, float64 (G,), where a normaliser divides by them."""
+
+    def read(self, section_id: str, group: int, keep: np.ndarray | None = None) -> Batch:
+        """Returns one sentence's spots, or its `keep` rows.
+
+        image uint8 (n, size, size, 3); position float32 (n, 2); row int32 (n,), the row in the section; and for
+        measured sections expression and payload float32 (n, G), in the input and the target normalisation.
+
+        Raises:
+            TableError: the bytes are not those that the manifest names.
+        """
+        spots, tiles = self.read_encoded(section_id, group)
+        if keep is not None:
+            spots = {name: values[keep] for name, values in spots.items()}
+            tiles = tiles.take(pa.array(keep))
+        return spots | {"image": decode_tiles(tiles, self.manifest.tile_size_px)}
+
+    def read_encoded(self, section_id: str, group: int) -> tuple[Batch, pa.Array]:
+        """Returns the same arrays without `image`, and the encoded tiles beside them."""
+        entry = self.manifest.section(section_id)
+        table = read_sentence(self.root, entry, group)
+        first = sum(part.num_rows for part in entry.row_groups[:group])
+        spots = {
+            "position": positions(table, self.array_position),
+            "row": np.arange(first, first + table.num_rows, dtype=np.int32),
+        }
+        if entry.measured:
+            counts, totals = panel_counts(table["gene_index"], table["count"], self.columns)
+            section_totals = self.gene_totals.get(section_id)
+            spots["expression"] = self.input.apply(counts, totals, section_totals)
+            spots["payload"] = self.target.apply(counts, totals, section_totals)
+        return spots, table["image"].combine_chunks()
+
+
+def decode_tiles(tiles: pa.Array, size_px: int) -> np.ndarray:
+    """Returns encoded tiles (binary, n) as uint8 (n, size_px, size_px, 3)."""
+    images = np.empty((len(tiles), size_px, size_px, 3), np.uint8)
+    for place, tile in enumerate(tiles):
+        images[place] = decode_tile(tile.as_py())
+    return images
+
+
+def make_reader(
+    root: str, manifest: Manifest, panel: GenePanel, normalisers: tuple[Normaliser, Normaliser], array_position: bool
+) -> SpotReader:
+    """Returns the reader of a tile table for a panel and its (input, target) normalisers."""
+    columns = align(panel, load_genes(root, manifest))
+    totals = {}
+    if any(normaliser.scheme == "per_gene" for normaliser in normalisers):
+        measured = (entry for entry in manifest.sections if entry.measured)
+        totals = {entry.section_id: gene_totals(root, entry, columns) for entry in measured}
+    return SpotReader(storage.absolute(root), manifest, columns, *normalisers, array_position, totals)
+
+
+def positions(table: pa.Table, array_position: bool) -> np.ndarray:
+    """Returns float32 (n, 2): array (column, row), or micrometres (x, y) from the rows' mean."""
+    names = ("array_col", "array_row") if array_position else ("x_um", "y_um")
+    place = np.stack([table[name].to_numpy() for name in names], axis=1)
+    return (place if array_position else place - place.mean(axis=0)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class SentenceLoader:
+    """The map function of the training stream: one descriptor row in, one padded sentence out."""
+
+    reader: SpotReader
+    drop_spots: float
+    seed: int
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+        """Returns sentence_id, image, expression, position and mask with leading shape (1, sentence_length)."""
+        length = self.reader.manifest.sentence_length
+        section_id, group, sentence_id = (rows[key][0] for key in ("section_id", "group", "sentence_id"))
+        if group < 0:
+            spots = self._empty()
+        else:
+            spots = self._kept(str(section_id), int(group), str(sentence_id), int(rows["epoch"][0]))
+            partner = (str(rows["expression_section"][0]), int(rows["expression_group"][0]))
+            if partner != (section_id, group):
+                spots = self._mispaired(spots, partner)
+        return pad(spots, length) | {"sentence_id": np.array([sentence_id])}
+
+    def _kept(self, section_id: str, group: int, sentence_id: str, epoch: int) -> Batch:
+        num_spots = self.reader.manifest.section(section_id).row_groups[group].num_rows
+        keep = kept_spots(num_spots, self.drop_spots, self.seed, epoch, sentence_id)
+        spots = self.reader.read(section_id, group, keep)
+        return {name: spots[name] for name in ("image", "expression", "position")}
+
+    def _mispaired(self, spots: Batch, partner: tuple[str, int]) -> Batch:
+        other = self.reader.read(*partner)
+        num_spots = min(len(spots["image"]), len(other["image"]))
+        wrong = {name: other[name][:num_spots] for name in ("expression", "position")}
+        return {"image": spots["image"][:num_spots]} | wrong
+
+    def _empty(self) -> Batch:
+        size, num_genes = self.reader.manifest.tile_size_px, len(self.reader.columns)
+        return {
+            "image": np.zeros((0, size, size, 3), np.uint8),
+            "expression": np.zeros((0, num_genes), np.float32),
+            "position": np.zeros((0, 2), np.float32),
+        }

@@ -1,0 +1,150 @@
+"""The training stream: shuffle the index of sentences, not the data.
+
+An epoch is a permutation of sentence descriptors made from (seed, epoch) alone; Ray Data tasks then read, verify,
+decode and normalise one sentence a row. Each rank streams its own slice in exact order, so that the order does
+not depend on the world size and resume is "the index without what was consumed"; the price is that the ranks'
+executions do not know of each other and each must be given its share of the cluster (`docs/decisions.md`).
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mclstexp.data.schema import Manifest
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Where one sentence lies. `expression_of` differs from its own place only for the shuffled-pairs control."""
+
+    section_id: str
+    group: int
+    expression_of: tuple[str, int]
+
+    @property
+    def sentence_id(self) -> str:
+        """The sentence's name, stable over runs: section and row group; empty for the filler of a last step."""
+        return f"{self.section_id}/{self.group}" if self.section_id else ""
+
+
+_EMPTY = Sentence("", -1, ("", -1))
+
+
+@dataclass(frozen=True)
+class StreamShare:
+    """What one rank's stream may use."""
+
+    cpus: int
+    object_store_bytes: int
+    pool: str | None
+
+
+def sentence_index(manifest: Manifest, section_ids: Iterable[str], shuffle_pairs_seed: int | None = None) -> list[Sentence]:
+    """Returns the sentences of the given sections in stored order.
+
+    With `shuffle_pairs_seed` each sentence's images are paired for good with another sentence's expression.
+    """
+    places = [(name, group) for name in section_ids for group in range(len(manifest.section(name).row_groups))]
+    partners = places
+    if shuffle_pairs_seed is not None:
+        order = np.random.default_rng(shuffle_pairs_seed).permutation(len(places))
+        cycle = {int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)}
+        partners = [places[cycle[i]] for i in range(len(places))]
+    return [Sentence(*place, expression_of=partner) for place, partner in zip(places, partners, strict=True)]
+
+
+def epoch_order(sentences: list[Sentence], seed: int, epoch: int) -> list[Sentence]:
+    """Returns one epoch's permutation: random within each section, sections spread evenly over the epoch.
+
+    Sentence i of a section with n stands near (i + u) / n of the epoch, u uniform and the same for the section, so
+    that neighbours in the order, and so the sentences of a global batch, come from different sections.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    keyed: list[tuple[float, int]] = []
+    by_section: dict[str, list[int]] = {}
+    for place, sentence in enumerate(sentences):
+        by_section.setdefault(sentence.section_id, []).append(place)
+    for places in by_section.values():
+        shuffled = rng.permutation(places)
+        offset = rng.random()
+        keyed += [((i + offset) / len(places), int(place)) for i, place in enumerate(shuffled)]
+    return [sentences[place] for _, place in sorted(keyed)]
+
+
+def rank_slice(order: list[Sentence], batch_sentences: int, rank: int, world_size: int, epoch: int) -> list[dict[str, object]]:
+    """Returns one rank's rows of the stream, the same number for every rank.
+
+    Global step s takes `batch_sentences` sentences from s * batch_sentences on; each rank takes an equal run of
+    them. The last step is filled with empty rows (group -1), which enter neither loss nor negatives.
+    """
+    num_steps = -(-len(order) // batch_sentences)
+    rows = [_row(sentence, epoch) for sentence in order]
+    rows += [_row(_EMPTY, epoch)] * (num_steps * batch_sentences - len(rows))
+    share = batch_sentences // world_size
+    starts = [step * batch_sentences + rank * share for step in range(num_steps)]
+    return [row for start in starts for row in rows[start : start + share]]
+
+
+def _row(sentence: Sentence, epoch: int) -> dict[str, object]:
+    section_id, group = sentence.expression_of
+    return {
+        "sentence_id": sentence.sentence_id,
+        "section_id": sentence.section_id,
+        "group": sentence.group,
+        "expression_section": section_id,
+        "expression_group": group,
+        "epoch": epoch,
+    }
+
+
+def kept_spots(num_spots: int, drop_spots: float, seed: int, epoch: int, sentence_id: str) -> np.ndarray:
+    """Returns the ascending rows of a sentence that an epoch keeps: a random share up to `drop_spots` is left out."""
+    rng = np.random.default_rng([seed, epoch, zlib.crc32(sentence_id.encode())])
+    num_kept = max(min(2, num_spots), num_spots - int(num_spots * rng.uniform(0, drop_spots)))
+    return np.sort(rng.choice(num_spots, num_kept, replace=False))
+
+
+def pad(spots: Batch, length: int) -> Batch:
+    """Returns per-spot arrays (n, ...) padded with zeros to (1, length, ...) and `mask` (1, length) of real spots."""
+    padded = {}
+    for name, values in spots.items():
+        full = np.zeros((1, length, *values.shape[1:]), values.dtype)
+        full[0, : len(values)] = values
+        padded[name] = full
+    num_spots = len(next(iter(spots.values())))
+    return padded | {"mask": np.arange(length)[None] < num_spots}
+
+
+def stream(
+    rows: list[dict[str, object]], load: Callable[[dict[str, np.ndarray]], Batch], batch_size: int, share: StreamShare
+) -> Iterator[Batch]:
+    """Yields batches of `batch_size` loaded rows in the order of `rows`, decoded ahead on Ray Data's CPU tasks.
+
+    The one place that chooses how a rank is fed (see `docs/decisions.md`): a Ray Dataset of its own over its slice.
+    """
+    import ray.data
+    from ray.data import DataContext, ExecutionResources
+
+    if not rows:
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        cpu=share.cpus, object_store_memory=share.object_store_bytes
+    )
+    with DataContext.current(context):
+        dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // batch_size)).map_batches(
+            load,
+            batch_size=1,
+            num_cpus=1,
+            max_retries=2,
+            label_selector={"pool": share.pool} if share.pool else None,
+        )
+    yield from dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)

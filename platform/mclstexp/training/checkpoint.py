@@ -1,0 +1,69 @@
+"""A checkpoint: weights and optimiser state as safetensors, the rest as JSON. Loading executes no code.
+
+The random state is not stored: every step seeds itself from (seed, epoch, step, rank).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mclstexp.errors import RunError
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class TrainState:
+    """How far a run is: `consumed` are the ids of this epoch's sentences (or spots) in the order they were used."""
+
+    config: dict[str, object]
+    epoch: int = 0
+    step: int = 0
+    """Optimiser steps since the start of the run."""
+    consumed: list[str | int] = field(default_factory=list)
+
+
+def save_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    """Writes a checkpoint into an existing local folder."""
+    save_file(plain_tensors(model.state_dict()), Path(folder, WEIGHTS))
+    save_file(plain_tensors(dict(_flat(optimizer.state_dict()["state"]))), Path(folder, OPTIMIZER))
+    Path(folder, STATE).write_text(json.dumps(asdict(state)))
+
+
+def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Restores model and optimiser in place and returns the state.
+
+    Raises:
+        RunError: the folder is no complete checkpoint.
+    """
+    try:
+        weights, slots = load_file(Path(folder, WEIGHTS)), load_file(Path(folder, OPTIMIZER))
+        state = TrainState(**json.loads(Path(folder, STATE).read_text()))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} is no complete checkpoint: {error}; delete it to go on from the one before") from error
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
+    return state
+
+
+def plain_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns tensors as safetensors stores them: on the CPU, contiguous and each with memory of its own."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _flat(slots: dict[int, dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for parameter, values in slots.items():
+        for name, value in values.items():
+            yield f"{parameter}.{name}", torch.as_tensor(value)
+
+
+def _nested(flat: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in flat.items():
+        parameter, _, name = key.partition(".")
+        slots.setdefault(int(parameter), {})[name] = value
+    return slots

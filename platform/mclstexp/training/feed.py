@@ -1,0 +1,96 @@
+"""What a rank is fed each epoch: sentences of neighbouring spots, or random spots as published.
+
+Both feeds answer the same four questions (how many steps, which rows are mine, how they are loaded, which ids a
+batch held), so that the loop knows nothing of the difference but the shape of a sentence.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from mclstexp.config import Config
+from mclstexp.data import random_spots, stream
+from mclstexp.data.spots import SentenceLoader, SpotReader
+from mclstexp.data.stream import Batch, Sentence
+
+Ids = Collection[str | int]
+
+
+@dataclass(frozen=True)
+class SentenceFeed:
+    """Global batches of whole sentences."""
+
+    sentences: list[Sentence]
+    loader: SentenceLoader
+    batch_sentences: int
+    seed: int
+
+    def num_steps(self, num_consumed: int = 0) -> int:
+        """Returns the steps of an epoch, or of what is left of it."""
+        return -(-(len(self.sentences) - num_consumed) // self.batch_sentences)
+
+    def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> list[dict[str, object]]:
+        """Returns the rank's stream rows of an epoch without the consumed sentences."""
+        order = stream.epoch_order(self.sentences, self.seed, epoch)
+        left = [sentence for sentence in order if sentence.sentence_id not in set(consumed)]
+        return stream.rank_slice(left, self.batch_sentences, rank, world_size, epoch)
+
+    def rows_per_step(self, world_size: int) -> int:
+        """Returns how many stream rows a rank takes in a step."""
+        return self.batch_sentences // world_size
+
+    def ids(self, batch: Batch) -> list[str | int]:
+        """Returns the ids of the sentences in a batch."""
+        return [str(name) for name in batch["sentence_id"] if name]
+
+
+@dataclass(frozen=True)
+class SpotFeed:
+    """Global batches of random spots, each one sentence."""
+
+    num_spots: int
+    loader: random_spots.SpotLoader
+    batch_spots: int
+    seed: int
+
+    def num_steps(self, num_consumed: int = 0) -> int:
+        """Returns the steps of an epoch, or of what is left of it."""
+        return -(-(self.num_spots - num_consumed) // self.batch_spots)
+
+    def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> list[dict[str, object]]:
+        """Returns the rank's stream rows of an epoch without the consumed spots."""
+        order = random_spots.spot_order(self.num_spots, self.seed, epoch)
+        left = order[~np.isin(order, np.array(list(consumed), np.int64))]
+        return random_spots.rank_slice(left, self.batch_spots, rank, world_size)
+
+    def rows_per_step(self, world_size: int) -> int:
+        """Returns how many stream rows a rank takes in a step."""
+        return 1
+
+    def ids(self, batch: Batch) -> list[str | int]:
+        """Returns the numbers of the spots in a batch."""
+        return [int(spot) for spot in batch["spot"].ravel() if spot >= 0]
+
+
+Feed = SentenceFeed | SpotFeed
+
+
+def make_feed(config: Config, reader: SpotReader, section_ids: Collection[str]) -> Feed:
+    """Returns the feed over the training sections; `random_spots` reads them into the object store here.
+
+    Raises:
+        ConfigError: `random_spots` over more data than it may hold.
+    """
+    train, sections = config.train, sorted(section_ids)
+    if train.batching == "sentences":
+        pairs_seed = train.seed if train.shuffle_pairs else None
+        sentences = stream.sentence_index(reader.manifest, sections, pairs_seed)
+        loader = SentenceLoader(reader, train.drop_spots, train.seed)
+        return SentenceFeed(sentences, loader, train.batch_sentences, train.seed)
+    num_spots = random_spots.require_size(reader.manifest, sections, train.batch_spots)
+    partner = np.random.default_rng(train.seed).permutation(num_spots) if train.shuffle_pairs else None
+    encoded: ray.ObjectRef = random_spots.encode_spots(reader, sections)
+    spot_loader = random_spots.SpotLoader(encoded, reader.manifest.tile_size_px, partner)
+    return SpotFeed(num_spots, spot_loader, train.batch_spots, train.seed)

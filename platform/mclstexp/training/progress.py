@@ -1,0 +1,73 @@
+"""How a run's progress reaches the person at the driver: a tiny actor that rank 0 writes and the driver reads.
+
+Workers never print or talk to MLflow, so that a slow tracking server or terminal cannot hold up training; the
+price is that a metric of the last half second before a crash may be lost.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Metrics = dict[str, float]
+POLL_S = 0.5
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Holds the metrics that rank 0 posted since the driver last took them."""
+
+    def __init__(self) -> None:
+        self._posted: list[tuple[int, Metrics]] = []
+
+    def post(self, step: int, metrics: Metrics) -> None:
+        """Adds the metrics of a step."""
+        self._posted.append((step, metrics))
+
+    def take(self) -> list[tuple[int, Metrics]]:
+        """Returns what was posted since the last call, in order."""
+        posted, self._posted = self._posted, []
+        return posted
+
+
+@contextmanager
+def followed(board: ray.actor.ActorHandle, total_steps: int, log: Callable[[int, Metrics], None]) -> Iterator[None]:
+    """Shows a progress bar and hands each posted metric to `log` while the block runs."""
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[line]}"),
+        TimeRemainingColumn(),
+    )
+    stop = threading.Event()
+    with Progress(*columns) as bar:
+        task = bar.add_task("train", total=total_steps, line="starting workers")
+        follower = threading.Thread(target=_follow, args=(board, stop, bar, task, log), daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            follower.join(timeout=10)
+
+
+def _follow(
+    board: ray.actor.ActorHandle, stop: threading.Event, bar: Progress, task: int, log: Callable[[int, Metrics], None]
+) -> None:
+    while True:
+        last_round = stop.wait(POLL_S)
+        for step, metrics in ray.get(board.take.remote()):
+            log(step, metrics)
+            bar.update(task, completed=step, line=_line(step, metrics))
+        if last_round:
+            return
+
+
+def _line(step: int, metrics: Metrics) -> str:
+    return (
+        f"epoch {metrics['epoch']:.0f}, step {step}, loss {metrics['loss']:.3f}, "
+        f"{metrics['spots_per_s']:.0f} spots/s, waiting for data {metrics['data_wait_share']:.0%}"
+    )

@@ -1,0 +1,202 @@
+"""Training from the driver's side: check, start or resume a named run, and hand over its last checkpoint.
+
+A run's name is its identity: the same command finds its record and goes on, another configuration under the same
+name is refused. Ray Train restarts workers and keeps the checkpoints; the record keeps what they stand on.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+from pydantic import BaseModel, ConfigDict
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mclstexp import storage
+from mclstexp.config import Config
+from mclstexp.data.folds import Split, make_split
+from mclstexp.data.genes import GenePanel, fit_panel
+from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.spots import SpotReader, make_reader
+from mclstexp.data.stream import StreamShare
+from mclstexp.errors import ConflictError, RunError, UserError
+from mclstexp.training.feed import make_feed
+from mclstexp.training.loop import TrainPlan, train_worker
+from mclstexp.training.progress import Metrics, ProgressBoard, followed
+
+RECORD = "run.json"
+MAX_TABLE_POSITIONS = 65_536
+GROUP_TIMEOUT_S = 300
+_FREE_TRAIN_SETTINGS = {
+    "num_workers",
+    "use_gpu",
+    "cpus_per_worker",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+    "compile",
+}
+
+
+class RunRecord(BaseModel):
+    """What a run stands on, written once before its first step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: dict[str, object]
+    """The settings that its result depends on."""
+    manifest_digest: str
+    mlflow_run_id: str
+    panel: str
+    """GenePanel as JSON."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run: its place, its data and what was fitted on the training sections."""
+
+    name: str
+    out: str
+    config: Config
+    manifest: Manifest
+    split: Split
+    panel: GenePanel
+    reader: SpotReader
+    mlflow_run_id: str
+
+    @property
+    def uri(self) -> str:
+        """Where the run's record and checkpoints lie."""
+        return storage.join(self.out, self.name)
+
+
+def identity(config: Config) -> dict[str, object]:
+    """Returns the settings that a run's result depends on: not where and on how many workers it runs."""
+    tree = config.model_dump(mode="json", include={"genes", "split", "model", "train", "retrieval"})
+    tree["train"] = {name: value for name, value in tree["train"].items() if name not in _FREE_TRAIN_SETTINGS}
+    return tree
+
+
+def default_name(config: Config, manifest: Manifest) -> str:
+    """Returns a name made from the settings and the data, so that the same command means the same run."""
+    return f"run-{config.digest()}-{manifest.digest()[:6]}"
+
+
+def open_run(data: str, out: str, name: str | None, config: Config, start_tracking: Callable[[str], str]) -> Run:
+    """Returns the run of that name, new or as it was left; `start_tracking(name)` gives a new run's MLflow id.
+
+    Raises:
+        TableError, SplitError: the data or the split is not usable.
+        RunError: the name is taken by a run with other settings or data.
+    """
+    root = storage.absolute(data)
+    manifest = load_manifest(root)
+    split = make_split(manifest, config.split)
+    name = name or default_name(config, manifest)
+    uri = storage.join(storage.absolute(out), name, RECORD)
+    if not storage.exists(uri):
+        panel = fit_panel(root, manifest, split.train, config.genes)
+        record = RunRecord(
+            identity=identity(config),
+            manifest_digest=manifest.digest(),
+            mlflow_run_id=start_tracking(name),
+            panel=panel.to_json(),
+        )
+        storage.publish(uri, record.model_dump_json(indent=1).encode(), previous=None)
+    record = RunRecord.model_validate_json(storage.read(uri))
+    _require_same(record, name, config, manifest)
+    panel = GenePanel.from_json(record.panel)
+    reader = make_reader(root, manifest, panel, config)
+    return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id)
+
+
+def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
+    """Trains the run to its end and returns the URI of its last checkpoint; finished work is not repeated.
+
+    Raises:
+        UserError: what the workers raised, where a user can mend it.
+        RunError: the workers failed more often than train.max_failures allows.
+    """
+    train = run.config.train
+    plan = make_plan(run)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {}),
+        ),
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=storage.filesystem(run.out)[1],
+            storage_filesystem=storage.filesystem(run.out)[0],
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+    with followed(plan.board, train.epochs * plan.feed.num_steps(), log):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error, train.max_failures) from error
+    checkpoint = result.checkpoint
+    scheme = "s3://" if storage.is_s3(run.out) else ""
+    return f"{scheme}{checkpoint.path}"
+
+
+def make_plan(run: Run) -> TrainPlan:
+    """Returns what the workers need, with each rank's share of the cluster for its stream."""
+    config = run.config
+    resources = ray.cluster_resources()
+    store_bytes = int(resources.get("object_store_memory", 0) / (2 * config.train.num_workers))
+    return TrainPlan(
+        config=config.model_dump(mode="json"),
+        feed=make_feed(config, run.reader, run.split.train),
+        share=StreamShare(config.cluster.data_cpus, store_bytes, config.cluster.data_pool),
+        num_genes=len(run.panel.gene_id),
+        num_positions=num_positions(config, run.manifest),
+        tile_size_px=run.manifest.tile_size_px,
+        board=ProgressBoard.remote(),
+    )
+
+
+def num_positions(config: Config, manifest: Manifest) -> int:
+    """Returns the rows of the learnt position tables: the data's largest array coordinate + 1, 0 without tables.
+
+    Raises:
+        UserError: a section has no array coordinates, or they exceed 65,536.
+    """
+    if config.model.position != "table":
+        return 0
+    for entry in manifest.sections:
+        if entry.measured and not 0 <= entry.max_array < MAX_TABLE_POSITIONS:
+            raise UserError(
+                f"model.position=table needs array coordinates from 0 to {MAX_TABLE_POSITIONS - 1}; section "
+                f"{entry.section_id} has {entry.max_array} as its largest (-1: none); use sinusoidal"
+            )
+    return 1 + max(entry.max_array for entry in manifest.sections)
+
+
+def _require_same(record: RunRecord, name: str, config: Config, manifest: Manifest) -> None:
+    asked = identity(config)
+    changed = [
+        f"{section}.{field}: {json.dumps(old)} -> {json.dumps(asked[section].get(field))}"
+        for section, fields in record.identity.items()
+        for field, old in fields.items()
+        if asked[section].get(field) != old
+    ]
+    if record.manifest_digest != manifest.digest():
+        changed.append(f"tile table: {record.manifest_digest} -> {manifest.digest()}")
+    if changed:
+        raise RunError(f"the run {name} exists with other settings ({'; '.join(changed)}); give another --name")
+
+
+def _cause(error: ray.train.TrainingFailedError, max_failures: int) -> UserError:
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, UserError):
+            return cause
+    return RunError(f"training failed after {max_failures} restarts (train.max_failures): {error}")

@@ -1,0 +1,113 @@
+"""The order of the training stream: every sentence once an epoch, whatever the world size or the restart."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mclstexp.data import random_spots, stream
+from mclstexp.data.schema import Manifest, RowGroup, SectionEntry
+
+
+def _manifest(groups: dict[str, int], spots: int = 10) -> Manifest:
+    entries = [
+        SectionEntry(
+            section_id=name,
+            patient_id=name[0],
+            site="",
+            file=f"{name}.parquet",
+            size_bytes=1,
+            sha256="",
+            footer_offset=0,
+            row_groups=tuple(RowGroup(offset=0, length=100, num_rows=spots) for _ in range(count)),
+            num_spots=spots * count,
+            measured=True,
+            max_array=3,
+            source_mpp=1.0,
+            width_px=1,
+            height_px=1,
+            fingerprint="",
+            rejects_file="",
+            rejected={},
+        )
+        for name, count in groups.items()
+    ]
+    genes = {"genes_file": "g", "genes_sha256": "", "num_genes": 3}
+    return Manifest(tile_size_px=32, mpp=1.0, sentence_length=16, sections=tuple(entries), **genes)
+
+
+SENTENCES = stream.sentence_index(_manifest({"A1": 5, "A2": 5, "B1": 5, "C1": 8}), ["A1", "A2", "B1", "C1"])
+
+
+def _ids(rows: list[dict[str, object]]) -> list[object]:
+    return [row["sentence_id"] for row in rows if row["sentence_id"]]
+
+
+def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch() -> None:
+    first, again = (stream.epoch_order(SENTENCES, seed=1, epoch=0) for _ in range(2))
+    assert first == again
+    assert sorted(first, key=repr) == sorted(SENTENCES, key=repr)
+    orders = [tuple(s.sentence_id for s in stream.epoch_order(SENTENCES, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+def test_a_batch_holds_sentences_of_different_sections() -> None:
+    even = [sentence for sentence in SENTENCES if sentence.section_id != "C1"]
+    order = stream.epoch_order(even, seed=3, epoch=5)
+    for start in range(0, len(order), 3):
+        assert len({sentence.section_id for sentence in order[start : start + 3]}) == 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_each_global_step_whatever_the_world_size(world_size: int) -> None:
+    order = stream.epoch_order(SENTENCES, seed=0, epoch=0)
+    ranks = [stream.rank_slice(order, 4, rank, world_size, epoch=0) for rank in range(world_size)]
+    assert len({len(rows) for rows in ranks}) == 1
+    share = 4 // world_size
+    steps = len(ranks[0]) // share
+    by_step = [
+        _ids([row for rows in ranks for row in rows[step * share : (step + 1) * share]]) for step in range(steps)
+    ]
+    assert list(itertools.chain(*by_step)) == [sentence.sentence_id for sentence in order]
+    assert [len(ids) for ids in by_step] == [4, 4, 4, 4, 4, 3]
+
+
+def test_shuffled_pairs_leave_no_sentence_with_its_own_expression() -> None:
+    names = ["A1", "A2", "B1", "C1"]
+    shuffled = stream.sentence_index(_manifest({"A1": 5, "A2": 5, "B1": 5, "C1": 8}), names, shuffle_pairs_seed=0)
+    assert all(sentence.expression_of != (sentence.section_id, sentence.group) for sentence in shuffled)
+    assert len({sentence.expression_of for sentence in shuffled}) == len(shuffled)
+
+
+def test_kept_spots_are_ordered_within_bounds_and_new_each_epoch() -> None:
+    kept = [stream.kept_spots(100, 0.3, seed=0, epoch=epoch, sentence_id="A1/0") for epoch in range(20)]
+    assert all(70 <= len(rows) <= 100 and (np.diff(rows) > 0).all() for rows in kept)
+    assert len({tuple(rows) for rows in kept}) > 10
+    assert list(stream.kept_spots(1, 0.9, 0, 0, "x")) == [0]
+    assert list(stream.kept_spots(7, 0.0, 0, 0, "x")) == list(range(7))
+
+
+def test_padding_is_masked_zeros() -> None:
+    padded = stream.pad({"a": np.ones((2, 3)), "b": np.arange(2)}, 4)
+    assert padded["a"].shape == (1, 4, 3)
+    assert padded["mask"].tolist() == [[True, True, False, False]]
+    assert padded["a"][0, 2:].sum() == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_random_spots_are_an_exact_permutation_in_equal_steps(world_size: int) -> None:
+    order = random_spots.spot_order(30, seed=0, epoch=1)
+    ranks = [random_spots.rank_slice(order, 8, rank, world_size) for rank in range(world_size)]
+    assert {len(rows) for rows in ranks} == {4}
+    for step in range(4):
+        spots = np.concatenate([rows[step]["spots"] for rows in ranks])
+        assert sorted(spots[spots >= 0]) == sorted(order[step * 8 : (step + 1) * 8])
+    assert all(len(row["spots"]) == 8 // world_size for rows in ranks for row in rows)
+
+
+def test_random_spots_refuse_data_that_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = _manifest({"A1": 5})
+    assert random_spots.require_size(manifest, ["A1"], 8) == 50
+    monkeypatch.setattr(random_spots, "MAX_BYTES", 499)
+    with pytest.raises(Exception, match="use train.batching=sentences"):
+        random_spots.require_size(manifest, ["A1"], 8)
