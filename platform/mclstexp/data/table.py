@@ -1,138 +1,187 @@
-"""Reading and writing section files of a tile table.
+"""Section files of a tile table: one Parquet file a section, one row group a sentence, read in exact byte ranges.
 
-A sentence is read with one range request: the manifest knows its bytes, the footer is fetched once a process.
-What is read is verified twice, by page checksums and by each tile's own CRC, because flipped bits inside a JPEG
-decode without complaint.
+A sentence costs one range request, since the manifest holds each row group's place and the footer is cached per
+process; in return files must be written by `write_section`, whose layout (chunks without gaps, page checksums, no
+embedded Arrow schema) readers verify. No stored type is ever looked up by name, so a crafted extension type does
+not run code.
 """
 
 import hashlib
 import io
+import struct
 import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.sparse
+from scipy.sparse import csr_array
 
 from mclstexp import storage
-from mclstexp.data.schema import TILE_SCHEMA, RowGroup, SectionEntry
+from mclstexp.data.schema import TILE_SCHEMA, RowGroup, SectionEntry, load_manifest
 from mclstexp.errors import TableError
 
-_TAIL = 8  # length of the footer (4 bytes) and the closing magic (4 bytes)
-_FOOTERS_PER_PROCESS = 256
+_REPEATING = ["section_id", "patient_id", "gene_index.list.element", "count.list.element"]
+_CACHED_FOOTERS = 1024  # about 50 KB each
+_PARALLEL_RANGES = 8
+_TAIL = struct.Struct("<i4s")  # footer length and magic at the end of a Parquet file
+_MAGIC = b"PAR1"
 
 
-class SectionWriter:
-    """Writes one section file, sentence by sentence, to a local path."""
+@dataclass(frozen=True)
+class SectionFile:
+    """What the manifest records of a written section file."""
 
-    def __init__(self, path: str | Path) -> None:
-        dictionary = [name for name in TILE_SCHEMA.names if name not in ("image", "crc", "gene_index", "count")]
-        self._writer = pq.ParquetWriter(
-            path, TILE_SCHEMA, compression="zstd", use_dictionary=dictionary, write_page_checksum=True
-        )
-
-    def write(self, sentence: pa.Table) -> None:
-        """Appends one sentence (TILE_SCHEMA) as one row group."""
-        self._writer.write_table(sentence, row_group_size=sentence.num_rows)
-
-    def close(self) -> None:
-        """Writes the footer."""
-        self._writer.close()
+    size_bytes: int
+    sha256: str
+    footer_offset: int
+    row_groups: tuple[RowGroup, ...]
 
 
-def describe_file(path: str | Path) -> dict[str, object]:
-    """Returns what the manifest says of a section file: size_bytes, sha256, footer_offset, row_groups, num_spots."""
-    data = Path(path).read_bytes()
+def write_section(path: str | Path, sentences: Iterable[pa.Table]) -> SectionFile:
+    """Writes a local section file from its sentences (TILE_SCHEMA each), one in memory at a time."""
+    with pq.ParquetWriter(
+        path,
+        TILE_SCHEMA,
+        compression="zstd",
+        use_dictionary=_REPEATING,
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
+    ) as writer:
+        for sentence in sentences:
+            writer.write_table(sentence, row_group_size=max(1, sentence.num_rows))
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.seek(-_TAIL.size, io.SEEK_END) + _TAIL.size
+        footer_length, _ = _TAIL.unpack(file.read(_TAIL.size))
     metadata = pq.read_metadata(path)
-    groups = [_place(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
-    return {
-        "size_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "footer_offset": len(data) - _TAIL - int.from_bytes(data[-_TAIL:-4], "little"),
-        "row_groups": tuple(groups),
-        "num_spots": metadata.num_rows,
-    }
+    groups = tuple(_place(metadata.row_group(i)) for i in range(metadata.num_row_groups))
+    footer_offset = size - _TAIL.size - footer_length
+    _require_no_gaps(groups, footer_offset)
+    return SectionFile(size, digest, footer_offset, groups)
+
+
+def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
+    """Returns one sentence (TILE_SCHEMA), verified down to each tile's checksum, with one range request.
+
+    The first sentence of a section in a process costs one more, for the footer.
+
+    Raises:
+        TableError: the file is missing, or its bytes are not those that were prepared; names section and spot.
+    """
+    group = entry.row_groups[group_index]
+    with _damage(entry, f"sentence {group_index}"):
+        footer = _footer(root, entry)
+        data = storage.read(_uri(root, entry), group.offset, group.length)
+        table = _open(entry, footer, {group.offset: data}).read_row_group(group_index, use_threads=False)
+        _verify_rows(entry, table, group.num_rows)
+        _verify_tiles(entry, table)
+    return table.cast(TILE_SCHEMA)
+
+
+def read_columns(root: str, entry: SectionEntry, columns: Iterable[str]) -> pa.Table:
+    """Returns some columns of a whole section in stored order, without touching the bytes of the others.
+
+    Raises:
+        TableError: the file is missing, or its bytes are not those that were prepared.
+    """
+    names = list(columns)
+    with _damage(entry, f"columns {', '.join(names)}"):
+        footer = _footer(root, entry)
+        parts = _fetch(_uri(root, entry), _column_ranges(footer, {*names, "section_id"}))
+        table = _open(entry, footer, parts).read(columns=[*names, "section_id"], use_threads=False)
+        _verify_rows(entry, table, entry.num_spots)
+    return table.select(names).cast(pa.schema([TILE_SCHEMA.field(name) for name in names]))
+
+
+def read_counts(root: str, entry: SectionEntry, num_genes: int | None = None) -> csr_array:
+    """Returns a section's raw counts in stored order, int32 (num_spots, num_genes).
+
+    `num_genes` is the length of the table's gene table; left out, it is looked up in the manifest.
+
+    Raises:
+        TableError: the section is H&E-only, or its bytes are not those that were prepared.
+    """
+    if not entry.measured:
+        raise TableError(f"section {entry.section_id} of {root} has no counts: it was prepared as an H&E-only slide")
+    width = load_manifest(root).num_genes if num_genes is None else num_genes
+    table = read_columns(root, entry, ["gene_index", "count"])
+    with _damage(entry, "counts"):
+        gene, first = _flat(table["gene_index"])
+        count, also_first = _flat(table["count"])
+        if not np.array_equal(first, also_first) or not np.all((gene >= 0) & (gene < width)):
+            raise TableError(f"its gene indices do not fit its counts or the {width} genes of the table")
+    return csr_array((count, gene, first), shape=(entry.num_spots, width))
+
+
+def tile_crc(image: bytes) -> int:
+    """Returns the checksum that is stored beside an encoded tile."""
+    return zlib.crc32(image)
 
 
 def _place(group: pq.RowGroupMetaData) -> RowGroup:
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
-    ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
-    return RowGroup(offset=min(starts), length=max(ends) - min(starts), num_rows=group.num_rows)
+    chunks = [_chunk_range(group.column(i)) for i in range(group.num_columns)]
+    start = min(offset for offset, _ in chunks)
+    return RowGroup(offset=start, length=sum(length for _, length in chunks), num_rows=group.num_rows)
 
 
-def read_sentence(root: str, entry: SectionEntry, group: int) -> pa.Table:
-    """Returns one sentence (TILE_SCHEMA), verified, with one range request (and one for a new file's footer).
-
-    Raises:
-        TableError: the bytes are missing or not those that were written; names section and sentence.
-    """
-    place = entry.row_groups[group]
-    where = f"sentence {entry.section_id}/{group} of {root}"
-    try:
-        footer = _footer(root, entry)
-        data = storage.read(storage.join(root, entry.file), place.offset, place.length)
-        source = pa.PythonFile(_Window(data, place.offset, entry.size_bytes), mode="r")
-        file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
-        table = file.read_row_group(group)
-    except (FileNotFoundError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{where} is damaged or missing: {error}; prepare it again") from error
-    if table.schema.names != TILE_SCHEMA.names or table.num_rows != place.num_rows:
-        raise TableError(f"{where} has {table.num_rows} rows of {table.schema.names}, not what the manifest names")
-    _verify_tiles(table, where)
-    return table
+def _chunk_range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+    return start, chunk.total_compressed_size
 
 
-def read_columns(root: str, entry: SectionEntry, columns: list[str]) -> pa.Table:
-    """Returns some columns of a whole section in stored order, read without its images."""
-    filesystem, path = storage.filesystem(storage.join(root, entry.file))
-    try:
-        with filesystem.open_input_file(path) as source:
-            file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
-            return file.read(columns=columns)
-    except (FileNotFoundError, OSError, pa.ArrowException) as error:
-        raise TableError(f"section {entry.section_id} of {root} cannot be read: {error}; prepare it again") from error
+def _require_no_gaps(groups: tuple[RowGroup, ...], footer_offset: int) -> None:
+    end = len(_MAGIC)
+    for group in groups:
+        assert group.offset == end, "row groups must follow each other without gaps"
+        end += group.length
+    assert end == footer_offset, "the footer must follow the last row group"
 
 
-def read_counts(root: str, entry: SectionEntry, num_genes: int) -> scipy.sparse.csr_matrix:
-    """Returns a section's raw counts, int32 CSR (num_spots, num_genes), in stored order.
-
-    Raises:
-        TableError: the section was not measured, or its file is damaged.
-    """
-    if not entry.measured:
-        raise TableError(f"section {entry.section_id} has no measured counts")
-    table = read_columns(root, entry, ["gene_index", "count"])
-    genes, counts = (table[name].combine_chunks() for name in ("gene_index", "count"))
-    offsets = genes.offsets.to_numpy().astype(np.int64)
-    values = (counts.flatten().to_numpy(), genes.flatten().to_numpy(), offsets - offsets[0])
-    return scipy.sparse.csr_matrix(values, shape=(entry.num_spots, num_genes))
-
-
-@lru_cache(maxsize=_FOOTERS_PER_PROCESS)
-def _footer_of(uri: str, offset: int, length: int, sha256: str) -> pq.FileMetaData:
-    """`sha256` keeps the footer of a file that was replaced under the same name from being used."""
-    return pq.read_metadata(io.BytesIO(storage.read(uri, offset, length)))
+def _uri(root: str, entry: SectionEntry) -> str:
+    return storage.join(storage.absolute(root), entry.file)
 
 
 def _footer(root: str, entry: SectionEntry) -> pq.FileMetaData:
-    length = entry.size_bytes - entry.footer_offset
-    return _footer_of(storage.join(root, entry.file), entry.footer_offset, length, entry.sha256)
+    footer = _read_footer(_uri(root, entry), entry.footer_offset, entry.size_bytes - entry.footer_offset)
+    if footer.num_row_groups != len(entry.row_groups) or footer.num_rows != entry.num_spots:
+        raise TableError(f"its footer has {footer.num_rows} rows, the manifest {entry.num_spots}")
+    return footer
 
 
-def _verify_tiles(table: pa.Table, where: str) -> None:
-    for spot, tile, crc in zip(table["spot_id"], table["image"], table["crc"], strict=True):
-        if zlib.crc32(tile.as_buffer()) != crc.as_py():
-            raise TableError(f"the tile of spot {spot} in {where} does not match its checksum; prepare it again")
+@lru_cache(maxsize=_CACHED_FOOTERS)
+def _read_footer(uri: str, offset: int, length: int) -> pq.FileMetaData:
+    data = storage.read(uri, offset, length)
+    if b"ARROW:" in data:
+        raise TableError("it embeds Arrow type metadata, which section files never have")
+    return pq.read_metadata(pa.BufferReader(_MAGIC + data))
 
 
-class _Window(io.RawIOBase):
-    """A read-only file of which only one stretch of bytes is at hand."""
+def _open(entry: SectionEntry, footer: pq.FileMetaData, parts: dict[int, bytes]) -> pq.ParquetFile:
+    """Returns a reader over fetched parts of the file, keyed by their first byte."""
+    file = pq.ParquetFile(
+        pa.PythonFile(_Parts(parts, entry.size_bytes), mode="r"),
+        metadata=footer,
+        pre_buffer=False,
+        page_checksum_verification=True,
+        arrow_extensions_enabled=False,
+    )
+    if not file.schema_arrow.equals(TILE_SCHEMA):
+        raise TableError(f"its columns are {file.schema_arrow.names} of other types or names than {TILE_SCHEMA.names}")
+    return file
 
-    def __init__(self, data: bytes, offset: int, size: int) -> None:
-        self._data, self._offset, self._size, self._at = data, offset, size, 0
+
+class _Parts(io.RawIOBase):
+    """A file of which only some parts were fetched; reading anything else is an error."""
+
+    def __init__(self, parts: dict[int, bytes], size: int) -> None:
+        self._parts, self._size, self._at = parts, size, 0
 
     def readable(self) -> bool:
         return True
@@ -140,17 +189,75 @@ class _Window(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
+    def tell(self) -> int:
+        return self._at
+
     def read(self, size: int = -1) -> bytes:
-        start = self._at - self._offset
-        stop = len(self._data) if size < 0 else start + size
-        if start < 0 or stop > len(self._data):
-            raise OSError(f"bytes {self._at} to {self._at + size} lie outside the row group that was fetched")
-        self._at = self._offset + stop
-        return self._data[start:stop]
+        for start, data in self._parts.items():
+            first = self._at - start
+            if 0 <= first < len(data) and size >= 0:
+                found = data[first : first + size]
+                self._at += len(found)
+                return found
+        raise OSError(f"its footer points to bytes {self._at}..{self._at + size}, outside the row group")
+
+
+def _column_ranges(footer: pq.FileMetaData, names: set[str]) -> list[tuple[int, int]]:
+    """Returns (offset, length) of the chunks of the columns in all row groups, neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            if chunk.path_in_schema.split(".")[0] not in names:
+                continue
+            start, length = _chunk_range(chunk)
+            if joined and sum(joined[-1]) == start:
+                start, length = joined[-1][0], joined.pop()[1] + length
+            joined.append((start, length))
+    return joined
+
+
+def _fetch(uri: str, ranges: list[tuple[int, int]]) -> dict[int, bytes]:
+    with ThreadPoolExecutor(_PARALLEL_RANGES) as pool:
+        parts = pool.map(lambda place: storage.read(uri, *place), ranges)
+        return {start: data for (start, _), data in zip(ranges, parts, strict=True)}
+
+
+def _verify_rows(entry: SectionEntry, table: pa.Table, num_rows: int) -> None:
+    if table.num_rows != num_rows:
+        raise TableError(f"it has {table.num_rows} rows, the manifest {num_rows}")
+    found = set(table["section_id"].unique().to_pylist())
+    if found - {entry.section_id}:
+        raise TableError(f"it holds rows of section {sorted(map(str, found))}")
+
+
+def _verify_tiles(entry: SectionEntry, table: pa.Table) -> None:
+    for spot_id, image, crc in zip(*(table[name].to_pylist() for name in ("spot_id", "image", "crc")), strict=True):
+        if tile_crc(image) != crc:
+            raise TableError(f"the tile of spot {spot_id} does not match its checksum")
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a column of lists as its values and the row pointers into them."""
+    chunks = [chunk for chunk in column.chunks if len(chunk)]
+    values = [chunk.flatten().to_numpy() for chunk in chunks]
+    lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
+    first = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
+    return np.concatenate([np.zeros(0, np.int32), *values]), first.astype(np.int64)
+
+
+@contextmanager
+def _damage(entry: SectionEntry, part: str) -> Iterator[None]:
+    """Names section, file and part in whatever goes wrong while reading them."""
+    where = f"section {entry.section_id}, {part} ({entry.file})"
+    try:
+        yield
+    except FileNotFoundError:
+        raise TableError(
+            f"{where} is missing: the table was prepared again meanwhile; load its manifest anew"
+        ) from None
+    except (TableError, pa.ArrowException, OSError) as error:
+        raise TableError(f"{where} is damaged: {error}; prepare the section again") from error
