@@ -147,6 +147,7 @@ def train_step(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, int]:
     trainee.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     trainee.optimizer.step()
+    trainee.model.bound_logit_scale()
     return loss.detach(), int(valid_N.sum())
 
 

@@ -1,0 +1,187 @@
+"""Image encoders by name: each maps float images (N, 3, size, size) to pooled features (N, F).
+
+Weights are random, ImageNet's from torchvision, or a local file, so that nothing needs a download to run. Files
+are read without executing pickled code.
+"""
+
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+from mclstexp.errors import ConfigError, ModelError
+
+DOWNLOAD_TIMEOUT_S = 20
+_NAMED_IN_ERROR = 3
+
+
+class DenseNet121(nn.Module):
+    """DenseNet-121 up to its last batch-norm, without the final ReLU, globally average-pooled: F = 1024.
+
+    Huang et al. 2017 (https://arxiv.org/abs/1608.06993); the missing ReLU is mclSTExp's.
+    """
+
+    num_features = 1024
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torchvision.models.densenet121().features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns features (N, 1024)."""
+        return F.adaptive_avg_pool2d(self.features(images), 1).flatten(1)
+
+
+class SmallCNN(nn.Module):
+    """Four strided convolutions, for tests and smoke runs: F = 128."""
+
+    num_features = 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96, self.num_features)
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns features (N, 128)."""
+        return F.adaptive_avg_pool2d(self.features(images), 1).flatten(1)
+
+
+def _resnet(name: str) -> nn.Module:
+    network = getattr(torchvision.models, name)()
+    network.num_features = network.fc.in_features
+    network.fc = nn.Identity()
+    return network
+
+
+def _vit(tile_size_px: int) -> nn.Module:
+    if tile_size_px % 16:
+        nearest = max(16, 16 * round(tile_size_px / 16))
+        raise ConfigError(f"model.image_encoder=vit_b_16 needs tiles.size_px in steps of 16; use {nearest}")
+    network = torchvision.models.vit_b_16(image_size=tile_size_px)
+    network.num_features = network.hidden_dim
+    network.heads = nn.Identity()
+    return network
+
+
+_BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+    "densenet121": lambda size: DenseNet121(),
+    "resnet18": lambda size: _resnet("resnet18"),
+    "resnet50": lambda size: _resnet("resnet50"),
+    "vit_b_16": _vit,
+    "small_cnn": lambda size: SmallCNN(),
+}
+_IMAGENET = {
+    "densenet121": torchvision.models.DenseNet121_Weights.IMAGENET1K_V1,
+    "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
+    "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V2,
+    "vit_b_16": torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1,
+}
+
+
+def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.Module, int]:
+    """Returns an encoder and its number of features F.
+
+    Args:
+        name: densenet121, resnet18, resnet50, vit_b_16 or small_cnn.
+        weights: `random` (the caller seeds torch), `imagenet`, or a .pth or .safetensors file that holds the
+            state dict of torchvision's model, of its `features`, or of this module.
+        tile_size_px: edge of the tiles; matters to vit_b_16 only.
+
+    Raises:
+        ConfigError: no such encoder or weights, or tiles of a size that it cannot take.
+        ModelError: the weights cannot be had, or belong to another architecture.
+    """
+    if name not in _BUILDERS:
+        raise ConfigError(f"model.image_encoder={name} is unknown; use one of {', '.join(_BUILDERS)}")
+    encoder = _BUILDERS[name](tile_size_px)
+    if weights == "imagenet":
+        _load(encoder, _imagenet_state(name), "imagenet")
+    elif weights != "random":
+        _load(encoder, _read_state(weights), weights)
+    return encoder, encoder.num_features
+
+
+def require_weights(name: str, weights: str) -> None:
+    """Checks on the driver that the weights can be had.
+
+    Raises:
+        ConfigError, ModelError: as `build_image_encoder`.
+    """
+    if weights == "imagenet":
+        _imagenet_state(name)
+    elif weights != "random" and not Path(weights).is_file():
+        raise ModelError(f"model.image_weights={weights}: there is no such file; give a file, imagenet or random")
+
+
+def _imagenet_state(name: str) -> dict[str, torch.Tensor]:
+    if name not in _IMAGENET:
+        raise ConfigError(f"there are no ImageNet weights for {name}; use model.image_weights=random or a file")
+    url = _IMAGENET[name].url
+    cached = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if not cached.is_file():
+        _download(url, cached)
+    return _read_state(str(cached))
+
+
+def _download(url: str, target: Path) -> None:
+    import socket
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=target.stem.rsplit("-", 1)[1])
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"model.image_weights=imagenet: the weights are neither in {target} nor to be had from the network "
+            f"({error}); give a file with --model.image_weights FILE, or use random"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _read_state(path: str) -> dict[str, torch.Tensor]:
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise their own types, none of them public
+        raise ModelError(f"model.image_weights={path} cannot be read as weights: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"model.image_weights={path} holds no state dict of tensors")
+    return state
+
+
+def _load(encoder: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Loads a state dict, tolerant of a missing `features.` prefix and of a classifier that is not used."""
+    own = encoder.state_dict()
+    state = {_modern(key): value for key, value in state.items()}
+    if not own.keys() & state.keys():
+        state = {f"features.{key}": value for key, value in state.items()}
+    classifier = ("classifier.", "fc.", "heads.")
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(classifier)}
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if wrong:
+        raise ModelError(
+            f"the weights {origin} do not fit {type(encoder).__name__}: {len(wrong)} tensors are missing, left over or "
+            f"of another shape, such as {', '.join(wrong[:_NAMED_IN_ERROR])}"
+        )
+    encoder.load_state_dict(state)
+
+
+def _modern(key: str) -> str:
+    """torchvision's published DenseNet files write `norm.1` where its modules say `norm1`."""
+    for layer in ("norm", "relu", "conv"):
+        for number in ("1", "2"):
+            key = key.replace(f".{layer}.{number}.", f".{layer}{number}.")
+    return key

@@ -1,0 +1,79 @@
+"""Augmentation of tiles, batched on the training device, with an own draw for each tile.
+
+Shapes: N tiles; all maps take and return float (N, 3, size, size) in [0, 1].
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# Ruifrok and Johnston 2001: optical densities of haematoxylin, eosin and DAB (rows) in red, green, blue.
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+GREY = (0.299, 0.587, 0.114)
+STAIN_JITTER, LIGHT_JITTER, REFERENCE_JITTER = 0.05, 0.1, 0.5
+
+
+def augment(tiles: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
+    """Returns tiles, uint8 (N, size, size, 3), as float (N, 3, size, size) in [0, 1], augmented.
+
+    Args:
+        tiles: on the device where the work is done.
+        kind: `none`; `default`: flips, quarter turns, mild stain jitter (Tellez et al. 2018,
+            https://doi.org/10.1109/TMI.2018.2820199) and light jitter; `reference`: colour jitter of 0.5, horizontal
+            flip, rotation by any angle with black corners (mclSTExp 2024, https://arxiv.org/abs/2407.08216).
+        generator: of the same device; fixes every draw.
+    """
+    images = tiles.permute(0, 3, 1, 2).float() / 255
+    if kind == "none":
+        return images
+    if kind == "reference":
+        images = colour_jitter(images, REFERENCE_JITTER, generator)
+        return rotate(_flip(images, 3, generator), generator)
+    images = _flip(_flip(images, 3, generator), 2, generator)
+    images = _where(images.transpose(2, 3), images, generator)
+    return colour_jitter(stain_jitter(images, STAIN_JITTER, generator), LIGHT_JITTER, generator)
+
+
+def colour_jitter(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """Scales brightness, contrast and saturation, each by a factor uniform in 1 +- strength, in this order."""
+    brightness, contrast, saturation = (1 + strength * _uniform(images, generator) for _ in range(3))
+    weights = images.new_tensor(GREY).view(1, 3, 1, 1)
+    images = (images * brightness).clamp(0, 1)
+    mean = (images * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    images = torch.lerp(mean, images, contrast).clamp(0, 1)
+    grey = (images * weights).sum(1, keepdim=True)
+    return torch.lerp(grey, images, saturation).clamp(0, 1)
+
+
+def stain_jitter(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """Scales each stain's optical density by 1 +- strength and shifts it by +- strength / 10 per tile."""
+    to_rgb = F.normalize(images.new_tensor(STAINS), dim=1)
+    density = -torch.log10(images.clamp(min=1 / 255))
+    stains = torch.einsum("nchw,cs->nshw", density, torch.linalg.inv(to_rgb))
+    scale = 1 + strength * _uniform(images, generator, 3)
+    shift = strength / 10 * _uniform(images, generator, 3)
+    return (10 ** -torch.einsum("nshw,sc->nchw", stains * scale + shift, to_rgb)).clamp(0, 1)
+
+
+def rotate(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turns each tile by an angle uniform in +-180 degrees; corners become black."""
+    angle = math.pi * _uniform(images, generator).flatten()
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+
+
+def _uniform(images: torch.Tensor, generator: torch.Generator, channels: int = 1) -> torch.Tensor:
+    """Returns draws from [-1, 1), (N, channels, 1, 1)."""
+    draw = torch.rand((len(images), channels, 1, 1), generator=generator, device=images.device)
+    return 2 * draw - 1
+
+
+def _flip(images: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:
+    return _where(images.flip(dim), images, generator)
+
+
+def _where(changed: torch.Tensor, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.where(_uniform(images, generator) < 0, changed, images)
