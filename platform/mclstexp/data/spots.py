@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from mclstexp import storage
-from mclstexp.data.genes import GenePanel, Normaliser, align, gene_totals, panel_counts
+from mclstexp.config import Config
+from mclstexp.data.genes import GenePanel, Normaliser, align, gene_totals, normalisers, panel_counts
 from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import Manifest, load_genes
 from mclstexp.data.stream import Batch, kept_spots, pad
@@ -72,16 +73,16 @@ def decode_tiles(tiles: pa.Array, size_px: int) -> np.ndarray:
     return images
 
 
-def make_reader(
-    root: str, manifest: Manifest, panel: GenePanel, normalisers: tuple[Normaliser, Normaliser], array_position: bool
-) -> SpotReader:
-    """Returns the reader of a tile table for a panel and its (input, target) normalisers."""
+def make_reader(root: str, manifest: Manifest, panel: GenePanel, config: Config) -> SpotReader:
+    """Returns the reader of a tile table for a panel, with the normalisers and positions of a configuration."""
     columns = align(panel, load_genes(root, manifest))
+    both = normalisers(config.genes)
     totals = {}
-    if any(normaliser.scheme == "per_gene" for normaliser in normalisers):
+    if any(normaliser.scheme == "per_gene" for normaliser in both):
         measured = (entry for entry in manifest.sections if entry.measured)
-        totals = {entry.section_id: gene_totals(root, entry, columns) for entry in measured}
-    return SpotReader(storage.absolute(root), manifest, columns, *normalisers, array_position, totals)
+        totals = {entry.section_id: gene_totals(root, manifest, entry, columns) for entry in measured}
+    array_position = config.model.position == "table"
+    return SpotReader(storage.absolute(root), manifest, columns, *both, array_position, totals)
 
 
 def positions(table: pa.Table, array_position: bool) -> np.ndarray:

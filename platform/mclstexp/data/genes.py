@@ -1,0 +1,203 @@
+"""Gene panels and normalisation.
+
+A panel is fitted on training sections only and carried by the model; any data is aligned to it by gene id. Counts
+stay raw in the tile table and are normalised here, so that both can be fitted per split. The trade-off: counts are
+turned into dense arrays over the panel each time they are read, which costs microseconds a spot.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse
+
+from mclstexp.config import GenesConfig
+from mclstexp.data.schema import Manifest, SectionEntry, gene_names, load_genes
+from mclstexp.data.table import read_counts
+from mclstexp.errors import ConfigError, ModelError
+
+Scheme = Literal["per_spot_all", "per_spot_panel", "per_gene"]
+_NAMED_IN_ERROR = 5
+
+
+@dataclass(frozen=True)
+class GenePanel:
+    """The genes that a model predicts, in their order."""
+
+    gene_id: tuple[str, ...]
+    symbol: tuple[str, ...]
+    ensembl_id: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.gene_id)
+
+    def names(self) -> list[str]:
+        """Returns what people call the genes: the symbol where there is one, else the id."""
+        return [symbol or gene for symbol, gene in zip(self.symbol, self.gene_id, strict=True)]
+
+    def to_json(self) -> str:
+        """Returns the panel as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "GenePanel":
+        """Returns the panel that `to_json` wrote."""
+        return cls(**{name: tuple(values) for name, values in json.loads(text).items()})
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """log(1 + scale * count / total), with the total of the spot, of the spot's panel genes, or of the gene.
+
+    `per_spot_panel` and `per_gene` in base 10 are mclSTExp's training input and payload (2024,
+    https://arxiv.org/abs/2407.08216); `per_spot_all` in base e is the field's usual log-normalisation (scanpy, 2018,
+    https://doi.org/10.1186/s13059-017-1382-0).
+    """
+
+    scheme: Scheme
+    scale: float
+    log_base: Literal["e", "10"]
+
+    def apply(self, counts: np.ndarray, totals: np.ndarray, gene_totals: np.ndarray | None) -> np.ndarray:
+        """Returns normalised expression, float32 (N, G); a total of zero gives zeros.
+
+        Args:
+            counts: raw counts of the panel genes, (N, G).
+            totals: each spot's count over all genes, (N,).
+            gene_totals: each panel gene's count over its section, (G,); used by `per_gene` only.
+        """
+        if self.scheme == "per_gene":
+            if gene_totals is None:
+                raise ModelError("the per_gene normalisation needs the section's gene totals")
+            divisor = gene_totals[None, :]
+        else:
+            divisor = (totals if self.scheme == "per_spot_all" else counts.sum(axis=1))[:, None]
+        shares = np.divide(counts, divisor, out=np.zeros(counts.shape), where=divisor > 0)
+        logs = np.log1p(self.scale * shares)
+        return (logs / np.log(10) if self.log_base == "10" else logs).astype(np.float32)
+
+    def unit(self) -> str:
+        """Returns the unit in words, for outputs."""
+        log = "ln" if self.log_base == "e" else "log10"
+        total = {
+            "per_spot_all": "spot total over all genes",
+            "per_spot_panel": "spot total over the panel",
+            "per_gene": "gene total over the section",
+        }[self.scheme]
+        return f"{log}(1 + {self.scale:g} * count / {total})"
+
+
+def normalisers(config: GenesConfig) -> tuple[Normaliser, Normaliser]:
+    """Returns the normalisers of the spot tower's input and of the target."""
+    schemes = (config.input, config.target)
+    return tuple(Normaliser(scheme, config.scale, config.log_base) for scheme in schemes)  # type: ignore[return-value]
+
+
+def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config: GenesConfig) -> GenePanel:
+    """Returns the panel: a file's genes, or the most variable ones over the given (training) sections.
+
+    `hvg`: genes with counts in all sections, by variance of ln(1 + scale * count / spot total) over all their spots;
+    ties by gene id. One section's sparse counts are in memory at a time.
+
+    Raises:
+        ConfigError: the panel file is missing, or names genes that the data lacks (`genes.missing`), or no gene is
+            left.
+    """
+    table = load_genes(root, manifest)
+    if config.panel != "hvg":
+        rows = _rows_of_file(config, table)
+    else:
+        rows = _most_variable(root, manifest, list(section_ids), config, table["gene_id"].to_pylist())
+    if not rows:
+        raise ConfigError(f"no gene is left for the panel {config.panel}: none has counts in all training sections")
+    picked = table.take(pa.array(rows))
+    return GenePanel(*(tuple(picked[name].to_pylist()) for name in ("gene_id", "symbol", "ensembl_id")))
+
+
+def align(panel: GenePanel, genes: pa.Table) -> np.ndarray:
+    """Returns the gene-table row of each panel gene, int32 (G,); -1 where the table lacks it.
+
+    A gene is found by its Ensembl id, else by its symbol.
+    """
+    by_ensembl = {name: row for row, name in enumerate(genes["ensembl_id"].to_pylist()) if name}
+    by_symbol = {name: row for row, name in enumerate(genes["symbol"].to_pylist()) if name}
+    rows = [
+        by_ensembl.get(ensembl, by_symbol.get(symbol, -1)) if ensembl else by_symbol.get(symbol, -1)
+        for ensembl, symbol in zip(panel.ensembl_id, panel.symbol, strict=True)
+    ]
+    return np.array(rows, np.int32)
+
+
+def coverage(panel: GenePanel, columns: np.ndarray) -> str:
+    """Returns a line on how many of the panel's genes a data set has, and which it lacks."""
+    missing = [name for name, column in zip(panel.names(), columns, strict=True) if column < 0]
+    more = f" and {len(missing) - _NAMED_IN_ERROR} more" if len(missing) > _NAMED_IN_ERROR else ""
+    lacks = f"; it lacks {', '.join(missing[:_NAMED_IN_ERROR])}{more}" if missing else ""
+    return f"the data has {len(panel) - len(missing)} of the panel's {len(panel)} genes{lacks}"
+
+
+def panel_counts(gene_index: pa.ChunkedArray, count: pa.ChunkedArray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns panel counts, float32 (N, G), and totals over all genes, float64 (N,), of N stored rows.
+
+    Args:
+        gene_index, count: the table's sparse columns.
+        columns: gene-table row of each panel gene, (G,); a gene at -1 gets zeros.
+    """
+    genes, values = (column.combine_chunks() for column in (gene_index, count))
+    lengths = np.diff(genes.offsets.to_numpy())
+    spots = np.repeat(np.arange(len(genes)), lengths)
+    gene, value = genes.flatten().to_numpy(), values.flatten().to_numpy().astype(np.float64)
+    place = np.full(max(gene.max(initial=0), columns.max(initial=0)) + 1, -1)
+    place[columns[columns >= 0]] = np.flatnonzero(columns >= 0)
+    dense = np.zeros((len(genes), len(columns)), np.float32)
+    wanted = place[gene] >= 0
+    dense[spots[wanted], place[gene[wanted]]] = value[wanted]
+    return dense, np.bincount(spots, weights=value, minlength=len(genes))
+
+
+def gene_totals(root: str, manifest: Manifest, entry: SectionEntry, columns: np.ndarray) -> np.ndarray:
+    """Returns each panel gene's count over a section, float64 (G,); 0 for a gene that the table lacks."""
+    totals = np.asarray(read_counts(root, entry, manifest.num_genes).sum(axis=0), np.float64).ravel()
+    return np.where(columns >= 0, totals[columns], 0.0)
+
+
+def _most_variable(
+    root: str, manifest: Manifest, section_ids: list[str], config: GenesConfig, gene_ids: list[str]
+) -> list[int]:
+    num_genes = manifest.num_genes
+    first, second = np.zeros(num_genes), np.zeros(num_genes)
+    everywhere, num_spots = np.ones(num_genes, bool), 0
+    for name in section_ids:
+        counts = read_counts(root, manifest.section(name), num_genes).astype(np.float64)
+        everywhere &= np.asarray(counts.sum(axis=0)).ravel() > 0
+        logs = _log_normalised(counts, config.scale)
+        first += np.asarray(logs.sum(axis=0)).ravel()
+        second += np.asarray(logs.multiply(logs).sum(axis=0)).ravel()
+        num_spots += counts.shape[0]
+    variance = second / max(1, num_spots) - (first / max(1, num_spots)) ** 2
+    candidates = np.flatnonzero(everywhere)
+    ranked = sorted(candidates, key=lambda row: (-round(variance[row], 12), gene_ids[row]))
+    return [int(row) for row in ranked[: config.num_genes]]
+
+
+def _log_normalised(counts: scipy.sparse.csr_matrix, scale: float) -> scipy.sparse.csr_matrix:
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    factors = np.divide(scale, totals, out=np.zeros_like(totals), where=totals > 0)
+    return scipy.sparse.diags(factors).dot(counts).log1p().tocsr()
+
+
+def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
+    try:
+        lines = [line.strip() for line in Path(config.panel).read_text().splitlines()]
+    except OSError as error:
+        raise ConfigError(f"genes.panel={config.panel}: {error.strerror}; give a file or hvg") from error
+    names = list(dict.fromkeys(line for line in lines if line))
+    asked = GenePanel(*zip(*(gene_names(name) for name in names), strict=True)) if names else GenePanel((), (), ())
+    columns = align(asked, genes)
+    if (columns < 0).any() and config.missing == "error":
+        raise ConfigError(f"genes.panel={config.panel}: {coverage(asked, columns)}; set genes.missing=drop to go on")
+    return [int(row) for row in columns if row >= 0]

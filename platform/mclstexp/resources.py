@@ -1,0 +1,108 @@
+"""Never hang: compare what a run asks for with what the cluster has before anything starts.
+
+Training workers that claim every CPU starve the data stream for ever, with a warning at most; so at least one CPU
+must be left for it. Where an autoscaler can add nodes, `cluster.wait_s` says how long to wait for them.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+
+from mclstexp import storage
+from mclstexp.config import Config
+from mclstexp.errors import ResourceError
+
+_POLL_S = 2.0
+
+
+def local_ray(config: Config) -> dict[str, object]:
+    """Returns the arguments of `ray.init` for a Ray on this machine: logical CPUs enough for the run."""
+    train = config.train
+    needed = train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus)
+    num_cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, needed, 2)
+    return {
+        "address": "local",
+        "num_cpus": num_cpus,
+        "object_store_memory": config.cluster.object_store_mb * 2**20,
+        "include_dashboard": False,
+    }
+
+
+def plan(config: Config) -> str:
+    """Returns what a training run asks for, in words."""
+    train, gpus = config.train, "1 GPU and " if config.train.use_gpu else ""
+    return (
+        f"{train.num_workers} training worker(s) with {gpus}{train.cpus_per_worker} CPU(s) each, "
+        f"{config.cluster.data_cpus} CPU(s) each for its data stream (at least 1 in all), "
+        f"{train.max_failures} restart(s) after failures"
+    )
+
+
+def require(config: Config) -> None:
+    """Checks that the cluster can hold the training workers and leaves a CPU for their data.
+
+    Raises:
+        ResourceError: it cannot, even after `cluster.wait_s`; names the numbers and the setting to change.
+    """
+    deadline = time.monotonic() + config.cluster.wait_s
+    while fault := _lack(config, _alive_nodes()):
+        if time.monotonic() >= deadline:
+            raise ResourceError(fault)
+        time.sleep(_POLL_S)
+
+
+def require_shared(config: Config, uris: Iterable[str]) -> None:
+    """Refuses places that only one node can see where the cluster has several.
+
+    Raises:
+        ResourceError: names each local path or SQLite tracking URI and the fix.
+    """
+    num_nodes = len(_alive_nodes())
+    if num_nodes < 2 or config.storage.shared_paths:
+        return
+    local = [uri for uri in uris if not storage.is_s3(uri)]
+    tracking = config.tracking.uri
+    local += [f"tracking.uri={tracking}"] if not tracking.startswith(("http://", "https://")) else []
+    if local:
+        raise ResourceError(
+            f"the cluster has {num_nodes} nodes, and {', '.join(local)} can be seen from one only; use s3:// and an "
+            "MLflow server, or storage.shared_paths=true where all nodes mount the same paths"
+        )
+
+
+def _alive_nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _lack(config: Config, nodes: list[dict[str, float]]) -> str:
+    """Returns why the run does not fit, or nothing."""
+    train = config.train
+    total_cpus, total_gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    if train.use_gpu and total_gpus < train.num_workers:
+        return (
+            f"the run asks for {train.num_workers} GPU(s) (train.num_workers), the cluster has {total_gpus}; lower "
+            "train.num_workers, or set train.use_gpu=false, or raise cluster.wait_s where nodes can be added"
+        )
+    slots = sum(_slots(config, node) for node in nodes)
+    if slots < train.num_workers:
+        return (
+            f"the run asks for {train.num_workers} worker(s) of {train.cpus_per_worker} CPU(s), the cluster's "
+            f"{len(nodes)} node(s) with {total_cpus} CPU(s) hold {slots}; lower train.num_workers or "
+            "train.cpus_per_worker, or raise cluster.local_cpus on one machine"
+        )
+    needed = train.num_workers * train.cpus_per_worker + 1
+    if total_cpus < needed:
+        return (
+            f"the run asks for {needed} CPUs ({train.num_workers} worker(s) of {train.cpus_per_worker} and 1 for their "
+            f"data), the cluster has {total_cpus}; the data stream would starve: lower train.num_workers or "
+            "train.cpus_per_worker, or raise cluster.local_cpus on one machine"
+        )
+    return ""
+
+
+def _slots(config: Config, node: dict[str, float]) -> int:
+    """Returns how many training workers fit on a node."""
+    slots = int(node.get("CPU", 0) // config.train.cpus_per_worker)
+    return min(slots, int(node.get("GPU", 0))) if config.train.use_gpu else slots
