@@ -1,9 +1,9 @@
 """One resolver for every URI: local paths and `s3://bucket/key`.
 
-Whole objects and byte ranges go through boto3 (exact request counts, own deadlines and retries, conditional
-puts, which pyarrow's S3 file system lacks); `filesystem` hands the same place to libraries that want a
-`pyarrow.fs`. Endpoint, region and credentials come from the standard AWS environment variables, so nothing
-secret is ever pickled or printed; `export` turns the config block into those variables.
+Both kinds promise the same: readers see whole objects or nothing, byte ranges cost one request, and `publish`
+keeps two writers apart. `filesystem` hands the same place to libraries that want a `pyarrow.fs`, which lacks
+conditional puts. Endpoint, region and credentials come from the standard AWS environment variables, so nothing
+secret is ever pickled or printed; `environment` turns the config block into those variables.
 """
 
 import fcntl
@@ -13,23 +13,14 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
-import boto3
 import pyarrow.fs
-from botocore.config import Config as BotoConfig
-from botocore.exceptions import BotoCoreError, ClientError
 
+from mclstexp import object_store
 from mclstexp.config import StorageConfig
 from mclstexp.errors import ConflictError, StorageError
-
-if TYPE_CHECKING:
-    from botocore.client import BaseClient
-
-_MISSING = {"404", "NoSuchKey", "NotFound"}
-_LOST_RACE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 
 
 def environment(config: StorageConfig) -> dict[str, str]:
@@ -52,10 +43,11 @@ def absolute(uri: str) -> str:
     """Returns `uri` in its canonical form: an `s3://` URI or an absolute local path, without trailing slash.
 
     Raises:
-        StorageError: any other scheme, or credentials inside the URI.
+        StorageError: any other scheme, no bucket, or credentials inside the URI.
     """
     if is_s3(uri):
-        if "@" in uri.split("/")[2] or "?" in uri:
+        bucket = uri.split("/")[2]
+        if "@" in bucket or "?" in uri or not bucket:
             raise StorageError("an s3:// URI holds only bucket and key; put endpoint and profile into `storage`")
         return uri.rstrip("/")
     if "://" in uri and not uri.startswith("file://"):
@@ -75,7 +67,8 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.LocalFileSystem(), uri
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options = {"endpoint_override": endpoint} if endpoint else {}
-    return pyarrow.fs.S3FileSystem(region=_region(), connect_timeout=10, request_timeout=60, **options), uri[5:]
+    region = object_store.region()
+    return pyarrow.fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options), uri[5:]
 
 
 def exists(uri: str) -> bool:
@@ -84,42 +77,52 @@ def exists(uri: str) -> bool:
     if not is_s3(uri):
         return Path(uri).is_file()
     try:
-        with _errors("look up", uri):
-            _client().head_object(**_address(uri))
+        object_store.head(uri)
     except FileNotFoundError:
         return False
     return True
 
 
+def size(uri: str) -> int:
+    """Returns an object's length in bytes.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    uri = absolute(uri)
+    if is_s3(uri):
+        return object_store.head(uri)[0]
+    with _errors("look up", uri):
+        return os.stat(uri).st_size
+
+
 def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
-    """Returns an object's bytes, or `length` of them from `start`, in one request.
+    """Returns an object's bytes, or `length` of them from `start`, in one request (more only where one breaks off).
 
     Raises:
         FileNotFoundError: there is no such object.
         StorageError: it cannot be read, or is shorter than asked for.
     """
     uri = absolute(uri)
-    with _errors("read", uri):
-        if is_s3(uri):
-            span = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
-            data = _client().get_object(**_address(uri), **span)["Body"].read()
-        else:
-            with open(uri, "rb") as file:
-                file.seek(start)
-                data = file.read(-1 if length is None else length)
+    if length == 0:
+        return b""
+    data = object_store.get(uri, start, length) if is_s3(uri) else _read_file(uri, start, length)
     if length is not None and len(data) != length:
         raise StorageError(f"{uri} ended early: asked for {length} bytes at {start}, got {len(data)}")
-    return bytes(data)
+    return data
 
 
 def version(uri: str) -> str | None:
-    """Returns a token that changes whenever the object does, or None where there is none."""
+    """Returns a token that changes whenever the object does, or None where there is none.
+
+    It is the ETag in object storage and the content's SHA-256 on disk.
+    """
     uri = absolute(uri)
     try:
-        with _errors("look up", uri):
-            if is_s3(uri):
-                return str(_client().head_object(**_address(uri))["ETag"])
-            return hashlib.sha256(Path(uri).read_bytes()).hexdigest()
+        if is_s3(uri):
+            return object_store.head(uri)[1]
+        with _errors("look up", uri), open(uri, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
 
@@ -127,11 +130,11 @@ def version(uri: str) -> str | None:
 def write(uri: str, data: bytes) -> None:
     """Writes a whole object; readers see all of it or nothing."""
     uri = absolute(uri)
-    with _errors("write", uri):
-        if is_s3(uri):
-            _client().put_object(**_address(uri), Body=data)
-        else:
-            _replace(Path(uri), data)
+    if is_s3(uri):
+        object_store.put(uri, data)
+        return
+    with _errors("write", uri), _replacing(Path(uri)) as file:
+        file.write(data)
 
 
 def publish(uri: str, data: bytes, previous: str | None) -> None:
@@ -141,28 +144,46 @@ def publish(uri: str, data: bytes, previous: str | None) -> None:
         ConflictError: somebody else published in between; nothing was written.
     """
     uri = absolute(uri)
-    with _errors("publish", uri):
+    try:
         if is_s3(uri):
-            condition = {"IfNoneMatch": "*"} if previous is None else {"IfMatch": previous}
-            _client().put_object(**_address(uri), Body=data, **condition)
-            return
-        with _locked(uri):
-            if version(uri) != previous:
-                raise ConflictError(_lost(uri))
-            _replace(Path(uri), data)
+            object_store.exchange(uri, data, previous)
+        else:
+            _exchange_file(uri, data, previous)
+    except ConflictError:
+        raise ConflictError(
+            f"another writer published {uri} first; nothing was changed: run the same command again"
+        ) from None
+
+
+def require_conditional_puts(root: str) -> None:
+    """Tries out, on a scratch object under `root`, what `publish` relies on: some S3-compatible stores ignore it.
+
+    Raises:
+        StorageError: the store overwrites an object although it was told to only create or exchange it.
+    """
+    if not is_s3(root):
+        return
+    probe = join(absolute(root), f".probe-{uuid.uuid4().hex}")
+    try:
+        publish(probe, b"first", None)
+        for data, previous in ((b"second", None), (b"third", '"00000000000000000000000000000000"')):
+            try:
+                publish(probe, data, previous)
+            except ConflictError:
+                continue
+            raise StorageError(f"the store of {root} ignores If-None-Match or If-Match, which keep two writers apart")
+    finally:
+        delete(probe)
 
 
 def upload(local: str | Path, uri: str) -> None:
     """Copies a local file to `uri`; readers see all of it or nothing."""
     uri = absolute(uri)
-    with _errors("upload", uri):
-        if is_s3(uri):
-            address = _address(uri)
-            _client().upload_file(str(local), address["Bucket"], address["Key"])
-        else:
-            scratch = _scratch_beside(Path(uri))
-            shutil.copyfile(local, scratch)
-            scratch.replace(uri)
+    if is_s3(uri):
+        object_store.upload(str(local), uri)
+        return
+    with _errors("upload", uri), open(local, "rb") as source, _replacing(Path(uri)) as target:
+        shutil.copyfileobj(source, target)
 
 
 def download(uri: str, local: str | Path) -> None:
@@ -172,12 +193,11 @@ def download(uri: str, local: str | Path) -> None:
         FileNotFoundError: there is no such object.
     """
     uri = absolute(uri)
+    if is_s3(uri):
+        object_store.download(uri, str(local))
+        return
     with _errors("download", uri):
-        if is_s3(uri):
-            address = _address(uri)
-            _client().download_file(address["Bucket"], address["Key"], str(local))
-        else:
-            shutil.copyfile(uri, local)
+        shutil.copyfile(uri, local)
 
 
 @contextmanager
@@ -201,54 +221,43 @@ def local_copy(uri: str, scratch: str | Path) -> Iterator[str]:
 def list_files(uri: str) -> list[str]:
     """Returns the URIs of all files under `uri`, sorted; empty where there is nothing."""
     uri = absolute(uri)
-    if not is_s3(uri):
-        return sorted(str(path) for path in Path(uri).rglob("*") if path.is_file())
-    bucket, _, prefix = uri[5:].partition("/")
-    with _errors("list", uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix.rstrip("/") + "/")
-        return sorted(f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ()))
+    if is_s3(uri):
+        return sorted(object_store.list_keys(uri))
+    return sorted(str(path) for path in Path(uri).rglob("*") if path.is_file())
 
 
 def delete(uri: str) -> None:
     """Removes one object or file; nothing happens where there is none."""
     uri = absolute(uri)
+    if is_s3(uri):
+        object_store.delete(uri)
+        return
     with _errors("delete", uri):
-        if is_s3(uri):
-            _client().delete_object(**_address(uri))
-        else:
-            Path(uri).unlink(missing_ok=True)
+        Path(uri).unlink(missing_ok=True)
 
 
-def _region() -> str:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+def _read_file(path: str, start: int, length: int | None) -> bytes:
+    with _errors("read", path), open(path, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if length is None else length)
 
 
-@cache
-def _client_of(process: int) -> "BaseClient":
-    retries = {"mode": "standard", "max_attempts": 6}
-    config = BotoConfig(connect_timeout=10, read_timeout=60, retries=retries)
-    return boto3.client("s3", region_name=_region(), config=config)
+def _exchange_file(path: str, data: bytes, previous: str | None) -> None:
+    with _errors("publish", path), _locked(path):
+        if version(path) != previous:
+            raise ConflictError(path)
+        with _replacing(Path(path)) as file:
+            file.write(data)
 
 
-def _client() -> "BaseClient":
-    return _client_of(os.getpid())
-
-
-def _address(uri: str) -> dict[str, str]:
-    bucket, _, key = uri[5:].partition("/")
-    return {"Bucket": bucket, "Key": key}
-
-
-def _scratch_beside(path: Path) -> Path:
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file beside `path` that takes its place, on disk, when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    scratch = _scratch_beside(path)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(scratch, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -257,31 +266,20 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _locked(uri: str) -> Iterator[None]:
+def _locked(path: str) -> Iterator[None]:
     """Holds an advisory lock that dies with its process, so that a crash leaves nothing locked."""
-    lock = Path(f"{uri}.lock")
+    lock = Path(f"{path}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _lost(uri: str) -> str:
-    return f"another writer published {uri} first; nothing was changed: run the same command again"
-
-
 @contextmanager
-def _errors(action: str, uri: str) -> Iterator[None]:
+def _errors(action: str, path: str) -> Iterator[None]:
     try:
         yield
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        if code in _MISSING:
-            raise FileNotFoundError(uri) from error
-        if code in _LOST_RACE:
-            raise ConflictError(_lost(uri)) from error
-        raise StorageError(f"cannot {action} {uri}: the store answered {code}; check credentials and bucket") from error
-    except BotoCoreError as error:
-        raise StorageError(f"cannot {action} {uri}: {error}; check storage.endpoint_url and credentials") from error
-    except PermissionError as error:
-        raise StorageError(f"cannot {action} {uri}: no permission") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ from mclstexp.data.genes import GenePanel, Normaliser, align, gene_totals, norma
 from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import Manifest, load_genes
 from mclstexp.data.stream import Batch, kept_spots, pad
-from mclstexp.data.table import read_sentence
+from mclstexp.data.table import read_columns, read_sentence
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,35 @@ class SpotReader:
             "row": np.arange(first, first + table.num_rows, dtype=np.int32),
         }
         if entry.measured:
-            counts, totals = panel_counts(table["gene_index"], table["count"], self.columns)
-            section_totals = self.gene_totals.get(section_id)
-            spots["expression"] = self.input.apply(counts, totals, section_totals)
-            spots["payload"] = self.target.apply(counts, totals, section_totals)
+            spots |= self._expression(section_id, table)
         return spots, table["image"].combine_chunks()
+
+    def read_section(self, section_id: str) -> Batch:
+        """Returns a measured section's expression, payload and position, read without its images.
+
+        Beside them stand section_id, patient_id and spot_id, each of n strings, in stored order; positions are
+        those within each sentence.
+        """
+        entry = self.manifest.section(section_id)
+        places = ["array_row", "array_col", "x_um", "y_um"]
+        table = read_columns(self.root, entry, ["spot_id", *places, "gene_index", "count"])
+        starts = np.cumsum([0, *(group.num_rows for group in entry.row_groups)])
+        sentences = [table.slice(start, stop - start) for start, stop in zip(starts, starts[1:], strict=False)]
+        names = {"section_id": entry.section_id, "patient_id": entry.patient_id}
+        return {
+            **self._expression(section_id, table),
+            "position": np.concatenate([positions(sentence, self.array_position) for sentence in sentences]),
+            "spot_id": np.array(table["spot_id"].to_pylist(), object),
+            **{column: np.full(entry.num_spots, name, object) for column, name in names.items()},
+        }
+
+    def _expression(self, section_id: str, table: pa.Table) -> Batch:
+        counts, totals = panel_counts(table["gene_index"], table["count"], self.columns)
+        section_totals = self.gene_totals.get(section_id)
+        return {
+            "expression": self.input.apply(counts, totals, section_totals),
+            "payload": self.target.apply(counts, totals, section_totals),
+        }
 
 
 def decode_tiles(tiles: pa.Array, size_px: int) -> np.ndarray:

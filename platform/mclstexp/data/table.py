@@ -24,7 +24,7 @@ from scipy.sparse import csr_array
 
 from mclstexp import storage
 from mclstexp.data.schema import TILE_SCHEMA, RowGroup, SectionEntry, load_manifest
-from mclstexp.errors import TableError
+from mclstexp.errors import StorageError, TableError
 
 _REPEATING = ["section_id", "patient_id", "gene_index.list.element", "count.list.element"]
 _CACHED_FOOTERS = 1024  # about 50 KB each
@@ -259,5 +259,7 @@ def _damage(entry: SectionEntry, part: str) -> Iterator[None]:
         raise TableError(
             f"{where} is missing: the table was prepared again meanwhile; load its manifest anew"
         ) from None
+    except StorageError as error:
+        raise TableError(f"{where} cannot be read: {error}") from error
     except (TableError, pa.ArrowException, OSError) as error:
         raise TableError(f"{where} is damaged: {error}; prepare the section again") from error

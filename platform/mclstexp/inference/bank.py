@@ -1,0 +1,88 @@
+"""The reference bank: embedded measured spots that predictions are read from.
+
+Keys need no images, so building a bank reads expression and positions alone. Donors (section, patient, spot) stay
+with the keys, so that every prediction can name whom it came from.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import load_file, save_file
+
+from mclstexp.data.spots import SpotReader
+from mclstexp.model.towers import TwoTowers
+
+ARRAYS, DONORS = "bank.safetensors", "bank_donors.parquet"
+KEY_BATCH = 32
+"""Spots that attend to each other when keys of a `random_spots` model are made (as published)."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """N measured spots: what they are found by, what they say, and whose they are."""
+
+    keys: np.ndarray
+    """Spot embeddings, float32 (N, D)."""
+    payload: np.ndarray
+    """Normalised expression in the model's target unit, float32 (N, G)."""
+    section_id: np.ndarray
+    patient_id: np.ndarray
+    spot_id: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the bank into a local folder."""
+        save_file({"keys": self.keys, "payload": self.payload}, Path(folder, ARRAYS))
+        donors = {name: pa.array(getattr(self, name)) for name in ("section_id", "patient_id", "spot_id")}
+        pq.write_table(pa.table(donors), Path(folder, DONORS))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Bank":
+        """Returns the bank that `save` wrote."""
+        donors = pq.read_table(Path(folder, DONORS))
+        columns = {name: np.array(donors[name].to_pylist(), object) for name in donors.column_names}
+        return cls(**load_file(Path(folder, ARRAYS)), **columns)
+
+
+def build_bank(
+    model: TwoTowers, reader: SpotReader, section_ids: Iterable[str], random_spots: bool, done: Callable[[], None]
+) -> Bank:
+    """Returns the bank of measured sections.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        reader: of the tile table, with the model's panel and normalisers.
+        section_ids: the training sections, in the order of their keys.
+        random_spots: keys are made in batches of 32 spots in stored order over all sections, as the published code
+            does; else each sentence attends to itself.
+        done: called after each section.
+    """
+    parts = []
+    for name in section_ids:
+        parts.append(reader.read_section(name))
+        done()
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    lengths = [group.num_rows for name in section_ids for group in reader.manifest.section(name).row_groups]
+    if random_spots:
+        num_spots = sum(lengths)
+        lengths = [min(KEY_BATCH, num_spots - start) for start in range(0, num_spots, KEY_BATCH)]
+    keys = _embed(model, joined.pop("expression"), joined.pop("position"), lengths)
+    return Bank(keys, **joined)
+
+
+@torch.inference_mode()
+def _embed(model: TwoTowers, expression: np.ndarray, position: np.ndarray, lengths: list[int]) -> np.ndarray:
+    keys, start = [], 0
+    for length in lengths:
+        stretch = slice(start, start + length)
+        spots = (torch.from_numpy(values[stretch])[None] for values in (expression, position))
+        keys.append(model.embed_spots(*spots, torch.ones(1, length, dtype=torch.bool))[0].float().numpy())
+        start += length
+    return np.concatenate(keys)

@@ -1,0 +1,136 @@
+"""Images to embeddings over a whole tile table: decode on CPU tasks, embed on an actor pool.
+
+Sections come back one after the other in the order asked for, so that a caller can write one while the next is
+under way and memory does not grow with the cohort.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+
+from mclstexp.config import ModelConfig
+from mclstexp.data.schema import Manifest
+from mclstexp.data.spots import decode_tiles
+from mclstexp.data.stream import Batch, pad
+from mclstexp.data.table import read_sentence
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.model.heads import ProjectionHead
+from mclstexp.model.towers import ImageTower
+from mclstexp.training.optim import native_bf16
+
+
+@dataclass(frozen=True)
+class ImageNetwork:
+    """An image tower to be built where it is used, with or without its projection head."""
+
+    config: dict[str, object]
+    """ModelConfig as a plain dict."""
+    tile_size_px: int
+    weights: dict[str, torch.Tensor] | None
+    """State dict of TwoTowers; None: features of the encoder alone, as `config` initialises it."""
+    seed: int = 0
+    precision: str = "auto"
+
+    def build(self, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+        """Returns the map from tiles, uint8 (n, size, size, 3), to embeddings or features, float32 (n, D)."""
+        torch.manual_seed(self.seed)
+        config = ModelConfig.model_validate(self.config)
+        network: torch.nn.Module = ImageTower(config, self.tile_size_px)
+        if self.weights is not None:
+            head = ProjectionHead(network.num_features, config.embedding_dim, config.l2_normalise)
+            for part, prefix in ((network, "image_tower."), (head, "image_head.")):
+                part.load_state_dict({k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)})
+            network = torch.nn.Sequential(network, head)
+        network = network.eval().to(device, memory_format=torch.channels_last)
+        bf16 = self.precision == "bf16" or (self.precision == "auto" and native_bf16(device))
+
+        @torch.inference_mode()
+        def embed(tiles: np.ndarray) -> np.ndarray:
+            images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
+
+        return embed
+
+
+def network_of(model: ModelVersion) -> ImageNetwork:
+    """Returns the image side of a model version."""
+    config = model.config.model.model_copy(update={"image_weights": "random"}).model_dump(mode="json")
+    image_side = {name: value for name, value in model.weights.items() if name.startswith("image_")}
+    return ImageNetwork(config, model.tile_size_px, image_side, precision=model.config.train.precision)
+
+
+def embed_sections(
+    root: str, manifest: Manifest, section_ids: Sequence[str], network: ImageNetwork, done: Callable[[int], None]
+) -> Iterator[tuple[str, Batch]]:
+    """Yields each section's arrays in stored order: embedding float32 (N, D) and rgb float32 (N, 6).
+
+    `rgb` is each tile's mean and standard deviation of red, green and blue in [0, 1]. `done` is called with the
+    number of spots embedded since its last call.
+    """
+    places = [(name, group) for name in section_ids for group in range(len(manifest.section(name).row_groups))]
+    parts: list[Batch] = []
+    for (name, group), batch in zip(places, _pipeline(root, manifest, places, network), strict=True):
+        mask = batch.pop("mask")[0]
+        parts.append({key: values[0][mask] for key, values in batch.items()})
+        done(int(mask.sum()))
+        if group + 1 == len(manifest.section(name).row_groups):
+            yield name, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            parts = []
+
+
+def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    resources = ray.cluster_resources()
+    num_gpus = int(resources.get("GPU", 0))
+    actors = num_gpus or max(1, int(resources["CPU"]) // 2)
+    rows = [{"section_id": name, "group": group} for name, group in places]
+    with DataContext.current(context):
+        dataset = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(_Read(root, manifest), batch_size=1, num_cpus=1, max_retries=2)
+            .map_batches(
+                _Embed,
+                fn_constructor_args=(ray.put(network),),
+                batch_size=1,
+                compute=ActorPoolStrategy(size=min(actors, len(rows))),
+                num_gpus=1 if num_gpus else None,
+                num_cpus=None if num_gpus else 1,
+                max_restarts=2,
+                max_task_retries=2,
+            )
+        )
+    yield from dataset.iter_batches(batch_size=1, batch_format="numpy")
+
+
+@dataclass(frozen=True)
+class _Read:
+    root: str
+    manifest: Manifest
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+        entry = self.manifest.section(str(rows["section_id"][0]))
+        table = read_sentence(self.root, entry, int(rows["group"][0]))
+        tiles = decode_tiles(table["image"], self.manifest.tile_size_px)
+        return pad({"image": tiles}, self.manifest.sentence_length)
+
+
+class _Embed:
+    def __init__(self, network: ray.ObjectRef) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._embed = ray.get(network).build(device)
+
+    def __call__(self, batch: Batch) -> Batch:
+        mask = batch["mask"][0]
+        tiles = batch["image"][0][mask]
+        pixels = tiles.reshape(len(tiles), -1, 3) / np.float32(255)
+        rgb = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
+        return pad({"embedding": self._embed(tiles), "rgb": rgb.astype(np.float32)}, len(mask))

@@ -1,0 +1,156 @@
+"""A model version as a folder: everything that a prediction needs, and nothing that must be unpickled.
+
+Weights and bank are safetensors, the rest JSON and Parquet; `files.json` holds every file's checksum, and its own
+digest names the version. A folder that lacks a file or was edited is refused.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mclstexp.config import Config, config_from
+from mclstexp.data.genes import GenePanel
+from mclstexp.data.schema import Manifest
+from mclstexp.errors import ModelError
+from mclstexp.inference.bank import Bank
+from mclstexp.model.towers import TwoTowers
+from mclstexp.training.checkpoint import plain_tensors
+
+MODEL_SCHEMA = 1
+FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
+MPP_TOLERANCE = 0.02
+
+
+class TrainingRecord(BaseModel):
+    """What the version was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    manifest_digest: str
+    protocol: str
+    sections: tuple[str, ...]
+    patients: tuple[str, ...]
+    validation_sections: tuple[str, ...]
+    test_sections: tuple[str, ...]
+    epochs: int
+
+
+class _ModelFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int
+    config: dict[str, object]
+    panel: str
+    tile_size_px: int
+    mpp: float
+    num_positions: int
+    training: TrainingRecord
+
+
+class ModelVersion:
+    """A trained model with its bank, panel, normalisers and tile geometry."""
+
+    def __init__(
+        self,
+        config: Config,
+        panel: GenePanel,
+        geometry: tuple[int, float],
+        num_positions: int,
+        training: TrainingRecord,
+        weights: dict[str, torch.Tensor],
+        bank: Bank,
+    ) -> None:
+        self.config, self.panel, self.training, self.bank = config, panel, training, bank
+        self.tile_size_px, self.mpp = geometry
+        self.num_positions = num_positions
+        self.weights = weights
+        self.digest = ""
+        """12 hex digits that name the version's content; empty until it was saved or loaded."""
+
+    def towers(self) -> TwoTowers:
+        """Returns the two towers with the version's weights, in evaluation mode on the CPU."""
+        settings = self.config.model.model_copy(update={"image_weights": "random"})
+        model = TwoTowers(settings, len(self.panel), self.num_positions, self.tile_size_px)
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the version into an existing empty local folder."""
+        folder = Path(folder)
+        record = _ModelFile(
+            schema_version=MODEL_SCHEMA,
+            config=self.config.model_dump(mode="json"),
+            panel=self.panel.to_json(),
+            tile_size_px=self.tile_size_px,
+            mpp=self.mpp,
+            num_positions=self.num_positions,
+            training=self.training,
+        )
+        (folder / MODEL).write_text(record.model_dump_json(indent=1))
+        save_file(plain_tensors(self.weights), folder / WEIGHTS)
+        self.bank.save(folder)
+        files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        (folder / FILES).write_text(json.dumps(files, indent=1))
+        self.digest = _sha256(folder / FILES)[:12]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ModelVersion":
+        """Returns the version that `save` wrote.
+
+        Raises:
+            ModelError: a file is missing or was edited, or the version is of another schema.
+        """
+        folder = Path(folder)
+        _verify(folder)
+        try:
+            record = _ModelFile.model_validate_json((folder / MODEL).read_text())
+            weights, bank = load_file(folder / WEIGHTS), Bank.load(folder)
+        except (ValidationError, SafetensorError, OSError, KeyError) as error:
+            raise ModelError(f"{folder} is no model version that this code reads: {error}") from error
+        if record.schema_version != MODEL_SCHEMA:
+            raise ModelError(f"{folder} has model schema {record.schema_version}, this code reads {MODEL_SCHEMA}")
+        panel, config = GenePanel.from_json(record.panel), config_from(record.config, str(folder))
+        geometry = (record.tile_size_px, record.mpp)
+        version = cls(config, panel, geometry, record.num_positions, record.training, weights, bank)
+        version.digest = _sha256(folder / FILES)[:12]
+        return version
+
+    def require_table(self, manifest: Manifest) -> None:
+        """Checks that a tile table was cut as the model's tiles were.
+
+        Raises:
+            ModelError: tile size or resolution differ; names both values.
+        """
+        if manifest.tile_size_px != self.tile_size_px:
+            raise ModelError(
+                f"the model takes tiles of {self.tile_size_px} px, the table has {manifest.tile_size_px} px; prepare "
+                f"it with --tiles.size_px {self.tile_size_px}"
+            )
+        if abs(manifest.mpp / self.mpp - 1) > MPP_TOLERANCE:
+            raise ModelError(
+                f"the model takes tiles of {self.mpp:.4g} um/px, the table has {manifest.mpp:.4g}; prepare it with "
+                f"--tiles.mpp {self.mpp:.4g}"
+            )
+
+
+def _verify(folder: Path) -> None:
+    try:
+        files = json.loads((folder / FILES).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{folder} is no model version: {FILES} cannot be read ({error})") from error
+    for name, checksum in files.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise ModelError(f"the model version {folder} is incomplete: {name} is missing; fetch it again")
+        if _sha256(path) != checksum:
+            raise ModelError(f"{name} of the model version {folder} was changed after it was saved; fetch it again")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

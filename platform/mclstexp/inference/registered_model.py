@@ -1,0 +1,37 @@
+"""The registered version for users of MLflow's own means: a pyfunc from code that unpickles nothing of ours.
+
+`mlflow.pyfunc.load_model("models:/NAME@champion").predict(frame)` takes a column `image` of encoded tiles (JPEG or
+PNG, at the model's size and resolution) and returns one column a panel gene, in the model's target unit.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from mclstexp.data.images import decode_tile
+from mclstexp.inference.embed import network_of
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.retrieval import retrieve
+
+BATCH = 128
+
+
+class RegisteredModel(PythonModel):
+    """Encoded tiles to predicted expression."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Loads weights and bank from the version's folder."""
+        self._version = ModelVersion.load(context.artifacts["version"])
+        self._embed = network_of(self._version).build(torch.device("cpu"))
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> pd.DataFrame:
+        """Returns predicted expression, one row a tile, one column a gene."""
+        tiles = np.stack([decode_tile(data) for data in model_input["image"]])
+        queries = [self._embed(tiles[start : start + BATCH]) for start in range(0, len(tiles), BATCH)]
+        found = retrieve(np.concatenate(queries), self._version.bank, self._version.config.retrieval)
+        return pd.DataFrame(found.prediction, columns=self._version.panel.names())
+
+
+set_model(RegisteredModel())

@@ -1,0 +1,146 @@
+"""What `storage` needs of S3, through boto3: exact request counts, own deadlines and retries, conditional puts.
+
+Every function takes `s3://bucket/key`. Endpoint, region and credentials come from the standard AWS environment
+variables of the process that calls; nothing of them is pickled.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config as BotoConfig
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+
+from mclstexp.errors import ConflictError, StorageError
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
+
+_MISSING = {"404", "NoSuchKey", "NotFound"}
+_LOST_RACE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+_REQUEST_TRIES = 6
+_BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
+_BODY_WAIT_S = 0.5  # doubles with each try
+
+
+def client() -> "BaseClient":
+    """Returns this process's S3 client."""
+    return _client_of(os.getpid())
+
+
+def region() -> str:
+    """Returns the region that the environment names."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
+def get(uri: str, start: int, length: int | None) -> bytes:
+    """Returns an object's bytes, or up to `length` of them from `start`; a body that breaks off is asked for again."""
+    span = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
+    with _errors("read", uri):
+        for attempt in range(_BODY_TRIES):
+            try:
+                return bytes(client().get_object(**_address(uri), **span)["Body"].read())
+            except (HTTPClientError, IncompleteReadError):
+                if attempt == _BODY_TRIES - 1:
+                    raise
+                time.sleep(_BODY_WAIT_S * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def head(uri: str) -> tuple[int, str]:
+    """Returns an object's length and ETag."""
+    with _errors("look up", uri):
+        answer = client().head_object(**_address(uri))
+    return int(answer["ContentLength"]), str(answer["ETag"])
+
+
+def put(uri: str, data: bytes) -> None:
+    """Writes an object."""
+    with _errors("write", uri):
+        client().put_object(**_address(uri), Body=data)
+
+
+def exchange(uri: str, data: bytes, previous: str | None) -> None:
+    """Writes an object only if its ETag is still `previous` (None: must not exist yet).
+
+    Raises:
+        ConflictError: it is not; nothing was written.
+    """
+    condition = {"IfNoneMatch": "*"} if previous is None else {"IfMatch": previous}
+    with _errors("publish", uri):
+        try:
+            client().put_object(**_address(uri), Body=data, **condition)
+        except ClientError as error:
+            if _code(error) not in _LOST_RACE | _MISSING:
+                raise
+            # A put that boto repeated after a lost answer meets its own first try.
+            if not _holds(uri, data):
+                raise ConflictError(uri) from error
+
+
+def upload(local: str, uri: str) -> None:
+    """Copies a local file to an object, in parts where it is large."""
+    with _errors("upload", uri):
+        client().upload_file(local, *_address(uri).values())
+
+
+def download(uri: str, local: str) -> None:
+    """Copies an object to a local file."""
+    with _errors("download", uri):
+        client().download_file(*_address(uri).values(), local)
+
+
+def list_keys(uri: str) -> list[str]:
+    """Returns the URIs of all objects under `uri`."""
+    bucket, _, prefix = uri[5:].partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    with _errors("list", uri):
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())]
+
+
+def delete(uri: str) -> None:
+    """Removes an object; nothing happens where there is none."""
+    with _errors("delete", uri):
+        client().delete_object(**_address(uri))
+
+
+@cache
+def _client_of(process: int) -> "BaseClient":
+    retries = {"mode": "standard", "max_attempts": _REQUEST_TRIES}
+    config = BotoConfig(connect_timeout=10, read_timeout=60, retries=retries)
+    return boto3.client("s3", region_name=region(), config=config)
+
+
+def _address(uri: str) -> dict[str, str]:
+    bucket, _, key = uri[5:].partition("/")
+    return {"Bucket": bucket, "Key": key}
+
+
+def _holds(uri: str, data: bytes) -> bool:
+    try:
+        return get(uri, 0, None) == data
+    except FileNotFoundError:
+        return False
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def _errors(action: str, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        if _code(error) in _MISSING:
+            raise FileNotFoundError(uri) from error
+        answer = f"the store answered {_code(error)}"
+        raise StorageError(f"cannot {action} {uri}: {answer}; check credentials and bucket") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(f"cannot {action} {uri}: {error}; check storage.endpoint_url and credentials") from error

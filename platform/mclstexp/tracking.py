@@ -1,0 +1,225 @@
+"""Everything that talks to MLflow: runs, metrics, artifacts, and the registry of model versions.
+
+Only the driver calls it. Metrics go through a thread, so that a slow or dead server holds up no training; the
+tracking URI is always the configured one, never MLflow's global state.
+"""
+
+import logging
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, Schema
+
+from mclstexp import storage
+from mclstexp.config import Config, TrackingConfig, leaf_fields
+from mclstexp.errors import ModelError, UserError
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+CHAMPION = "champion"
+FLUSH_S = 30.0
+_PACKAGE = Path(__file__).parent
+_MODEL_CODE = _PACKAGE / "inference" / "registered_model.py"
+log = logging.getLogger(__name__)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+
+
+def start_run(config: Config, name: str, tags: dict[str, str]) -> str:
+    """Starts an MLflow run with all settings as parameters and returns its id.
+
+    Raises:
+        UserError: the tracking server cannot be reached.
+    """
+    client = _client(config.tracking)
+    try:
+        run = client.create_run(_experiment(client, config.tracking), run_name=name, tags=tags)
+        tree = config.model_dump(mode="json")
+        params = [Param(key, str(tree[key.partition(".")[0]][key.partition(".")[2]])) for key in leaf_fields()]
+        client.log_batch(run.info.run_id, params=params)
+    except MlflowException as error:
+        raise UserError(f"tracking.uri={config.tracking.uri} cannot be used: {error}") from error
+    return str(run.info.run_id)
+
+
+def finish_run(config: TrackingConfig, run_id: str) -> None:
+    """Marks a run as finished."""
+    _client(config).set_terminated(run_id)
+
+
+def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_path: str) -> None:
+    """Uploads a local folder's files to a run."""
+    _client(config).log_artifacts(run_id, folder, artifact_path)
+
+
+class MetricLog:
+    """Sends metrics in the background; what cannot be delivered is counted, never waited for in training."""
+
+    def __init__(self, config: TrackingConfig, run_id: str) -> None:
+        self._client, self._run_id = _client(config), run_id
+        self._waiting: queue.Queue[list[Metric] | None] = queue.Queue()
+        self._lost = 0
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of a step."""
+        now = int(time.time() * 1000)
+        self._waiting.put([Metric(name, float(value), now, step) for name, value in metrics.items()])
+
+    def close(self) -> None:
+        """Waits up to half a minute for what is under way and warns of what was lost."""
+        self._waiting.put(None)
+        self._thread.join(FLUSH_S)
+        lost = self._lost + (self._waiting.qsize() if self._thread.is_alive() else 0)
+        if lost:
+            log.warning("%d metric record(s) did not reach MLflow; training is not affected", lost)
+
+    def _send(self) -> None:
+        while (metrics := self._waiting.get()) is not None:
+            try:
+                self._client.log_batch(self._run_id, metrics=metrics)
+            except MlflowException:
+                self._lost += 1
+
+
+def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[str, str]) -> str:
+    """Registers a model folder as a new version of `model_name` and returns the version's number.
+
+    A run has one version however often this is called. The first version of a name becomes `champion`.
+    """
+    client, name = _client(config), config.model_name
+    try:
+        known = client.search_model_versions(f"name = '{name}'")
+        for version in known:
+            if version.run_id == run_id:
+                return str(version.version)
+        _create_name(client, name)
+        source = _upload(client, run_id, model_folder)
+        version = client.create_model_version(name, source, run_id, tags=tags)
+        if not known:
+            client.set_registered_model_alias(name, CHAMPION, version.version)
+    except MlflowException as error:
+        raise UserError(f"cannot register {name} at tracking.uri={config.uri}: {error}") from error
+    return str(version.version)
+
+
+def tag_version(config: TrackingConfig, model_uri: str, tags: dict[str, str]) -> str | None:
+    """Sets tags on a registered version and returns its run's id; None where the URI is a folder."""
+    if not model_uri.startswith("models:/"):
+        return None
+    client, version = _client(config), _find(config, model_uri)
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
+    return str(version.run_id)
+
+
+def fetch_model(config: TrackingConfig, model_uri: str, scratch: str) -> str:
+    """Returns a local folder with a model version's files.
+
+    Args:
+        config: where the registry is.
+        model_uri: models:/NAME@ALIAS, models:/NAME/VERSION, or a local folder.
+        scratch: an existing local folder for what is downloaded.
+
+    Raises:
+        ModelError: there is no such model, version or alias; lists what there is.
+    """
+    if not model_uri.startswith("models:/"):
+        if storage.is_s3(model_uri):
+            return _download_folder(model_uri, scratch)
+        return storage.absolute(model_uri)
+    version = _find(config, model_uri)
+    source = _client(config).get_model_version_download_uri(version.name, version.version)
+    folder = mlflow.artifacts.download_artifacts(
+        artifact_uri=f"{source}/artifacts/version", dst_path=scratch, tracking_uri=config.uri
+    )
+    return str(folder)
+
+
+def _client(config: TrackingConfig) -> MlflowClient:
+    if config.uri.startswith("sqlite:///"):
+        Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=config.uri, registry_uri=config.uri)
+
+
+def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
+    found = client.get_experiment_by_name(config.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    artifacts = config.artifacts and storage.absolute(config.artifacts)
+    if artifacts is None and config.uri.startswith("sqlite:///"):
+        artifacts = str(Path(config.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
+    try:
+        return str(client.create_experiment(config.experiment, artifact_location=artifacts))
+    except MlflowException:  # another driver made it in between
+        return str(client.get_experiment_by_name(config.experiment).experiment_id)
+
+
+def _create_name(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _upload(client: MlflowClient, run_id: str, model_folder: str) -> str:
+    """Stores the folder as a pyfunc from code among the run's artifacts and returns where."""
+    with tempfile.TemporaryDirectory() as scratch:
+        packed, version = f"{scratch}/packed", f"{scratch}/version"
+        shutil.copytree(model_folder, version)  # MLflow keeps an artifact under its folder's name
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Ii]nput example")
+            _save_pyfunc(packed, version)
+        client.log_artifacts(run_id, packed, "model")
+    return f"{client.get_run(run_id).info.artifact_uri}/model"
+
+
+def _save_pyfunc(target: str, version: str) -> None:
+    mlflow.pyfunc.save_model(
+        target,
+        python_model=str(_MODEL_CODE),
+        artifacts={"version": version},
+        signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")])),
+        code_paths=[str(_PACKAGE)],
+        pip_requirements=["torch", "torchvision", "safetensors", "simplejpeg", "pyarrow", "pydantic", "ray[data]"],
+    )
+
+
+def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_registry.ModelVersion:
+    client, path = _client(config), model_uri.removeprefix("models:/")
+    name, at, alias = path.partition("@")
+    try:
+        if at:
+            return client.get_model_version_by_alias(name, alias)
+        name, _, number = path.partition("/")
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        raise ModelError(f"there is no {model_uri} at tracking.uri={config.uri}; {_existing(client, name)}") from error
+
+
+def _existing(client: MlflowClient, name: str) -> str:
+    versions = client.search_model_versions(f"name = '{name}'")
+    if versions:
+        numbers = ", ".join(sorted((str(version.version) for version in versions), key=int))
+        return f"{name} has the versions {numbers}"
+    names = [model.name for model in client.search_registered_models()]
+    return f"there are the models {', '.join(names)}" if names else "no model is registered there; train one first"
+
+
+def _download_folder(uri: str, scratch: str) -> str:
+    for file in storage.list_files(uri):
+        storage.download(file, Path(scratch, file.rsplit("/", 1)[1]))
+    return scratch

@@ -1,0 +1,99 @@
+"""From a run's last checkpoint to a model version: bank, retrieval settings, and everything in one folder."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from safetensors.torch import load_file
+
+from mclstexp import storage
+from mclstexp.config import RetrievalConfig
+from mclstexp.inference.bank import Bank, build_bank
+from mclstexp.inference.embed import embed_sections, network_of
+from mclstexp.inference.model_version import FILES, ModelVersion, TrainingRecord
+from mclstexp.inference.retrieval import choose, resolve
+from mclstexp.model.towers import TwoTowers
+from mclstexp.training.checkpoint import WEIGHTS
+from mclstexp.training.trainer import Run, num_positions
+
+FOLDER = "model"
+
+
+def model_uri(run: Run) -> str:
+    """Returns where a run's model version lies."""
+    return storage.join(run.uri, FOLDER)
+
+
+def is_finished(run: Run) -> bool:
+    """Tells whether the run's model version was published."""
+    return storage.exists(storage.join(model_uri(run), FILES))
+
+
+def finish(run: Run, checkpoint_uri: str) -> None:
+    """Builds the bank, settles the retrieval on the validation patients and publishes the version under the run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        weights_file = Path(scratch, WEIGHTS)
+        storage.download(storage.join(checkpoint_uri, WEIGHTS), weights_file)
+        version = _version(run, load_file(weights_file))
+        folder = Path(scratch, FOLDER)
+        folder.mkdir()
+        version.save(folder)
+        files = sorted(folder.iterdir(), key=lambda path: path.name == FILES)  # the list of files last
+        for path in files:
+            storage.upload(path, storage.join(model_uri(run), path.name))
+
+
+def _version(run: Run, weights: dict[str, torch.Tensor]) -> ModelVersion:
+    config, manifest = run.config, run.manifest
+    towers = TwoTowers(
+        config.model.model_copy(update={"image_weights": "random"}),
+        len(run.panel),
+        num_positions(config, manifest),
+        manifest.tile_size_px,
+    ).eval()
+    towers.load_state_dict(weights)
+    bank = _bank(run, towers)
+    version = ModelVersion(
+        config=config,
+        panel=run.panel,
+        geometry=(manifest.tile_size_px, manifest.mpp),
+        num_positions=num_positions(config, manifest),
+        training=_record(run),
+        weights=weights,
+        bank=bank,
+    )
+    settled = _retrieval(run, version)
+    version.config = config.model_copy(update={"retrieval": settled})
+    return version
+
+
+def _bank(run: Run, towers: TwoTowers) -> Bank:
+    with Progress() as bar:
+        task = bar.add_task("bank: sections", total=len(run.split.train))
+        random_spots = run.config.train.batching == "random_spots"
+        return build_bank(towers, run.reader, run.split.train, random_spots, lambda: bar.advance(task))
+
+
+def _retrieval(run: Run, version: ModelVersion) -> RetrievalConfig:
+    """Returns the retrieval's settings, chosen on validation patients where the configuration leaves them open."""
+    names, config = run.split.validation, run.config.retrieval
+    if not names or (config.k and (config.temperature or config.weighting == "inverse_square")):
+        return resolve(config, len(version.bank))
+    embedded = embed_sections(run.reader.root, run.manifest, names, network_of(version), lambda spots: None)
+    queries = np.concatenate([arrays["embedding"] for _, arrays in embedded])
+    truth = np.concatenate([run.reader.read_section(name)["payload"] for name in names])
+    return choose(queries, truth, version.bank, config)
+
+
+def _record(run: Run) -> TrainingRecord:
+    return TrainingRecord(
+        manifest_digest=run.manifest.digest(),
+        protocol=run.config.split.protocol,
+        sections=run.split.train,
+        patients=tuple(sorted({run.manifest.section(name).patient_id for name in run.split.train})),
+        validation_sections=run.split.validation,
+        test_sections=run.split.test,
+        epochs=run.config.train.epochs,
+    )
