@@ -5,6 +5,7 @@ driven by the pydantic fields themselves, so that a setting and its help are wri
 """
 
 import argparse
+import os
 import sys
 import types
 import typing
@@ -30,7 +31,7 @@ class Argument:
 def parse(
     purpose: str, example: str, arguments: Sequence[Argument], sections: Sequence[str], argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, Config]:
-    """Returns the job's arguments (with `dry_run`) and the resolved configuration.
+    """Returns the job's arguments (with `dry_run`) and the resolved configuration, and applies its storage block.
 
     Args:
         purpose: what the job does, for --help.
@@ -49,7 +50,9 @@ def parse(
         valid = [argument.name for argument in arguments] + ["config", "dry-run", *settings]
         raise ConfigError(unknown_setting(unknown[0].lstrip("-").partition("=")[0], valid, "the command line"))
     given = {name: _value(name, text) for name, text in vars(known).items() if "." in name and text is not None}
-    return known, override(load_config(known.config), given, "the command line")
+    config = override(load_config(known.config), given, "the command line")
+    os.environ.update(config.storage.environment())
+    return known, config
 
 
 def run(job: Callable[[], None]) -> None:

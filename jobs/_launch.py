@@ -21,10 +21,9 @@ def connect(config: Config) -> None:
     """Joins the cluster that the environment names (as under `ray job submit`), or starts Ray on this machine."""
     import ray
 
-    from mclstexp import resources, storage
+    from mclstexp import resources
 
-    settings = storage.environment(config.storage)
-    os.environ.update(settings)
-    runtime_env = {"py_modules": [str(ROOT / package) for package in PACKAGES], "env_vars": settings}
+    modules = [str(ROOT / package) for package in PACKAGES]
+    runtime_env = {"py_modules": modules, "env_vars": config.storage.environment()}
     local = {} if "RAY_ADDRESS" in os.environ else resources.local_ray(config)
-    ray.init(runtime_env=runtime_env, configure_logging=False, **local)
+    ray.init(runtime_env=runtime_env, log_to_driver=False, configure_logging=False, **local)

@@ -35,6 +35,16 @@ class StorageConfig(Section):
     shared_paths: bool = False
     """Whether all nodes see the same local paths (a shared file system)."""
 
+    def environment(self) -> dict[str, str]:
+        """Returns the block as AWS environment variables (no secrets), for the driver and all workers."""
+        values = {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_REGION": self.region,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_PROFILE": self.profile,
+        }
+        return {name: value for name, value in values.items() if value}
+
 
 class ClusterConfig(Section):
     """What Ray may use."""

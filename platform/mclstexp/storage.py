@@ -3,7 +3,7 @@
 Both kinds promise the same: readers see whole objects or nothing, byte ranges cost one request, and `publish`
 keeps two writers apart. `filesystem` hands the same place to libraries that want a `pyarrow.fs`, which lacks
 conditional puts. Endpoint, region and credentials come from the standard AWS environment variables, so nothing
-secret is ever pickled or printed; `environment` turns the config block into those variables.
+secret is ever pickled or printed; `StorageConfig.environment` turns the config block into those variables.
 """
 
 import fcntl
@@ -19,19 +19,7 @@ from typing import BinaryIO
 import pyarrow.fs
 
 from mclstexp import object_store
-from mclstexp.config import StorageConfig
 from mclstexp.errors import ConflictError, StorageError
-
-
-def environment(config: StorageConfig) -> dict[str, str]:
-    """Returns the config block as AWS environment variables (no secrets), for the driver and all workers."""
-    values = {
-        "AWS_ENDPOINT_URL": config.endpoint_url,
-        "AWS_REGION": config.region,
-        "AWS_DEFAULT_REGION": config.region,
-        "AWS_PROFILE": config.profile,
-    }
-    return {name: value for name, value in values.items() if value}
 
 
 def is_s3(uri: str) -> bool:

@@ -184,10 +184,10 @@ def _most_variable(
     return [int(row) for row in ranked[: config.num_genes]]
 
 
-def _log_normalised(counts: scipy.sparse.csr_matrix, scale: float) -> scipy.sparse.csr_matrix:
+def _log_normalised(counts: scipy.sparse.csr_array, scale: float) -> scipy.sparse.csr_array:
     totals = np.asarray(counts.sum(axis=1)).ravel()
     factors = np.divide(scale, totals, out=np.zeros_like(totals), where=totals > 0)
-    return scipy.sparse.diags(factors).dot(counts).log1p().tocsr()
+    return scipy.sparse.diags_array(factors).dot(counts).log1p().tocsr()
 
 
 def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:

@@ -7,15 +7,22 @@ executions do not know of each other and each must be given its share of the clu
 """
 
 import logging
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import ray.data
+from ray.data import DataContext, ExecutionResources
+from ray.util.annotations import RayDeprecationWarning
 
 from mclstexp.data.schema import Manifest
 
 Batch = dict[str, np.ndarray]
+MAX_RETRIES = 2
+"""Times that a task or actor is started again after its process died."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,21 @@ def pad(spots: Batch, length: int) -> Batch:
     return padded | {"mask": np.arange(length)[None] < num_spots}
 
 
+@contextmanager
+def ordered(limits: ExecutionResources | None = None) -> Iterator[None]:
+    """Datasets made inside keep their order, stay within `limits` and draw no progress bars of their own."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    if limits is not None:
+        context.execution_options.resource_limits = limits
+    with DataContext.current(context), warnings.catch_warnings():
+        # Bounded retries of a process that dies have no other way in than the deprecated one (default: for ever).
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        yield
+
+
 def stream(
     rows: list[dict[str, object]], load: Callable[[dict[str, np.ndarray]], Batch], batch_size: int, share: StreamShare
 ) -> Iterator[Batch]:
@@ -127,24 +149,14 @@ def stream(
 
     The one place that chooses how a rank is fed (see `docs/decisions.md`): a Ray Dataset of its own over its slice.
     """
-    import ray.data
-    from ray.data import DataContext, ExecutionResources
-
     if not rows:
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
-        cpu=share.cpus, object_store_memory=share.object_store_bytes
-    )
-    with DataContext.current(context):
+    with ordered(ExecutionResources.for_limits(cpu=share.cpus, object_store_memory=share.object_store_bytes)):
         dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // batch_size)).map_batches(
             load,
             batch_size=1,
             num_cpus=1,
-            max_retries=2,
+            max_retries=MAX_RETRIES,
             label_selector={"pool": share.pool} if share.pool else None,
         )
     yield from dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)

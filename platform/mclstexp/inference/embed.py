@@ -4,19 +4,18 @@ Sections come back one after the other in the order asked for, so that a caller 
 under way and memory does not grow with the cohort.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import ray
 import torch
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
 from mclstexp.config import ModelConfig
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import decode_tiles
-from mclstexp.data.stream import Batch, pad
+from mclstexp.data.stream import MAX_RETRIES, Batch, ordered, pad
 from mclstexp.data.table import read_sentence
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.heads import ProjectionHead
@@ -85,18 +84,14 @@ def embed_sections(
 
 
 def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
     resources = ray.cluster_resources()
     num_gpus = int(resources.get("GPU", 0))
     actors = num_gpus or max(1, int(resources["CPU"]) // 2)
     rows = [{"section_id": name, "group": group} for name, group in places]
-    with DataContext.current(context):
+    with ordered():
         dataset = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(_Read(root, manifest), batch_size=1, num_cpus=1, max_retries=2)
+            .map_batches(_Read(root, manifest), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
             .map_batches(
                 _Embed,
                 fn_constructor_args=(ray.put(network),),
@@ -104,8 +99,8 @@ def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], netw
                 compute=ActorPoolStrategy(size=min(actors, len(rows))),
                 num_gpus=1 if num_gpus else None,
                 num_cpus=None if num_gpus else 1,
-                max_restarts=2,
-                max_task_retries=2,
+                max_restarts=MAX_RETRIES,
+                max_task_retries=MAX_RETRIES,
             )
         )
     yield from dataset.iter_batches(batch_size=1, batch_format="numpy")
