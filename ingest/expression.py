@@ -1,0 +1,139 @@
+"""What a reader hands on: spots with raw counts and pixel positions, their genes, and who was left out and why.
+
+Counts are checked here once for all readers; a value that is no count stops the section, because whatever made it
+(a logarithm, a scaling, a broken export) has touched its neighbours as well.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from mclstexp.errors import SourceError
+
+MAX_ARRAY = 65_535
+"""Largest array row or column."""
+_MAX_COUNT = 2**31 - 1
+_LOGGED_BELOW = 20.0  # log1p of five hundred million
+_MOST_NAMED = 5
+
+
+class Gene(NamedTuple):
+    """A gene as `mclstexp.data.schema` names it; symbol or ensembl_id may be empty."""
+
+    gene_id: str
+    symbol: str
+    ensembl_id: str
+
+
+class Reject(NamedTuple):
+    """A spot that gets no tile; its position is NaN where the source has none."""
+
+    spot_id: str
+    x_px: float
+    y_px: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Places on a slide, n of them in the same order in every field."""
+
+    spot_id: np.ndarray
+    """object (n,) of str."""
+    x_px: np.ndarray
+    """Centre in level-0 pixels, float64 (n,)."""
+    y_px: np.ndarray
+    array_row: np.ndarray
+    """float64 (n,), whole numbers; NaN where there is no array."""
+    array_col: np.ndarray
+    counts: csr_array | None = None
+    """Raw counts, int32 (n, genes); None on an H&E-only slide."""
+
+    def __len__(self) -> int:
+        return len(self.spot_id)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Returns the spots of the given rows (indices or mask)."""
+        names = ("spot_id", "x_px", "y_px", "array_row", "array_col")
+        taken = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, **taken, counts=None if self.counts is None else self.counts[rows])
+
+    def rejects(self, rows: np.ndarray, reason: str) -> list[Reject]:
+        """Returns the spots of the given rows as rejects."""
+        places = zip(self.spot_id[rows], self.x_px[rows].tolist(), self.y_px[rows].tolist(), strict=True)
+        return [Reject(str(spot_id), x, y, reason) for spot_id, x, y in places]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A measured section: its usable spots and the rest."""
+
+    spots: Spots
+    genes: tuple[Gene, ...]
+    """Columns of `spots.counts`."""
+    rejected: tuple[Reject, ...]
+
+
+def checked_counts(values: csr_array, spot_ids: list[str], genes: tuple[Gene, ...]) -> csr_array:
+    """Returns values (spots, genes) as int32 counts, canonical and without stored zeros.
+
+    Raises:
+        SourceError: a value is NaN, infinite, negative, fractional or above 2^31 - 1; names spot and gene.
+    """
+    counts = csr_array(values)
+    counts.sum_duplicates()
+    data = counts.data
+    with np.errstate(invalid="ignore"):
+        wrong = ~((data >= 0) & (data <= _MAX_COUNT) & (data == np.rint(data)))
+    if wrong.any():
+        place = int(wrong.argmax())
+        spot = spot_ids[int(np.searchsorted(counts.indptr, place, side="right")) - 1]
+        gene = genes[counts.indices[place]].gene_id
+        hint = "; the values look normalised or log-transformed" if np.nanmax(data) < _LOGGED_BELOW else ""
+        raise SourceError(f"gene {gene} of spot {spot} has the value {data[place]}, which is no raw count{hint}")
+    counts = counts.astype(np.int32)
+    counts.eliminate_zeros()
+    return counts
+
+
+def require_unique(names: list[str], what: str) -> None:
+    """Refuses repeated names.
+
+    Raises:
+        SourceError: names the repeated ones.
+    """
+    seen: set[str] = set()
+    repeated = sorted({name for name in names if name in seen or seen.add(name)})
+    if repeated:
+        more = f" and {len(repeated) - _MOST_NAMED} more" if len(repeated) > _MOST_NAMED else ""
+        raise SourceError(
+            f"{what} appears more than once: {', '.join(repeated[:_MOST_NAMED])}{more}; merge or drop them"
+        )
+
+
+def require_places(spots: Spots) -> None:
+    """Refuses positions that no slide has.
+
+    Raises:
+        SourceError: a pixel position is not finite, or an array place is negative or above `MAX_ARRAY`; names the spot.
+    """
+    place = np.stack([spots.array_row, spots.array_col])
+    faults = {
+        "pixel position": ~np.isfinite(spots.x_px + spots.y_px),
+        f"array place (allowed 0 to {MAX_ARRAY})": ((place < 0) | (place > MAX_ARRAY)).any(axis=0),
+    }
+    for what, wrong in faults.items():
+        if wrong.any():
+            i = int(wrong.argmax())
+            got = (spots.x_px[i], spots.y_px[i]) if what == "pixel position" else tuple(place[:, i])
+            raise SourceError(f"spot {spots.spot_id[i]} has the {what} {tuple(map(float, got))}")
+
+
+def split_usable(spots: Spots, selected: np.ndarray) -> tuple[Spots, list[Reject]]:
+    """Returns the spots that are selected, bool (n,), and have counts, and the others as rejects."""
+    assert spots.counts is not None, "only measured spots are selected"
+    empty = spots.counts.sum(axis=1) == 0
+    rejected = spots.rejects(~selected, "not_selected") + spots.rejects(selected & empty, "no_counts")
+    return spots.take(selected & ~empty), rejected

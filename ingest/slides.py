@@ -1,0 +1,241 @@
+"""One interface over whole-slide pyramids (OpenSlide) and plain JPEG, PNG and TIFF images.
+
+A pyramid is read region by region from its best level; a plain image has no regions and is decoded whole, which
+`MAX_PLAIN_PX` bounds. Colours are taken as stored: embedded ICC profiles are not applied.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from mclstexp.errors import SourceError
+
+MAX_PLAIN_PX = 2**30
+"""Most pixels of a plain image; decoded it takes 4 bytes each."""
+PLAIN_BYTES_PER_PX = 4
+_MAX_SLIDE_EDGE_PX = 2**22
+_MAX_REGION_PX = 4096  # edge of what is read from a level at once
+_PLAUSIBLE_MPP = (0.05, 20.0)  # of a plain image's resolution tag; 72 dpi would be 353
+_AGREEING = 1.02  # ratio up to which resolutions count as equal
+_OPAQUE = 255
+_ORIENTATION_TAG = 0x0112
+
+
+class _Levels(Protocol):
+    """Pixels at several resolutions; level 0 is the finest."""
+
+    downsamples: tuple[float, ...]
+    dimensions: tuple[tuple[int, int], ...]
+    mpp: float | None
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
+        """Returns a region in the level's pixels (RGB, or RGBA where some may miss), and its exact left and top."""
+
+    def close(self) -> None:
+        """Frees the file."""
+
+
+class Slide:
+    """An open slide. Coordinates are level-0 pixels, x to the right and y down; use it as a context manager."""
+
+    def __init__(self, levels: _Levels, name: str) -> None:
+        self._levels = levels
+        self._name = name
+        self.width, self.height = levels.dimensions[0]
+        self.mpp = levels.mpp
+        """Micrometres per level-0 pixel as the file says, or None."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._levels.close()
+
+    def read_tile(self, left: float, top: float, size_px: int, scale: float) -> np.ndarray | None:
+        """Returns the tile that begins at (left, top) and covers size_px * scale level-0 pixels along each edge.
+
+        With scale 1 and whole coordinates it is the exact crop; else it is resampled from the best level by
+        area-weighted linear interpolation. uint8 (size_px, size_px, 3); None where the slide has no pixels.
+
+        Raises:
+            SourceError: the file is damaged there.
+        """
+        image, complete = self._read_box(left, top, scale, size_px, size_px)
+        return np.asarray(image) if complete else None
+
+    def thumbnail(self, scale: float) -> np.ndarray:
+        """Returns the slide shrunk by `scale`, uint8 (height, width, 3), white where it has no pixels.
+
+        Raises:
+            SourceError: the file is damaged.
+        """
+        width, height = (max(1, int(edge / scale)) for edge in (self.width, self.height))
+        return np.asarray(self._read_box(0.0, 0.0, scale, width, height)[0])
+
+    def _read_box(self, left: float, top: float, scale: float, width: int, height: int) -> tuple[Image.Image, bool]:
+        """Returns width x height pixels of edge `scale`, read in bounded parts, and whether all of them are there."""
+        level = max(i for i, down in enumerate(self._levels.downsamples) if i == 0 or down <= scale * _AGREEING)
+        step = max(1, int(_MAX_REGION_PX * self._levels.downsamples[level] / scale))
+        whole, complete = Image.new("RGB", (width, height)), True
+        for y in range(0, height, step):
+            for x in range(0, width, step):
+                size = min(step, width - x), min(step, height - y)
+                part, there = self._read_part(level, left + x * scale, top + y * scale, scale, size)
+                whole.paste(part, (x, y))
+                complete &= there
+        return whole, complete
+
+    def _read_part(
+        self, level: int, left: float, top: float, scale: float, size: tuple[int, int]
+    ) -> tuple[Image.Image, bool]:
+        down = self._levels.downsamples[level]
+        box = np.array([left, top, left + size[0] * scale, top + size[1] * scale]) / down
+        exact = scale == down and np.array_equal(box, np.round(box))
+        margin = 0 if exact else math.ceil(scale / down) + 1
+        edges = np.array(self._levels.dimensions[level])
+        first = np.clip(np.floor(box[:2]).astype(int) - margin, 0, edges)
+        last = np.clip(np.ceil(box[2:]).astype(int) + margin, first + 1, edges)
+        with _named_errors(self._name):
+            region, *origin = self._levels.read(level, *first.tolist(), *(last - first).tolist())
+        image, complete = _on_white(region)
+        if not exact:
+            box = np.clip(box - [*origin, *origin], 0, [*image.size, *image.size])
+            image = image.resize(size, Image.Resampling.BILINEAR, box=tuple(box.tolist()))
+        return image, complete
+
+
+def open_slide(path: str | Path) -> Slide:
+    """Opens a local slide or image; only its header is read.
+
+    Raises:
+        SourceError: it is no image, damaged, too large, of an unsupported kind, or contradicts itself.
+    """
+    name = Path(path).name
+    with _named_errors(name):
+        pyramid = openslide.OpenSlide.detect_format(path) is not None
+        return Slide(_Pyramid(str(path)) if pyramid else _Plain(str(path)), name)
+
+
+class _Pyramid:
+    """Levels of a file that OpenSlide reads."""
+
+    def __init__(self, path: str) -> None:
+        self._slide = openslide.OpenSlide(path)
+        self.dimensions = self._slide.level_dimensions
+        self.downsamples = self._slide.level_downsamples
+        if max(self.dimensions[0]) > _MAX_SLIDE_EDGE_PX:
+            raise SourceError(f"it claims {self.dimensions[0]} px, allowed are {_MAX_SLIDE_EDGE_PX} along an edge")
+        properties = self._slide.properties
+        names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+        self.mpp = _common_mpp([float(properties[name]) for name in names if name in properties])
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
+        down = self.downsamples[level]
+        x, y = round(left * down), round(top * down)
+        return self._slide.read_region((x, y), level, (width, height)), x / down, y / down
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+class _Plain:
+    """The one level of a JPEG, PNG or TIFF image, decoded at the first read."""
+
+    downsamples = (1.0,)
+
+    def __init__(self, path: str) -> None:
+        with _careful_pillow():
+            self._image = Image.open(path, formats=["JPEG", "PNG", "TIFF"])
+            self.dimensions = (self._image.size,)
+            if math.prod(self._image.size) > MAX_PLAIN_PX:
+                raise SourceError(
+                    f"it has {self._image.width} x {self._image.height} px, allowed are {MAX_PLAIN_PX} in all; "
+                    "convert it to a tiled, pyramidal TIFF"
+                )
+            _require_plain(self._image)
+            dpi = [float(value) for value in self._image.info.get("dpi", ()) if value > 0]
+        mpp = _common_mpp([25400.0 / value for value in dpi])
+        self.mpp = mpp if mpp and _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1] else None
+        self._decoded = False
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
+        if not self._decoded:
+            with _careful_pillow():
+                self._image = _as_rgb(self._image)
+            self._decoded = True
+        return self._image.crop((left, top, left + width, top + height)), left, top
+
+    def close(self) -> None:
+        self._image.close()
+
+
+def _require_plain(image: Image.Image) -> None:
+    if getattr(image, "n_frames", 1) > 1:
+        raise SourceError("it holds several images and OpenSlide does not read it as a pyramid; store one image")
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    if orientation not in (0, 1):
+        raise SourceError(
+            f"its EXIF orientation is {orientation}, so that spot positions are ambiguous; store it upright (1)"
+        )
+    if image.mode not in ("RGB", "RGBA", "P", "YCbCr"):
+        raise SourceError(f"its colour mode is {image.mode}, allowed is 8-bit colour (RGB, opaque RGBA, palette)")
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Decodes an image; palettes become RGB, an opaque alpha channel is dropped."""
+    image.load()
+    if image.mode == "RGBA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < _OPAQUE:
+            raise SourceError("it has transparent pixels, which are no tissue and no background; store it opaque")
+    return image.convert("RGB")
+
+
+def _on_white(region: Image.Image) -> tuple[Image.Image, bool]:
+    """Returns a region as RGB, and whether all of its pixels are there (OpenSlide leaves holes transparent)."""
+    if region.mode == "RGB" or region.getchannel("A").getextrema()[0] == _OPAQUE:
+        return region.convert("RGB"), True
+    white = Image.new("RGBA", region.size, "white")
+    return Image.alpha_composite(white, region).convert("RGB"), False
+
+
+def _common_mpp(values: list[float]) -> float | None:
+    if not values:
+        return None
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise SourceError(f"its resolution is {values} micrometres per pixel; mend the file")
+    if max(values) > _AGREEING * min(values):
+        raise SourceError(f"its pixels are not square: {values} micrometres along x and y")
+    return sum(values) / len(values)
+
+
+@contextmanager
+def _careful_pillow() -> Iterator[None]:
+    """Has Pillow warn as an error, and accept as many pixels as we do."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = MAX_PLAIN_PX
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise SourceError(f"there is no image {name}") from None
+    except (openslide.OpenSlideError, OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+        raise SourceError(f"image {name} cannot be read, it is damaged or no slide: {error}") from error
+    except SourceError as error:
+        raise SourceError(f"image {name}: {error}") from None
