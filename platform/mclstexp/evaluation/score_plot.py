@@ -1,0 +1,47 @@
+"""The score card's picture: correlations over genes by method, and the best genes measured beside predicted."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from mclstexp.evaluation.score_card import ScoreCard
+
+NUM_MAPS = 4
+
+
+def draw(card: "ScoreCard", path: str | Path) -> None:
+    """Writes the picture of a score card as PNG; no display or global state of matplotlib is used."""
+    figure = Figure(figsize=(4 * NUM_MAPS, 11), layout="constrained")
+    grid = figure.add_gridspec(3, NUM_MAPS)
+    _draw_methods(card, figure.add_subplot(grid[0, :]))
+    for column, gene in enumerate(_best_genes(card)):
+        sides = {"measured": card.example.truth[:, gene], "predicted": card.example.prediction[:, gene]}
+        for row, (word, values) in enumerate(sides.items(), start=1):
+            axes = figure.add_subplot(grid[row, column])
+            points = axes.scatter(*card.example.place.T, c=values, s=14, cmap="viridis")
+            axes.set(xticks=[], yticks=[], aspect="equal")
+            axes.set_title(f"{card.genes[gene]}, {word} ({card.example.section_id})")
+            axes.invert_yaxis()
+            figure.colorbar(points, ax=axes, shrink=0.7)
+    figure.savefig(path, dpi=90)
+
+
+def _draw_methods(card: "ScoreCard", axes: Axes) -> None:
+    """Draws each method's correlations over all sections and genes; a method without any is named as such."""
+    defined = card.per_gene.groupby("method", sort=False)["pcc"].apply(lambda pcc: pcc.dropna().to_numpy())
+    labels = [method if len(pcc) else f"{method}\n(undefined)" for method, pcc in defined.items()]
+    axes.boxplot(list(defined), tick_labels=labels, showfliers=False)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set_ylabel("Pearson correlation of a gene")
+    axes.set_title(card.title())
+
+
+def _best_genes(card: "ScoreCard") -> np.ndarray:
+    """Returns the columns of the genes that the model predicts best in the example section."""
+    mine = card.per_gene.query("method == 'model' and section_id == @card.example.section_id")
+    order = np.argsort(-np.nan_to_num(mine["pcc"].to_numpy(), nan=-2.0), kind="stable")
+    return order[:NUM_MAPS]
