@@ -20,15 +20,9 @@ _MAX_FOLDS = 5
 _NUM_BLOCKS = 4  # folds of a lone section: stretches of its curve, so that neighbours mostly stay together
 
 
-def train_mean(target: np.ndarray, num_spots: int) -> np.ndarray:
-    """Returns each gene's mean over the training spots (N, G) for every test spot, float32 (M, G)."""
-    mean = target.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return np.tile(mean, (num_spots, 1))
-
-
-def zeros(num_spots: int, num_genes: int) -> np.ndarray:
-    """Returns zeros, float32 (M, G)."""
-    return np.zeros((num_spots, num_genes), np.float32)
+def constant(values: np.ndarray, num_spots: int) -> np.ndarray:
+    """Returns the same expression (G,), such as the training spots' mean, for every test spot, float32 (M, G)."""
+    return np.tile(values.astype(np.float32), (num_spots, 1))
 
 
 def library_size(totals: np.ndarray, num_genes: int) -> np.ndarray:
