@@ -62,7 +62,9 @@ class Rank:
     def split(self, iterator: ray.data.DataIterator) -> dict[str, object]:
         return self._drain(lambda epoch: iterator.iter_batches(batch_size=STEP, batch_format="numpy"))
 
-    def own(self, index: list[stream.Sentence], rank: int, world_size: int, share: stream.StreamShare) -> dict[str, object]:
+    def own(
+        self, index: list[stream.Sentence], rank: int, world_size: int, share: stream.StreamShare
+    ) -> dict[str, object]:
         def batches(epoch: int) -> Iterator[stream.Batch]:
             order = stream.epoch_order(index, 0, epoch)
             rows = stream.rank_slice(order, STEP * world_size, rank, world_size, epoch)
@@ -99,7 +101,11 @@ def start(mode: str, index: list[stream.Sentence], num_ranks: int, kill: bool) -
         share = stream.StreamShare(1, store, None)
         return ranks, [actor.own.remote(index, rank, num_ranks, share) for rank, actor in enumerate(ranks)]
     rows = stream.rank_slice(index, 1, 0, 1, 0)
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows) // STEP).randomize_block_order().map_batches(load, batch_size=1)
+    dataset = (
+        ray.data.from_items(rows, override_num_blocks=len(rows) // STEP)
+        .randomize_block_order()
+        .map_batches(load, batch_size=1)
+    )
     splits = dataset.streaming_split(num_ranks, equal=True)
     return ranks, [actor.split.remote(part) for actor, part in zip(ranks, splits, strict=True)]
 

@@ -29,7 +29,11 @@ class Argument:
 
 
 def parse(
-    purpose: str, example: str, arguments: Sequence[Argument], sections: Sequence[str], argv: Sequence[str] | None = None
+    purpose: str,
+    example: str,
+    arguments: Sequence[Argument],
+    sections: Sequence[str],
+    argv: Sequence[str] | None = None,
 ) -> tuple[argparse.Namespace, Config]:
     """Returns the job's arguments (with `dry_run`) and the resolved configuration, and applies its storage block.
 
@@ -123,5 +127,3 @@ def _value(name: str, text: str) -> object:
     if text.lower() in ("none", "null") and type(None) in typing.get_args(annotation):
         return None
     return text
-
-

@@ -3,6 +3,7 @@
 
 import _launch  # first: puts the project on the path
 from _cli import Argument, describe, parse, run
+
 from mclstexp.config import Config, override
 
 EXAMPLE = "python jobs/predict.py --model models:/mclstexp@champion --samples slides.csv --out s3://bucket/predictions"

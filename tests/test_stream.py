@@ -47,7 +47,9 @@ def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch() -> None:
     first, again = (stream.epoch_order(SENTENCES, seed=1, epoch=0) for _ in range(2))
     assert first == again
     assert sorted(first, key=repr) == sorted(SENTENCES, key=repr)
-    orders = [tuple(s.sentence_id for s in stream.epoch_order(SENTENCES, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)]
+    orders = [
+        tuple(s.sentence_id for s in stream.epoch_order(SENTENCES, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)
+    ]
     assert len(set(orders)) == 4
 
 

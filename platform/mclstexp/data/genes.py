@@ -140,7 +140,9 @@ def coverage(panel: GenePanel, columns: np.ndarray) -> str:
     return f"the data has {len(panel) - len(missing)} of the panel's {len(panel)} genes{lacks}"
 
 
-def panel_counts(gene_index: pa.ChunkedArray, count: pa.ChunkedArray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def panel_counts(
+    gene_index: pa.ChunkedArray, count: pa.ChunkedArray, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns panel counts, float32 (N, G), and totals over all genes, float64 (N,), of N stored rows.
 
     Args:

@@ -51,7 +51,9 @@ class StreamShare:
     pool: str | None
 
 
-def sentence_index(manifest: Manifest, section_ids: Iterable[str], shuffle_pairs_seed: int | None = None) -> list[Sentence]:
+def sentence_index(
+    manifest: Manifest, section_ids: Iterable[str], shuffle_pairs_seed: int | None = None
+) -> list[Sentence]:
     """Returns the sentences of the given sections in stored order.
 
     With `shuffle_pairs_seed` each sentence's images are paired for good with another sentence's expression.
@@ -83,7 +85,9 @@ def epoch_order(sentences: list[Sentence], seed: int, epoch: int) -> list[Senten
     return [sentences[place] for _, place in sorted(keyed)]
 
 
-def rank_slice(order: list[Sentence], batch_sentences: int, rank: int, world_size: int, epoch: int) -> list[dict[str, object]]:
+def rank_slice(
+    order: list[Sentence], batch_sentences: int, rank: int, world_size: int, epoch: int
+) -> list[dict[str, object]]:
     """Returns one rank's rows of the stream, the same number for every rank.
 
     Global step s takes `batch_sentences` sentences from s * batch_sentences on; each rank takes an equal run of

@@ -43,7 +43,9 @@ class ImageNetwork:
         if self.weights is not None:
             head = ProjectionHead(network.num_features, config.embedding_dim, config.l2_normalise)
             for part, prefix in ((network, "image_tower."), (head, "image_head.")):
-                part.load_state_dict({k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)})
+                part.load_state_dict(
+                    {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
+                )
             network = torch.nn.Sequential(network, head)
         network = network.eval().to(device, memory_format=torch.channels_last)
         bf16 = self.precision == "bf16" or (self.precision == "auto" and native_bf16(device))

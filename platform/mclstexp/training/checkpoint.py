@@ -44,7 +44,9 @@ def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.
         weights, slots = load_file(Path(folder, WEIGHTS)), load_file(Path(folder, OPTIMIZER))
         state = TrainState(**json.loads(Path(folder, STATE).read_text()))
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder} is no complete checkpoint: {error}; delete it to go on from the one before") from error
+        raise RunError(
+            f"{folder} is no complete checkpoint: {error}; delete it to go on from the one before"
+        ) from error
     model.load_state_dict(weights)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
     return state

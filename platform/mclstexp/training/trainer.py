@@ -20,7 +20,7 @@ from mclstexp.data.genes import GenePanel, fit_panel
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.stream import StreamShare
-from mclstexp.errors import ConflictError, RunError, UserError
+from mclstexp.errors import RunError, UserError
 from mclstexp.training.feed import make_feed
 from mclstexp.training.loop import TrainPlan, train_worker
 from mclstexp.training.progress import Metrics, ProgressBoard, followed

@@ -1,0 +1,37 @@
+# Each target makes its own .venv where there is none or where the dependencies changed.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test check fix bench
+.DELETE_ON_ERROR:
+
+# The main job end to end. On real sections: make demo SAMPLES=samples.csv [WEIGHTS=densenet121.pth]
+demo: $(STAMP)
+	$(BIN)/python jobs/demo.py $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+# All tests; those that need a GPU or real data say why they are skipped.
+test: $(STAMP)
+	$(PYTEST) -ra
+
+# What to run before a commit: format, lint, types, fast tests.
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -m "not slow and not gpu and not ray"
+
+fix: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/stream_modes.py
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
