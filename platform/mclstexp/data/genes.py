@@ -121,12 +121,14 @@ def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config:
 def align(panel: GenePanel, genes: pa.Table) -> np.ndarray:
     """Returns the gene-table row of each panel gene, int32 (G,); -1 where the table lacks it.
 
-    A gene is found by its Ensembl id, else by its symbol.
+    A gene is found by its Ensembl id, else by its symbol; one symbol with two different Ensembl ids is two genes.
     """
-    by_ensembl = {name: row for row, name in enumerate(genes["ensembl_id"].to_pylist()) if name}
-    by_symbol = {name: row for row, name in enumerate(genes["symbol"].to_pylist()) if name}
+    symbols, ids = genes["symbol"].to_pylist(), genes["ensembl_id"].to_pylist()
+    by_ensembl = _first_rows(ids, range(len(ids)))
+    by_symbol = _first_rows(symbols, range(len(ids)))
+    by_symbol_alone = _first_rows(symbols, [row for row, name in enumerate(ids) if not name])
     rows = [
-        by_ensembl.get(ensembl, by_symbol.get(symbol, -1)) if ensembl else by_symbol.get(symbol, -1)
+        by_ensembl.get(ensembl, by_symbol_alone.get(symbol, -1)) if ensembl else by_symbol.get(symbol, -1)
         for ensembl, symbol in zip(panel.ensembl_id, panel.symbol, strict=True)
     ]
     return np.array(rows, np.int32)
@@ -167,6 +169,15 @@ def gene_totals(root: str, manifest: Manifest, entry: SectionEntry, columns: np.
     return np.where(columns >= 0, totals[columns], 0.0)
 
 
+def _first_rows(names: list[str], rows: Iterable[int]) -> dict[str, int]:
+    """Returns the first of the given rows that each name stands in; an empty name stands nowhere."""
+    first: dict[str, int] = {}
+    for row in rows:
+        if names[row]:
+            first.setdefault(names[row], row)
+    return first
+
+
 def _most_variable(
     root: str, manifest: Manifest, section_ids: list[str], config: GenesConfig, gene_ids: list[str]
 ) -> list[int]:
@@ -202,4 +213,4 @@ def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
     columns = align(asked, genes)
     if (columns < 0).any() and config.missing == "error":
         raise ConfigError(f"genes.panel={config.panel}: {coverage(asked, columns)}; set genes.missing=drop to go on")
-    return [int(row) for row in columns if row >= 0]
+    return list(dict.fromkeys(int(row) for row in columns if row >= 0))

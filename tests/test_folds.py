@@ -1,0 +1,99 @@
+"""Who trains and who is held out, and every way in which a split would leak."""
+
+import pytest
+
+from mclstexp.config import SplitConfig
+from mclstexp.data.folds import Split, make_split
+from mclstexp.data.schema import Manifest, SectionEntry
+from mclstexp.errors import SplitError
+
+
+def _entry(section_id: str, patient_id: str, measured: bool = True) -> SectionEntry:
+    return SectionEntry(
+        section_id=section_id,
+        patient_id=patient_id,
+        site="",
+        file="",
+        size_bytes=1,
+        sha256="",
+        footer_offset=0,
+        row_groups=(),
+        num_spots=1,
+        measured=measured,
+        max_array=0,
+        source_mpp=1.0,
+        width_px=1,
+        height_px=1,
+        fingerprint="",
+        rejects_file="",
+        rejected={},
+    )
+
+
+ENTRIES = [_entry(f"{patient}{number}", patient) for patient in ("ANNA", "BELA", "CARL") for number in (1, 2)]
+MANIFEST = Manifest(
+    tile_size_px=8,
+    mpp=1.0,
+    sentence_length=2,
+    genes_file="",
+    genes_sha256="",
+    num_genes=1,
+    sections=(*ENTRIES, _entry("SLIDE", "DORA", measured=False)),
+)
+
+
+def _split(**settings: object) -> Split:
+    return make_split(MANIFEST, SplitConfig.model_validate(settings))
+
+
+def test_a_patient_is_held_out_whole() -> None:
+    split = _split(test_patients=("BELA",), validation_patients=("CARL",))
+    assert split == Split(train=("ANNA1", "ANNA2"), validation=("CARL1", "CARL2"), test=("BELA1", "BELA2"))
+
+
+def test_nothing_held_out_trains_on_all_measured_sections() -> None:
+    split = _split()
+    assert split.train == tuple(entry.section_id for entry in ENTRIES)
+    assert split.validation == split.test == ()
+
+
+def test_all_sections_of_a_patient_by_name_are_no_leak() -> None:
+    assert _split(test_sections=("BELA2", "BELA1")) == _split(test_patients=("BELA",))
+
+
+def test_a_trained_sibling_is_refused_under_patient_and_allowed_under_reference() -> None:
+    with pytest.raises(SplitError) as error:
+        _split(test_sections=("BELA1",))
+    for expected in ("BELA2", "split.test_patients", "split.protocol=reference"):
+        assert expected in str(error.value)
+    split = _split(test_sections=("BELA1",), protocol="reference")
+    assert split.test == ("BELA1",)
+    assert "BELA2" in split.train
+
+
+@pytest.mark.parametrize("protocol", ["patient", "reference"])
+@pytest.mark.parametrize("test", [{"test_patients": ("BELA",)}, {"test_sections": ("BELA1",)}])
+def test_a_validation_patient_is_never_tested(protocol: str, test: dict[str, object]) -> None:
+    with pytest.raises(SplitError, match="share BELA"):
+        _split(protocol=protocol, validation_patients=("BELA",), **test)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "near"),
+    [
+        ("test_patients", "BELLA", "did you mean BELA"),
+        ("test_sections", "ANNA3", "did you mean ANNA"),
+        ("validation_patients", "carl", "there are ANNA, BELA, CARL"),
+        ("test_sections", "SLIDE", "not a measured one"),
+        ("test_patients", "DORA", "not a measured one"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest(setting: str, name: str, near: str) -> None:
+    with pytest.raises(SplitError, match=near) as error:
+        _split(**{setting: (name,)})
+    assert f"split.{setting}: {name}" in str(error.value)
+
+
+def test_something_must_be_left_to_train_on() -> None:
+    with pytest.raises(SplitError, match="no section is left to train on: 4 are held out, 2 validate"):
+        _split(test_patients=("ANNA", "BELA"), validation_patients=("CARL",))
