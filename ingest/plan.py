@@ -1,0 +1,201 @@
+"""What a run of prepare has to do: geometry, genes and the sections whose sources or settings changed.
+
+Only headers are read (genes, resolution), so that most faults end the run before any tile is cut. An image in
+object storage is opened here only where the sheet leaves out its mpp, since opening it means fetching it.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from ingest.expression import Gene
+from ingest.readers import read_gene_names
+from ingest.section import Recipe, section_errors, source_mpp
+from ingest.sheet import SectionRow, read_sheet
+from ingest.slides import open_slide
+from ingest.sources import Known, load_known, source_digests
+from ingest.tiling import MAX_UPSAMPLING, NATIVE_RATIO, tile_scale
+from mclstexp import storage
+from mclstexp.config import Config, TilesConfig
+from mclstexp.data.schema import MANIFEST, Manifest, SectionEntry, load_genes, load_manifest
+from mclstexp.errors import ConfigError, TableError
+
+_CUTTER_VERSION = 1
+"""Raise it when the same sources and settings give other bytes: all sections are then redone."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a section's files say of themselves before anything is cut."""
+
+    mpp: float
+    """Micrometres per level-0 pixel."""
+    genes: tuple[Gene, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of one run."""
+
+    root: str
+    recipe: Recipe
+    todo: dict[str, SectionRow]
+    """Sections to be cut, by their fingerprint."""
+    kept: tuple[SectionEntry, ...]
+    """Sections that are in the table already."""
+    removed: tuple[str, ...]
+    """Sections of the table that the sheet no longer has."""
+    mpp: Mapping[str, float]
+    """Source resolution by section."""
+    genes: tuple[Gene, ...]
+    """The gene table: what is there already, then new genes."""
+    previous: Manifest | None
+    version: str | None
+    """The manifest's version that this plan starts from."""
+    known: Known
+    """Local files' content hashes, for the next run."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the table already is what the sheet asks for."""
+        return not self.todo and not self.removed
+
+
+ReadHeaders = Callable[[list[SectionRow]], Iterable[Header]]
+
+
+def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHeaders) -> Plan:
+    """Returns what is to be done for the table at `out_uri` to hold the sheet's sections.
+
+    Args:
+        read_headers: maps `read_header` over sections, in order.
+
+    Raises:
+        SheetError, SourceError, TableError: the sheet, a source or the table that is there has a fault.
+        ConfigError: the sections' resolutions and `tiles` do not go together.
+    """
+    rows = read_sheet(sheet_uri)
+    root = storage.absolute(out_uri)
+    version = storage.version(storage.join(root, MANIFEST))
+    previous = None if version is None else _load_previous(root)
+    entries = {entry.section_id: entry for entry in previous.sections} if previous else {}
+    sources, known = source_digests(rows, load_known(root))
+    fresh = [row for row in rows if _source_of(entries.get(row.section_id)) != sources[row.section_id]]
+    headers = dict(zip((row.section_id for row in fresh), read_headers(fresh), strict=True))
+    mpp = {row.section_id: _mpp(row.section_id, headers, entries) for row in rows}
+    recipe = Recipe(config.tiles, _table_mpp(config.tiles, mpp))
+    _require_no_upsampling(recipe, mpp)
+    names = {row.section_id: f"{sources[row.section_id]}-{_settings_digest(recipe)}" for row in rows}
+    done = {name for name, entry in entries.items() if entry.fingerprint == names.get(name)}
+    return Plan(
+        root,
+        recipe,
+        todo={names[row.section_id]: row for row in rows if row.section_id not in done},
+        kept=tuple(entries[row.section_id] for row in rows if row.section_id in done),
+        removed=tuple(name for name in entries if name not in names),
+        mpp=mpp,
+        genes=_merged_genes(_present_genes(root, previous), headers),
+        previous=previous,
+        version=version,
+        known=known,
+    )
+
+
+def read_header(row: SectionRow) -> Header:
+    """Returns what a section's files say of themselves.
+
+    Raises:
+        SourceError: a file is missing, damaged or contradicts the sheet; names the section.
+    """
+    with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
+        genes = read_gene_names(row, scratch)
+        if row.mpp is not None and storage.is_s3(row.image):
+            return Header(row.mpp, genes)
+        with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
+            return Header(source_mpp(row, slide), genes)
+
+
+def describe(plan: Plan) -> str:
+    """Returns the plan in words."""
+    tiles, recipe = plan.recipe.tiles, plan.recipe
+    quality = f" quality {tiles.jpeg_quality}" if tiles.encoding == "jpeg" else ""
+    lines = [
+        f"table      {plan.root}",
+        f"tiles      {tiles.size_px} px at {recipe.mpp:.4g} um/px = {tiles.size_px * recipe.mpp:.4g} um, "
+        f"{tiles.encoding}{quality}, sentences of at most {tiles.sentence_length}",
+        f"genes      {len(plan.genes)}",
+        f"unchanged  {len(plan.kept)} section(s)",
+        f"to remove  {', '.join(plan.removed) or 'none'}",
+        f"to cut     {len(plan.todo)} section(s), each a task of 1 CPU",
+    ]
+    for row in plan.todo.values():
+        scale = tile_scale(recipe.mpp, plan.mpp[row.section_id])
+        how = "exact crops" if scale == 1 else f"resampled, {scale:.3g} slide px a tile px"
+        lines.append(
+            f"  {row.section_id}: patient {row.patient_id}, {row.format}, {plan.mpp[row.section_id]:.4g} um/px, {how}"
+        )
+    return "\n".join(lines)
+
+
+def _load_previous(root: str) -> Manifest:
+    try:
+        return load_manifest(root)
+    except TableError as error:
+        raise TableError(f"{error}; or remove {storage.join(root, MANIFEST)} to start over") from None
+
+
+def _source_of(entry: SectionEntry | None) -> str | None:
+    return entry.fingerprint.split("-")[0] if entry else None
+
+
+def _settings_digest(recipe: Recipe) -> str:
+    settings = recipe.tiles.model_dump(mode="json", exclude={"allow_upsampling"})
+    settings |= {"mpp": recipe.mpp, "cutter": _CUTTER_VERSION}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mpp(section_id: str, headers: dict[str, Header], entries: dict[str, SectionEntry]) -> float:
+    return headers[section_id].mpp if section_id in headers else entries[section_id].source_mpp
+
+
+def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float]) -> float:
+    """Returns the tiles' resolution: the setting, else the sections' most common one where all agree within 2 %."""
+    if tiles.mpp is not None:
+        return tiles.mpp
+    low, high = (choose(mpp, key=mpp.__getitem__) for choose in (min, max))
+    if mpp[high] > NATIVE_RATIO * mpp[low]:
+        raise ConfigError(
+            f"tiles.mpp is empty and the sections' resolutions differ: {low} has {mpp[low]:.4g} um/px, {high} "
+            f"{mpp[high]:.4g}; set tiles.mpp (to {mpp[high]:.4g} or more, so that nothing is enlarged)"
+        )
+    return Counter(mpp.values()).most_common(1)[0][0]
+
+
+def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
+    enlarged = {name: value / recipe.mpp for name, value in mpp.items() if value > MAX_UPSAMPLING * recipe.mpp}
+    if enlarged and not recipe.tiles.allow_upsampling:
+        named = ", ".join(f"{name} by {factor:.3g}" for name, factor in enlarged.items())
+        raise ConfigError(
+            f"tiles.mpp={recipe.mpp:.4g} would enlarge {named}; allowed is {MAX_UPSAMPLING}: raise tiles.mpp, "
+            "or set tiles.allow_upsampling=true"
+        )
+
+
+def _present_genes(root: str, previous: Manifest | None) -> list[Gene]:
+    return [Gene(**gene) for gene in load_genes(root, previous).to_pylist()] if previous else []
+
+
+def _merged_genes(present: list[Gene], headers: Mapping[str, Header]) -> tuple[Gene, ...]:
+    """Returns the present genes in place, then new ones, so that stored gene indices stay valid.
+
+    A symbol that a later source knows for an Ensembl id is filled in.
+    """
+    genes = {gene.gene_id: gene for gene in present}
+    for gene in (gene for header in headers.values() for gene in header.genes):
+        known = genes.setdefault(gene.gene_id, gene)
+        if gene.symbol and not known.symbol:
+            genes[gene.gene_id] = known._replace(symbol=gene.symbol)
+    return tuple(genes.values())

@@ -1,0 +1,198 @@
+"""One section from its sources to its files in the tile table: the task that Ray runs.
+
+Spots are screened first, then cut into sentences, then tiles are read in that order, one sentence in memory at a
+time. Files get random names and exist for readers only once a manifest names them.
+"""
+
+import collections
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.sparse import csr_array
+
+from ingest.expression import Expression, Reject, Spots
+from ingest.readers import read_expression
+from ingest.screen import grid_spots, require_pitch, screen
+from ingest.sheet import SectionRow
+from ingest.slides import Slide, open_slide
+from ingest.tiling import curve_order, cut_evenly, tile_corner, tile_scale
+from mclstexp import storage
+from mclstexp.config import TilesConfig
+from mclstexp.data.images import encode_tile
+from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry
+from mclstexp.data.table import tile_crc, write_section
+from mclstexp.errors import SourceError
+
+_SHEET_AGREES = 1.05  # ratio of the sheet's and the file's mpp
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every section of a table is cut."""
+
+    tiles: TilesConfig
+    mpp: float
+    """Micrometres per tile pixel; `tiles.mpp` resolved."""
+
+
+def source_mpp(row: SectionRow, slide: Slide) -> float:
+    """Returns the micrometres per level-0 pixel: the sheet's, else the file's.
+
+    Raises:
+        SourceError: neither says, or they disagree by more than 5 %.
+    """
+    told = [mpp for mpp in (row.mpp, slide.mpp) if mpp is not None]
+    if not told:
+        raise SourceError("neither the sheet nor its image says the resolution: fill in mpp")
+    if max(told) > _SHEET_AGREES * min(told):
+        raise SourceError(f"mpp is {row.mpp} in the sheet and {slide.mpp:.4g} in its image: mend the sheet")
+    return told[0]
+
+
+def cut_section(
+    row: SectionRow, recipe: Recipe, gene_rows: dict[str, int], root: str, fingerprint: str
+) -> SectionEntry:
+    """Writes one section's tiles and rejects under `root` and returns its manifest entry.
+
+    Args:
+        gene_rows: row of the table's gene table by gene id.
+
+    Raises:
+        SourceError: a source is damaged or contradicts another; names the section.
+    """
+    name = f"{row.section_id}-{uuid.uuid4().hex}.parquet"
+    with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
+        local = Path(scratch) / name
+        with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
+            mpp = source_mpp(row, slide)
+            cut = _Cut(row, recipe.tiles, slide, mpp, tile_scale(recipe.mpp, mpp))
+            spots, rejected = cut.spots(gene_rows, scratch)
+            spots, share, unfit = screen(spots, slide, cut.tiles.size_px, cut.scale, mpp, cut.tiles.min_tissue)
+            rejected += unfit
+            written = write_section(local, cut.sentences(spots, share, rejected))
+        storage.upload(local, storage.join(root, "tiles", name))
+        _write_rejects(local, row, rejected)
+        storage.upload(local, storage.join(root, "rejects", name))
+    return SectionEntry(
+        section_id=row.section_id,
+        patient_id=row.patient_id,
+        site=row.site,
+        file=f"tiles/{name}",
+        size_bytes=written.size_bytes,
+        sha256=written.sha256,
+        footer_offset=written.footer_offset,
+        row_groups=written.row_groups,
+        num_spots=sum(group.num_rows for group in written.row_groups),
+        measured=row.measured,
+        max_array=int(np.nanmax([-1, *spots.array_row, *spots.array_col])),
+        source_mpp=mpp,
+        width_px=slide.width,
+        height_px=slide.height,
+        fingerprint=fingerprint,
+        rejects_file=f"rejects/{name}",
+        rejected=dict(sorted(collections.Counter(reject.reason for reject in rejected).items())),
+    )
+
+
+@contextmanager
+def section_errors(row: SectionRow) -> Iterator[None]:
+    """Names the section in whatever is wrong with its sources."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(f"section {row.section_id}: {error}") from error
+    except FileNotFoundError as error:
+        raise SourceError(f"section {row.section_id}: there is no file {error}") from None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One open slide and how it is cut."""
+
+    row: SectionRow
+    tiles: TilesConfig
+    slide: Slide
+    mpp: float
+    scale: float
+    """Level-0 pixels along a tile pixel."""
+
+    def spots(self, gene_rows: dict[str, int], scratch: str) -> tuple[Spots, list[Reject]]:
+        """Returns the section's usable spots, counts over the table's genes, and its rejects so far."""
+        if not self.row.measured:
+            return grid_spots(self.slide, self.tiles.size_px, self.scale), []
+        expression = read_expression(self.row, scratch)
+        require_pitch(expression.spots, self.row.spot_diameter_um, self.mpp)
+        return _over_table_genes(expression, gene_rows), list(expression.rejected)
+
+    def sentences(self, spots: Spots, share: np.ndarray, rejected: list[Reject]) -> Iterator[pa.Table]:
+        """Yields the section's sentences (TILE_SCHEMA) in curve order; adds tiles without pixels to `rejected`."""
+        for rows in cut_evenly(curve_order(spots.x_px, spots.y_px), self.tiles.sentence_length):
+            part = spots.take(rows)
+            images = self._read_tiles(part)
+            there = np.array([image is not None for image in images], bool)
+            rejected += part.rejects(~there, "missing_pixels")
+            if there.any():
+                yield self._table(
+                    part.take(there), share[rows][there], [image for image in images if image is not None]
+                )
+
+    def _read_tiles(self, spots: Spots) -> list[np.ndarray | None]:
+        size, scale = self.tiles.size_px, self.scale
+        corners = zip(*(tile_corner(centre, size, scale).tolist() for centre in (spots.x_px, spots.y_px)), strict=True)
+        return [self.slide.read_tile(left, top, size, scale) for left, top in corners]
+
+    def _table(self, spots: Spots, share: np.ndarray, images: list[np.ndarray]) -> pa.Table:
+        encoded = [encode_tile(image, self.tiles.encoding, self.tiles.jpeg_quality) for image in images]
+        gene_index, count = _count_lists(spots)
+        columns = {
+            "section_id": [self.row.section_id] * len(spots),
+            "patient_id": [self.row.patient_id] * len(spots),
+            "spot_id": spots.spot_id.tolist(),
+            "array_row": pa.array(spots.array_row, pa.int32(), from_pandas=True),
+            "array_col": pa.array(spots.array_col, pa.int32(), from_pandas=True),
+            "x_px": spots.x_px,
+            "y_px": spots.y_px,
+            "x_um": spots.x_px * self.mpp,
+            "y_um": spots.y_px * self.mpp,
+            "image": encoded,
+            "tissue_fraction": share,
+            "crc": pa.array(map(tile_crc, encoded), pa.uint32()),
+            "gene_index": gene_index,
+            "count": count,
+        }
+        return pa.table(columns, schema=TILE_SCHEMA)
+
+
+def _over_table_genes(expression: Expression, gene_rows: dict[str, int]) -> Spots:
+    """Returns the spots with counts over the table's genes instead of the source's."""
+    counts = expression.spots.counts
+    assert counts is not None, "a reader gives counts"
+    row_of = np.array([gene_rows[gene.gene_id] for gene in expression.genes], np.int32)
+    shape = (len(expression.spots), len(gene_rows))
+    moved = csr_array((counts.data, row_of[counts.indices], counts.indptr), shape=shape)
+    moved.sort_indices()
+    return replace(expression.spots, counts=moved)
+
+
+def _count_lists(spots: Spots) -> tuple[pa.Array, pa.Array]:
+    """Returns gene_index and count, list<int32> (n,); null where nothing was measured."""
+    kind = pa.list_(pa.int32())
+    if spots.counts is None:
+        return pa.nulls(len(spots), kind), pa.nulls(len(spots), kind)
+    offsets = pa.array(spots.counts.indptr, pa.int32())
+    values = (spots.counts.indices, spots.counts.data)
+    gene_index, count = (pa.ListArray.from_arrays(offsets, pa.array(part, pa.int32()), kind) for part in values)
+    return gene_index, count
+
+
+def _write_rejects(path: Path, row: SectionRow, rejected: list[Reject]) -> None:
+    records = [{"section_id": row.section_id, **reject._asdict()} for reject in rejected]
+    table = pa.Table.from_pylist(records, REJECT_SCHEMA)
+    pq.write_table(table, path, compression="zstd", store_schema=False)
