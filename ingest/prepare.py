@@ -122,6 +122,8 @@ def _run(
     function: Callable[..., object], calls: Sequence[tuple], rows: Sequence[SectionRow], bar: Progress, title: str
 ) -> Iterator[tuple[int, object]]:
     """Runs one Ray task a section, a few at once; yields (place, result or error) as they end."""
+    if not calls:
+        return
     task = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(_guarded)
     shown = bar.add_task(title, total=len(calls), last="")
     waiting = iter(enumerate(calls))

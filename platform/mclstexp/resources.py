@@ -51,8 +51,12 @@ def require(config: Config) -> None:
         time.sleep(_POLL_S)
 
 
-def require_shared(config: Config, uris: Iterable[str]) -> None:
+def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = True) -> None:
     """Refuses places that only one node can see where the cluster has several.
+
+    Args:
+        uris: paths or URIs, each with the name of its argument before it, such as `--out s3://bucket/runs`.
+        uses_tracking: whether the job talks to MLflow.
 
     Raises:
         ResourceError: names each local path or SQLite tracking URI and the fix.
@@ -60,9 +64,9 @@ def require_shared(config: Config, uris: Iterable[str]) -> None:
     num_nodes = len(_alive_nodes())
     if num_nodes < 2 or config.storage.shared_paths:
         return
-    local = [uri for uri in uris if not storage.is_s3(uri)]
-    tracking = config.tracking.uri
-    local += [f"tracking.uri={tracking}"] if not tracking.startswith(("http://", "https://")) else []
+    local = [uri for uri in uris if not storage.is_s3(uri.partition(" ")[2])]
+    if uses_tracking and not config.tracking.uri.startswith(("http://", "https://")):
+        local.append(f"tracking.uri={config.tracking.uri}")
     if local:
         raise ResourceError(
             f"the cluster has {num_nodes} nodes, and {', '.join(local)} can be seen from one only; use s3:// and an "
