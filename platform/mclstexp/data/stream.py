@@ -135,15 +135,18 @@ def pad(spots: Batch, length: int) -> Batch:
 def ordered(limits: ExecutionResources | None = None) -> Iterator[None]:
     """Datasets made inside keep their order, stay within `limits` and draw no progress bars of their own."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    if limits is not None:
-        context.execution_options.resource_limits = limits
-    with DataContext.current(context), warnings.catch_warnings():
-        # Bounded retries of a process that dies have no other way in than the deprecated one (default: for ever).
+    with warnings.catch_warnings():
+        # Copying the context warns of its own deprecated fields, and bounded retries of a process that dies have no
+        # other way in than a deprecated one (default: for ever).
+        warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        yield
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        if limits is not None:
+            context.execution_options.resource_limits = limits
+        with DataContext.current(context):
+            yield
 
 
 def stream(
