@@ -18,7 +18,6 @@ SECTIONS = ("storage", "cluster", "tracking")
 def main() -> None:
     """Parses, fetches the version, scores, saves, logs."""
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
-    import os
     import tempfile
 
     from mclstexp import resources, storage, tracking
@@ -27,7 +26,6 @@ def main() -> None:
     from mclstexp.inference.model_version import ModelVersion
     from mclstexp.model.encoders import require_weights
 
-    os.environ.update(storage.environment(config.storage))
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
     arguments.sections = [name for name in arguments.sections.split(",") if name]
