@@ -1,0 +1,238 @@
+"""Evaluation of an untrained model version on a real tile table: who is scored, and every row against plain NumPy."""
+
+import contextlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate as job
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import mean_absolute_error, mean_squared_error
+
+from mclstexp.config import Config, override
+from mclstexp.data.folds import make_split
+from mclstexp.data.genes import GenePanel, fit_panel
+from mclstexp.data.images import decode_tile
+from mclstexp.data.schema import Manifest, load_genes, load_manifest
+from mclstexp.data.spots import make_reader
+from mclstexp.data.table import read_columns, read_counts
+from mclstexp.errors import ModelError, SplitError, TableError, UserError
+from mclstexp.evaluation.evaluate import evaluate, held_out
+from mclstexp.inference.bank import build_bank
+from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.model.towers import TwoTowers
+
+pytestmark = pytest.mark.ray
+TEST = "P3S1"
+SETTINGS = {
+    "genes.num_genes": 12,
+    "model.image_encoder": "small_cnn",
+    "model.spot_layers": 1,
+    "model.spot_width": 16,
+    "model.spot_heads": 2,
+    "model.spot_head_dim": 8,
+    "model.embedding_dim": 8,
+    "retrieval.k": 5,
+    "retrieval.temperature": 0.1,
+    "train.precision": "fp32",
+}
+
+
+def _version(tiles: str, **changes: object) -> ModelVersion:
+    config = override(Config(), SETTINGS | changes)
+    manifest = load_manifest(tiles)
+    split = make_split(manifest, config.split)
+    panel = fit_panel(tiles, manifest, split.train, config.genes)
+    torch.manual_seed(0)
+    towers = TwoTowers(config.model, len(panel), 0, manifest.tile_size_px).eval()
+    reader = make_reader(tiles, manifest, panel, config)
+    record = TrainingRecord(
+        manifest_digest=manifest.digest(),
+        protocol=config.split.protocol,
+        sections=split.train,
+        patients=tuple(sorted({manifest.section(name).patient_id for name in split.train})),
+        validation_sections=split.validation,
+        test_sections=split.test,
+        epochs=1,
+    )
+    bank = build_bank(towers, reader, split.train, False, lambda: None)
+    geometry = (manifest.tile_size_px, manifest.mpp)
+    return ModelVersion(config, panel, geometry, 0, record, towers.state_dict(), bank)
+
+
+@pytest.fixture(scope="module")
+def manifest(tiles: str) -> Manifest:
+    return load_manifest(tiles)
+
+
+@pytest.fixture(scope="module")
+def version(tiles: str) -> ModelVersion:
+    """Held out P3S1, trained on all others: a sibling of the tested patient among them."""
+    return _version(tiles, **{"split.protocol": "reference", "split.test_sections": ["P3S1"]})
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the job left behind."""
+
+    folder: Path
+    record: dict[str, Any]
+    rows: pd.DataFrame
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def scored(tiles: str, version: ModelVersion, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    """The job's own main on a model folder, in this session's Ray, with a probe on given weights."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "model").mkdir()
+    version.save(folder / "model")
+    torch.save(version.towers().image_tower.encoder.state_dict(), folder / "encoder.pth")
+    arguments = {
+        "--model": folder / "model",
+        "--data": tiles,
+        "--out": folder / "scores",
+        "--probe-weights": folder / "encoder.pth",
+        "--tracking.uri": f"sqlite:///{folder}/mlflow.db",
+    }
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["evaluate.py", *(str(text) for pair in arguments.items() for text in pair)])
+        patch.setattr(job._launch, "connect", lambda config: None)
+        job.main()
+    record = json.loads((folder / "scores" / "score_card.json").read_text())
+    return Scored(folder, record, pd.read_csv(folder / "scores" / "score_card.csv"), printed.getvalue())
+
+
+def _expression(tiles: str, version: ModelVersion, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """ln(1 + 1e4 count / total) over the panel, and the totals, from the stored counts."""
+    manifest = load_manifest(tiles)
+    counts = read_counts(tiles, manifest.section(name)).toarray().astype(float)
+    order = load_genes(tiles, manifest)["gene_id"].to_pylist()
+    columns = [order.index(gene) for gene in version.panel.gene_id]
+    totals = counts.sum(axis=1, keepdims=True)
+    return np.log(1 + 1e4 * counts[:, columns] / totals), totals[:, 0]
+
+
+def _tiles_of(tiles: str, name: str) -> np.ndarray:
+    stored = read_columns(tiles, load_manifest(tiles).section(name), ["image"])["image"].to_pylist()
+    return np.stack([decode_tile(data) for data in stored])
+
+
+def _rgb(images: np.ndarray) -> np.ndarray:
+    pixels = images.reshape(len(images), -1, 3) / 255
+    return np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
+
+
+def _assert_scores(row: pd.Series, truth: np.ndarray, prediction: np.ndarray) -> None:
+    pcc = [np.corrcoef(a, b)[0, 1] for a, b in zip(truth.T, prediction.T, strict=True) if a.std() and b.std()]
+    assert row["pcc_all"] == pytest.approx(np.mean(pcc), abs=1e-3)
+    assert row["mse"] == pytest.approx(mean_squared_error(truth, prediction), rel=1e-3)
+    assert row["mae"] == pytest.approx(mean_absolute_error(truth, prediction), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_every_row_equals_plain_numpy(tiles: str, version: ModelVersion, scored: Scored) -> None:
+    training = np.concatenate([_expression(tiles, version, name)[0] for name in version.training.sections])
+    colours = np.concatenate([_rgb(_tiles_of(tiles, name)) for name in version.training.sections])
+    alpha = float(scored.record["notes"][1].split("ridge on RGB ")[1].split(",")[0])
+    ridge = Ridge(alpha=alpha).fit((colours - colours.mean(0)) / colours.std(0), training)
+    truth, totals = _expression(tiles, version, TEST)
+    rows = scored.rows.set_index("method")
+    mean = np.tile(training.mean(0), (len(truth), 1))
+    assert rows.loc["train mean", "mse"] == pytest.approx(mean_squared_error(truth, mean), rel=1e-4)
+    assert rows.loc["train mean", "undefined"] == len(version.panel)
+    assert rows.loc["zeros", "mse"] == pytest.approx((truth**2).mean(), rel=1e-4)
+    rgb = ridge.predict((_rgb(_tiles_of(tiles, TEST)) - colours.mean(0)) / colours.std(0))
+    _assert_scores(rows.loc["ridge on RGB"], truth, rgb)
+    _assert_scores(rows.loc["model"], truth, _plain_prediction(tiles, version, TEST))
+    expected = [np.corrcoef(gene, np.log(1 + totals))[0, 1] for gene in truth.T if gene.std()]
+    assert rows.loc["library-size oracle", "pcc_all"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert list(rows.index) == [
+        *("model", "train mean", "zeros", "ridge on RGB", "ridge on random small_cnn"),
+        *("ridge on pretrained small_cnn", "library-size oracle"),
+    ]
+
+
+def _plain_prediction(tiles: str, version: ModelVersion, name: str) -> np.ndarray:
+    images = torch.from_numpy(_tiles_of(tiles, name)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        queries = version.towers().embed_images(images).numpy()
+    predictions = []
+    for query in queries:
+        cosine = version.bank.keys @ query / np.linalg.norm(version.bank.keys, axis=1) / np.linalg.norm(query)
+        best = np.argsort(-cosine)[:5]
+        weights = np.exp(cosine[best] / 0.1)
+        predictions.append(weights @ version.bank.payload[best] / weights.sum())
+    return np.stack(predictions)
+
+
+@pytest.mark.slow
+def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersion, scored: Scored) -> None:
+    assert scored.record["model_digest"] == ModelVersion.load(scored.folder / "model").digest
+    assert scored.record["protocol"] == "reference"
+    assert scored.record["unit"] == "ln(1 + 10000 * count / spot total over all genes)"
+    assert scored.record["notes"][0] == "LEAK that this protocol allows: other sections of patients P3 trained"
+    assert set(scored.rows["section_id"]) == {TEST}
+    for expected in ("protocol reference", "ridge on RGB", *scored.record["verdicts"]):
+        assert " ".join(expected.split()) in " ".join(scored.printed.replace("│", " ").split())
+    assert scored.printed.splitlines()[-1] == f"score card {scored.folder}/scores/score_card.json"
+    written = {path.name for path in (scored.folder / "scores").iterdir()}
+    assert written == {"score_card.json", "score_card.csv", "per_gene.csv", "score_card.png"}
+    logged = {path.name for path in (scored.folder / "mlartifacts").rglob("*") if path.is_file()}
+    assert written <= logged
+
+
+def test_what_the_model_held_out_is_scored_unless_asked_otherwise(tiles: str, manifest: Manifest) -> None:
+    version = _version(tiles, **{"split.test_patients": ["P3"]})
+    assert held_out(version, manifest) == ["P3S1", "P3S2"]
+    assert held_out(version, manifest, ["P3S2"]) == ["P3S2"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        (["P1S1"], SplitError, "was fitted on P1S1"),
+        (["P4S1"], SplitError, "P4S1 have no measured expression"),
+        (["P9S1"], TableError, "no section P9S1"),
+    ],
+)
+def test_sections_that_cannot_be_scored_are_refused(
+    version: ModelVersion, manifest: Manifest, asked: list[str], error: type[UserError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        held_out(version, manifest, asked)
+
+
+def test_siblings_of_training_patients_are_refused_under_patient(version: ModelVersion, manifest: Manifest) -> None:
+    with pytest.raises(SplitError, match="patients of P3S1"):
+        held_out(_with(version, protocol="patient"), manifest)
+
+
+def test_a_model_that_held_nothing_out_needs_sections(version: ModelVersion, manifest: Manifest) -> None:
+    with pytest.raises(SplitError, match="--sections"):
+        held_out(_with(version, test_sections=()), manifest)
+
+
+def test_a_table_that_does_not_fit_the_model_is_refused(tiles: str, version: ModelVersion, manifest: Manifest) -> None:
+    with pytest.raises(ModelError, match="lacks P7S1"):
+        held_out(_with(version, sections=("P1S1", "P7S1")), manifest)
+    with pytest.raises(ModelError, match="64 px"):
+        held_out(version, manifest.model_copy(update={"tile_size_px": 64}))
+    other = _with(version)
+    other.panel = GenePanel(("NOPE",), ("NOPE",), ("",))
+    with pytest.raises(ModelError, match="0 of the panel's 1 genes; it lacks NOPE"):
+        evaluate(other, tiles, lambda *_: None)
+
+
+def _with(version: ModelVersion, **changes: object) -> ModelVersion:
+    record = version.training.model_copy(update=changes)
+    geometry = (version.tile_size_px, version.mpp)
+    return ModelVersion(version.config, version.panel, geometry, 0, record, version.weights, version.bank)

@@ -1,0 +1,179 @@
+"""Training end to end with real workers: it ends where it should, however often it is killed on the way."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[1]
+EVERY, EPOCHS, SENTENCES, STEPS_PER_EPOCH = 2, 8, 12, 6
+SETTINGS = {
+    "genes.num_genes": 20,
+    "split.test_patients": "P3",
+    "model.image_encoder": "small_cnn",
+    "model.spot_width": 16,
+    "model.spot_layers": 1,
+    "train.num_workers": 2,
+    "train.epochs": EPOCHS,
+    "train.batch_sentences": 2,
+    "train.checkpoint_every": EVERY,
+    "train.keep_checkpoints": 1000,
+    "train.precision": "fp32",
+    "cluster.object_store_mb": 256,
+}
+
+
+def _start(folder: Path, tiles: str, name: str, **changed: object) -> subprocess.Popen[str]:
+    settings = SETTINGS | {"tracking.uri": f"sqlite:///{folder}/mlflow.db"} | changed
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", tiles, "--out", str(folder), "--name", name]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    return subprocess.Popen(
+        command + options,
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _states(folder: Path, name: str) -> list[dict[str, object]]:
+    files = sorted((folder / name).glob("checkpoint_*/state.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _wait_for_checkpoints(job: subprocess.Popen[str], folder: Path, name: str, count: int) -> None:
+    deadline = time.monotonic() + 150
+    while len(_states(folder, name)) < count:
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint appeared in time"
+        time.sleep(0.05)
+
+
+def _kill_a_training_worker(job: subprocess.Popen[str]) -> None:
+    family = psutil.Process(job.pid).children(recursive=True)
+    workers = [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+
+
+def _kill_the_driver(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    family = psutil.Process(job.pid).children(recursive=True)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    return family
+
+
+def _holds_work(process: psutil.Process) -> bool:
+    """Ray's own agents outlive their node by minutes and hold nothing; its raylet and workers must not."""
+    try:
+        return "Agent" not in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def killed_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose second worker was killed, then its driver, and that was then started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    job = _start(folder, tiles, "killed")
+    _wait_for_checkpoints(job, folder, "killed", 4)
+    _kill_a_training_worker(job)
+    before = len(_states(folder, "killed"))
+    _wait_for_checkpoints(job, folder, "killed", before + 4)
+    orphans = _kill_the_driver(job)
+    assert _states(folder, "killed")[-1]["step"] < EPOCHS * STEPS_PER_EPOCH, "killed too late to prove anything"
+    _, alive = psutil.wait_procs([process for process in orphans if _holds_work(process)], timeout=60)
+    assert not alive, f"orphans: {alive}"
+    job = _start(folder, tiles, "killed")
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, output
+    assert output.strip().splitlines()[-1] == "model version models:/mclstexp/1"
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_no_sentence_is_skipped_or_repeated_along_the_surviving_checkpoints(killed_run: Path) -> None:
+    states = _states(killed_run, "killed")
+    survived = [state for state, later in zip(states, [*states[1:], None], strict=True) if _continues(state, later)]
+    assert survived[-1]["epoch"] == EPOCHS - 1
+    assert survived[-1]["step"] == EPOCHS * STEPS_PER_EPOCH
+    for epoch in range(EPOCHS):
+        line = [state["consumed"] for state in survived if state["epoch"] == epoch]
+        assert len(line[-1]) == len(set(line[-1])) == SENTENCES
+        for earlier, later in zip(line, line[1:], strict=False):
+            assert later[: len(earlier)] == earlier
+
+
+def _continues(state: dict[str, object], later: dict[str, object] | None) -> bool:
+    return later is None or later["step"] > state["step"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_steps_done_twice_are_at_most_one_checkpoint_interval(killed_run: Path) -> None:
+    query = "select step from metrics where key = 'loss' order by rowid"
+    with sqlite3.connect(killed_run / "mlflow.db") as database:
+        steps = [step for (step,) in database.execute(query)]
+    assert max(steps) == EPOCHS * STEPS_PER_EPOCH
+    again = [earlier - later for earlier, later in zip(steps, steps[1:], strict=False) if later <= earlier]
+    assert all(repeated < EVERY for repeated in again)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_weights_of_a_calm_one(killed_run: Path, calm_run: Path) -> None:
+    killed, calm = (load_file(folder / "model" / "weights.safetensors") for folder in (killed_run / "killed", calm_run))
+    assert killed.keys() == calm.keys()
+    for name, values in calm.items():
+        assert killed[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def calm_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with the same settings, under the session's Ray."""
+    from mclstexp import tracking
+    from mclstexp.config import Config, override
+    from mclstexp.training import finish, trainer
+
+    folder = tmp_path_factory.mktemp("calm")
+    changed = SETTINGS | {"split.test_patients": ["P3"], "tracking.uri": f"sqlite:///{folder}/mlflow.db"}
+    config = override(Config(), changed)
+    run = trainer.open_run(tiles, str(folder), "calm", config, lambda name: tracking.start_run(config, name, {}))
+    finish.finish(run, trainer.fit(run, lambda step, metrics: None))
+    return folder / "calm"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_name_with_other_settings_is_refused(calm_run: Path, tiles: str) -> None:
+    from mclstexp.config import Config, override
+    from mclstexp.errors import RunError
+    from mclstexp.training import trainer
+
+    config = override(Config(), SETTINGS | {"split.test_patients": ["P3"], "train.tower_lr": 0.5})
+    with pytest.raises(RunError, match=r"train\.tower_lr: 0\.0001 -> 0\.5"):
+        trainer.open_run(tiles, str(calm_run.parent), "calm", config, lambda name: "none")
+    fewer = override(config, {"train.tower_lr": 1e-4, "train.num_workers": 1})
+    assert trainer.open_run(tiles, str(calm_run.parent), "calm", fewer, lambda name: "none").name == "calm"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_too_few_cpus_are_refused_before_anything_starts(tiles: str, tmp_path: Path) -> None:
+    job = _start(tmp_path, tiles, "starved", **{"cluster.local_cpus": 2})
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2, output
+    assert "asks for 3 CPUs" in output
+    assert "train.num_workers" in output
