@@ -29,7 +29,7 @@ from mclstexp.inference.bank import build_bank
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.model.towers import TwoTowers
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")]  # MLflow
 TEST = "P3S1"
 SETTINGS = {
     "genes.num_genes": 12,
