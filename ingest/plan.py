@@ -19,9 +19,10 @@ from ingest.slides import open_slide
 from ingest.sources import Known, load_known, source_digests
 from ingest.tiling import MAX_UPSAMPLING, NATIVE_RATIO, tile_scale
 from mclstexp import storage
-from mclstexp.config import Config, TilesConfig
+from mclstexp.config import Config
 from mclstexp.data.schema import MANIFEST, Manifest, SectionEntry, load_genes, load_manifest
 from mclstexp.errors import ConfigError, TableError
+from mclstexp.settings import TilesConfig
 
 _CUTTER_VERSION = 1
 """Raise it when the same sources and settings give other bytes: all sections are then redone."""

@@ -24,11 +24,11 @@ from ingest.sheet import SectionRow
 from ingest.slides import Slide, open_slide
 from ingest.tiling import curve_order, cut_evenly, tile_corner, tile_scale
 from mclstexp import storage
-from mclstexp.config import TilesConfig
 from mclstexp.data.images import encode_tile
 from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
+from mclstexp.settings import TilesConfig
 
 _SHEET_AGREES = 1.05  # ratio of the sheet's and the file's mpp
 

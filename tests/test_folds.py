@@ -2,10 +2,10 @@
 
 import pytest
 
-from mclstexp.config import SplitConfig
 from mclstexp.data.folds import Split, make_split
 from mclstexp.data.schema import Manifest, SectionEntry
 from mclstexp.errors import SplitError
+from mclstexp.settings import SplitConfig
 
 
 def _entry(section_id: str, patient_id: str, measured: bool = True) -> SectionEntry:

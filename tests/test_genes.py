@@ -13,13 +13,13 @@ import pytest
 import scipy.sparse
 
 from mclstexp import storage
-from mclstexp.config import GenesConfig
 from mclstexp.data import genes
 from mclstexp.data.genes import GenePanel, Normaliser
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, TILE_SCHEMA, Manifest, SectionEntry, gene_names, load_manifest
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import ConfigError, ModelError
 from mclstexp.evaluation import baselines, metrics
+from mclstexp.settings import GenesConfig
 
 NAMES = ["TP53", "ENSG00000141510", "ACTB", "CD74", "GNAS", "FASN", "VIM", "MUC1"]
 

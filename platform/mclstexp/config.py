@@ -1,227 +1,31 @@
 """One typed configuration for YAML files, the command line, sweeps, checkpoints and resume.
 
-Every section is a frozen pydantic model with defaults that run; the docstring under a field is what `--help`
-shows. `override` is the only way to change settings: dotted names to values, with the nearest valid name in the
-error. The trade-off: all jobs share one tree of settings, so that one YAML file describes a whole study.
+The sections (`settings.py`) are frozen pydantic models with defaults that run. `override` is the only way to
+change settings: dotted names to values, with the nearest valid name in the error. The trade-off: all jobs share one tree of settings, so that one YAML file describes a whole study.
 """
 
 import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from mclstexp.errors import ConfigError
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no NaN, field docstrings as descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class StorageConfig(Section):
-    """Where `s3://` URIs lead. Secrets come from the standard AWS environment variables or a named profile."""
-
-    endpoint_url: str | None = None
-    """URL of an S3-compatible server; default AWS_ENDPOINT_URL, else AWS itself."""
-    region: str | None = None
-    """S3 region; default AWS_REGION or AWS_DEFAULT_REGION, else us-east-1."""
-    profile: str | None = None
-    """Profile of the AWS credentials file that every node has; default the environment's credentials."""
-    shared_paths: bool = False
-    """Whether all nodes see the same local paths (a shared file system)."""
-
-    def environment(self) -> dict[str, str]:
-        """Returns the block as AWS environment variables (no secrets), for the driver and all workers."""
-        values = {
-            "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_REGION": self.region,
-            "AWS_DEFAULT_REGION": self.region,
-            "AWS_PROFILE": self.profile,
-        }
-        return {name: value for name, value in values.items() if value}
-
-
-class ClusterConfig(Section):
-    """What Ray may use."""
-
-    local_cpus: int | None = Field(None, ge=2)
-    """Logical CPUs of a Ray started on this machine; default enough for the run. Unused on a cluster."""
-    object_store_mb: int = Field(1024, ge=128)
-    """Object store of a Ray started on this machine, in MiB. Unused on a cluster."""
-    data_cpus: int = Field(1, ge=1)
-    """CPUs that each training worker's data stream may use for reading and decoding."""
-    data_pool: str | None = None
-    """Value of the Ray node label `pool` on which tiles are decoded; empty: any node."""
-    wait_s: float = Field(0.0, ge=0)
-    """Seconds to wait for an autoscaler to add nodes before a run that does not fit is refused."""
-
-
-class TilesConfig(Section):
-    """How slides are cut into tiles."""
-
-    size_px: int = Field(224, ge=16, le=2048)
-    """Edge of a tile in pixels."""
-    mpp: float | None = Field(None, gt=0)
-    """Micrometres per tile pixel; default the sections' own where all agree within 2 %."""
-    allow_upsampling: bool = False
-    """Whether slides may be enlarged by more than 1.5 to reach `mpp`."""
-    encoding: Literal["jpeg", "png"] = "jpeg"
-    """Encoding of a stored tile: jpeg (small, lossy) or png (exact)."""
-    jpeg_quality: int = Field(90, ge=1, le=100)
-    """JPEG quality of a stored tile."""
-    sentence_length: int = Field(128, ge=2, le=4096)
-    """Most spots in a sentence, the unit of reading and of attention."""
-    min_tissue: float = Field(0.1, ge=0, le=1)
-    """Least share of tissue for a tile of an H&E-only slide, and for a measured spot not to be rejected."""
-
-
-class GenesConfig(Section):
-    """Which genes are predicted, and in which unit."""
-
-    panel: str = "hvg"
-    """`hvg` (the most variable genes over the training sections) or a file with one gene a line."""
-    num_genes: int = Field(1000, ge=1)
-    """Genes in an `hvg` panel."""
-    missing: Literal["error", "drop"] = "error"
-    """What to do with genes of a panel file that the data lacks: refuse, or leave them out and say so."""
-    input: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"
-    """Counts are divided by the spot's total over all genes, over the panel, or by the gene's total in its section."""
-    target: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"
-    """The same for what is retrieved, predicted and scored."""
-    scale: float = Field(1e4, gt=0)
-    """Counts per spot (or gene) after division, before the logarithm."""
-    log_base: Literal["e", "10"] = "e"
-    """Base of log(1 + x)."""
-
-
-class SplitConfig(Section):
-    """What is held out. Held-out data enters neither panel, normaliser, bank nor training."""
-
-    protocol: Literal["patient", "reference"] = "patient"
-    """`patient`: no patient on both sides. `reference`: leave sections out as published; siblings may train."""
-    test_sections: tuple[str, ...] = ()
-    """Held-out sections."""
-    test_patients: tuple[str, ...] = ()
-    """Held-out patients, with all their sections."""
-    validation_patients: tuple[str, ...] = ()
-    """Patients kept from training to choose the retrieval's k and temperature."""
-
-
-class ModelConfig(Section):
-    """The two towers."""
-
-    image_encoder: Literal["densenet121", "resnet18", "resnet50", "vit_b_16", "small_cnn"] = "densenet121"
-    """Image encoder; `small_cnn` is a four-layer network for tests and smoke runs."""
-    image_weights: str = "random"
-    """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors) of the encoder."""
-    input_scaling: Literal["imagenet", "unit"] = "imagenet"
-    """Pixels less the ImageNet mean over its deviation, or only scaled to [0, 1]."""
-    spot_layers: int = Field(4, ge=1, le=48)
-    """Transformer blocks of the spot tower (its depth)."""
-    spot_width: int | None = Field(256, ge=8)
-    """Width of the spot tower; empty: the number of genes, with no input map (as published)."""
-    spot_heads: int = Field(8, ge=1)
-    """Attention heads of a block."""
-    spot_head_dim: int = Field(64, ge=4)
-    """Channels of an attention head."""
-    spot_ffn_ratio: float = Field(2.0, gt=0)
-    """Hidden width of a block's feed-forward layer over the tower's width."""
-    spot_dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout in the spot tower."""
-    position: Literal["sinusoidal", "table", "none"] = "sinusoidal"
-    """Sines of micrometres from the sentence's centre, learnt tables of array row and column, or none."""
-    embedding_dim: int = Field(256, ge=2)
-    """Width of the common space."""
-    l2_normalise: bool = True
-    """Whether embeddings have unit length."""
-    temperature: float = Field(0.07, ge=1e-4, le=100)
-    """Divides the logits (start value where it is learnt)."""
-    learn_temperature: bool = True
-    """Whether the temperature is learnt."""
-    max_logit_scale: float = Field(100.0, gt=0)
-    """Bound of 1/temperature where it is learnt."""
-    batch_norm: Literal["local", "sync", "frozen"] = "local"
-    """Batch statistics of each worker, of all workers (GPU), or fixed running ones."""
-
-
-class TrainConfig(Section):
-    """Contrastive training."""
-
-    epochs: int = Field(30, ge=1)
-    """Passes over the training sentences."""
-    batching: Literal["sentences", "random_spots"] = "sentences"
-    """A batch is a set of neighbourhoods, or random spots of all sections that attend to each other (as published)."""
-    batch_sentences: int = Field(4, ge=1)
-    """Sentences of a global batch, over all workers."""
-    batch_spots: int = Field(128, ge=2)
-    """Spots of a global batch with `random_spots`, over all workers."""
-    drop_spots: float = Field(0.3, ge=0, lt=1)
-    """Largest share of a sentence's spots left out, drawn anew for each sentence and epoch."""
-    augmentation: Literal["none", "default", "reference"] = "default"
-    """Flips, quarter turns and mild colour and stain jitter; or the published recipe; or none."""
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    """Optimiser."""
-    tower_lr: float = Field(1e-4, gt=0)
-    """Peak learning rate of both towers."""
-    head_lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of the projection heads and the temperature."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Weight decay; with adamw norms, biases and the temperature are spared."""
-    warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps over which the learning rate rises from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
-    shuffle_pairs: bool = False
-    """Pairs each image with another spot's expression: a control that must learn nothing."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the towers; auto: bf16 where the device computes it natively."""
-    compile: bool = False
-    """Whether the image tower is compiled (torch.compile)."""
-    num_workers: int = Field(1, ge=1)
-    """Training workers."""
-    use_gpu: bool = False
-    """One GPU a worker (nccl); else CPU workers (gloo)."""
-    cpus_per_worker: int = Field(1, ge=1)
-    """CPUs, and so threads, of a training worker."""
-    checkpoint_every: int = Field(50, ge=1)
-    """Steps between checkpoints within an epoch; each epoch ends with one."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
-    max_failures: int = Field(3, ge=0)
-    """Restarts of the worker group before the run gives up."""
-    seed: int = Field(0, ge=0)
-    """Seed of order, augmentation, dropout and initial weights."""
-
-
-class RetrievalConfig(Section):
-    """How a query's expression is read from the bank."""
-
-    k: int | None = Field(None, ge=1)
-    """Nearest keys that vote; empty: chosen on the validation patients, else 50."""
-    weighting: Literal["softmax", "inverse_square"] = "softmax"
-    """Softmax of cosine over `temperature`, or 1/d^2 of un-normalised vectors (as published)."""
-    temperature: float | None = Field(None, gt=0)
-    """Temperature of the softmax; empty: chosen on the validation patients, else 0.05."""
-    distance: Literal["l1", "l2"] = "l2"
-    """Distance d of `inverse_square`."""
-
-
-class TrackingConfig(Section):
-    """MLflow."""
-
-    uri: str = "sqlite:///mlflow.db"
-    """Tracking and registry URI: `sqlite:///FILE` on one machine, `http(s)://` on a cluster."""
-    experiment: str = "mclstexp"
-    """Experiment that runs are logged to."""
-    artifacts: str | None = None
-    """URI under which a new experiment keeps its artifacts; default the server's, or beside the SQLite file."""
-    model_name: str = "mclstexp"
-    """Registered model that a finished run adds a version to."""
+from mclstexp.settings import (
+    ClusterConfig,
+    GenesConfig,
+    ModelConfig,
+    RetrievalConfig,
+    Section,
+    SplitConfig,
+    StorageConfig,
+    TilesConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 
 class Config(Section):

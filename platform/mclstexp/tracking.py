@@ -22,8 +22,9 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema
 
 from mclstexp import storage
-from mclstexp.config import Config, TrackingConfig, leaf_fields
+from mclstexp.config import Config, leaf_fields
 from mclstexp.errors import ModelError, UserError
+from mclstexp.settings import TrackingConfig
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

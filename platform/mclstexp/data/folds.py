@@ -8,9 +8,9 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mclstexp.config import SplitConfig
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import SplitError
+from mclstexp.settings import SplitConfig
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
-from mclstexp.config import GenesConfig
 from mclstexp.data.schema import Manifest, SectionEntry, gene_names, load_genes
 from mclstexp.data.table import read_counts
 from mclstexp.errors import ConfigError, ModelError
+from mclstexp.settings import GenesConfig
 
 Scheme = Literal["per_spot_all", "per_spot_panel", "per_gene"]
 _NAMED_IN_ERROR = 5

@@ -12,7 +12,6 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from mclstexp.config import ModelConfig
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import decode_tiles
 from mclstexp.data.stream import MAX_RETRIES, Batch, ordered, pad
@@ -20,7 +19,10 @@ from mclstexp.data.table import read_sentence
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.heads import ProjectionHead
 from mclstexp.model.towers import ImageTower
+from mclstexp.settings import ModelConfig
 from mclstexp.training.optim import native_bf16
+
+_TILES_WORTH_AN_ACTOR = 256  # fewer are embedded sooner than another process has imported torch
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def embed_sections(
 def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
     resources = ray.cluster_resources()
     num_gpus = int(resources.get("GPU", 0))
-    actors = num_gpus or max(1, int(resources["CPU"]) // 2)
+    num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in places)
+    actors = min(num_gpus or max(1, int(resources["CPU"]) // 2), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
     rows = [{"section_id": name, "group": group} for name, group in places]
     with ordered():
         dataset = (

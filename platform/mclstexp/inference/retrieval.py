@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mclstexp.config import RetrievalConfig
 from mclstexp.errors import ModelError
 from mclstexp.evaluation.metrics import highest_genes, pearson_per_gene
 from mclstexp.inference.bank import Bank
+from mclstexp.settings import RetrievalConfig
 
 QUERY_BLOCK, KEY_BLOCK = 256, 65_536
 DEFAULT_K, DEFAULT_TEMPERATURE = 50, 0.05

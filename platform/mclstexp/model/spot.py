@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mclstexp.config import ModelConfig
+from mclstexp.settings import ModelConfig
 
 SHORTEST_UM, LONGEST_UM = 100.0, 20_000.0
 

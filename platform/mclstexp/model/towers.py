@@ -8,10 +8,10 @@ import math
 import torch
 from torch import nn
 
-from mclstexp.config import ModelConfig
 from mclstexp.model.encoders import build_image_encoder
 from mclstexp.model.heads import ProjectionHead
 from mclstexp.model.spot import SpotTower
+from mclstexp.settings import ModelConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -9,12 +9,12 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from mclstexp import storage
-from mclstexp.config import RetrievalConfig
 from mclstexp.inference.bank import Bank, build_bank
 from mclstexp.inference.embed import embed_sections, network_of
 from mclstexp.inference.model_version import FILES, ModelVersion, TrainingRecord
 from mclstexp.inference.retrieval import choose, resolve
 from mclstexp.model.towers import TwoTowers
+from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import WEIGHTS
 from mclstexp.training.trainer import Run, num_positions
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from mclstexp.config import TrainConfig
 from mclstexp.model.towers import TwoTowers
+from mclstexp.settings import TrainConfig
 
 
 def make_optimizer(model: TwoTowers, config: TrainConfig) -> torch.optim.Optimizer:

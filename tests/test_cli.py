@@ -1,0 +1,120 @@
+"""The command line: made from the settings, and helpful when one is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from _cli import Argument, describe, parse
+
+from mclstexp.config import Config, leaf_fields, load_config
+from mclstexp.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted(path for path in (ROOT / "jobs").glob("[!_]*.py") if path.name != "demo.py")
+ARGUMENTS = [Argument("data", "a table"), Argument("out", "a place", required=False, default="runs")]
+
+
+def _parse(*argv: str) -> Config:
+    return parse("Does it.", "python jobs/x.py", ARGUMENTS, ["train", "model", "split"], ["--data", "d", *argv])[1]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {epochs: 7, seed: 5}\nmodel: {spot_layers: 2}\ntiles: {size_px: 64}\n")
+    config = _parse("--config", str(file), "--train.epochs", "9")
+    assert (config.train.epochs, config.train.seed, config.model.spot_layers) == (9, 5, 2)
+    assert (config.tiles.size_px, config.train.tower_lr) == (64, Config().train.tower_lr)
+
+
+def test_values_of_every_kind() -> None:
+    given = ("--split.test_patients", "A,B", "--model.spot_width", "none", "--train.use_gpu", "--train.compile=false")
+    config = _parse(*given, "--train.tower_lr", "3e-4", "--model.position=table")
+    assert config.split.test_patients == ("A", "B")
+    assert config.model.spot_width is None
+    assert (config.train.use_gpu, config.train.compile) == (True, False)
+    assert (config.train.tower_lr, config.model.position) == (3e-4, "table")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.epoch", "3"], "unknown setting train.epoch in the command line; did you mean train.epochs?"),
+        (["--train.spot_layers", "3"], "did you mean model.spot_layers?"),
+        (["--dta", "x"], "did you mean data?"),
+        (["--train.epochs", "many"], "train.epochs='many': Input should be a valid integer"),
+        (["--train.tower_lr", "nan"], "train.tower_lr"),
+        (["--model.temperature", "0"], "model.temperature"),
+        (["--model.spot_layers", "0"], "model.spot_layers"),
+        (["--train.num_workers", "3"], "train.batch_sentences=4 is not a multiple of train.num_workers=3; use 3"),
+        (["--model.position", "left"], "model.position='left'"),
+        (["--model.batch_norm", "sync"], "needs train.use_gpu=true"),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_do(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        _parse(*argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {epochs: 1}", "unknown setting trian in"),
+        ("train: {epoch: 1}", "did you mean train.epochs?"),
+        ("- a", "not a mapping"),
+        ("train: [", "cannot read"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="wrong.yaml") as error:
+        load_config(file)
+    assert message in str(error.value)
+
+
+def test_described_settings_are_settings(tmp_path: Path) -> None:
+    config = _parse("--train.epochs", "3", "--split.test_patients", "A")
+    file = tmp_path / "resolved.yaml"
+    file.write_text(describe(config, list(Config.model_fields)))
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)
+def test_help_explains_every_setting_at_once(job: Path) -> None:
+    shown = subprocess.run([sys.executable, str(job), "--help"], capture_output=True, text=True, timeout=60, check=True)
+    flat = " ".join(shown.stdout.split())
+    sections = {line.rstrip(":") for line in shown.stdout.splitlines() if line.rstrip(":") in Config.model_fields}
+    assert sections
+    for name, (section, field) in leaf_fields().items():
+        if name.partition(".")[0] in sections:
+            assert f"--{name}" in flat
+            assert " ".join((section.model_fields[field].description or "?").split()[:4]) in flat
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)
+def test_help_needs_no_heavy_import(job: Path) -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['job', '--help']\n"
+        f"try: runpy.run_path({str(job)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'mlflow', 'boto3', 'pandas')))"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(job.parent)!r})\n{script}"]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_a_mistake_exits_with_code_2_and_no_traceback() -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", "nowhere", "--train.epoch", "1"]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: unknown setting")
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_dry_run_prints_settings_and_plan_without_a_cluster(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", str(tmp_path), "--dry-run"]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert failed.returncode == 2
+    assert "no tile table" in failed.stderr
