@@ -191,9 +191,9 @@ def _most_variable(
         first += np.asarray(logs.sum(axis=0)).ravel()
         second += np.asarray(logs.multiply(logs).sum(axis=0)).ravel()
         num_spots += counts.shape[0]
-    variance = second / max(1, num_spots) - (first / max(1, num_spots)) ** 2
+    variance = (second / max(1, num_spots) - (first / max(1, num_spots)) ** 2).round(12)
     candidates = np.flatnonzero(everywhere)
-    ranked = sorted(candidates, key=lambda row: (-round(variance[row], 12), gene_ids[row]))
+    ranked = sorted(candidates, key=lambda row: (-variance[row], gene_ids[row]))
     return [int(row) for row in ranked[: config.num_genes]]
 
 

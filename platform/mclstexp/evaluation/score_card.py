@@ -70,8 +70,9 @@ class ScoreCard:
     def verdicts(self) -> list[str]:
         """Returns one sentence a floor: on which mean scores the model beats it, and on which the floor wins."""
         means = self.means().set_index("method")
-        floors = means[means["kind"] == FLOOR]
-        return [_verdict(str(name), means.loc[MODEL], floor) for name, floor in floors.iterrows()]
+        scores = {str(method): {name: float(row[name]) for name in _COMPARED} for method, row in means.iterrows()}
+        floors = means.index[means["kind"] == FLOOR]
+        return [_verdict(name, scores[MODEL], scores[name]) for name in floors]
 
     def table(self) -> Table:
         """Returns the means, and where there are several the patients' and sections', for the terminal."""
@@ -157,7 +158,7 @@ def _add_rows(table: Table, scope: str, rows: pd.DataFrame) -> None:
     table.add_section()
 
 
-def _verdict(floor: str, model: pd.Series, other: pd.Series) -> str:
+def _verdict(floor: str, model: dict[str, float], other: dict[str, float]) -> str:
     """A score that only the floor lacks is not compared; one that only the model lacks is lost."""
     compared = [name for name in _COMPARED if not math.isnan(other[name])]
     won = [name for name in compared if _better(name, model[name], other[name])]
@@ -176,7 +177,7 @@ def _better(name: str, model: float, other: float) -> bool:
     return model > other if name in _CORRELATIONS else model < other
 
 
-def _gaps(names: list[str], model: pd.Series, other: pd.Series) -> str:
+def _gaps(names: list[str], model: dict[str, float], other: dict[str, float]) -> str:
     """Returns the model's differences in words: absolute for correlations, in percent for errors."""
     return ", ".join(f"{METRICS[name]} {_gap(name, model[name], other[name])}" for name in names)
 

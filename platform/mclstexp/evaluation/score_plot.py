@@ -22,7 +22,7 @@ def draw(card: "ScoreCard", path: str | Path) -> None:
         sides = {"measured": card.example.truth[:, gene], "predicted": card.example.prediction[:, gene]}
         for row, (word, values) in enumerate(sides.items(), start=1):
             axes = figure.add_subplot(grid[row, column])
-            points = axes.scatter(*card.example.place.T, c=values, s=14, cmap="viridis")
+            points = axes.scatter(card.example.place[:, 0], card.example.place[:, 1], c=values, s=14, cmap="viridis")
             axes.set(xticks=[], yticks=[], aspect="equal")
             axes.set_title(f"{card.genes[gene]}, {word} ({card.example.section_id})")
             axes.invert_yaxis()
@@ -33,7 +33,7 @@ def draw(card: "ScoreCard", path: str | Path) -> None:
 def _draw_methods(card: "ScoreCard", axes: Axes) -> None:
     """Draws each method's correlations over all sections and genes; a method without any is named as such."""
     defined = card.per_gene.groupby("method", sort=False)["pcc"].apply(lambda pcc: pcc.dropna().to_numpy())
-    labels = [method if len(pcc) else f"{method}\n(undefined)" for method, pcc in defined.items()]
+    labels = [str(method) if len(pcc) else f"{method}\n(undefined)" for method, pcc in defined.items()]
     axes.boxplot(list(defined), tick_labels=labels, showfliers=False)
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_ylabel("Pearson correlation of a gene")
