@@ -76,7 +76,10 @@ class ScoreCard:
 
     def table(self) -> Table:
         """Returns the means, and where there are several the patients' and sections', for the terminal."""
-        facts = f"protocol {self.protocol}: {_PROTOCOLS[self.protocol]}\n{self.title()}; {len(self.genes)} genes"
+        facts = (
+            f"score card of model {self.model_digest}, {len(self.genes)} genes\n"
+            f"protocol {self.protocol}: {_PROTOCOLS[self.protocol]}\n{self.title()}"
+        )
         undefined = "undefined: genes without a correlation, summed over sections and left out of the mean"
         caption = "\n".join([undefined, *self.notes, *self.verdicts()])
         table = Table("of", "method", "kind", title=facts, caption=caption, caption_justify="left")
