@@ -21,7 +21,7 @@ MAX_PLAIN_PX = 2**30
 """Most pixels of a plain image; decoded it takes 4 bytes each."""
 PLAIN_BYTES_PER_PX = 4
 _MAX_SLIDE_EDGE_PX = 2**22
-_MAX_REGION_PX = 4096  # edge of what is read from a level at once
+_MAX_REGION_PX = 2048  # edge of what is read from a level at once
 _PLAUSIBLE_MPP = (0.05, 20.0)  # of a plain image's resolution tag; 72 dpi would be 353
 _AGREEING = 1.02  # ratio up to which resolutions count as equal
 _OPAQUE = 255

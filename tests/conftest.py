@@ -41,6 +41,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("PYTHONPATH", SOURCE_ROOTS)
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start for each run
         yield endpoint
 
@@ -100,7 +101,6 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiles(cohort: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The root of the cohort's tile table: 32 px tiles, sentences of at most 16 spots."""
     from ingest.prepare import prepare
-
     from mclstexp.config import Config, override
 
     config = override(Config(), {"tiles.size_px": 32, "tiles.sentence_length": 16})

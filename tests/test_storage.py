@@ -1,5 +1,6 @@
 """Local disk and a real S3 server pass the same tests."""
 
+import os
 import pickle
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -193,13 +194,11 @@ def test_refused_credentials_are_plain_words(s3, monkeypatch):
 
 def test_unwritable_local_place_is_plain_words(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="cannot write .*file/below"):
+    with pytest.raises(StorageError, match=r"cannot write .*file/below"):
         storage.write(str(tmp_path / "file" / "below"), b"")
 
 
-def test_no_secret_is_pickled(s3, monkeypatch):
-    import os
-
+def test_no_secret_is_pickled(s3):
     filesystem, _ = storage.filesystem(s3)
     assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(filesystem)
 
@@ -223,7 +222,8 @@ class _Faulty(BaseHTTPRequestHandler):
         pass
 
 
-def test_body_that_breaks_off_is_asked_for_again(_environment, monkeypatch):
+@pytest.mark.usefixtures("_environment")
+def test_body_that_breaks_off_is_asked_for_again(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Faulty)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     config = BotoConfig(retries={"mode": "standard", "max_attempts": 1}, s3={"addressing_style": "path"})

@@ -256,9 +256,7 @@ def _damage(entry: SectionEntry, part: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise TableError(
-            f"{where} is missing: the table was prepared again meanwhile; load its manifest anew"
-        ) from None
+        raise TableError(f"{where} is missing: if the table was prepared again, load its manifest anew") from None
     except StorageError as error:
         raise TableError(f"{where} cannot be read: {error}") from error
     except (TableError, pa.ArrowException, OSError) as error:

@@ -1,0 +1,360 @@
+"""Readers: what is joined, what is left out and named, what is refused."""
+
+import gzip
+import os
+from collections import Counter
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from ingest import legacy_st
+from ingest.readers import read_expression, read_gene_names
+from ingest.sheet import SectionRow, read_sheet
+from mclstexp.errors import SourceError
+
+GENES = ["GNAS", "FASN", "ENSG00000141736.14"]
+COUNTS = {"10x20": [1, 0, 3], "11x20": [0, 2, 0], "10x21": [5, 6, 7], "12x20": [4, 4, 4]}
+PLACES = {(10, 20): (100.5, 200.25), (11, 20): (110, 200), (10, 21): (100, 210), (12, 20): (120, 200)}
+
+real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
+
+
+def write_counts(path, counts=COUNTS, genes=GENES, corner=""):
+    lines = ["\t".join([corner, *genes]) if corner is not None else "\t".join(genes)]
+    lines += ["\t".join([spot, *map(str, row)]) for spot, row in counts.items()]
+    text = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def write_positions(path, places=PLACES, selected=None):
+    rows = []
+    for (x, y), (pixel_x, pixel_y) in places.items():
+        rows.append([x, y, x + 0.01, y - 0.02, pixel_x, pixel_y, (selected or {}).get((x, y), 1)])
+    columns = ["x", "y", "new_x", "new_y", "pixel_x", "pixel_y", "selected"]
+    pd.DataFrame(rows, columns=columns).to_csv(path, sep="\t", index=False)
+
+
+@pytest.fixture
+def st(tmp_path):
+    (tmp_path / "a.tif").touch()
+    row = SectionRow(
+        section_id="A1",
+        patient_id="A",
+        image=str(tmp_path / "a.tif"),
+        format="legacy_st",
+        expression=str(tmp_path / "a.tsv.gz"),
+        positions=str(tmp_path / "a_sel.tsv"),
+    )
+    write_counts(tmp_path / "a.tsv.gz")
+    write_positions(tmp_path / "a_sel.tsv")
+    return row
+
+
+def read(row, tmp_path):
+    return read_expression(row, str(tmp_path))
+
+
+def refused(row, tmp_path):
+    with pytest.raises(SourceError) as caught:
+        read(row, tmp_path)
+    return str(caught.value)
+
+
+def test_legacy_st(st, tmp_path):
+    found = read(st, tmp_path)
+    assert found.genes == (("GNAS", "GNAS", ""), ("FASN", "FASN", ""), ("ENSG00000141736", "", "ENSG00000141736"))
+    assert found.genes == read_gene_names(st, str(tmp_path))
+    assert found.spots.spot_id.tolist() == list(COUNTS)
+    assert found.spots.counts.dtype == np.int32
+    assert found.spots.counts.toarray().tolist() == list(COUNTS.values())
+    assert found.spots.x_px.tolist() == [100.5, 110, 100, 120]
+    assert found.spots.y_px.tolist() == [200.25, 200, 210, 200]
+    assert found.spots.array_col.tolist() == [10, 11, 10, 12]
+    assert found.spots.array_row.tolist() == [20, 20, 21, 20]
+    assert found.rejected == ()
+
+
+@pytest.mark.parametrize("name", ["plain.tsv", "packed.tsv.gz", "packed_without_saying_so.tsv"])
+@pytest.mark.parametrize("corner", ["", "spot", None])
+def test_counts_files_of_all_kinds(st, tmp_path, name, corner):
+    path = tmp_path / name
+    write_counts(path, corner=corner)
+    if "without" in name:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    found = read(st.model_copy(update={"expression": str(path)}), tmp_path)
+    assert found.spots.counts.toarray().tolist() == list(COUNTS.values())
+
+
+def test_places_are_joined_after_rounding(st, tmp_path):
+    write_counts(tmp_path / "a.tsv.gz", {"10.02x19.98": [1, 0, 3], "11.4x20.4": [0, 2, 0]})
+    write_positions(tmp_path / "a_sel.tsv", {(9.98, 20.3): (1, 2), (11, 20): (3, 4)})
+    found = read(st, tmp_path)
+    assert found.spots.spot_id.tolist() == ["10x20", "11x20"]
+    assert found.spots.x_px.tolist() == [1, 3]
+
+
+def test_everyone_left_out_is_named_with_the_reason(st, tmp_path):
+    counts = COUNTS | {"1x1": [1, 1, 1], "13x20": [0, 0, 0], "14x20": [1, 1, 1]}
+    places = PLACES | {(13, 20): (130, 200), (14, 20): (140, 200), (15, 20): (150, 200), (16, 20): (160, 200)}
+    write_counts(tmp_path / "a.tsv.gz", counts)
+    write_positions(tmp_path / "a_sel.tsv", places, {(14, 20): 0, (16, 20): 0})
+    found = read(st, tmp_path)
+    assert found.spots.spot_id.tolist() == list(COUNTS)
+    reasons = {reject.spot_id: (reject.reason, reject.x_px) for reject in found.rejected}
+    assert reasons["13x20"] == ("no_counts", 130)
+    assert reasons["14x20"] == ("not_selected", 140)
+    assert reasons["15x20"] == ("no_counts", 150)
+    assert reasons["16x20"] == ("not_selected", 160)
+    assert reasons["1x1"][0] == "no_position"
+    assert np.isnan(reasons["1x1"][1])
+
+
+def test_positions_without_selected_column_are_all_used(st, tmp_path):
+    table = pd.read_csv(st.positions, sep="\t").drop(columns="selected")
+    table.to_csv(st.positions, sep="\t", index=False)
+    assert len(read(st, tmp_path).spots) == 4
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1.5", "NA", "", "2147483648", "one"])
+def test_a_value_that_is_no_count_is_named(st, tmp_path, value):
+    write_counts(tmp_path / "a.tsv.gz", COUNTS | {"10x21": [5, value, 7]})
+    text = refused(st, tmp_path)
+    assert "gene FASN of spot 10x21" in text
+    assert "a.tsv.gz" in text
+
+
+def test_logged_values_are_recognised(st, tmp_path):
+    logged = {spot: np.log1p(row).tolist() for spot, row in COUNTS.items()}
+    write_counts(tmp_path / "a.tsv.gz", logged)
+    assert "normalised or log-transformed" in refused(st, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("genes", "named"),
+    [(["GNAS", "FASN", "GNAS"], "GNAS"), (["ENSG00000141736.1", "FASN", "ENSG00000141736.2"], "ENSG00000141736")],
+)
+def test_repeated_genes_are_named(st, tmp_path, genes, named):
+    write_counts(tmp_path / "a.tsv.gz", genes=genes)
+    assert f"gene appears more than once: {named}" in refused(st, tmp_path)
+    with pytest.raises(SourceError, match=named):
+        read_gene_names(st, str(tmp_path))
+
+
+def test_repeated_spots_are_named(st, tmp_path):
+    write_counts(tmp_path / "a.tsv.gz", COUNTS | {"10.3x20": [1, 1, 1]})
+    assert "spot appears more than once: 10x20" in refused(st, tmp_path)
+    write_counts(tmp_path / "a.tsv.gz")
+    write_positions(tmp_path / "a_sel.tsv", PLACES | {(10.3, 20): (1, 1)})
+    assert "a_sel.tsv: spot appears more than once: 10x20" in refused(st, tmp_path)
+
+
+@pytest.mark.parametrize("place", [(-1, 20), (70_000, 20)])
+def test_array_places_out_of_range_are_named(st, tmp_path, place):
+    write_counts(tmp_path / "a.tsv.gz", COUNTS | {f"{place[0]}x{place[1]}": [1, 1, 1]})
+    write_positions(tmp_path / "a_sel.tsv", PLACES | {place: (1, 1)})
+    assert f"spot {place[0]}x{place[1]} has the array place" in refused(st, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[: len(data) // 2], "cannot be read"),
+        (lambda data: data[:20] + bytes(8) + data[28:], "cannot be read"),
+        (lambda _: b"", "has no spots"),
+        (lambda _: gzip.compress(b"\tGNAS\tFASN\n10x20\t1\n"), "its header has 3 cells and its first spot 2"),
+        (lambda _: gzip.compress(b"\tGNAS\tFASN\n10x20\t1\t2\n11x20\t1\n"), "1 values for 2 genes"),
+        (lambda _: gzip.compress(b"\tGNAS\tFASN\n"), "has no spots"),
+        (lambda _: gzip.compress(b"\tGNAS\tFASN\nspot1\t1\t2\n"), "not named like 10x21"),
+        (lambda _: b"\x89PNG\r\n\x1a\n\x00\x01\xff\xfe", "cannot be read|header"),
+    ],
+)
+def test_damaged_counts_are_refused(st, tmp_path, damage, reason):
+    path = Path(st.expression)
+    path.write_bytes(damage(path.read_bytes()))
+    text = refused(st, tmp_path)
+    assert "a.tsv.gz" in text
+    with pytest.raises(SourceError, match=reason):
+        read(st, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("x\ty\tpixel_x\n1\t2\t3\n", "has no column pixel_y"),
+        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t\n", "row 2 holds no position"),
+        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\tinf\n", "row 2 holds no position"),
+        ("", "cannot be read"),
+    ],
+)
+def test_damaged_positions_are_refused(st, tmp_path, content, reason):
+    Path(st.positions).write_text(content)
+    with pytest.raises(SourceError, match=f"a_sel.tsv.*{reason}"):
+        read(st, tmp_path)
+
+
+def test_endless_lines_are_refused_before_they_fill_memory(st, tmp_path, monkeypatch):
+    monkeypatch.setattr(legacy_st, "_MAX_LINE_BYTES", 1000)
+    Path(st.expression).write_bytes(gzip.compress(b"\tGNAS\n10x20\t" + b"1" * 10**7))
+    assert "a line of more than 1000 bytes" in refused(st, tmp_path)
+
+
+# ---------------------------------------------------------------- AnnData
+
+
+@pytest.fixture
+def h5ad(tmp_path):
+    (tmp_path / "b.tif").touch()
+    return SectionRow(
+        section_id="B1",
+        patient_id="B",
+        image=str(tmp_path / "b.tif"),
+        format="h5ad",
+        expression=str(tmp_path / "b.h5ad"),
+    )
+
+
+def make_anndata(values=None, **parts):
+    values = np.array(list(COUNTS.values()), np.float32) if values is None else values
+    obs = pd.DataFrame(index=[f"AAC{i}-1" for i in range(4)])
+    data = anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=["GNAS", "FASN", "ERBB2"]), **parts)
+    data.obsm["spatial"] = np.array(list(PLACES.values()), float)
+    return data
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+def test_h5ad(h5ad, tmp_path, kind):
+    make_anndata(kind(np.array(list(COUNTS.values()), np.float32))).write_h5ad(h5ad.expression)
+    found = read(h5ad, tmp_path)
+    assert found.spots.counts.toarray().tolist() == list(COUNTS.values())
+    assert found.spots.counts.dtype == np.int32
+    assert found.spots.spot_id.tolist() == [f"AAC{i}-1" for i in range(4)]
+    assert found.spots.x_px.tolist() == [100.5, 110, 100, 120]
+    assert found.spots.y_px.tolist() == [200.25, 200, 210, 200]
+    assert np.isnan(found.spots.array_row).all()
+    assert [gene.gene_id for gene in found.genes] == ["GNAS", "FASN", "ERBB2"]
+    assert read_gene_names(h5ad, str(tmp_path)) == found.genes
+
+
+def test_hest_style_file(h5ad, tmp_path):
+    data = make_anndata(sp.csr_matrix(np.array(list(COUNTS.values()), np.float32)))
+    data.obs["in_tissue"] = [1, 1, 0, 1]
+    data.obs["array_row"] = [20, 20, 21, 20]
+    data.obs["array_col"] = [10, 11, 10, 12]
+    data.obs["pxl_col_in_fullres"] = data.obsm["spatial"][:, 0]
+    data.var["gene_ids"] = ["ENSG00000087460", "ENSG00000169710", "ENSG00000141736"]
+    scale = {"tissue_downscaled_fullres_scalef": 0.1, "spot_diameter_fullres": 30.0}
+    image = {"downscaled_fullres": np.zeros((8, 8, 3), np.uint8)}
+    data.uns["spatial"] = {"ST": {"images": image, "scalefactors": scale}}
+    data.write_h5ad(h5ad.expression)
+    found = read(h5ad, tmp_path)
+    assert found.genes[0] == ("ENSG00000087460", "GNAS", "ENSG00000087460")
+    assert found.spots.array_col.tolist() == [10, 11, 12]
+    assert found.spots.array_row.tolist() == [20, 20, 20]
+    assert [(reject.spot_id, reject.reason) for reject in found.rejected] == [("AAC2-1", "not_selected")]
+
+
+def test_ensembl_index_with_symbols_beside_it(h5ad, tmp_path):
+    data = make_anndata()
+    data.var.index = ["ENSG00000087460.24", "ENSG00000169710", "ENSG00000141736"]
+    data.var["feature_name"] = pd.Categorical(["GNAS", "FASN", "ERBB2"])
+    data.write_h5ad(h5ad.expression)
+    assert read_gene_names(h5ad, str(tmp_path))[0] == ("ENSG00000087460", "GNAS", "ENSG00000087460")
+
+
+def test_raw_counts_are_taken_from_where_they_are(h5ad, tmp_path):
+    counts = np.array(list(COUNTS.values()), np.float32)
+    data = make_anndata(np.log1p(counts))
+    data.layers["counts"] = counts
+    data.write_h5ad(h5ad.expression)
+    assert read(h5ad, tmp_path).spots.counts.toarray().tolist() == counts.tolist()
+    whole = make_anndata(counts)
+    data = make_anndata(np.log1p(counts))
+    data.raw = whole
+    data = data[:, :2].copy()
+    data.write_h5ad(h5ad.expression)
+    found = read(h5ad, tmp_path)
+    assert found.spots.counts.toarray().tolist() == counts.tolist()
+    assert len(found.genes) == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1, 1.5])
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+def test_h5ad_value_that_is_no_count_is_named(h5ad, tmp_path, value, kind):
+    counts = np.array(list(COUNTS.values()), np.float32)
+    counts[2, 1] = value
+    make_anndata(kind(counts)).write_h5ad(h5ad.expression)
+    assert "gene FASN of spot AAC2-1" in refused(h5ad, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:(Observation|Variable) names are not unique")
+def test_h5ad_repeated_names_are_named(h5ad, tmp_path):
+    data = make_anndata()
+    data.var.index = ["GNAS", "FASN", "GNAS"]
+    data.write_h5ad(h5ad.expression)
+    assert "gene appears more than once: GNAS" in refused(h5ad, tmp_path)
+    data = make_anndata()
+    data.obs.index = ["a", "b", "a", "c"]
+    data.write_h5ad(h5ad.expression)
+    assert "spot appears more than once: a" in refused(h5ad, tmp_path)
+
+
+def test_h5ad_without_positions_or_with_broken_ones(h5ad, tmp_path):
+    data = make_anndata()
+    del data.obsm["spatial"]
+    data.write_h5ad(h5ad.expression)
+    assert "it has no obsm/spatial" in refused(h5ad, tmp_path)
+    data = make_anndata()
+    data.obsm["spatial"][1, 0] = np.nan
+    data.write_h5ad(h5ad.expression)
+    assert "spot AAC1-1 has the pixel position" in refused(h5ad, tmp_path)
+
+
+def test_damaged_h5ad_is_refused(h5ad, tmp_path):
+    make_anndata().write_h5ad(h5ad.expression)
+    path = Path(h5ad.expression)
+    whole = path.read_bytes()
+    for broken in (b"", b"garbage" * 100, whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        assert "b.h5ad cannot be read" in refused(h5ad, tmp_path)
+    with h5py.File(path, "w") as file:
+        file["X"] = np.zeros((2, 2))
+    assert "b.h5ad: it has no obs" in refused(h5ad, tmp_path)
+
+
+def test_missing_file_is_named(st, tmp_path):
+    Path(st.positions).unlink()
+    assert "there is no file" in refused(st, tmp_path)
+
+
+@real_data
+def test_real_sections(tmp_path):
+    """Spots and genes as METHOD's table and the data's own description count them."""
+    root = Path(os.environ["MCLSTEXP_DATA"])
+    expected = {"C2": (187, 15706), "C3": (180, 15821), "C4": (184, 15842), "C5": (181, 15721), "B4": (283, 15289)}
+    for row in read_sheet(str(root / "samples.csv")):
+        found = read(row, tmp_path)
+        assert (len(found.spots), len(found.genes)) == expected[row.section_id]
+        assert len(found.rejected) <= 3
+
+
+@real_data
+def test_real_selection_matters(tmp_path):
+    root = Path(os.environ["MCLSTEXP_DATA"]) / "mob"
+    row = SectionRow(
+        section_id="MOB1",
+        patient_id="M",
+        image=str(root / "MOB1.jpg"),
+        format="legacy_st",
+        expression=str(root / "MOB1.tsv.gz"),
+        positions=str(root / "MOB1_selection.tsv"),
+    )
+    found = read(row, tmp_path)
+    assert len(found.spots) == 379
+    assert Counter(reject.reason for reject in found.rejected)["not_selected"] > 1500
+    assert found.genes[0].ensembl_id.startswith("ENSMUSG")
+    assert "." not in found.genes[0].ensembl_id

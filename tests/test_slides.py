@@ -1,0 +1,303 @@
+"""Slides: exact crops, exact resampling, one behaviour over pyramids and plain images, damage refused."""
+
+import os
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from PIL import Image
+
+from ingest import slides
+from ingest.slides import open_slide
+from mclstexp.errors import SourceError
+
+real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
+
+
+def texture(height=700, width=900, seed=0):
+    """A smooth colour field: resampling it hardly changes it, shifting it does."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    waves = [128 + 100 * np.sin(x / (29 + 7 * c) + c) * np.cos(y / (37 + 5 * c) + seed) for c in range(3)]
+    return np.stack(waves, axis=2).round().astype(np.uint8)
+
+
+def write_pyramid(path, image, num_levels=3, mpp=0.5, **options):
+    """A tiled TIFF whose levels are block means; lossless, so that pixels can be compared exactly."""
+    with tifffile.TiffWriter(path) as tiff:
+        for level in range(num_levels):
+            step = 2**level
+            height, width = image.shape[0] // step, image.shape[1] // step
+            blocks = image[: height * step, : width * step].reshape(height, step, width, step, 3)
+            unit = {"resolution": (1e4 / mpp / step, 1e4 / mpp / step), "resolutionunit": "CENTIMETER"} if mpp else {}
+            tiff.write(
+                blocks.mean(axis=(1, 3)).round().astype(np.uint8),
+                tile=(128, 128),
+                photometric="rgb",
+                compression="deflate",
+                subfiletype=int(level > 0),
+                **(unit | options),
+            )
+
+
+def write_plain(path, image, **options):
+    Image.fromarray(image).save(path, **options)
+
+
+WRITERS = {
+    "pyramid.tif": write_pyramid,
+    "plain.tif": write_plain,
+    "plain.png": write_plain,
+}
+
+
+@pytest.fixture(params=WRITERS)
+def lossless(request, tmp_path):
+    path = tmp_path / request.param
+    WRITERS[request.param](path, texture())
+    return path
+
+
+def test_native_tiles_are_exact_crops(lossless):
+    image = texture()
+    with open_slide(lossless) as slide:
+        assert (slide.width, slide.height) == (900, 700)
+        for left, top in [(0, 0), (333, 121), (900 - 224, 700 - 224), (127, 128)]:
+            tile = slide.read_tile(left, top, 224, 1.0)
+            assert tile.dtype == np.uint8
+            np.testing.assert_array_equal(tile, image[top : top + 224, left : left + 224])
+
+
+def sampled(left, top, size, scale):
+    """The field's own values at the tile's pixel centres."""
+    y = top + (np.arange(size)[:, None] + 0.5) * scale
+    x = left + (np.arange(size)[None] + 0.5) * scale
+    waves = [128 + 100 * np.sin(x / (29 + 7 * c) + c) * np.cos(y / (37 + 5 * c)) for c in range(3)]
+    return np.stack(waves, axis=2)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.37, 2.0, 3.3, 4.0, 6.1])
+def test_resampled_tiles_lie_where_the_mpp_says(lossless, scale):
+    size = 64
+    with open_slide(lossless) as slide:
+        for left, top in [(0.0, 0.0), (100.25, 37.75), (900 - size * scale, 700 - size * scale)]:
+            tile = slide.read_tile(left, top, size, scale).astype(float)
+            inner = np.abs(tile - sampled(left, top, size, scale))[3:-3, 3:-3]
+            shifted = np.abs(tile - sampled(left + max(scale, 2), top + max(scale, 2), size, scale))[3:-3, 3:-3]
+            assert inner.mean() < 1.5
+            assert inner.mean() < 0.5 * shifted.mean()
+
+
+def test_pyramid_and_plain_image_agree(tmp_path):
+    write_pyramid(tmp_path / "a.tif", texture())
+    write_plain(tmp_path / "a.png", texture())
+    with open_slide(tmp_path / "a.tif") as pyramid, open_slide(tmp_path / "a.png") as plain:
+        for scale in (1.0, 1.7, 2.0, 5.0):
+            tiles = [slide.read_tile(60.0, 40.0, 96, scale).astype(int) for slide in (pyramid, plain)]
+            assert np.abs(tiles[0] - tiles[1]).mean() < 1.0
+        thumbnails = [slide.thumbnail(7.3) for slide in (pyramid, plain)]
+        assert thumbnails[0].shape == thumbnails[1].shape == (95, 123, 3)
+        assert np.abs(thumbnails[0].astype(int) - thumbnails[1]).mean() < 1.5
+
+
+def test_thumbnail_is_read_in_bounded_parts(lossless, monkeypatch):
+    with open_slide(lossless) as slide:
+        whole = slide.thumbnail(9.0)
+        monkeypatch.setattr(slides, "_MAX_REGION_PX", 200)
+        parts = slide.thumbnail(9.0)
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+
+
+def test_pixels_that_are_not_there_are_no_tissue_and_no_background(tmp_path):
+    """OpenSlide paints missing tiles transparent; a tile over one is reported missing, not white."""
+    path = tmp_path / "holes.tif"
+    write_pyramid(path, texture(), num_levels=1)
+    with tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages[0].tags["TileByteCounts"]
+        counts = list(tag.value)
+    counts[0] = 0
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["TileByteCounts"].overwrite(counts)
+    with open_slide(path) as slide:
+        assert slide.read_tile(0, 0, 64, 1.0) is None
+        assert slide.read_tile(100, 100, 64, 1.0) is None
+        assert slide.read_tile(128, 128, 64, 1.0) is not None
+        assert slide.thumbnail(4.0)[:30, :30].min() == 255
+
+
+# ---------------------------------------------------------------- resolution
+
+
+def test_mpp_of_files(tmp_path):
+    image = texture(200, 200)
+    write_pyramid(tmp_path / "a.tif", image, num_levels=1, mpp=0.4)
+    write_plain(tmp_path / "b.tif", image, dpi=(25400, 25400))
+    write_plain(tmp_path / "c.jpg", image, dpi=(72, 72))
+    write_plain(tmp_path / "d.png", image)
+    found = []
+    for name in ("a.tif", "b.tif", "c.jpg", "d.png"):
+        with open_slide(tmp_path / name) as slide:
+            found.append(slide.mpp)
+    assert found == [pytest.approx(0.4), pytest.approx(1.0), None, None]
+
+
+def test_pixels_that_are_not_square_are_refused(tmp_path):
+    write_pyramid(tmp_path / "a.tif", texture(200, 200), num_levels=1, resolution=(20000, 10000))
+    with pytest.raises(SourceError, match=r"a\.tif: its pixels are not square"):
+        open_slide(tmp_path / "a.tif")
+
+
+# ---------------------------------------------------------------- colour
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "1", "I;16", "LA", "F"])
+def test_other_colour_modes_are_refused(tmp_path, mode):
+    image = Image.new(mode, (64, 64)) if mode in ("I;16", "F") else Image.fromarray(texture(64, 64)).convert(mode)
+    image.save(tmp_path / "a.tif")
+    with pytest.raises(SourceError, match="colour mode is"):
+        open_slide(tmp_path / "a.tif")
+
+
+def test_palettes_and_opaque_alpha_become_rgb(tmp_path):
+    image = texture(64, 64)
+    Image.fromarray(image).convert("RGBA").save(tmp_path / "rgba.png")
+    palette = Image.fromarray(image).quantize(200)
+    palette.save(tmp_path / "p.png")
+    for name, expected in (("rgba.png", image), ("p.png", np.asarray(palette.convert("RGB")))):
+        with open_slide(tmp_path / name) as slide:
+            np.testing.assert_array_equal(slide.read_tile(0, 0, 64, 1.0), expected)
+
+
+def test_transparent_pixels_are_refused(tmp_path):
+    image = np.dstack([texture(64, 64), np.full((64, 64), 255, np.uint8)])
+    image[3, 5, 3] = 254
+    Image.fromarray(image).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png") as slide, pytest.raises(SourceError, match="transparent pixels"):
+        slide.read_tile(0, 0, 32, 1.0)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_rotated_images_are_refused(tmp_path, orientation):
+    image = Image.fromarray(texture(64, 64))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(SourceError, match=f"EXIF orientation is {orientation}"):
+        open_slide(tmp_path / "a.jpg")
+
+
+def test_several_images_in_one_file_are_refused(tmp_path):
+    pages = [Image.fromarray(texture(64, 64, seed)) for seed in range(2)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(SourceError, match="several images"):
+        open_slide(tmp_path / "a.tif")
+
+
+# ---------------------------------------------------------------- damage and size
+
+
+def claimed_png(width, height):
+    """A PNG of a few bytes that claims any size."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(40_000, 40_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_giant_images_are_refused_before_they_are_decoded(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(claimed_png(*size))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SourceError, match=r"image bomb\.png"):
+        open_slide(tmp_path / "bomb.png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "pyramid.tif"])
+@pytest.mark.parametrize("share", [0.95, 0.5, 0.1])
+def test_truncated_images_are_refused(tmp_path, name, share):
+    path = tmp_path / name
+    (write_pyramid if name == "pyramid.tif" else write_plain)(path, texture())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+
+    def read_everything():
+        with open_slide(path) as slide:
+            return [slide.read_tile(x, y, 100, 1.0) for x in range(0, 801, 100) for y in range(0, 601, 100)]
+
+    with pytest.raises(SourceError, match=f"image {name}"):
+        read_everything()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 500, b"%PDF-1.7 ...", b"GIF89a" + bytes(100)])
+def test_what_is_no_image_is_refused(tmp_path, content):
+    (tmp_path / "a.svs").write_bytes(content)
+    with pytest.raises(SourceError, match=r"image a\.svs"):
+        open_slide(tmp_path / "a.svs")
+
+
+def test_missing_image(tmp_path):
+    with pytest.raises(SourceError, match=r"none\.svs"):
+        open_slide(tmp_path / "none.svs")
+
+
+def test_pillows_limit_is_left_as_it_was(tmp_path):
+    before = Image.MAX_IMAGE_PIXELS
+    write_plain(tmp_path / "a.png", texture(64, 64))
+    with open_slide(tmp_path / "a.png") as slide:
+        slide.read_tile(0, 0, 32, 1.0)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_memory_does_not_grow_with_a_pyramid(tmp_path):
+    """A slide of 268 MB of pixels (as OpenSlide hands them on) is read within a fraction of that."""
+    path = tmp_path / "large.tif"
+    tile = texture(512, 512)
+    with tifffile.TiffWriter(path) as tiff:
+        tiles = (tile for _ in range(16 * 16))
+        tiff.write(tiles, shape=(8192, 8192, 3), dtype=np.uint8, tile=(512, 512), photometric="rgb", compression="jpeg")
+    code = (
+        "import resource, sys; from ingest.slides import open_slide; slide = open_slide(sys.argv[1]);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "slide.read_tile(5000, 5000, 224, 1.0); slide.thumbnail(16.0);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'platform'}"}
+    grown = subprocess.run([sys.executable, "-c", code, path], env=environment, capture_output=True, check=True)
+    assert int(grown.stdout) < 130_000  # KiB
+
+
+@real_data
+def test_real_slides():
+    folder = Path(os.environ["MCLSTEXP_DATA"]) / "slides"
+    with open_slide(folder / "cmu_small_region.svs") as slide:
+        assert slide.mpp == pytest.approx(0.499)
+        reference = openslide.OpenSlide(str(folder / "cmu_small_region.svs")).read_region((700, 900), 0, (224, 224))
+        np.testing.assert_array_equal(slide.read_tile(700, 900, 224, 1.0), np.asarray(reference)[..., :3])
+    with open_slide(folder / "tcga-cr-7395-01a-01-ts1.svs") as slide:
+        assert slide.mpp is None
+        assert slide.read_tile(1000, 1000, 224, 2.0).shape == (224, 224, 3)
+
+
+@real_data
+def test_a_real_section_as_pyramid_and_as_jpeg_show_the_same():
+    root = Path(os.environ["MCLSTEXP_DATA"])
+    with (
+        open_slide(root / "slides" / "C5_aperio.svs") as svs,
+        open_slide(root / "her2st" / "images" / "C5.jpg") as jpeg,
+    ):
+        assert (svs.width, svs.height) == (jpeg.width, jpeg.height)
+        for scale in (1.0, 3.5):
+            tiles = [slide.read_tile(2500.0, 2500.0, 224, scale).astype(float) for slide in (svs, jpeg)]
+            assert np.corrcoef(tiles[0].ravel(), tiles[1].ravel())[0, 1] > 0.97
