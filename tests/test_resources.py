@@ -1,1 +1,122 @@
 """A run that does not fit is refused with numbers and the setting to change, and places must be seen by all nodes."""
+
+import time
+
+import pytest
+
+from mclstexp import resources
+from mclstexp.config import Config, override
+from mclstexp.errors import ResourceError
+
+LOCAL = ["--data tiles", "--out s3://bucket/runs"]
+
+
+def _node(pool: str | None = None, **amounts: float) -> dict:
+    """An alive entry of `ray.nodes()`."""
+    return {"Alive": True, "Resources": amounts, "Labels": {"pool": pool} if pool else {}}
+
+
+def _config(**settings: object) -> Config:
+    named = {name.replace("_", ".", 1): value for name, value in settings.items()}
+    return override(Config(), {"train.batch_sentences": 12} | named)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The cluster's nodes, to be filled by the test."""
+    alive: list[dict] = []
+    monkeypatch.setattr(resources, "_alive_nodes", lambda: alive)
+    return alive
+
+
+@pytest.mark.parametrize(
+    ("alive", "settings"),
+    [
+        ([_node(CPU=2)], {}),
+        ([_node(CPU=3), _node(CPU=3)], {"train_num_workers": 2, "train_cpus_per_worker": 2}),
+        ([_node(CPU=0), _node(CPU=4, GPU=1), _node(CPU=8, GPU=2)], {"train_num_workers": 3, "train_use_gpu": True}),
+        ([_node(CPU=2), _node("cpu", CPU=1)], {"cluster_data_pool": "cpu"}),
+    ],
+)
+def test_what_fits_is_let_through(nodes: list[dict], alive: list[dict], settings: dict[str, object]) -> None:
+    nodes += alive
+    resources.require(_config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("alive", "settings", "message"),
+    [
+        ([_node(CPU=2)], {"train_num_workers": 2}, "asks for 3 CPUs .* has 2; .* lower train.num_workers"),
+        (
+            [_node(CPU=3), _node(CPU=3)],
+            {"train_cpus_per_worker": 4},
+            r"1 worker\(s\) of 4 CPU\(s\), the cluster's 2 node\(s\) with 6 CPU\(s\) hold 0; .*cpus_per_worker",
+        ),
+        ([_node(CPU=3), _node(CPU=3)], {"train_num_workers": 3, "train_cpus_per_worker": 2}, "hold 2"),
+        (
+            [_node(CPU=16, GPU=1)],
+            {"train_num_workers": 2, "train_use_gpu": True},
+            r"asks for 2 GPU\(s\) .* has 1; .*train.use_gpu=false",
+        ),
+        ([_node(CPU=16), _node(CPU=1, GPU=2)], {"train_num_workers": 2, "train_use_gpu": True}, "hold 1"),
+        (
+            [_node("gpu", CPU=8), _node("cpu", CPU=0)],
+            {"cluster_data_pool": "cpu"},
+            r"pool=cpu \(found: gpu\); start nodes with --labels pool=cpu",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    nodes: list[dict], alive: list[dict], settings: dict[str, object], message: str
+) -> None:
+    nodes += alive
+    with pytest.raises(ResourceError, match=message):
+        resources.require(_config(**settings))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 6])
+@pytest.mark.parametrize("cpus_per_worker", [1, 3])
+def test_a_ray_on_this_machine_holds_every_run(nodes: list[dict], num_workers: int, cpus_per_worker: int) -> None:
+    config = _config(train_num_workers=num_workers, train_cpus_per_worker=cpus_per_worker)
+    nodes.append(_node(CPU=resources.local_ray(config)["num_cpus"]))
+    resources.require(config)
+
+
+def test_the_number_of_local_cpus_can_be_set() -> None:
+    started = resources.local_ray(_config(cluster_local_cpus=5, cluster_object_store_mb=200))
+    assert (started["num_cpus"], started["object_store_memory"]) == (5, 200 * 2**20)
+
+
+def test_the_plan_names_what_a_run_claims() -> None:
+    plan = resources.plan(_config(train_num_workers=4, train_use_gpu=True, train_cpus_per_worker=2))
+    assert plan.startswith("4 training worker(s) with 1 GPU and 2 CPU(s) each")
+
+
+@pytest.mark.parametrize(
+    "alive", [[_node(CPU=4), _node(CPU=4)], [_node(CPU=0)]], ids=["two nodes", "head and none yet"]
+)
+def test_places_that_one_node_only_sees_are_refused(nodes: list[dict], alive: list[dict]) -> None:
+    nodes += alive
+    with pytest.raises(
+        ResourceError, match=r"--data tiles, tracking.uri=sqlite:///mlflow.db .*storage.shared_paths"
+    ) as e:
+        resources.require_shared(Config(), LOCAL)
+    assert "s3://bucket" not in str(e.value)
+    with pytest.raises(ResourceError, match="and --data tiles can be seen"):
+        resources.require_shared(Config(), LOCAL, uses_tracking=False)
+    resources.require_shared(override(Config(), {"storage.shared_paths": True}), LOCAL)
+    resources.require_shared(override(Config(), {"tracking.uri": "http://mlflow:5000"}), ["--data s3://bucket/tiles"])
+
+
+def test_one_node_may_use_its_own_places(nodes: list[dict]) -> None:
+    nodes.append(_node(CPU=4))
+    resources.require_shared(Config(), LOCAL)
+
+
+@pytest.mark.ray
+def test_a_real_cluster_is_asked_for_nodes_and_refused_in_time(ray_session: None) -> None:
+    resources.require(_config(train_num_workers=4))
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match="has 6"):
+        resources.require(_config(train_num_workers=6, cluster_wait_s=1.5))
+    assert 1.5 <= time.monotonic() - started < 15

@@ -1,18 +1,23 @@
 """Never hang: compare what a run asks for with what the cluster has before anything starts.
 
 Training workers that claim every CPU starve the data stream for ever, with a warning at most; so at least one CPU
-must be left for it. Where an autoscaler can add nodes, `cluster.wait_s` says how long to wait for them.
+must be left for it. Where an autoscaler can add nodes, it is asked for what lacks and `cluster.wait_s` says how long
+to wait. The check counts what the nodes have, not what is free: another job on the cluster is not seen.
 """
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from mclstexp import storage
 from mclstexp.config import Config
 from mclstexp.errors import ResourceError
 
-_POLL_S = 2.0
+_POLL_S = 1.0
+Node = dict[str, Any]
+"""An entry of `ray.nodes()`."""
 
 
 def local_ray(config: Config) -> dict[str, object]:
@@ -26,6 +31,12 @@ def local_ray(config: Config) -> dict[str, object]:
         "object_store_memory": config.cluster.object_store_mb * 2**20,
         "include_dashboard": False,
     }
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """Returns what a training worker claims."""
+    claimed: dict[str, float] = {"CPU": config.train.cpus_per_worker}
+    return claimed | {"GPU": 1} if config.train.use_gpu else claimed
 
 
 def plan(config: Config) -> str:
@@ -44,15 +55,16 @@ def require(config: Config) -> None:
     Raises:
         ResourceError: it cannot, even after `cluster.wait_s`; names the numbers and the setting to change.
     """
-    deadline = time.monotonic() + config.cluster.wait_s
-    while fault := _lack(config, _alive_nodes()):
-        if time.monotonic() >= deadline:
-            raise ResourceError(fault)
-        time.sleep(_POLL_S)
+    fault = _lack(config, _alive_nodes())
+    if fault and config.cluster.wait_s:
+        with _asked_for(config):
+            fault = _lack_after_waiting(config)
+    if fault:
+        raise ResourceError(fault)
 
 
 def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = True) -> None:
-    """Refuses places that only one node can see where the cluster has several.
+    """Refuses places that only one node can see where the work is done on several, or on another than the head.
 
     Args:
         uris: paths or URIs, each with the name of its argument before it, such as `--out s3://bucket/runs`.
@@ -61,29 +73,51 @@ def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = Tr
     Raises:
         ResourceError: names each local path or SQLite tracking URI and the fix.
     """
-    num_nodes = len(_alive_nodes())
-    if num_nodes < 2 or config.storage.shared_paths:
+    nodes = _alive_nodes()
+    if config.storage.shared_paths or (len(nodes) == 1 and _has(nodes[0], "CPU")):
         return
     local = [uri for uri in uris if not storage.is_s3(uri.partition(" ")[2])]
     if uses_tracking and not config.tracking.uri.startswith(("http://", "https://")):
         local.append(f"tracking.uri={config.tracking.uri}")
     if local:
+        size = f"{len(nodes)} nodes" if len(nodes) > 1 else "a head that takes no work and other nodes to come"
         raise ResourceError(
-            f"the cluster has {num_nodes} nodes, and {', '.join(local)} can be seen from one only; use s3:// and an "
+            f"the cluster has {size}, and {', '.join(local)} can be seen from one only; use s3:// and an "
             "MLflow server, or storage.shared_paths=true where all nodes mount the same paths"
         )
 
 
-def _alive_nodes() -> list[dict[str, float]]:
+def _alive_nodes() -> list[Node]:
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _lack(config: Config, nodes: list[dict[str, float]]) -> str:
+def _lack_after_waiting(config: Config) -> str:
+    deadline = time.monotonic() + config.cluster.wait_s
+    while (fault := _lack(config, _alive_nodes())) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return fault
+
+
+@contextmanager
+def _asked_for(config: Config) -> Iterator[None]:
+    """Asks an autoscaler for the run's nodes: it acts on requests alone, and nothing of the run is pending yet."""
+    from ray.autoscaler.sdk import request_resources
+
+    pool = {"pool": config.cluster.data_pool} if config.cluster.data_pool else {}
+    workers = [worker_resources(config)] * config.train.num_workers
+    request_resources(bundles=[*workers, {"CPU": 1}], bundle_label_selectors=[*[{}] * len(workers), pool])
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])  # or the nodes would never go
+
+
+def _lack(config: Config, nodes: list[Node]) -> str:
     """Returns why the run does not fit, or nothing."""
-    train = config.train
-    total_cpus, total_gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    train, pool = config.train, config.cluster.data_pool
+    total_cpus, total_gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
     if train.use_gpu and total_gpus < train.num_workers:
         return (
             f"the run asks for {train.num_workers} GPU(s) (train.num_workers), the cluster has {total_gpus}; lower "
@@ -103,10 +137,21 @@ def _lack(config: Config, nodes: list[dict[str, float]]) -> str:
             f"data), the cluster has {total_cpus}; the data stream would starve: lower train.num_workers or "
             "train.cpus_per_worker, or raise cluster.local_cpus on one machine"
         )
+    pools = {node["Labels"].get("pool") for node in nodes if _has(node, "CPU")}
+    if pool and pool not in pools:
+        return (
+            f"cluster.data_pool={pool}, and no node with CPUs has the label pool={pool} (found: "
+            f"{', '.join(sorted(filter(None, pools))) or 'none'}); start nodes with --labels pool={pool}, or leave "
+            "cluster.data_pool empty, or raise cluster.wait_s where nodes can be added"
+        )
     return ""
 
 
-def _slots(config: Config, node: dict[str, float]) -> int:
+def _has(node: Node, kind: str) -> int:
+    return int(node["Resources"].get(kind, 0))
+
+
+def _slots(config: Config, node: Node) -> int:
     """Returns how many training workers fit on a node."""
-    slots = int(node.get("CPU", 0) // config.train.cpus_per_worker)
-    return min(slots, int(node.get("GPU", 0))) if config.train.use_gpu else slots
+    slots = _has(node, "CPU") // config.train.cpus_per_worker
+    return min(slots, _has(node, "GPU")) if config.train.use_gpu else slots

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mclstexp import storage
+from mclstexp import resources, storage
 from mclstexp.config import Config
 from mclstexp.data.folds import Split, make_split
 from mclstexp.data.genes import GenePanel, fit_panel
@@ -126,7 +126,7 @@ def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {}),
+            resources_per_worker=resources.worker_resources(run.config),
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
         run_config=RunConfig(
@@ -150,8 +150,7 @@ def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
 def make_plan(run: Run) -> TrainPlan:
     """Returns what the workers need, with each rank's share of the cluster for its stream."""
     config = run.config
-    resources = ray.cluster_resources()
-    store_bytes = int(resources.get("object_store_memory", 0) / (2 * config.train.num_workers))
+    store_bytes = int(ray.cluster_resources().get("object_store_memory", 0) / (2 * config.train.num_workers))
     return TrainPlan(
         config=config.model_dump(mode="json"),
         feed=make_feed(config, run.reader, run.split.train),
