@@ -4,6 +4,7 @@ Counts are checked here once for all readers; a value that is no count stops the
 (a logarithm, a scaling, a broken export) has touched its neighbours as well.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -104,8 +105,7 @@ def require_unique(names: list[str], what: str) -> None:
     Raises:
         SourceError: names the repeated ones.
     """
-    seen: set[str] = set()
-    repeated = sorted({name for name in names if name in seen or seen.add(name)})
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
         more = f" and {len(repeated) - _MOST_NAMED} more" if len(repeated) > _MOST_NAMED else ""
         raise SourceError(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -57,10 +58,11 @@ def _counts_at(file: h5py.File) -> tuple[str, str]:
 
 def _matrix(file: h5py.File, shape: tuple[int, int]) -> csr_array:
     where, _ = _counts_at(file)
-    matrix = csr_array(_part(file, where))
-    if matrix.shape != shape:
-        raise SourceError(f"{where} is {matrix.shape}, its names say {shape} spots x genes")
-    return matrix
+    node = _present(file, where)
+    claimed = tuple(map(int, node.shape if isinstance(node, h5py.Dataset) else node.attrs["shape"]))
+    if claimed != shape:
+        raise SourceError(f"{where} is {claimed}, its names say {shape} spots x genes")
+    return csr_array(_part(file, where))
 
 
 def _genes(file: h5py.File) -> tuple[Gene, ...]:
@@ -100,10 +102,14 @@ def _array(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
-def _part(file: h5py.File, where: str) -> object:
+def _part(file: h5py.File, where: str) -> Any:
+    return read_elem(_present(file, where))
+
+
+def _present(file: h5py.File, where: str) -> h5py.Group | h5py.Dataset:
     if where not in file:
         raise SourceError(f"it has no {where}")
-    return read_elem(file[where])
+    return file[where]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 import numpy as np
 import pandas as pd
@@ -83,6 +83,8 @@ def _read_counts(path: str) -> tuple[list[tuple[int, int]], tuple[Gene, ...], cs
         header = _fields(_next_line(file))
         genes: tuple[Gene, ...] = ()
         while line := _next_line(file):
+            if not line.strip():
+                continue
             fields = _fields(line)
             genes = genes or _genes(header, fields)
             spot_ids.append(fields[0])
@@ -104,7 +106,7 @@ def _genes(header: list[str], first_row: list[str]) -> tuple[Gene, ...]:
     names = header[len(header) - len(first_row) + 1 :] if len(header) in (len(first_row), len(first_row) - 1) else []
     if not names:
         raise SourceError(f"its header has {len(header)} cells and its first spot {len(first_row)}")
-    genes = tuple(Gene(*gene_names(name.strip('"'))) for name in names)
+    genes = tuple(Gene(*gene_names(name)) for name in names)
     require_unique([gene.gene_id for gene in genes], "gene")
     return genes
 
@@ -138,17 +140,18 @@ def _read_positions(path: str) -> _Positions:
         missing = [name for name in _POSITION_COLUMNS if name not in table]
         if missing:
             raise SourceError(f"it has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-        number = {name: pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64) for name in _POSITION_COLUMNS}
-        wrong = ~np.isfinite(sum(number.values()))
+        columns = [*_POSITION_COLUMNS, "selected"] if "selected" in table else [*_POSITION_COLUMNS]
+        number = table[columns].apply(pd.to_numeric, errors="coerce")
+        wrong = ~np.isfinite(number.to_numpy(np.float64)).all(axis=1)
         if wrong.any():
             line = int(wrong.argmax())
-            cells = ", ".join(f"{name} {table[name][line]}" for name in _POSITION_COLUMNS)
+            cells = ", ".join(f"{name} {table[name][line]}" for name in columns)
             raise SourceError(f"row {line + 2} holds no position: {cells}")
         places = list(zip(*(np.rint(number[name]).astype(int).tolist() for name in ("x", "y")), strict=True))
         require_unique([_name(place) for place in places], "spot")
     pixels = zip(number["pixel_x"].tolist(), number["pixel_y"].tolist(), strict=True)
-    selected = (table["selected"].str.strip() if "selected" in table else pd.Series("1", table.index)) != "0"
-    return _Positions(dict(zip(places, pixels, strict=True)), dict(zip(places, selected.tolist(), strict=True)))
+    selected = (number["selected"] != 0).tolist() if "selected" in number else [True] * len(places)
+    return _Positions(dict(zip(places, pixels, strict=True)), dict(zip(places, selected, strict=True)))
 
 
 def _spots(places: list[tuple[int, int]], positions: _Positions, counts: csr_array) -> Spots:
@@ -169,7 +172,7 @@ def _name(place: tuple[int, int]) -> str:
     return f"{place[0]}x{place[1]}"
 
 
-def _next_line(file: BinaryIO) -> bytes:
+def _next_line(file: IO[bytes]) -> bytes:
     line = file.readline(_MAX_LINE_BYTES)
     if len(line) == _MAX_LINE_BYTES:
         raise SourceError(f"it has a line of more than {_MAX_LINE_BYTES} bytes")
@@ -177,16 +180,17 @@ def _next_line(file: BinaryIO) -> bytes:
 
 
 def _fields(line: bytes) -> list[str]:
-    return line.decode().rstrip("\r\n").split("\t")
+    """Returns a line's cells; R puts names in quotes."""
+    return [cell.strip('"') for cell in line.decode().rstrip("\r\n").split("\t")]
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[BinaryIO]:
+def _reading(path: str) -> Iterator[IO[bytes]]:
     """Yields the file's decompressed bytes; whatever goes wrong meanwhile is a SourceError that names it."""
     with _named(path), open(path, "rb") as raw:
         compressed = raw.read(2) == _GZIP_MAGIC
         raw.seek(0)
-        yield gzip.GzipFile(fileobj=raw) if compressed else raw
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
 
 
 @contextmanager

@@ -31,9 +31,17 @@ _ORIENTATION_TAG = 0x0112
 class _Levels(Protocol):
     """Pixels at several resolutions; level 0 is the finest."""
 
-    downsamples: tuple[float, ...]
-    dimensions: tuple[tuple[int, int], ...]
-    mpp: float | None
+    @property
+    def downsamples(self) -> tuple[float, ...]:
+        """Level-0 pixels along a pixel of each level."""
+
+    @property
+    def dimensions(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each level."""
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per level-0 pixel, where the file says so."""
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
         """Returns a region in the level's pixels (RGB, or RGBA where some may miss), and its exact left and top."""
@@ -148,11 +156,11 @@ class _Pyramid:
 class _Plain:
     """The one level of a JPEG, PNG or TIFF image, decoded at the first read."""
 
-    downsamples = (1.0,)
+    downsamples: tuple[float, ...] = (1.0,)
 
     def __init__(self, path: str) -> None:
         with _careful_pillow():
-            self._image = Image.open(path, formats=["JPEG", "PNG", "TIFF"])
+            self._image: Image.Image = Image.open(path, formats=["JPEG", "PNG", "TIFF"])
             self.dimensions = (self._image.size,)
             if math.prod(self._image.size) > MAX_PLAIN_PX:
                 raise SourceError(
@@ -193,17 +201,21 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "RGBA" or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < _OPAQUE:
+        if not _is_opaque(image):
             raise SourceError("it has transparent pixels, which are no tissue and no background; store it opaque")
     return image.convert("RGB")
 
 
 def _on_white(region: Image.Image) -> tuple[Image.Image, bool]:
     """Returns a region as RGB, and whether all of its pixels are there (OpenSlide leaves holes transparent)."""
-    if region.mode == "RGB" or region.getchannel("A").getextrema()[0] == _OPAQUE:
+    if region.mode == "RGB" or _is_opaque(region):
         return region.convert("RGB"), True
     white = Image.new("RGBA", region.size, "white")
     return Image.alpha_composite(white, region).convert("RGB"), False
+
+
+def _is_opaque(image: Image.Image) -> bool:
+    return image.getchannel("A").getextrema() == (_OPAQUE, _OPAQUE)
 
 
 def _common_mpp(values: list[float]) -> float | None:

@@ -15,7 +15,7 @@ from ingest.slides import Slide
 
 PIXEL_UM = 8.0
 """Edge of a mask pixel in micrometres (larger on slides beyond `_MAX_MASK_PX`, never finer than the slide)."""
-_MAX_MASK_PX = 8192
+_MAX_MASK_PX = 4096
 _SMOOTHING_UM = 10.0
 _CLOSING_UM = 80.0  # about an adipocyte: strands closer than twice this hold tissue between them
 _MIN_HOLE_UM2 = 500.0**2

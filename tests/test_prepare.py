@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import tifffile
+from PIL import Image
 
 from ingest import prepare as prepare_module
 from ingest.prepare import plan, prepare
@@ -317,6 +318,7 @@ prepare(sheet, out, override(Config(), {"tiles.size_px": 24, "tiles.sentence_len
 """
 
 
+@pytest.mark.slow
 def test_killed_midway_the_old_table_stays_and_the_next_run_completes(two, tmp_path):
     out = tmp_path / "out"
     old = run(two, out).manifest
@@ -420,6 +422,15 @@ def test_object_storage_from_end_to_end(own_two, s3):
     storage.upload(folder / "P2S1.tsv.gz", f"{s3}/cohort/P2S1.tsv.gz")
     assert run(f"{s3}/cohort/samples.csv", out).redone == ("P2S1",)
     read_everything(out)
+
+
+def test_a_blank_slide_has_no_spots_and_stops_nobody(cohort, tmp_path):
+    sheet = copy_of(cohort, tmp_path / "cohort", ["P1S1", "P4S1"])
+    Image.new("RGB", (300, 300), "white").save(tmp_path / "cohort" / "P4S1.tif")
+    entry = run(sheet, tmp_path / "out").manifest.section("P4S1")
+    assert (entry.num_spots, entry.row_groups, entry.rejected) == (0, (), {"no_tissue": 81})
+    assert read_everything(str(tmp_path / "out"))["P4S1"] == []
+    assert read_columns(str(tmp_path / "out"), entry, ["spot_id"]).num_rows == 0
 
 
 # ---------------------------------------------------------------- refusals

@@ -114,6 +114,16 @@ def test_everyone_left_out_is_named_with_the_reason(st, tmp_path):
     assert np.isnan(reasons["1x1"][1])
 
 
+def test_tables_as_r_writes_them(st, tmp_path):
+    quoted = {f'"{spot}"': row for spot, row in COUNTS.items()}
+    write_counts(tmp_path / "a.tsv.gz", quoted, [f'"{gene}"' for gene in GENES], corner=None)
+    path = tmp_path / "a.tsv.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"\n", b"\r\n") + b"\r\n"))
+    found = read(st, tmp_path)
+    assert found.spots.spot_id.tolist() == list(COUNTS)
+    assert found.genes[0].symbol == "GNAS"
+
+
 def test_positions_without_selected_column_are_all_used(st, tmp_path):
     table = pd.read_csv(st.positions, sep="\t").drop(columns="selected")
     table.to_csv(st.positions, sep="\t", index=False)
@@ -188,6 +198,7 @@ def test_damaged_counts_are_refused(st, tmp_path, damage, reason):
         ("x\ty\tpixel_x\n1\t2\t3\n", "has no column pixel_y"),
         ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t\n", "row 2 holds no position"),
         ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\tinf\n", "row 2 holds no position"),
+        ("x\ty\tpixel_x\tpixel_y\tselected\n1\t2\t3\t4\tyes\n", "row 2 holds no position"),
         ("", "cannot be read"),
     ],
 )
@@ -324,6 +335,14 @@ def test_damaged_h5ad_is_refused(h5ad, tmp_path):
     with h5py.File(path, "w") as file:
         file["X"] = np.zeros((2, 2))
     assert "b.h5ad: it has no obs" in refused(h5ad, tmp_path)
+
+
+def test_h5ad_that_claims_more_than_it_names_is_refused_unread(h5ad, tmp_path):
+    make_anndata().write_h5ad(h5ad.expression)
+    with h5py.File(h5ad.expression, "r+") as file:
+        del file["X"]
+        file.create_dataset("X", shape=(10**6, 10**6), dtype="f4", chunks=(100, 100))
+    assert "X is (1000000, 1000000), its names say (4, 3)" in refused(h5ad, tmp_path)
 
 
 def test_missing_file_is_named(st, tmp_path):

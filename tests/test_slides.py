@@ -259,6 +259,7 @@ def test_pillows_limit_is_left_as_it_was(tmp_path):
     assert before == Image.MAX_IMAGE_PIXELS
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_pyramid(tmp_path):
     """A slide of 268 MB of pixels (as OpenSlide hands them on) is read within a fraction of that."""
     path = tmp_path / "large.tif"

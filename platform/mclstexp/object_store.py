@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, Inc
 from mclstexp.errors import ConflictError, StorageError
 
 if TYPE_CHECKING:
-    from botocore.client import BaseClient
+    from mypy_boto3_s3 import S3Client
 
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _LOST_RACE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
@@ -28,7 +28,7 @@ _BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
 _BODY_WAIT_S = 0.5  # doubles with each try
 
 
-def client() -> "BaseClient":
+def client() -> "S3Client":
     """Returns this process's S3 client."""
     return _client_of(os.getpid())
 
@@ -40,11 +40,14 @@ def region() -> str:
 
 def get(uri: str, start: int, length: int | None) -> bytes:
     """Returns an object's bytes, or up to `length` of them from `start`; a body that breaks off is asked for again."""
-    span = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
+    bucket, key = _address(uri)
     with _errors("read", uri):
         for attempt in range(_BODY_TRIES):
             try:
-                return bytes(client().get_object(**_address(uri), **span)["Body"].read())
+                if length is None:
+                    return client().get_object(Bucket=bucket, Key=key)["Body"].read()
+                span = f"bytes={start}-{start + length - 1}"
+                return client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
             except (HTTPClientError, IncompleteReadError):
                 if attempt == _BODY_TRIES - 1:
                     raise
@@ -54,15 +57,17 @@ def get(uri: str, start: int, length: int | None) -> bytes:
 
 def head(uri: str) -> tuple[int, str]:
     """Returns an object's length and ETag."""
+    bucket, key = _address(uri)
     with _errors("look up", uri):
-        answer = client().head_object(**_address(uri))
+        answer = client().head_object(Bucket=bucket, Key=key)
     return int(answer["ContentLength"]), str(answer["ETag"])
 
 
 def put(uri: str, data: bytes) -> None:
     """Writes an object."""
+    bucket, key = _address(uri)
     with _errors("write", uri):
-        client().put_object(**_address(uri), Body=data)
+        client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def exchange(uri: str, data: bytes, previous: str | None) -> None:
@@ -71,10 +76,13 @@ def exchange(uri: str, data: bytes, previous: str | None) -> None:
     Raises:
         ConflictError: it is not; nothing was written.
     """
-    condition = {"IfNoneMatch": "*"} if previous is None else {"IfMatch": previous}
+    bucket, key = _address(uri)
     with _errors("publish", uri):
         try:
-            client().put_object(**_address(uri), Body=data, **condition)
+            if previous is None:
+                client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            else:
+                client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=previous)
         except ClientError as error:
             if _code(error) not in _LOST_RACE | _MISSING:
                 raise
@@ -86,13 +94,13 @@ def exchange(uri: str, data: bytes, previous: str | None) -> None:
 def upload(local: str, uri: str) -> None:
     """Copies a local file to an object, in parts where it is large."""
     with _errors("upload", uri):
-        client().upload_file(local, *_address(uri).values())
+        client().upload_file(local, *_address(uri))
 
 
 def download(uri: str, local: str) -> None:
     """Copies an object to a local file."""
     with _errors("download", uri):
-        client().download_file(*_address(uri).values(), local)
+        client().download_file(*_address(uri), local)
 
 
 def list_keys(uri: str) -> list[str]:
@@ -106,20 +114,22 @@ def list_keys(uri: str) -> list[str]:
 
 def delete(uri: str) -> None:
     """Removes an object; nothing happens where there is none."""
+    bucket, key = _address(uri)
     with _errors("delete", uri):
-        client().delete_object(**_address(uri))
+        client().delete_object(Bucket=bucket, Key=key)
 
 
 @cache
-def _client_of(process: int) -> "BaseClient":
-    retries = {"mode": "standard", "max_attempts": _REQUEST_TRIES}
-    config = BotoConfig(connect_timeout=10, read_timeout=60, retries=retries)
+def _client_of(process: int) -> "S3Client":
+    config = BotoConfig(
+        connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": _REQUEST_TRIES}
+    )
     return boto3.client("s3", region_name=region(), config=config)
 
 
-def _address(uri: str) -> dict[str, str]:
+def _address(uri: str) -> tuple[str, str]:
     bucket, _, key = uri[5:].partition("/")
-    return {"Bucket": bucket, "Key": key}
+    return bucket, key
 
 
 def _holds(uri: str, data: bytes) -> bool:
