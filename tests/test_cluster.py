@@ -1,1 +1,226 @@
-"""Jobs submitted to a real two-node cluster that knows the token, S3 and MLflow, and nothing of this project."""
+"""Jobs submitted to a real Ray cluster of two node processes that know nothing of the checkout.
+
+Each node has a home, a working folder and a Ray folder of its own, and an environment with an old copy of the project
+that fails when it is imported. Data, checkpoints, models and predictions are on the S3 server, runs on an MLflow
+server, and nothing is done without the token.
+"""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPResponse
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mclstexp import storage
+from mclstexp.data.schema import load_manifest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[1]
+TINY = str(Path("tests") / "tiny.yaml")
+SHIPPED = ("mclstexp", "ingest", "tuning")
+PREPARE, TRAIN, PREDICT = "jobs/prepare.py", "jobs/train.py", "jobs/predict.py"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How to reach the two nodes."""
+
+    python: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def submit(self, *job: str) -> subprocess.CompletedProcess[str]:
+        """Submits the checkout with an entry point and waits for its end."""
+        command = [self.python, "-m", "ray.scripts.scripts", "job", "submit", "--address", self.dashboard]
+        return subprocess.run(
+            [*command, "--working-dir", str(ROOT), *job],
+            env=self.environment,
+            cwd=self.environment["HOME"],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=240,
+        )
+
+    def listed(self, kind: str) -> list[dict]:
+        """Returns what Ray's state API lists: `nodes` or `actors`."""
+        url = f"{self.dashboard}/api/v0/{kind}?limit=1000&detail=true"
+        with _open(url, self.environment["RAY_AUTH_TOKEN"]) as answer:
+            return json.load(answer)["data"]["result"]["result"]
+
+
+@pytest.fixture(scope="module")
+def cluster(_s3_server: str) -> Iterator[Cluster]:
+    port, dashboard, token = _free_port(), _free_port(), secrets.token_hex(32)
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    with tempfile.TemporaryDirectory(prefix="nodes-") as folder, ExitStack() as running:  # a short path, for sockets
+        python = _bare_environment(Path(folder))
+        found = Cluster(python, f"http://127.0.0.1:{dashboard}", _node_environment(Path(folder, "user"), python, token))
+        for name, options in (("head", head), ("worker", [f"--address=127.0.0.1:{port}"])):
+            home = Path(folder, name)
+            environment = _node_environment(home, python, token)
+            running.enter_context(_started(_node(python, home, options), home, environment))
+            _wait_for(f"{found.dashboard}/api/version", token)
+        _wait_for_nodes(found, 2)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(_s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder, port = tmp_path_factory.mktemp("mlflow"), _free_port()
+    command = [sys.executable, "-m", "mlflow", "server", f"--backend-store-uri=sqlite:///{folder}/mlflow.db"]
+    command += ["--host=127.0.0.1", f"--port={port}", "--workers=1", "--no-serve-artifacts"]
+    command += [f"--default-artifact-root={folder}/unused"]
+    with _started(command, folder, dict(os.environ)):
+        _wait_for(f"http://127.0.0.1:{port}/health", None)
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(("token", "status"), [(None, 401), ("0" * 64, 403)], ids=["none", "wrong"])
+def test_without_the_token_nothing_is_submitted(cluster: Cluster, token: str | None, status: int) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        _open(f"{cluster.dashboard}/api/jobs/", token, {"entrypoint": "echo intruder"})
+    assert refused.value.code == status
+    with _open(f"{cluster.dashboard}/api/jobs/", cluster.environment["RAY_AUTH_TOKEN"]) as jobs:
+        assert "intruder" not in jobs.read().decode()
+
+
+@pytest.mark.parametrize("package", SHIPPED)
+def test_the_nodes_know_an_old_copy_only(cluster: Cluster, package: str) -> None:
+    command = [cluster.python, "-c", f"import ray, {package}"]
+    tried = subprocess.run(command, cwd=cluster.environment["HOME"], env=cluster.environment, capture_output=True)
+    assert b"the old copy was imported" in tried.stderr
+
+
+def test_what_one_node_alone_can_see_is_refused(cluster: Cluster) -> None:
+    job = cluster.submit("--", "python", TRAIN, "--config", TINY, "--data", "/data/tiles", "--out", "s3://bucket/runs")
+    assert job.returncode != 0
+    for named in ("2 nodes", "--data /data/tiles", "tracking.uri=sqlite", "storage.shared_paths"):
+        assert named in job.stdout
+    assert "--out s3" not in job.stdout.partition("error:")[2]
+
+
+def test_prepare_train_and_predict_on_s3(cluster: Cluster, s3: str, cohort: str, mlflow_server: str) -> None:
+    for file in Path(cohort).parent.iterdir():
+        storage.upload(file, f"{s3}/cohort/{file.name}")
+    places = ["--tracking.uri", mlflow_server, "--tracking.artifacts", f"{s3}/artifacts"]
+    prepared = cluster.submit(
+        "--", "python", PREPARE, "--config", TINY, "--samples", f"{s3}/cohort/samples.csv", "--out", f"{s3}/tiles"
+    )
+    assert prepared.returncode == 0, prepared.stdout
+    assert len(load_manifest(f"{s3}/tiles").sections) == 7
+
+    workers = ["--train.num_workers", "2", "--train.cpus_per_worker", "2"]  # three CPUs a node: one worker on each
+    data = ["--data", f"{s3}/tiles", "--out", f"{s3}/runs", "--name", "first"]
+    trained = cluster.submit(TRAIN, "--config", TINY, *data, *workers, *places)
+    assert trained.returncode == 0, trained.stdout
+    assert "model version models:/mclstexp/1" in trained.stdout
+    assert storage.exists(f"{s3}/runs/first/model/files.json")
+    workers_at = [actor["node_id"] for actor in cluster.listed("actors") if "RayTrainWorker" in actor["class_name"]]
+    assert len(workers_at) == len(set(workers_at)) == 2
+
+    arguments = ["--model", "models:/mclstexp@champion", "--samples", f"{s3}/tiles", "--out", f"{s3}/predictions"]
+    predicted = cluster.submit("--", "python", PREDICT, *arguments, *places)
+    assert predicted.returncode == 0, predicted.stdout
+    ledger = [json.loads(storage.read(uri)) for uri in storage.list_files(f"{s3}/predictions/ledger")]
+    assert sum(entry["spots"] for entry in ledger) == sum(e.num_spots for e in load_manifest(f"{s3}/tiles").sections)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert all(secret not in job.stdout for job in (prepared, trained, predicted))
+
+
+def _bare_environment(folder: Path) -> str:
+    """Makes an environment that has the dependencies and an old copy of the project, and returns its Python.
+
+    A .pth file that is found through another is not read, so that an editable install of the checkout stays unseen.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "environment")], check=True)
+    python = folder / "environment" / "bin" / "python"
+    show = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    for package in SHIPPED:
+        Path(packages, f"{package}.py").write_text("raise ImportError('the old copy was imported')\n")
+    return str(python)
+
+
+def _node_environment(home: Path, python: str, token: str) -> dict[str, str]:
+    home.mkdir()
+    passed = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == "LANG"}
+    return passed | {
+        "HOME": str(home),
+        "PATH": f"{Path(python).parent}:/usr/bin:/bin",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+
+
+def _node(python: str, home: Path, options: list[str]) -> list[str]:
+    return [
+        *(python, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=3"),
+        *(f"--object-store-memory={200 * 2**20}", f"--temp-dir={home}/r", *options),
+        f"--dashboard-agent-listen-port={_free_port()}",
+    ]
+
+
+@contextmanager
+def _started(command: list[str], home: Path, environment: dict[str, str]) -> Iterator[None]:
+    """Runs a server in its home; at the end kills it and all its descendants."""
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.wait()
+        psutil.wait_procs(family, timeout=10)
+
+
+def _open(url: str, token: str | None, body: dict | None = None) -> HTTPResponse:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, headers | {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=10)
+
+
+def _wait_for(url: str, token: str | None) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            _open(url, token).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"{url} did not answer"
+            time.sleep(0.2)
+
+
+def _wait_for_nodes(cluster: Cluster, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while sum(node["state"] == "ALIVE" for node in cluster.listed("nodes")) < count:
+        assert time.monotonic() < deadline, "the second node did not join"
+        time.sleep(0.3)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
