@@ -172,7 +172,8 @@ def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float]) -> float:
             f"tiles.mpp is empty and the sections' resolutions differ: {low} has {mpp[low]:.4g} um/px, {high} "
             f"{mpp[high]:.4g}; set tiles.mpp (to {mpp[high]:.4g} or more, so that nothing is enlarged)"
         )
-    return Counter(mpp.values()).most_common(1)[0][0]
+    times = Counter(mpp.values())
+    return min(times, key=lambda value: (-times[value], value))  # whatever the order of the sheet
 
 
 def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
