@@ -59,12 +59,15 @@ def write_tables(folder: str, num_sentences: int, num_files: int = 10) -> list[s
 class Rank:
     """A rank that takes batches and does nothing with them."""
 
-    def split(self, iterator: ray.data.DataIterator) -> dict[str, object]:
+    def split_stream(self, iterator: ray.data.DataIterator) -> dict[str, object]:
+        """Drains its share of the one dataset."""
         return self._drain(lambda epoch: iterator.iter_batches(batch_size=STEP, batch_format="numpy"))
 
     def own(
         self, index: list[stream.Sentence], rank: int, world_size: int, share: stream.StreamShare
     ) -> dict[str, object]:
+        """Drains a dataset of its own over its slice of the index."""
+
         def batches(epoch: int) -> Iterator[stream.Batch]:
             order = stream.epoch_order(index, 0, epoch)
             rows = stream.rank_slice(order, STEP * world_size, rank, world_size, epoch)
@@ -107,7 +110,7 @@ def start(mode: str, index: list[stream.Sentence], num_ranks: int, kill: bool) -
         .map_batches(load, batch_size=1)
     )
     splits = dataset.streaming_split(num_ranks, equal=True)
-    return ranks, [actor.split.remote(part) for actor, part in zip(ranks, splits, strict=True)]
+    return ranks, [actor.split_stream.remote(part) for actor, part in zip(ranks, splits, strict=True)]
 
 
 def measure(mode: str, index: list[stream.Sentence], num_ranks: int) -> str:
@@ -123,7 +126,8 @@ def measure(mode: str, index: list[stream.Sentence], num_ranks: int) -> str:
     distinct = len({name for result in results for name in result["seen"][-1]})
     return (
         f"{mode}: first batch of epochs {results[0]['first']} s, last epoch {len(index) / last:.0f} sentences/s "
-        f"({SPOTS * len(index) / last:.0f} tiles/s), {distinct} of {len(index)} sentences, peak object store {max(peak):.0f} MiB"
+        f"({SPOTS * len(index) / last:.0f} tiles/s), {distinct} of {len(index)} sentences, "
+        f"peak object store {max(peak):.0f} MiB"
     )
 
 
@@ -135,7 +139,8 @@ def measure_death(mode: str, index: list[stream.Sentence], num_ranks: int, after
     done, _ = ray.wait(references[:-1], num_returns=num_ranks - 1, timeout=wait_s)
     for actor in ranks[:-1]:
         ray.kill(actor)
-    return f"{mode}: one rank killed after {after_s:.0f} s; {len(done)} of {num_ranks - 1} others finished in {wait_s:.0f} s"
+    others = f"{len(done)} of {num_ranks - 1} others finished in {wait_s:.0f} s"
+    return f"{mode}: one rank killed after {after_s:.0f} s; {others}"
 
 
 def main() -> None:

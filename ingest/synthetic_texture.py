@@ -83,7 +83,7 @@ def _textured(rng: np.random.Generator, level: Image, angle: float | None = None
         weight = np.clip(1 - np.abs(place - index), 0, 1)
         field += weight * _band(rng, len(level), wavelength, angle)
         power += weight**2
-    return field / np.sqrt(power)
+    return (field / np.sqrt(power)).astype(np.float32)
 
 
 def _band(rng: np.random.Generator, size_px: int, wavelength_px: float, angle: float | None) -> Image:

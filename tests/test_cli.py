@@ -69,7 +69,7 @@ def test_mistakes_are_answered_with_what_to_do(argv: list[str], message: str) ->
 def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="wrong.yaml") as error:
+    with pytest.raises(ConfigError, match=r"wrong\.yaml") as error:
         load_config(file)
     assert message in str(error.value)
 

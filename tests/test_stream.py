@@ -111,5 +111,5 @@ def test_random_spots_refuse_data_that_would_not_fit(monkeypatch: pytest.MonkeyP
     manifest = _manifest({"A1": 5})
     assert random_spots.require_size(manifest, ["A1"], 8) == 50
     monkeypatch.setattr(random_spots, "MAX_BYTES", 499)
-    with pytest.raises(Exception, match="use train.batching=sentences"):
+    with pytest.raises(Exception, match=r"use train\.batching=sentences"):
         random_spots.require_size(manifest, ["A1"], 8)

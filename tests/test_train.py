@@ -1,5 +1,6 @@
 """Training end to end with real workers: it ends where it should, however often it is killed on the way."""
 
+import itertools
 import json
 import os
 import signal
@@ -112,7 +113,7 @@ def test_no_sentence_is_skipped_or_repeated_along_the_surviving_checkpoints(kill
     for epoch in range(EPOCHS):
         line = [state["consumed"] for state in survived if state["epoch"] == epoch]
         assert len(line[-1]) == len(set(line[-1])) == SENTENCES
-        for earlier, later in zip(line, line[1:], strict=False):
+        for earlier, later in itertools.pairwise(line):
             assert later[: len(earlier)] == earlier
 
 
@@ -127,7 +128,7 @@ def test_steps_done_twice_are_at_most_one_checkpoint_interval(killed_run: Path) 
     with sqlite3.connect(killed_run / "mlflow.db") as database:
         steps = [step for (step,) in database.execute(query)]
     assert max(steps) == EPOCHS * STEPS_PER_EPOCH
-    again = [earlier - later for earlier, later in zip(steps, steps[1:], strict=False) if later <= earlier]
+    again = [earlier - later for earlier, later in itertools.pairwise(steps) if later <= earlier]
     assert all(repeated < EVERY for repeated in again)
 
 

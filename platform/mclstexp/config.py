@@ -1,7 +1,8 @@
 """One typed configuration for YAML files, the command line, sweeps, checkpoints and resume.
 
 The sections (`settings.py`) are frozen pydantic models with defaults that run. `override` is the only way to
-change settings: dotted names to values, with the nearest valid name in the error. The trade-off: all jobs share one tree of settings, so that one YAML file describes a whole study.
+change settings: dotted names to values, with the nearest valid name in the error. The trade-off: all jobs share one
+tree of settings, so that one YAML file describes a whole study.
 """
 
 import difflib

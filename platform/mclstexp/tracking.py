@@ -164,8 +164,11 @@ def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
         artifacts = str(Path(config.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
     try:
         return str(client.create_experiment(config.experiment, artifact_location=artifacts))
-    except MlflowException:  # another driver made it in between
-        return str(client.get_experiment_by_name(config.experiment).experiment_id)
+    except MlflowException:
+        made = client.get_experiment_by_name(config.experiment)  # by another driver, in between
+        if made is None:
+            raise
+        return str(made.experiment_id)
 
 
 def _create_name(client: MlflowClient, name: str) -> None:

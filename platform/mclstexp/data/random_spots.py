@@ -74,7 +74,7 @@ def rank_slice(order: np.ndarray, batch_spots: int, rank: int, world_size: int) 
     """
     num_steps = -(-len(order) // batch_spots)
     share = batch_spots // world_size
-    rows = []
+    rows: list[dict[str, object]] = []
     for step in range(num_steps):
         mine = np.array_split(order[step * batch_spots : (step + 1) * batch_spots], world_size)[rank]
         rows.append({"spots": np.concatenate([mine, np.full(share - len(mine), -1)]).astype(np.int64)})

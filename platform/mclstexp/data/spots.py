@@ -5,6 +5,7 @@ torch, so that decode tasks start fast; what it needs of a table travels with it
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ class SpotReader:
         places = ["array_row", "array_col", "x_um", "y_um"]
         table = read_columns(self.root, entry, ["spot_id", *places, "gene_index", "count"])
         starts = np.cumsum([0, *(group.num_rows for group in entry.row_groups)])
-        sentences = [table.slice(start, stop - start) for start, stop in zip(starts, starts[1:], strict=False)]
+        sentences = [table.slice(start, stop - start) for start, stop in pairwise(starts)]
         names = {"section_id": entry.section_id, "patient_id": entry.patient_id}
         return {
             **self._expression(section_id, table),

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import ray.data
@@ -160,10 +161,12 @@ def stream(
         return
     with ordered(ExecutionResources.for_limits(cpu=share.cpus, object_store_memory=share.object_store_bytes)):
         dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // batch_size)).map_batches(
-            load,
+            load,  # type: ignore[arg-type]  # Ray's type names every batch format at once
             batch_size=1,
             num_cpus=1,
             max_retries=MAX_RETRIES,
             label_selector={"pool": share.pool} if share.pool else None,
         )
-    yield from dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
+    yield from cast(
+        Iterable[Batch], dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
+    )

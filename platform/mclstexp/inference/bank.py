@@ -82,7 +82,7 @@ def _embed(model: TwoTowers, expression: np.ndarray, position: np.ndarray, lengt
     keys, start = [], 0
     for length in lengths:
         stretch = slice(start, start + length)
-        spots = (torch.from_numpy(values[stretch])[None] for values in (expression, position))
-        keys.append(model.embed_spots(*spots, torch.ones(1, length, dtype=torch.bool))[0].float().numpy())
+        spots, places = (torch.from_numpy(values[stretch])[None] for values in (expression, position))
+        keys.append(model.embed_spots(spots, places, torch.ones(1, length, dtype=torch.bool))[0].float().numpy())
         start += length
     return np.concatenate(keys)

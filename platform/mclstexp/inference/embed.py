@@ -4,8 +4,9 @@ Sections come back one after the other in the order asked for, so that a caller 
 under way and memory does not grow with the cohort.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -41,15 +42,16 @@ class ImageNetwork:
         """Returns the map from tiles, uint8 (n, size, size, 3), to embeddings or features, float32 (n, D)."""
         torch.manual_seed(self.seed)
         config = ModelConfig.model_validate(self.config)
-        network: torch.nn.Module = ImageTower(config, self.tile_size_px)
+        tower = ImageTower(config, self.tile_size_px)
+        network: torch.nn.Module = tower
         if self.weights is not None:
-            head = ProjectionHead(network.num_features, config.embedding_dim, config.l2_normalise)
-            for part, prefix in ((network, "image_tower."), (head, "image_head.")):
+            head = ProjectionHead(tower.num_features, config.embedding_dim, config.l2_normalise)
+            for part, prefix in ((tower, "image_tower."), (head, "image_head.")):
                 part.load_state_dict(
                     {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
                 )
-            network = torch.nn.Sequential(network, head)
-        network = network.eval().to(device, memory_format=torch.channels_last)
+            network = torch.nn.Sequential(tower, head)
+        network = network.eval().to(device).to(memory_format=torch.channels_last)
         bf16 = self.precision == "bf16" or (self.precision == "auto" and native_bf16(device))
 
         @torch.inference_mode()
@@ -91,12 +93,12 @@ def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], netw
     resources = ray.cluster_resources()
     num_gpus = int(resources.get("GPU", 0))
     num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in places)
-    actors = min(num_gpus or max(1, int(resources["CPU"]) // 2), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
+    actors = min(num_gpus or max(1, int(resources.get("CPU", 0)) // 2), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
     rows = [{"section_id": name, "group": group} for name, group in places]
     with ordered():
         dataset = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(_Read(root, manifest), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
+            .map_batches(cast(Any, _Read(root, manifest)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
             .map_batches(
                 _Embed,
                 fn_constructor_args=(ray.put(network),),
@@ -108,7 +110,7 @@ def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], netw
                 max_task_retries=MAX_RETRIES,
             )
         )
-    yield from dataset.iter_batches(batch_size=1, batch_format="numpy")
+    yield from cast(Iterable[Batch], dataset.iter_batches(batch_size=1, batch_format="numpy"))
 
 
 @dataclass(frozen=True)

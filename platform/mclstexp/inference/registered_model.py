@@ -26,7 +26,9 @@ class RegisteredModel(PythonModel):
         self._version = ModelVersion.load(context.artifacts["version"])
         self._embed = network_of(self._version).build(torch.device("cpu"))
 
-    def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> pd.DataFrame:
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, object] | None = None
+    ) -> pd.DataFrame:
         """Returns predicted expression, one row a tile, one column a gene."""
         tiles = np.stack([decode_tile(data) for data in model_input["image"]])
         queries = [self._embed(tiles[start : start + BATCH]) for start in range(0, len(tiles), BATCH)]

@@ -90,7 +90,7 @@ def choose(queries: np.ndarray, truth: np.ndarray, bank: Bank, config: Retrieval
     Only what the configuration leaves open is chosen; `queries` (Q, D) and `truth` (Q, G) are of validation patients.
     """
     fixed = resolve(config, len(bank))
-    all_k = [fixed.k] if config.k else [k for k in TRIED_K if k <= len(bank)] or [len(bank)]
+    all_k = [config.k] if config.k else [k for k in TRIED_K if k <= len(bank)] or [len(bank)]
     open_temperature = config.weighting == "softmax" and config.temperature is None
     temperatures = TRIED_TEMPERATURES if open_temperature else (fixed.temperature,)
     ids, scores = nearest(queries, bank.keys, max(all_k))
@@ -100,8 +100,7 @@ def choose(queries: np.ndarray, truth: np.ndarray, bank: Bank, config: Retrieval
     for k, temperature in product(all_k, temperatures):
         tried = fixed.model_copy(update={"k": k, "temperature": temperature})
         share = weights(queries, bank.keys, ids[:, :k], scores[:, :k], tried)
-        prediction = np.einsum("qk,qkg->qg", share, payload[ids[:, :k]])
-        pcc = np.nan_to_num(pearson_per_gene(truth[:, genes], prediction)).mean()
+        pcc = np.nan_to_num(pearson_per_gene(truth[:, genes], _mixed(share, payload, ids[:, :k]))).mean()
         if pcc > best_pcc:
             best, best_pcc = tried, pcc
     return best
@@ -138,10 +137,17 @@ def _weighted(bank: Bank, ids: np.ndarray, scores: np.ndarray, share: np.ndarray
     patients, patient = np.unique(bank.patient_id, return_inverse=True)
     by_patient = np.zeros((len(ids), len(patients)))
     np.add.at(by_patient, (np.arange(len(ids))[:, None], patient[ids]), share)
-    prediction = np.stack([row @ bank.payload[neighbours] for row, neighbours in zip(share, ids, strict=True)])
     return Retrieved(
-        prediction=prediction.astype(np.float32),
+        prediction=_mixed(share, bank.payload, ids),
         similarity=scores[:, 0],
         effective_donors=(1 / (share**2).sum(axis=1)).astype(np.float32),
         donor_share=by_patient.max(axis=1).astype(np.float32),
     )
+
+
+def _mixed(share: np.ndarray, payload: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Returns each query's weighted mean of its neighbours' payloads, float32 (Q, G), one query in memory at a time."""
+    mixed = np.empty((len(ids), payload.shape[1]), np.float32)
+    for query, (row, neighbours) in enumerate(zip(share, ids, strict=True)):
+        mixed[query] = row @ payload[neighbours]
+    return mixed

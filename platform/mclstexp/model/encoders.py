@@ -6,7 +6,9 @@ are read without executing pickled code.
 
 import urllib.error
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, self.num_features)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         self.features = nn.Sequential(*layers)
 
@@ -107,7 +109,7 @@ def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.
         _load(encoder, _imagenet_state(name), "imagenet")
     elif weights != "random":
         _load(encoder, _read_state(weights), weights)
-    return encoder, encoder.num_features
+    return encoder, cast(int, encoder.num_features)
 
 
 def require_weights(name: str, weights: str) -> None:

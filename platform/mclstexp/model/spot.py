@@ -100,6 +100,8 @@ class Sinusoid(nn.Module):
     diameter (100 um) to a section's (20 mm), so that neighbours differ and a whole neighbourhood is unambiguous.
     """
 
+    frequencies: torch.Tensor
+
     def __init__(self, width: int, num_wavelengths: int = 16) -> None:
         super().__init__()
         wavelengths = torch.logspace(math.log10(SHORTEST_UM), math.log10(LONGEST_UM), num_wavelengths)

@@ -19,6 +19,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ImageTower(nn.Module):
     """Image encoder with the input scaling that it expects."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, config: ModelConfig, tile_size_px: int) -> None:
         super().__init__()
         self.encoder, self.num_features = build_image_encoder(config.image_encoder, config.image_weights, tile_size_px)

@@ -5,14 +5,18 @@ price is that a metric of the last half second before a crash may be lost.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 Metrics = dict[str, float]
+Log = Callable[[int, Metrics], None]
 POLL_S = 0.5
+LINE_EVERY_S = 10.0
+"""How often a line is printed where no bar can be drawn (a log file, a submitted job)."""
 
 
 @ray.remote(num_cpus=0)
@@ -33,7 +37,7 @@ class ProgressBoard:
 
 
 @contextmanager
-def followed(board: ray.actor.ActorHandle, total_steps: int, log: Callable[[int, Metrics], None]) -> Iterator[None]:
+def followed(board: ray.actor.ActorHandle, total_steps: int, log: Log) -> Iterator[None]:
     """Shows a progress bar and hands each posted metric to `log` while the block runs."""
     columns = (
         TextColumn("train"),
@@ -55,13 +59,23 @@ def followed(board: ray.actor.ActorHandle, total_steps: int, log: Callable[[int,
 
 
 def _follow(
-    board: ray.actor.ActorHandle, stop: threading.Event, bar: Progress, task: int, log: Callable[[int, Metrics], None]
+    board: ray.actor.ActorHandle,
+    stop: threading.Event,
+    bar: Progress,
+    task: TaskID,
+    log: Callable[[int, Metrics], None],
 ) -> None:
+    printed = time.monotonic()
     while True:
         last_round = stop.wait(POLL_S)
-        for step, metrics in ray.get(board.take.remote()):
+        posted: list[tuple[int, Metrics]] = ray.get(board.take.remote())
+        for step, metrics in posted:
             log(step, metrics)
-            bar.update(task, completed=step, line=_line(step, metrics))
+            line = _line(step, metrics)
+            bar.update(task, completed=step, line=line)
+            if not bar.console.is_terminal and time.monotonic() - printed > LINE_EVERY_S:
+                bar.console.print(f"train {line}", soft_wrap=True)
+                printed = time.monotonic()
         if last_round:
             return
 

@@ -44,7 +44,7 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    identity: dict[str, object]
+    identity: dict[str, dict[str, object]]
     """The settings that its result depends on."""
     manifest_digest: str
     mlflow_run_id: str
@@ -71,7 +71,7 @@ class Run:
         return storage.join(self.out, self.name)
 
 
-def identity(config: Config) -> dict[str, object]:
+def identity(config: Config) -> dict[str, dict[str, object]]:
     """Returns the settings that a run's result depends on: not where and on how many workers it runs."""
     tree = config.model_dump(mode="json", include={"genes", "split", "model", "train", "retrieval"})
     tree["train"] = {name: value for name, value in tree["train"].items() if name not in _FREE_TRAIN_SETTINGS}
@@ -142,9 +142,9 @@ def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error, train.max_failures) from error
-    checkpoint = result.checkpoint
-    scheme = "s3://" if storage.is_s3(run.out) else ""
-    return f"{scheme}{checkpoint.path}"
+    if result.checkpoint is None:
+        raise RunError(f"the run {run.name} ended without a checkpoint; see its log")
+    return f"{'s3://' if storage.is_s3(run.out) else ''}{result.checkpoint.path}"
 
 
 def make_plan(run: Run) -> TrainPlan:
@@ -158,7 +158,7 @@ def make_plan(run: Run) -> TrainPlan:
         num_genes=len(run.panel.gene_id),
         num_positions=num_positions(config, run.manifest),
         tile_size_px=run.manifest.tile_size_px,
-        board=ProgressBoard.remote(),
+        board=ProgressBoard.remote(),  # type: ignore[attr-defined]
     )
 
 
