@@ -185,7 +185,7 @@ def _upload(client: MlflowClient, run_id: str, model_folder: str) -> str:
         packed, version = f"{scratch}/packed", f"{scratch}/version"
         shutil.copytree(model_folder, version)  # MLflow keeps an artifact under its folder's name
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Ii]nput example")
+            warnings.simplefilter("ignore", UserWarning)  # it asks for examples and type hints
             _save_pyfunc(packed, version)
         client.log_artifacts(run_id, packed, "model")
     return f"{client.get_run(run_id).info.artifact_uri}/model"

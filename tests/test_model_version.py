@@ -1,0 +1,185 @@
+"""A model version is whole or refused, and loading it runs nobody's code."""
+
+import hashlib
+import json
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mclstexp import tracking
+from mclstexp.config import Config, override
+from mclstexp.data.genes import GenePanel
+from mclstexp.data.images import encode_tile
+from mclstexp.errors import ModelError
+from mclstexp.inference.bank import Bank
+from mclstexp.inference.embed import network_of
+from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.inference.retrieval import retrieve
+from mclstexp.model.towers import TwoTowers
+
+SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "retrieval.k": 5, "retrieval.temperature": 0.1}
+GENES = ("GATA3", "ERBB2", "ENSG00000141736")
+
+
+def _version(seed: int = 0) -> ModelVersion:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    config = override(Config(), SETTINGS)
+    names = np.array([str(i) for i in range(30)], object)
+    bank = Bank(*(rng.normal(size=(30, width)).astype(np.float32) for width in (256, 3)), names, names, names)
+    record = TrainingRecord(
+        manifest_digest="m",
+        protocol="patient",
+        sections=("A1",),
+        patients=("A",),
+        validation_sections=(),
+        test_sections=(),
+        epochs=1,
+    )
+    weights = TwoTowers(config.model, 3, 0, 32).state_dict()
+    panel = GenePanel(GENES, ("GATA3", "ERBB2", ""), ("", "", GENES[2]))
+    return ModelVersion(config, panel, (32, 0.5), 0, record, weights, bank)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "version"
+    path.mkdir()
+    _version().save(path)
+    return path
+
+
+def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
+    saved, loaded = _version(), ModelVersion.load(folder)
+    assert (loaded.config, loaded.panel, loaded.training) == (saved.config, saved.panel, saved.training)
+    assert (loaded.tile_size_px, loaded.mpp) == (32, 0.5)
+    assert (loaded.bank.keys == saved.bank.keys).all()
+    assert list(loaded.bank.spot_id) == list(saved.bank.spot_id)
+    assert all(torch.equal(saved.weights[name], value) for name, value in loaded.towers().state_dict().items())
+
+
+def test_the_same_version_has_the_same_bytes_and_name(folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    _version().save(again)
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
+    assert ModelVersion.load(again).digest == ModelVersion.load(folder).digest
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.json", "bank.safetensors", "bank_donors.parquet"])
+def test_a_missing_or_edited_file_is_named(folder: Path, name: str) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data + b" ")
+    with pytest.raises(ModelError, match=f"{name} of the model version .* was changed"):
+        ModelVersion.load(folder)
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=f"{name} is missing"):
+        ModelVersion.load(folder)
+
+
+class _Canary:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self._path,)
+
+
+def test_pickled_weights_are_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "ran"
+    (folder / "weights.safetensors").write_bytes(pickle.dumps(_Canary(canary)))
+    files = json.loads((folder / "files.json").read_text())
+    files["weights.safetensors"] = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    (folder / "files.json").write_text(json.dumps(files))
+    with pytest.raises(ModelError):
+        ModelVersion.load(folder)
+    assert not canary.exists()
+
+
+def test_another_schema_is_refused(folder: Path) -> None:
+    record = json.loads((folder / "model.json").read_text()) | {"schema_version": 99}
+    (folder / "model.json").write_text(json.dumps(record))
+    files = json.loads((folder / "files.json").read_text())
+    files["model.json"] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+    (folder / "files.json").write_text(json.dumps(files))
+    with pytest.raises(ModelError, match="model schema 99, this code reads 1"):
+        ModelVersion.load(folder)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[str], Path]:
+    """A registry with two runs and their versions; returns settings, run ids and the registered folder."""
+    path = tmp_path_factory.mktemp("registry")
+    config = override(Config(), SETTINGS | {"tracking.uri": f"sqlite:///{path}/mlflow.db"})
+    folder = path / "version"
+    folder.mkdir()
+    _version().save(folder)
+    runs = [tracking.start_run(config, name, {"a": "b"}) for name in ("first", "second")]
+    log = tracking.MetricLog(config.tracking, runs[0])
+    for step in range(5):
+        log.log(step, {"loss": 5.0 - step})
+    log.close()
+    return config, runs, folder
+
+
+def test_a_run_registers_once_and_the_first_version_is_champion(
+    registry: tuple[Config, list[str], Path], tmp_path: Path
+) -> None:
+    config, (first, second), folder = registry
+    register = [tracking.register(config.tracking, run, str(folder), {}) for run in (first, first, second, second)]
+    assert register == ["1", "1", "2", "2"]
+    champion = tracking.fetch_model(config.tracking, "models:/mclstexp@champion", str(tmp_path))
+    assert ModelVersion.load(champion).digest == ModelVersion.load(folder).digest
+    assert tracking.tag_version(config.tracking, "models:/mclstexp@champion", {"score": "1"}) == first
+    for uri, hint in (
+        ("models:/mclstexp@best", "has the versions 1, 2"),
+        ("models:/mclstexp/3", "has the versions 1, 2"),
+        ("models:/other@champion", "there are the models mclstexp"),
+    ):
+        with pytest.raises(ModelError, match=hint):
+            tracking.fetch_model(config.tracking, uri, str(tmp_path))
+
+
+def test_metrics_and_parameters_reach_mlflow(registry: tuple[Config, list[str], Path]) -> None:
+    import mlflow
+
+    config, (first, _), _ = registry
+    client = mlflow.MlflowClient(config.tracking.uri)
+    history = client.get_metric_history(first, "loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(step, 5.0 - step) for step in range(5)]
+    assert client.get_run(first).data.params["model.image_encoder"] == "small_cnn"
+
+
+def test_a_dead_tracking_server_does_not_hold_up_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "FLUSH_S", 1.0)
+    config = override(Config(), {"tracking.uri": "http://127.0.0.1:9"})
+    log = tracking.MetricLog(config.tracking, "no-run")
+    started = time.monotonic()
+    for step in range(100):
+        log.log(step, {"loss": 1.0})
+    assert time.monotonic() - started < 1
+    log.close()
+
+
+def test_mlflows_own_means_give_the_same_prediction(
+    registry: tuple[Config, list[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    config, (first, _), folder = registry
+    tracking.register(config.tracking, first, str(folder), {})
+    mlflow.set_tracking_uri(config.tracking.uri)
+    tiles = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+    frame = pd.DataFrame({"image": [encode_tile(tile, "png", 90) for tile in tiles]})
+    found = mlflow.pyfunc.load_model("models:/mclstexp/1").predict(frame)
+    version = ModelVersion.load(folder)
+    embed = network_of(version).build(torch.device("cpu"))
+    expected = retrieve(embed(tiles), version.bank, version.config.retrieval).prediction
+    assert list(found.columns) == list(version.panel.names())
+    np.testing.assert_allclose(found.to_numpy(), expected, rtol=1e-3, atol=1e-3)
