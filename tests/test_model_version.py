@@ -15,6 +15,7 @@ from mclstexp import tracking
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.images import encode_tile
+from mclstexp.data.schema import Manifest
 from mclstexp.errors import ModelError
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.embed import network_of
@@ -101,8 +102,28 @@ def test_pickled_weights_are_refused_and_not_run(folder: Path, tmp_path: Path) -
     assert not canary.exists()
 
 
+def test_a_list_of_files_that_leaves_one_out_is_refused(folder: Path) -> None:
+    files = json.loads((folder / "files.json").read_text())
+    del files["weights.safetensors"]
+    (folder / "files.json").write_text(json.dumps(files))
+    with pytest.raises(ModelError, match=r"does not list weights\.safetensors"):
+        ModelVersion.load(folder)
+
+
+def test_a_table_cut_otherwise_is_refused_with_both_values(folder: Path) -> None:
+    model = ModelVersion.load(folder)
+    manifest = Manifest(
+        tile_size_px=32, mpp=0.509, sentence_length=16, genes_file="", genes_sha256="", num_genes=0, sections=()
+    )
+    model.require_table(manifest)
+    with pytest.raises(ModelError, match=r"takes tiles of 0\.5 um/px, the table has 0\.511"):
+        model.require_table(manifest.model_copy(update={"mpp": 0.511}))
+    with pytest.raises(ModelError, match="takes tiles of 32 px, the table has 64 px"):
+        model.require_table(manifest.model_copy(update={"tile_size_px": 64}))
+
+
 def test_another_schema_is_refused(folder: Path) -> None:
-    record = json.loads((folder / "model.json").read_text()) | {"schema_version": 99}
+    record = json.loads((folder / "model.json").read_text()) | {"schema_version": 99, "new_field": 1}
     (folder / "model.json").write_text(json.dumps(record))
     files = json.loads((folder / "files.json").read_text())
     files["model.json"] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()

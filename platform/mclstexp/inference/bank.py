@@ -15,9 +15,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from mclstexp.data.spots import SpotReader
+from mclstexp.errors import ModelError
 from mclstexp.model.towers import TwoTowers
 
 ARRAYS, DONORS = "bank.safetensors", "bank_donors.parquet"
+_DONOR_SCHEMA = pa.schema([(name, pa.string()) for name in ("section_id", "patient_id", "spot_id")])
 KEY_BATCH = 32
 """Spots that attend to each other when keys of a `random_spots` model are made (as published)."""
 
@@ -40,15 +42,22 @@ class Bank:
     def save(self, folder: str | Path) -> None:
         """Writes the bank into a local folder."""
         save_file({"keys": self.keys, "payload": self.payload}, Path(folder, ARRAYS))
-        donors = {name: pa.array(getattr(self, name)) for name in ("section_id", "patient_id", "spot_id")}
-        pq.write_table(pa.table(donors), Path(folder, DONORS))
+        donors = [pa.array(getattr(self, name), pa.string()) for name in _DONOR_SCHEMA.names]
+        pq.write_table(pa.table(donors, schema=_DONOR_SCHEMA), Path(folder, DONORS), store_schema=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Bank":
-        """Returns the bank that `save` wrote."""
-        donors = pq.read_table(Path(folder, DONORS))
-        columns = {name: np.array(donors[name].to_pylist(), object) for name in donors.column_names}
-        return cls(**load_file(Path(folder, ARRAYS)), **columns)
+        """Returns the bank that `save` wrote.
+
+        Raises:
+            ModelError: its files do not belong together.
+        """
+        arrays, path = load_file(Path(folder, ARRAYS)), Path(folder, DONORS)
+        donors = pq.read_table(path, schema=_DONOR_SCHEMA)
+        rows = [len(arrays["keys"]), len(arrays["payload"]), donors.num_rows]
+        if len(set(rows)) > 1:
+            raise ModelError(f"the bank in {folder} has {rows[0]} keys, {rows[1]} payloads and {rows[2]} donors")
+        return cls(**arrays, **{name: np.array(donors[name].to_pylist(), object) for name in donors.column_names})
 
 
 def build_bank(

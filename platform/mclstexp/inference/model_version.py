@@ -17,7 +17,7 @@ from mclstexp.config import Config, config_from
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import ModelError
-from mclstexp.inference.bank import Bank
+from mclstexp.inference.bank import ARRAYS, DONORS, Bank
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training.checkpoint import plain_tensors
 
@@ -108,15 +108,18 @@ class ModelVersion:
         folder = Path(folder)
         _verify(folder)
         try:
-            record = _ModelFile.model_validate_json((folder / MODEL).read_text())
+            tree = json.loads((folder / MODEL).read_text())
+            if tree["schema_version"] != MODEL_SCHEMA:
+                raise ModelError(f"{folder} has model schema {tree['schema_version']}, this code reads {MODEL_SCHEMA}")
+            record = _ModelFile.model_validate(tree)
             weights, bank = load_file(folder / WEIGHTS), Bank.load(folder)
-        except (ValidationError, SafetensorError, OSError, KeyError) as error:
+        except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is no model version that this code reads: {error}") from error
-        if record.schema_version != MODEL_SCHEMA:
-            raise ModelError(f"{folder} has model schema {record.schema_version}, this code reads {MODEL_SCHEMA}")
         panel, config = GenePanel.from_json(record.panel), config_from(record.config, str(folder))
         geometry = (record.tile_size_px, record.mpp)
         version = cls(config, panel, geometry, record.num_positions, record.training, weights, bank)
+        if bank.payload.shape[1] != len(panel):
+            raise ModelError(f"the bank of {folder} has {bank.payload.shape[1]} genes, its panel {len(panel)}")
         version.digest = _sha256(folder / FILES)[:12]
         return version
 
@@ -141,8 +144,11 @@ class ModelVersion:
 def _verify(folder: Path) -> None:
     try:
         files = json.loads((folder / FILES).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        unlisted = {MODEL, WEIGHTS, ARRAYS, DONORS} - files.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder} is no model version: {FILES} cannot be read ({error})") from error
+    if unlisted:
+        raise ModelError(f"{FILES} of the model version {folder} does not list {', '.join(sorted(unlisted))}")
     for name, checksum in files.items():
         path = folder / Path(name).name
         if not path.is_file():
