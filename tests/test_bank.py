@@ -1,0 +1,115 @@
+"""The bank: keys are made as described, donors stay with them, and nothing in its files runs."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mclstexp.data.stream import Batch
+from mclstexp.errors import ModelError
+from mclstexp.inference.bank import DONORS, Bank, build_bank
+from mclstexp.model.towers import TwoTowers
+from mclstexp.settings import ModelConfig
+
+LENGTHS = {"B": [16, 16, 5], "A": [9]}  # spots of each section's sentences
+NUM_GENES = 6
+
+
+@dataclass
+class _Reader:
+    """Two measured sections of random spots, read in whole."""
+
+    sections: dict[str, Batch]
+
+    @property
+    def manifest(self) -> SimpleNamespace:
+        return self
+
+    def section(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(row_groups=[SimpleNamespace(num_rows=rows) for rows in LENGTHS[name]])
+
+    def read_section(self, name: str) -> Batch:
+        return dict(self.sections[name])
+
+
+@pytest.fixture
+def reader() -> _Reader:
+    rng = np.random.default_rng(0)
+    sections = {}
+    for name, lengths in LENGTHS.items():
+        n = sum(lengths)
+        sections[name] = {
+            "expression": rng.random((n, NUM_GENES)).astype(np.float32),
+            "payload": rng.random((n, NUM_GENES)).astype(np.float32),
+            "position": rng.normal(0, 300, (n, 2)).astype(np.float32),
+            "spot_id": np.array([f"{name}x{i}" for i in range(n)], object),
+            "section_id": np.full(n, name, object),
+            "patient_id": np.full(n, f"patient of {name}", object),
+        }
+    return _Reader(sections)
+
+
+@pytest.fixture(scope="module")
+def towers() -> TwoTowers:
+    torch.manual_seed(0)
+    config = ModelConfig(image_encoder="small_cnn", spot_layers=1, spot_width=16, spot_heads=2, embedding_dim=8)
+    return TwoTowers(config, NUM_GENES, 0, 32).eval()
+
+
+def _keys(towers: TwoTowers, spots: Batch, start: int, stop: int) -> np.ndarray:
+    expression, position = (torch.from_numpy(spots[name][start:stop])[None] for name in ("expression", "position"))
+    with torch.inference_mode():
+        return towers.embed_spots(expression, position, torch.ones(1, stop - start, dtype=torch.bool))[0].numpy()
+
+
+def test_keys_of_a_sentence_attend_to_that_sentence_alone(reader: _Reader, towers: TwoTowers) -> None:
+    shown = []
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: shown.append(1))
+    assert len(shown) == 2
+    assert bank.section_id.tolist() == ["B"] * 37 + ["A"] * 9
+    assert bank.patient_id[0] == "patient of B"
+    assert bank.spot_id.tolist() == [f"Bx{i}" for i in range(37)] + [f"Ax{i}" for i in range(9)]
+    assert np.array_equal(bank.payload[37:], reader.sections["A"]["payload"])
+    assert bank.keys[:16] == pytest.approx(_keys(towers, reader.sections["B"], 0, 16), abs=1e-6)
+    assert bank.keys[32:37] == pytest.approx(_keys(towers, reader.sections["B"], 32, 37), abs=1e-6)
+    assert bank.keys[37:] == pytest.approx(_keys(towers, reader.sections["A"], 0, 9), abs=1e-6)
+    assert bank.keys.dtype == bank.payload.dtype == np.float32
+    assert len(bank) == 46
+
+
+def test_keys_of_random_spots_are_made_in_batches_of_32_across_sections(reader: _Reader, towers: TwoTowers) -> None:
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=True, done=lambda: None)
+    joined = {
+        name: np.concatenate([reader.sections[section][name] for section in "BA"])
+        for name in ("expression", "position")
+    }
+    assert bank.keys[:32] == pytest.approx(_keys(towers, joined, 0, 32), abs=1e-6)
+    assert bank.keys[32:] == pytest.approx(_keys(towers, joined, 32, 46), abs=1e-6)
+    by_sentence = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
+    assert not np.allclose(bank.keys[:32], by_sentence.keys[:32], atol=1e-3), "the cut must matter"
+
+
+def test_a_saved_bank_comes_back_whole(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
+    bank.save(tmp_path)
+    back = Bank.load(tmp_path)
+    for name, values in vars(bank).items():
+        assert np.array_equal(getattr(back, name), values), name
+        assert getattr(back, name).dtype == values.dtype
+
+
+def test_files_of_two_banks_are_refused(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
+    replace(bank, spot_id=bank.spot_id[:5], section_id=bank.section_id[:5], patient_id=bank.patient_id[:5]).save(
+        tmp_path
+    )
+    with pytest.raises(ModelError, match="46 keys, 46 payloads and 5 donors"):
+        Bank.load(tmp_path)
+
+
+def test_no_arrow_type_is_stored_by_name(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
+    build_bank(towers, reader, ["A"], random_spots=False, done=lambda: None).save(tmp_path)
+    assert b"ARROW:" not in (tmp_path / DONORS).read_bytes()
