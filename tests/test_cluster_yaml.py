@@ -24,6 +24,7 @@ def test_head_holds_no_work_and_the_pools_are_spot() -> None:
     assert types[CLUSTER["head_node_type"]]["resources"] == {"CPU": 0}
     pools = {name: kind for name, kind in types.items() if name != CLUSTER["head_node_type"]}
     assert {kind["labels"]["pool"] for kind in pools.values()} == {"cpu", "gpu"}
+    assert pools["cpu"]["min_workers"] >= 1, "Ray's launcher starts no node because of a label"
     assert all(kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"} for kind in pools.values())
 
 
