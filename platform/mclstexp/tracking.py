@@ -6,7 +6,6 @@ tracking URI is always the configured one, never MLflow's global state.
 
 import logging
 import os
-import queue
 import shutil
 import tempfile
 import threading
@@ -29,7 +28,9 @@ from mclstexp.settings import TrackingConfig
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 CHAMPION = "champion"
-FLUSH_S = 30.0
+FLUSH_S, RETRY_S = 30.0, 2.0
+_BATCH = 500  # MLflow takes at most 1000 metrics a request
+_PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
 _PACKAGE = Path(__file__).parent
 _MODEL_CODE = _PACKAGE / "inference" / "registered_model.py"
 log = logging.getLogger(__name__)
@@ -65,34 +66,52 @@ def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_pat
 
 
 class MetricLog:
-    """Sends metrics in the background; what cannot be delivered is counted, never waited for in training."""
+    """Sends metrics in the background: kept while the server is away, never waited for in training."""
 
     def __init__(self, config: TrackingConfig, run_id: str) -> None:
         self._client, self._run_id = _client(config), run_id
-        self._waiting: queue.Queue[list[Metric] | None] = queue.Queue()
+        self._waiting: list[Metric] = []
         self._lost = 0
+        self._closing = self._given_up = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of a step."""
         now = int(time.time() * 1000)
-        self._waiting.put([Metric(name, float(value), now, step) for name, value in metrics.items()])
+        with self._changed:
+            self._waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+            self._changed.notify()
 
     def close(self) -> None:
         """Waits up to half a minute for what is under way and warns of what was lost."""
-        self._waiting.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(FLUSH_S)
-        lost = self._lost + (self._waiting.qsize() if self._thread.is_alive() else 0)
+        with self._changed:
+            self._given_up = True
+            lost = self._lost + len(self._waiting)
         if lost:
-            log.warning("%d metric record(s) did not reach MLflow; training is not affected", lost)
+            log.warning("%d metric value(s) did not reach MLflow; training is not affected", lost)
 
     def _send(self) -> None:
-        while (metrics := self._waiting.get()) is not None:
+        while batch := self._next_batch():
             try:
-                self._client.log_batch(self._run_id, metrics=metrics)
-            except MlflowException:
-                self._lost += 1
+                self._client.log_batch(self._run_id, metrics=batch)
+            except Exception as error:  # whatever happens to metrics, training goes on
+                if getattr(error, "error_code", "") in _PASSING:  # MLflow keeps one of what is sent twice
+                    time.sleep(RETRY_S)
+                    continue
+                self._lost += len(batch)
+            with self._changed:
+                del self._waiting[: len(batch)]
+
+    def _next_batch(self) -> list[Metric]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            return [] if self._given_up else self._waiting[:_BATCH]
 
 
 def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[str, str]) -> str:
@@ -103,13 +122,13 @@ def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[
     client, name = _client(config), config.model_name
     try:
         known = client.search_model_versions(f"name = '{name}'")
-        for version in known:
-            if version.run_id == run_id:
-                return str(version.version)
-        _create_name(client, name)
-        source = _upload(client, run_id, model_folder)
-        version = client.create_model_version(name, source, run_id, tags=tags)
-        if not known:
+        version = next((version for version in known if version.run_id == run_id), None)
+        if version is None:
+            _create_name(client, name)
+            source = _upload(client, run_id, model_folder)
+            version = client.create_model_version(name, source, run_id, tags=tags)
+        # A driver that was killed after it made the first version left it without its alias.
+        if int(version.version) == 1 and not client.get_registered_model(name).aliases:
             client.set_registered_model_alias(name, CHAMPION, version.version)
     except MlflowException as error:
         raise UserError(f"cannot register {name} at tracking.uri={config.uri}: {error}") from error

@@ -1,0 +1,256 @@
+"""Tracking: a server that comes and goes, a driver killed on the way, artifacts in object storage, nothing astray."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from mclstexp import storage, tracking
+from mclstexp.config import Config, override
+from mclstexp.data.genes import GenePanel
+from mclstexp.errors import ModelError, UserError
+from mclstexp.inference.bank import Bank
+from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.model.towers import TwoTowers
+
+SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "model.spot_layers": 1, "retrieval.k": 5}
+
+
+def _save_version(folder: Path) -> ModelVersion:
+    config = override(Config(), SETTINGS)
+    rng, names = np.random.default_rng(0), np.array(["x"] * 9, object)
+    bank = Bank(*(rng.normal(size=(9, width)).astype(np.float32) for width in (256, 3)), names, names, names)
+    training = TrainingRecord(
+        manifest_digest="m",
+        protocol="patient",
+        sections=("A1",),
+        patients=("A",),
+        validation_sections=(),
+        test_sections=(),
+        epochs=1,
+    )
+    panel = GenePanel(("A", "B", "C"), ("A", "B", "C"), ("", "", ""))
+    torch.manual_seed(0)
+    version = ModelVersion(config, panel, (32, 0.5), 0, training, TwoTowers(config.model, 3, 0, 32).state_dict(), bank)
+    folder.mkdir()
+    version.save(folder)
+    return version
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """Settings that track into a database in a folder of their own, with a model version in `version`."""
+    folder = tmp_path_factory.mktemp("tracking")
+    _save_version(folder / "version")
+    return override(Config(), SETTINGS | {"tracking.uri": f"sqlite:///{folder}/mlflow.db"}), folder
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Answers log-batch as MLflow does: 503 while it is `away`, an error of its own for the metric `poison`."""
+
+    away = True
+    received: list[tuple[str, int]] = []  # noqa: RUF012
+    wait_s = 0.0
+
+    def do_POST(self) -> None:
+        metrics = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["metrics"]
+        time.sleep(self.wait_s)
+        code, answer = 200, {}
+        if self.away:
+            code, answer = 503, {"error_code": "TEMPORARILY_UNAVAILABLE", "message": "away"}
+        elif any(metric["key"] == "poison" for metric in metrics):
+            code, answer = 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "no such metric"}
+        else:
+            self.received.extend((metric["key"], int(metric.get("step", 0))) for metric in metrics)
+        body = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[_Server], Config]]:
+    handler = type("Handler", (_Server,), {"received": []})
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "RETRY_S", 0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield handler, override(Config(), {"tracking.uri": f"http://127.0.0.1:{http.server_port}"})
+        http.shutdown()
+
+
+def test_metrics_land_when_the_server_is_back(
+    server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    handler, config = server
+    log = tracking.MetricLog(config.tracking, "run")
+    for step in range(10):
+        log.log(step, {"loss": 1.0})
+    time.sleep(0.3)
+    assert handler.received == [], "the server must have been away"
+    handler.away = False
+    log.log(10, {"loss": 1.0})
+    with caplog.at_level(logging.WARNING):
+        log.close()
+    assert handler.received == [("loss", step) for step in range(11)]
+    assert not caplog.records
+
+
+def test_a_server_that_stays_away_costs_a_bounded_wait_and_is_reported(
+    server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = server
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.5)
+    log = tracking.MetricLog(config.tracking, "run")
+    for step in range(7):
+        log.log(step, {"loss": 1.0, "seconds": 2.0})
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        log.close()
+    assert time.monotonic() - started < 5
+    assert "14 metric value(s) did not reach MLflow" in caplog.text
+    log._thread.join(5)
+    assert not log._thread.is_alive(), "a log that gave up must not go on sending"
+
+
+def test_a_slow_server_does_not_hold_up_training(server: tuple[type[_Server], Config]) -> None:
+    handler, config = server
+    handler.away, handler.wait_s = False, 0.3
+    log = tracking.MetricLog(config.tracking, "run")
+    started = time.monotonic()
+    for step in range(200):
+        log.log(step, {"loss": 1.0})
+    assert time.monotonic() - started < 5  # one by one it would be a minute
+    log.close()
+    assert sorted(handler.received) == [("loss", step) for step in range(200)]
+
+
+def test_what_the_server_refuses_for_good_holds_up_nothing_else(
+    server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    handler, config = server
+    handler.away = False
+    log = tracking.MetricLog(config.tracking, "run")
+    log.log(0, {"poison": 1.0})
+    deadline = time.monotonic() + 30
+    while not log._lost and time.monotonic() < deadline:
+        time.sleep(0.02)
+    log.log(1, {"loss": 1.0})
+    with caplog.at_level(logging.WARNING):
+        log.close()
+    assert handler.received == [("loss", 1)]
+    assert "1 metric value(s) did not reach MLflow" in caplog.text
+
+
+def test_a_driver_killed_before_the_alias_was_set_gets_it_when_run_again(
+    place: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, folder = place
+    named = override(config, {"tracking.model_name": "killed"}).tracking
+    run_id = tracking.start_run(config, "killed", {})
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.register(named, run_id, str(folder / "version"), {})
+    assert tracking.register(named, run_id, str(folder / "version"), {}) == "1"
+    fetched = tracking.fetch_model(named, "models:/killed@champion", str(tmp_path))
+    assert ModelVersion.load(fetched).digest == ModelVersion.load(folder / "version").digest
+
+
+def test_a_champion_chosen_by_hand_is_left_alone(place: tuple[Config, Path]) -> None:
+    config, folder = place
+    named = override(config, {"tracking.model_name": "chosen"}).tracking
+    first, second = (tracking.start_run(config, name, {}) for name in ("one", "two"))
+    for run_id in (first, second):
+        tracking.register(named, run_id, str(folder / "version"), {})
+    MlflowClient(named.uri).set_registered_model_alias("chosen", "champion", "2")
+    tracking.register(named, first, str(folder / "version"), {})
+    assert MlflowClient(named.uri).get_model_version_by_alias("chosen", "champion").version == 2
+
+
+def test_nothing_is_written_into_the_working_folder(
+    place: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, folder = place
+    work, scratch = tmp_path / "work", tmp_path / "scratch"
+    work.mkdir()
+    scratch.mkdir()
+    monkeypatch.chdir(work)
+    named = override(config, {"tracking.model_name": "tidy"}).tracking
+    run_id = tracking.start_run(config, "tidy", {})
+    tracking.register(named, run_id, str(folder / "version"), {})
+    tracking.fetch_model(named, "models:/tidy/1", str(scratch))
+    tracking.finish_run(named, run_id)
+    assert list(work.iterdir()) == []
+
+
+def test_all_settings_are_logged_and_none_is_a_secret(
+    place: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = place
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    run = MlflowClient(config.tracking.uri).get_run(tracking.start_run(config, "settings", {"protocol": "patient"}))
+    assert run.data.params["model.spot_width"] == "16"
+    assert len(run.data.params) == sum(len(section) for section in config.model_dump().values())
+    assert run.data.tags["protocol"] == "patient"
+    assert "very-secret" not in str(run.to_dictionary())
+
+
+@pytest.mark.slow
+def test_artifacts_and_versions_live_in_object_storage(s3: str, tmp_path: Path) -> None:
+    """MLflow finds the S3 server by the standard AWS variables alone."""
+    saved = _save_version(tmp_path / "version")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    config = override(
+        Config(), {"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db", "tracking.artifacts": f"{s3}/artifacts"}
+    )
+    run_id = tracking.start_run(config, "s3", {})
+    assert tracking.register(config.tracking, run_id, str(tmp_path / "version"), {}) == "1"
+    tracking.log_artifacts(config.tracking, run_id, str(tmp_path / "version"), "again")
+    fetched = tracking.fetch_model(config.tracking, "models:/mclstexp@champion", str(scratch))
+    assert ModelVersion.load(fetched).digest == saved.digest
+    stored = storage.list_files(f"{s3}/artifacts")
+    assert any(uri.endswith("/again/model.json") for uri in stored)
+    assert not any("__pycache__" in uri for uri in stored)
+    assert not (tmp_path / "mlartifacts").exists()
+
+
+def test_a_model_folder_may_lie_in_object_storage(s3: str, tmp_path: Path) -> None:
+    saved = _save_version(tmp_path / "version")
+    for path in (tmp_path / "version").iterdir():
+        storage.upload(path, f"{s3}/run/model/{path.name}")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    fetched = tracking.fetch_model(Config().tracking, f"{s3}/run/model", str(scratch))
+    assert ModelVersion.load(fetched).digest == saved.digest
+
+
+def test_an_unreachable_server_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = override(Config(), {"tracking.uri": "http://127.0.0.1:9"})
+    with pytest.raises(UserError, match=r"tracking\.uri=http://127\.0\.0\.1:9 cannot be used"):
+        tracking.start_run(config, "none", {})
+
+
+@pytest.mark.parametrize("uri", ["models:/none@champion", "models:/none/1", "models:/none"])
+def test_an_unknown_model_is_a_users_error(place: tuple[Config, Path], uri: str, tmp_path: Path) -> None:
+    config, _ = place
+    with pytest.raises(ModelError, match=f"there is no {uri} at"):
+        tracking.fetch_model(config.tracking, uri, str(tmp_path))
