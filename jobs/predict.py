@@ -49,6 +49,8 @@ def _predict(model, tiles: str, out: str) -> None:  # noqa: ANN001
         task = bar.add_task("predict: tiles", total=None)
         report = predict_table(model, tiles, out, lambda done, total: bar.update(task, completed=done, total=total))
     print(f"{len(report.predicted)} sections predicted ({report.num_spots} tiles), {len(report.skipped)} done before")
+    if report.empty:
+        print(f"no tiles, so nothing to predict: {', '.join(report.empty)}")
     print(f"predictions {out}")
 
 

@@ -27,6 +27,9 @@ class PredictReport:
 
     predicted: list[str]
     skipped: list[str]
+    """Sections that were done before."""
+    empty: list[str]
+    """Sections without a tile, of which nothing is written."""
     num_spots: int
 
 
@@ -46,7 +49,7 @@ def predict_table(model: ModelVersion, tiles: str, out: str, show: Callable[[int
     manifest = load_manifest(root)
     model.require_table(manifest)
     retrieval = resolve(model.config.retrieval, len(model.bank))
-    left = [entry for entry in manifest.sections if entry.num_spots and not is_done(out, entry, model)]
+    left = _left(manifest, out, model)
     total, embedded = sum(entry.num_spots for entry in left), 0
 
     def advance(num_spots: int) -> None:
@@ -59,8 +62,9 @@ def predict_table(model: ModelVersion, tiles: str, out: str, show: Callable[[int
     for name, arrays in embed_sections(root, manifest, names, network, advance) if names else ():
         found = retrieve(arrays["embedding"], model.bank, retrieval)
         _publish(out, root, manifest.section(name), model, found)
-    skipped = [entry.section_id for entry in manifest.sections if entry.section_id not in names]
-    return PredictReport(names, skipped, total)
+    skipped = [entry.section_id for entry in manifest.sections if entry.num_spots and entry.section_id not in names]
+    empty = [entry.section_id for entry in manifest.sections if not entry.num_spots]
+    return PredictReport(names, skipped, empty, total)
 
 
 def is_done(out: str, entry: SectionEntry, model: ModelVersion) -> bool:
@@ -73,12 +77,18 @@ def is_done(out: str, entry: SectionEntry, model: ModelVersion) -> bool:
 
 def plan(manifest: Manifest, model: ModelVersion, out: str) -> str:
     """Returns what a run would do, in words."""
-    left = [entry for entry in manifest.sections if not is_done(storage.absolute(out), entry, model)]
+    left = _left(manifest, storage.absolute(out), model)
     spots = sum(entry.num_spots for entry in left)
     return f"{len(left)} of {len(manifest.sections)} sections to predict, {spots} tiles, {len(model.panel)} genes"
 
 
+def _left(manifest: Manifest, out: str, model: ModelVersion) -> list[SectionEntry]:
+    """Returns the sections to predict; one without tiles (a blank slide) has nothing to write."""
+    return [entry for entry in manifest.sections if entry.num_spots and not is_done(out, entry, model)]
+
+
 def _publish(out: str, root: str, entry: SectionEntry, model: ModelVersion, found: Retrieved) -> None:
+    storage.delete(_ledger(out, entry))  # killed halfway, an earlier entry must not vouch for mixed files
     spots = read_columns(root, entry, SPOT_COLUMNS)
     origin = provenance(model, entry.sha256)
     with tempfile.TemporaryDirectory() as scratch:
