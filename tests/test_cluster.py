@@ -68,6 +68,7 @@ class Cluster:
 def cluster(_s3_server: str) -> Iterator[Cluster]:
     port, dashboard, token = _free_port(), _free_port(), secrets.token_hex(32)
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    head += [f"--ray-client-server-port={_free_port()}"]
     with tempfile.TemporaryDirectory(prefix="nodes-") as folder, ExitStack() as running:  # a short path, for sockets
         pythons = {
             "head": _interpreter(Path(folder, "bare"), installed=()),
@@ -79,7 +80,7 @@ def cluster(_s3_server: str) -> Iterator[Cluster]:
             home = Path(folder, name)
             environment = _node_environment(home, pythons[name], token)
             running.enter_context(_started(_node(pythons[name], home, options), home, environment))
-            _wait_for(f"{found.dashboard}/api/version", token)
+            _wait_for(f"{found.dashboard}/api/version", token, home / "log")
         _wait_for_nodes(found, 2)
         yield found
 
@@ -91,7 +92,7 @@ def mlflow_server(_s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> 
     command += ["--host=127.0.0.1", f"--port={port}", "--workers=1", "--no-serve-artifacts"]
     command += [f"--default-artifact-root={folder}/unused"]
     with _started(command, folder, dict(os.environ)):
-        _wait_for(f"http://127.0.0.1:{port}/health", None)
+        _wait_for(f"http://127.0.0.1:{port}/health", None, folder / "log")
         yield f"http://127.0.0.1:{port}"
 
 
@@ -208,14 +209,14 @@ def _open(url: str, token: str | None, body: dict | None = None) -> HTTPResponse
     return urllib.request.urlopen(request, timeout=10)
 
 
-def _wait_for(url: str, token: str | None) -> None:
+def _wait_for(url: str, token: str | None, log: Path) -> None:
     deadline = time.monotonic() + 90
     while True:
         try:
             _open(url, token).close()
             return
         except OSError:
-            assert time.monotonic() < deadline, f"{url} did not answer"
+            assert time.monotonic() < deadline, f"{url} did not answer:\n{log.read_text()[-2000:]}"
             time.sleep(0.2)
 
 
