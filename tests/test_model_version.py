@@ -204,3 +204,6 @@ def test_mlflows_own_means_give_the_same_prediction(
     expected = retrieve(embed(tiles), version.bank, version.config.retrieval).prediction
     assert list(found.columns) == list(version.panel.names())
     np.testing.assert_allclose(found.to_numpy(), expected, rtol=1e-3, atol=1e-3)
+    too_large = pd.DataFrame({"image": [encode_tile(np.zeros((64, 64, 3), np.uint8), "png", 90)]})
+    with pytest.raises(ModelError, match=r"takes tiles of 32 px at 0\.5 um/px, got 64 x 64 px"):
+        mlflow.pyfunc.load_model("models:/mclstexp/1").predict(too_large)

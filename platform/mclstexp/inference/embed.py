@@ -17,6 +17,7 @@ from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import decode_tiles
 from mclstexp.data.stream import MAX_RETRIES, Batch, ordered, pad
 from mclstexp.data.table import read_sentence
+from mclstexp.errors import ResourceError
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.heads import ProjectionHead
 from mclstexp.model.towers import ImageTower
@@ -77,6 +78,9 @@ def embed_sections(
 
     `rgb` is each tile's mean and standard deviation of red, green and blue in [0, 1]. `done` is called with the
     number of spots embedded since its last call.
+
+    Raises:
+        ResourceError: the cluster has no CPU to decode tiles on beside the one that embeds.
     """
     places = [(name, group) for name in section_ids for group in range(len(manifest.section(name).row_groups))]
     parts: list[Batch] = []
@@ -91,7 +95,13 @@ def embed_sections(
 
 def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
     resources = ray.cluster_resources()
-    num_gpus = int(resources.get("GPU", 0))
+    num_gpus, num_cpus = (int(resources.get(kind, 0)) for kind in ("GPU", "CPU"))
+    needed = 1 if num_gpus else 2  # decoding tasks starve for ever where the actors hold every CPU
+    if num_cpus < needed:
+        raise ResourceError(
+            f"embedding needs {needed} CPU(s), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or "
+            "add a node"
+        )
     num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in places)
     actors = min(num_gpus or max(1, int(resources.get("CPU", 0)) // 2), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
     rows = [{"section_id": name, "group": group} for name, group in places]

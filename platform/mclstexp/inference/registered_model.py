@@ -11,6 +11,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mclstexp.data.images import decode_tile
+from mclstexp.errors import ModelError
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.retrieval import retrieve
@@ -30,10 +31,19 @@ class RegisteredModel(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, object] | None = None
     ) -> pd.DataFrame:
         """Returns predicted expression, one row a tile, one column a gene."""
-        tiles = np.stack([decode_tile(data) for data in model_input["image"]])
+        tiles = np.stack([self._decoded(data) for data in model_input["image"]])
         queries = [self._embed(tiles[start : start + BATCH]) for start in range(0, len(tiles), BATCH)]
         found = retrieve(np.concatenate(queries), self._version.bank, self._version.config.retrieval)
         return pd.DataFrame(found.prediction, columns=self._version.panel.names())
+
+    def _decoded(self, data: bytes) -> np.ndarray:
+        tile, size = decode_tile(data), self._version.tile_size_px
+        if tile.shape != (size, size, 3):
+            raise ModelError(
+                f"the model takes tiles of {size} px at {self._version.mpp:.4g} um/px, got {tile.shape[1]} x "
+                f"{tile.shape[0]} px; cut them at the model's size and resolution"
+            )
+        return tile
 
 
 set_model(RegisteredModel())

@@ -1,0 +1,83 @@
+"""The image side of a model on its own, and what happens to a table when the process that embeds it dies."""
+
+import os
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.errors import ResourceError
+from mclstexp.inference.embed import ImageNetwork, embed_sections
+from mclstexp.model.towers import TwoTowers
+from mclstexp.settings import ModelConfig
+
+CPU = torch.device("cpu")
+TILES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+
+
+def _config(**changes: object) -> ModelConfig:
+    return ModelConfig(image_encoder="small_cnn", spot_layers=1, spot_width=16, embedding_dim=8, **changes)
+
+
+def _towers(config: ModelConfig) -> TwoTowers:
+    """Two towers whose batch statistics are not those of a new network."""
+    torch.manual_seed(3)
+    towers = TwoTowers(config, 4, 0, 32)
+    towers.embed_images(torch.rand(16, 3, 32, 32))
+    return towers.eval()
+
+
+@pytest.mark.parametrize("l2_normalise", [True, False])
+def test_the_image_side_alone_embeds_as_the_two_towers_do(l2_normalise: bool) -> None:
+    config = _config(l2_normalise=l2_normalise)
+    towers = _towers(config)
+    network = ImageNetwork(config.model_dump(mode="json"), 32, towers.state_dict(), precision="fp32")
+    with torch.inference_mode():
+        expected = towers.embed_images(torch.from_numpy(TILES).permute(0, 3, 1, 2) / 255).numpy()
+    found = network.build(CPU)(TILES)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tile_is_embedded_the_same_in_any_company() -> None:
+    config = _config()
+    embed = ImageNetwork(config.model_dump(mode="json"), 32, _towers(config).state_dict(), precision="fp32").build(CPU)
+    assert embed(TILES)[2:3] == pytest.approx(embed(TILES[2:3]), abs=1e-6)
+
+
+def test_without_weights_it_gives_features_that_the_seed_alone_decides() -> None:
+    plain = _config().model_dump(mode="json")
+    first, again, other = (
+        ImageNetwork(plain, 32, None, seed=seed, precision="fp32").build(CPU)(TILES) for seed in (0, 0, 1)
+    )
+    assert first.shape == (5, 128)
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty = Manifest(
+        tile_size_px=32, mpp=0.5, sentence_length=16, genes_file="", genes_sha256="", num_genes=0, sections=()
+    )
+    network = ImageNetwork(_config().model_dump(mode="json"), 32, None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(ResourceError, match=r"needs 2 CPU\(s\), the cluster has 1; raise cluster\.local_cpus"):
+        list(embed_sections("", empty, [], network, lambda spots: None))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_process_that_keeps_dying_ends_the_job_instead_of_hanging_it(tiles: str) -> None:
+    class Deadly(ImageNetwork):  # local, so that it travels to the worker by value
+        def build(self, device: torch.device) -> object:
+            return lambda images: os._exit(1)
+
+    manifest = load_manifest(tiles)
+    network = Deadly(_config().model_dump(mode="json"), 32, None)
+    names = [manifest.sections[0].section_id]
+    with pytest.raises(Exception, match=r"(?i)died|crashed|exit"):
+        list(embed_sections(tiles, manifest, names, network, lambda spots: None))
