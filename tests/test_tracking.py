@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from mclstexp import storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
-from mclstexp.errors import ModelError, UserError
+from mclstexp.errors import ConfigError, ModelError, UserError
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.model.towers import TwoTowers
@@ -254,3 +254,11 @@ def test_an_unknown_model_is_a_users_error(place: tuple[Config, Path], uri: str,
     config, _ = place
     with pytest.raises(ModelError, match=f"there is no {uri} at"):
         tracking.fetch_model(config.tracking, uri, str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["tracking.uri", "storage.endpoint_url"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(setting: str) -> None:
+    with pytest.raises(ConfigError, match="holds a password") as refused:
+        override(Config(), {setting: "https://me:hunter2@server.example"})
+    assert "hunter2" not in str(refused.value)
+    assert override(Config(), {"tracking.uri": "https://server.example:5000"}).tracking.uri.endswith(":5000")

@@ -1,8 +1,11 @@
 """The sections of the configuration: every setting with its default, bounds and the text that `--help` shows."""
 
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from mclstexp.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -11,10 +14,23 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _without_password(uri: str) -> str:
+    """Returns a URI that holds no password: settings are logged, stored and shown."""
+    if urlsplit(uri).password:
+        raise ConfigError(
+            "an address among the settings holds a password; give it in the environment (MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
+    return uri
+
+
+Address = Annotated[str, AfterValidator(_without_password)]
+
+
 class StorageConfig(Section):
     """Where `s3://` URIs lead. Secrets come from the standard AWS environment variables or a named profile."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Address | None = None
     """URL of an S3-compatible server; default AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
     """S3 region; default AWS_REGION or AWS_DEFAULT_REGION, else us-east-1."""
@@ -202,7 +218,7 @@ class RetrievalConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str = "sqlite:///mlflow.db"
+    uri: Address = "sqlite:///mlflow.db"
     """Tracking and registry URI: `sqlite:///FILE` on one machine, `http(s)://` on a cluster."""
     experiment: str = "mclstexp"
     """Experiment that runs are logged to."""
