@@ -122,7 +122,7 @@ class ModelConfig(Section):
     image_encoder: Literal["densenet121", "resnet18", "resnet50", "vit_b_16", "small_cnn"] = "densenet121"
     """Image encoder; `small_cnn` is a four-layer network for tests and smoke runs."""
     image_weights: str = "random"
-    """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors) of the encoder."""
+    """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors; local or s3://)."""
     input_scaling: Literal["imagenet", "unit"] = "imagenet"
     """Pixels less the ImageNet mean over its deviation, or only scaled to [0, 1]."""
     spot_layers: int = Field(4, ge=1, le=48)

@@ -4,6 +4,7 @@ Weights are random, ImageNet's from torchvision, or a local file, so that nothin
 are read without executing pickled code.
 """
 
+import tempfile
 import urllib.error
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,6 +17,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+from mclstexp import storage
 from mclstexp.errors import ConfigError, ModelError
 
 DOWNLOAD_TIMEOUT_S = 20
@@ -94,8 +96,8 @@ def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.
 
     Args:
         name: densenet121, resnet18, resnet50, vit_b_16 or small_cnn.
-        weights: `random` (the caller seeds torch), `imagenet`, or a .pth or .safetensors file that holds the
-            state dict of torchvision's model, of its `features`, or of this module.
+        weights: `random` (the caller seeds torch), `imagenet`, or a .pth or .safetensors file (local or s3://)
+            with the state dict of torchvision's model, of its `features`, or of this module.
         tile_size_px: edge of the tiles; matters to vit_b_16 only.
 
     Raises:
@@ -120,7 +122,7 @@ def require_weights(name: str, weights: str) -> None:
     """
     if weights == "imagenet":
         _imagenet_state(name)
-    elif weights != "random" and not Path(weights).is_file():
+    elif weights != "random" and not storage.exists(weights):
         raise ModelError(f"model.image_weights={weights}: there is no such file; give a file, imagenet or random")
 
 
@@ -151,15 +153,16 @@ def _download(url: str, target: Path) -> None:
         socket.setdefaulttimeout(before)
 
 
-def _read_state(path: str) -> dict[str, torch.Tensor]:
+def _read_state(uri: str) -> dict[str, torch.Tensor]:
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with tempfile.TemporaryDirectory() as scratch, storage.local_copy(uri, scratch) as path:
+            if path.endswith(".safetensors"):
+                return load_file(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise their own types, none of them public
-        raise ModelError(f"model.image_weights={path} cannot be read as weights: {error}") from error
+        raise ModelError(f"model.image_weights={uri} cannot be read as weights: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"model.image_weights={path} holds no state dict of tensors")
+        raise ModelError(f"model.image_weights={uri} holds no state dict of tensors")
     return state
 
 

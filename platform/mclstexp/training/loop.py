@@ -40,6 +40,8 @@ class TrainPlan:
     num_genes: int
     num_positions: int
     tile_size_px: int
+    initial_weights: ray.ObjectRef
+    """State dict of TwoTowers, made on the driver: a weights file need not be on every node."""
     board: ray.actor.ActorHandle
 
 
@@ -78,8 +80,10 @@ def build(plan: TrainPlan) -> Trainee:
     context = ray.train.get_context()
     torch.manual_seed(config.train.seed)
     device = ray.train.torch.get_device()
-    model = TwoTowers(config.model, plan.num_genes, plan.num_positions, plan.tile_size_px).to(device)
-    model = model.to(memory_format=torch.channels_last)
+    settings = config.model.model_copy(update={"image_weights": "random"})
+    model = TwoTowers(settings, plan.num_genes, plan.num_positions, plan.tile_size_px)
+    model.load_state_dict(ray.get(plan.initial_weights))
+    model = model.to(device).to(memory_format=torch.channels_last)
     if config.train.compile:
         model.image_tower.compile()
     return Trainee(

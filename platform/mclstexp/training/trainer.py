@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
+import torch
 from pydantic import BaseModel, ConfigDict
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -21,6 +22,8 @@ from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
+from mclstexp.model.towers import TwoTowers
+from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.feed import make_feed
 from mclstexp.training.loop import TrainPlan, train_worker
 from mclstexp.training.progress import Metrics, ProgressBoard, followed
@@ -158,8 +161,21 @@ def make_plan(run: Run) -> TrainPlan:
         num_genes=len(run.panel.gene_id),
         num_positions=num_positions(config, run.manifest),
         tile_size_px=run.manifest.tile_size_px,
+        initial_weights=ray.put(initial_weights(run)),
         board=ProgressBoard.remote(),  # type: ignore[attr-defined]
     )
+
+
+def initial_weights(run: Run) -> dict[str, torch.Tensor]:
+    """Returns the state dict of TwoTowers before the first step, fixed by train.seed and model.image_weights.
+
+    Raises:
+        ModelError, ConfigError: the image encoder's weights cannot be had or do not fit it.
+    """
+    torch.manual_seed(run.config.train.seed)
+    positions = num_positions(run.config, run.manifest)
+    towers = TwoTowers(run.config.model, len(run.panel), positions, run.manifest.tile_size_px)
+    return plain_tensors(towers.state_dict())
 
 
 def num_positions(config: Config, manifest: Manifest) -> int:
