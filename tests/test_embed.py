@@ -71,7 +71,11 @@ def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_process_that_keeps_dying_ends_the_job_instead_of_hanging_it(tiles: str) -> None:
+def test_a_process_that_keeps_dying_ends_the_job_instead_of_hanging_it(
+    tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mclstexp.inference.embed.MAX_RETRIES", 1)  # each takes the start of a process
+
     class Deadly(ImageNetwork):  # local, so that it travels to the worker by value
         def build(self, device: torch.device) -> object:
             return lambda images: os._exit(1)
