@@ -175,12 +175,14 @@ def _node_environment(home: Path, python: str, token: str) -> dict[str, str]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_prestart_worker_first_driver": "0",  # idle processes without the project, which no job can use
     }
 
 
 def _node(python: str, home: Path, options: list[str]) -> list[str]:
     return [
         *(python, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=3"),
+        "--include-log-monitor=false",
         *(f"--object-store-memory={200 * 2**20}", f"--temp-dir={home}/r", *options),
         f"--dashboard-agent-listen-port={_free_port()}",
     ]
