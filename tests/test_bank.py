@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -113,3 +115,37 @@ def test_files_of_two_banks_are_refused(reader: _Reader, towers: TwoTowers, tmp_
 def test_no_arrow_type_is_stored_by_name(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
     build_bank(towers, reader, ["A"], random_spots=False, done=lambda: None).save(tmp_path)
     assert b"ARROW:" not in (tmp_path / DONORS).read_bytes()
+
+
+class _Canary(pa.ExtensionType):
+    """A type whose reading leaves a trace."""
+
+    trace: Path | None = None
+
+    def __init__(self) -> None:
+        super().__init__(pa.string(), "test.canary")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> "_Canary":
+        if cls.trace is not None:
+            cls.trace.touch()
+        return cls()
+
+
+def test_donors_with_a_type_that_runs_code_are_refused_unread(tmp_path: Path) -> None:
+    names = np.array(["a", "b"], object)
+    Bank(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32), names, names, names).save(tmp_path)
+    pa.register_extension_type(_Canary())
+    try:
+        column = pa.ExtensionArray.from_storage(_Canary(), pa.array(["a", "b"]))
+        columns = dict.fromkeys(("section_id", "patient_id", "spot_id"), column)
+        pq.write_table(pa.table(columns), tmp_path / DONORS)
+        _Canary.trace = tmp_path / "ran"
+        with pytest.raises(ModelError, match="embeds Arrow type metadata"):
+            Bank.load(tmp_path)
+        assert not (tmp_path / "ran").exists()
+    finally:
+        pa.unregister_extension_type("test.canary")

@@ -56,8 +56,15 @@ def start_run(config: Config, name: str, tags: dict[str, str]) -> str:
 
 
 def finish_run(config: TrackingConfig, run_id: str) -> None:
-    """Marks a run as finished."""
-    _client(config).set_terminated(run_id)
+    """Marks a run as finished.
+
+    Raises:
+        UserError: the tracking server cannot be reached.
+    """
+    try:
+        _client(config).set_terminated(run_id)
+    except MlflowException as error:
+        raise UserError(f"tracking.uri={config.uri} cannot be used: {error}; run the same command again") from error
 
 
 def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_path: str) -> None:

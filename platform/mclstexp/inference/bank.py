@@ -50,10 +50,12 @@ class Bank:
         """Returns the bank that `save` wrote.
 
         Raises:
-            ModelError: its files do not belong together.
+            ModelError: its files do not belong together, or embed Arrow types that could run code when read.
         """
-        arrays, path = load_file(Path(folder, ARRAYS)), Path(folder, DONORS)
-        donors = pq.read_table(path, schema=_DONOR_SCHEMA)
+        arrays, donor_file = load_file(Path(folder, ARRAYS)), Path(folder, DONORS).read_bytes()
+        if b"ARROW:" in donor_file:
+            raise ModelError(f"{DONORS} in {folder} embeds Arrow type metadata, which banks never have; train it again")
+        donors = pq.read_table(pa.BufferReader(donor_file), schema=_DONOR_SCHEMA)
         rows = [len(arrays["keys"]), len(arrays["payload"]), donors.num_rows]
         if len(set(rows)) > 1:
             raise ModelError(f"the bank in {folder} has {rows[0]} keys, {rows[1]} payloads and {rows[2]} donors")
