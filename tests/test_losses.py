@@ -1,0 +1,152 @@
+"""The loss against a NumPy reference written from its formula, alone and over gloo ranks."""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from mclstexp.model.losses import contrastive_loss, gather
+from mclstexp.model.towers import TwoTowers
+from mclstexp.settings import ModelConfig
+
+SENTENCES, LENGTH, GENES, SIZE = 4, 6, 5, 16
+MODEL = ModelConfig(
+    image_encoder="small_cnn", spot_width=16, spot_layers=1, spot_dropout=0.0, embedding_dim=8, batch_norm="frozen"
+)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _reference(images: np.ndarray, spots: np.ndarray, scale: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """Returns the loss and its gradients for images and spots, from the formula in double precision."""
+    count = len(images)
+    logits, identity = scale * spots @ images.T, np.eye(count)
+    by_row, by_column = _log_softmax(logits), _log_softmax(logits.T)
+    loss = -(np.trace(by_row) + np.trace(by_column)) / (2 * count)
+    d_logits = ((np.exp(by_row) - identity) + (np.exp(by_column) - identity).T) / (2 * count)
+    return loss, scale * d_logits.T @ spots, scale * d_logits @ images
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 7, 64])
+@pytest.mark.parametrize("scale", [1.0, 14.3])
+@pytest.mark.parametrize("empty_share", [0.0, 0.4])
+def test_loss_and_gradients_equal_the_formula(num_slots: int, scale: float, empty_share: float) -> None:
+    rng = np.random.default_rng(num_slots)
+    valid = rng.random(num_slots) >= empty_share
+    valid[0] = True
+    images, spots = (torch.tensor(rng.normal(size=(num_slots, 8)), dtype=torch.float32) for _ in range(2))
+    images.requires_grad_()
+    spots.requires_grad_()
+    loss = contrastive_loss(images, spots, torch.tensor(scale), torch.from_numpy(valid))
+    loss.backward()
+    inputs = (tensor.detach().numpy().astype(np.float64)[valid] for tensor in (images, spots))
+    expected, d_images, d_spots = _reference(*inputs, scale)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for tensor, gradient in ((images, d_images), (spots, d_spots)):
+        assert tensor.grad is not None
+        np.testing.assert_allclose(tensor.grad.numpy()[valid], gradient, rtol=1e-3, atol=1e-5)
+        assert not tensor.grad.numpy()[~valid].any()
+
+
+def test_nothing_valid_is_zero_with_zero_gradient() -> None:
+    images, spots = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    loss = contrastive_loss(images, spots, torch.tensor(2.0), torch.zeros(3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert not images.grad.any()
+    assert not spots.grad.any()
+
+
+def test_chance_is_the_logarithm_of_the_batch() -> None:
+    same = torch.ones(128, 4)
+    assert contrastive_loss(same, same, torch.tensor(1.0), torch.ones(128, dtype=torch.bool)).item() == pytest.approx(
+        np.log(128), rel=1e-5
+    )
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    """Returns four sentences, one short and one empty (the filler of a last step)."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(SENTENCES, LENGTH, dtype=torch.bool)
+    mask[1, 4:] = False
+    mask[3] = False
+    return {
+        "image": torch.rand(SENTENCES, LENGTH, 3, SIZE, SIZE, generator=generator),
+        "expression": torch.rand(SENTENCES, LENGTH, GENES, generator=generator),
+        "position": 500 * torch.randn(SENTENCES, LENGTH, 2, generator=generator),
+        "mask": mask,
+    }
+
+
+def _loss(model: torch.nn.Module, towers: TwoTowers, part: dict[str, torch.Tensor], one_sentence: bool) -> torch.Tensor:
+    """Returns the global loss as the training loop computes it: towers on the own part, loss on all parts."""
+    mask = part["mask"]
+    sentence = (part["expression"], part["position"], mask)
+    if one_sentence:
+        flat = (part["expression"].flatten(0, 1), part["position"].flatten(0, 1), mask.reshape(-1, 1).float())
+        expression, position, everybody = (gather(values)[None] for values in flat)
+        sentence = (expression, position, everybody.squeeze(-1) > 0)
+    images, spots = model(part["image"].flatten(0, 1), *sentence)
+    spots = spots.flatten(0, 1)
+    valid = gather(mask.reshape(-1, 1).float()).squeeze(1) > 0
+    return contrastive_loss(gather(images), spots if one_sentence else gather(spots), towers.logit_scale, valid)
+
+
+def _towers() -> TwoTowers:
+    torch.manual_seed(1)
+    return TwoTowers(MODEL, GENES, 0, SIZE).train()
+
+
+def _run_rank(rank: int, world_size: int, port: int, one_sentence: bool, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    towers = _towers()
+    share = SENTENCES // world_size
+    part = {name: values[rank * share : (rank + 1) * share] for name, values in _batch().items()}
+    parallel = DistributedDataParallel(towers)  # must outlive backward, or nothing is averaged
+    loss = _loss(parallel, towers, part, one_sentence)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in towers.named_parameters()}
+    torch.save({"loss": loss.item(), "gradients": gradients}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "one_sentence"), [(2, False), (4, False), (2, True)])
+def test_ranks_together_equal_one_process_on_the_joined_batch(
+    world_size: int, one_sentence: bool, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run_rank, (world_size, port, one_sentence, str(tmp_path)), nprocs=world_size)
+    towers, batch = _towers(), _batch()
+    expected = _loss(towers, towers, batch, one_sentence)
+    expected.backward()
+    with torch.no_grad():
+        _agrees_with_numpy(towers, batch, one_sentence, expected.item())
+    for rank in range(world_size):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        for name, parameter in towers.named_parameters():
+            torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def _agrees_with_numpy(towers: TwoTowers, batch: dict[str, torch.Tensor], one_sentence: bool, loss: float) -> None:
+    valid = batch["mask"].flatten()
+    sentence = [batch[name] for name in ("expression", "position", "mask")]
+    if one_sentence:
+        sentence = [values.flatten(0, 1)[None] for values in sentence]
+    images = towers.embed_images(batch["image"].flatten(0, 1))[valid].double().numpy()
+    spots = towers.embed_spots(*sentence).flatten(0, 1)[valid].double().numpy()
+    assert loss == pytest.approx(_reference(images, spots, towers.logit_scale.item())[0], rel=1e-4)
