@@ -42,7 +42,7 @@ class CohortSpec:
     pitch_px: int = 64
     """Distance of neighbouring spots in pixels; tiles up to this edge do not overlap."""
     num_genes: int = 160
-    median_counts: int = 4000
+    median_counts: int = 8000
     """Median library size of a spot."""
     seed: int = 0
 
