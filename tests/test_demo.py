@@ -1,0 +1,36 @@
+"""What the demo decides itself: who is held out, and which slides are predicted."""
+
+from pathlib import Path
+
+import demo
+import pytest
+
+from ingest.sheet import SectionRow, read_sheet
+from ingest.synthetic import CohortSpec, make_cohort
+from mclstexp.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[SectionRow]:
+    return read_sheet(make_cohort(tmp_path_factory.mktemp("demo"), CohortSpec.tiny()))
+
+
+def test_the_last_measured_patient_is_held_out(rows: list[SectionRow]) -> None:
+    assert demo.last_patient(rows) == "P3"
+
+
+def test_one_patient_is_too_few(rows: list[SectionRow]) -> None:
+    with pytest.raises(UserError, match="1 patient"):
+        demo.last_patient([row for row in rows if row.patient_id == "P1"])
+
+
+def test_slides_without_counts_are_predicted(rows: list[SectionRow], tmp_path: Path) -> None:
+    written = read_sheet(demo.write_slide_sheet(tmp_path / "slides.csv", rows, "P3"))
+    assert [(row.section_id, row.format, row.mpp) for row in written] == [("P4S1", "slide", 1.0)]
+
+
+def test_else_the_held_out_slides_are_predicted_without_their_counts(rows: list[SectionRow], tmp_path: Path) -> None:
+    measured = [row for row in rows if row.measured]
+    written = read_sheet(demo.write_slide_sheet(tmp_path / "slides.csv", measured, "P3"))
+    assert [row.section_id for row in written] == ["P3S1", "P3S2"]
+    assert not any(row.measured for row in written)
