@@ -174,6 +174,8 @@ def _load(encoder: nn.Module, state: dict[str, torch.Tensor], origin: str) -> No
         state = {f"features.{key}": value for key, value in state.items()}
     classifier = ("classifier.", "fc.", "heads.")
     state = {key: value for key, value in state.items() if key in own or not key.startswith(classifier)}
+    counters = {key: value for key, value in own.items() if key.endswith(".num_batches_tracked")}
+    state = counters | state  # published files are older than these counters, which nothing here reads
     wrong = sorted(own.keys() ^ state.keys())
     wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if wrong:

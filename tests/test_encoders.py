@@ -1,0 +1,117 @@
+"""Image encoders: the right features, weights from files, and refusals that name the setting."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
+
+from mclstexp.errors import ConfigError, ModelError
+from mclstexp.model import encoders
+from mclstexp.model.encoders import build_image_encoder, require_weights
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("densenet121", 1024), ("resnet18", 512), ("resnet50", 2048), ("vit_b_16", 768), ("small_cnn", 128)],
+)
+def test_every_encoder_maps_images_to_its_features(name: str, features: int) -> None:
+    encoder, num_features = build_image_encoder(name, "random", 32)
+    with torch.no_grad():
+        found = encoder.eval()(torch.rand(2, 3, 32, 32))
+    assert (num_features, tuple(found.shape)) == (features, (2, features))
+
+
+def test_densenet_ends_at_its_last_norm_without_relu() -> None:
+    encoder, _ = build_image_encoder("densenet121", "random", 64)
+    whole = torchvision.models.densenet121()
+    whole.features.load_state_dict(encoder.features.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        found, maps = encoder.eval()(images), whole.eval().features(images)
+    torch.testing.assert_close(found, maps.mean(dim=(2, 3)))
+    assert (found < F.relu(maps).mean(dim=(2, 3)) - 1e-6).any()
+
+
+@pytest.mark.parametrize("layout", ["whole", "features", "own"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_come_from_files_of_each_layout(layout: str, suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    whole = torchvision.models.densenet121()
+    state = {
+        "whole": whole.state_dict(),
+        "features": whole.features.state_dict(),
+        "own": {f"features.{name}": value for name, value in whole.features.state_dict().items()},
+    }[layout]
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    encoder, _ = build_image_encoder("densenet121", str(path), 64)
+    assert all(torch.equal(value, whole.features.state_dict()[k]) for k, value in encoder.features.state_dict().items())
+
+
+def test_files_older_than_batch_counters_load(tmp_path: Path) -> None:
+    state = torchvision.models.densenet121().state_dict()
+    torch.save({name: value for name, value in state.items() if "num_batches" not in name}, tmp_path / "old.pth")
+    encoder, _ = build_image_encoder("densenet121", str(tmp_path / "old.pth"), 64)
+    assert torch.equal(encoder.features.conv0.weight, state["features.conv0.weight"])
+    torch.save({name: value for name, value in state.items() if "norm1.weight" not in name}, tmp_path / "cut.pth")
+    with pytest.raises(ModelError, match=r"norm1\.weight"):
+        build_image_encoder("densenet121", str(tmp_path / "cut.pth"), 64)
+
+
+def test_weights_of_another_architecture_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "resnet.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    with pytest.raises(ModelError, match="do not fit DenseNet121: .* such as"):
+        build_image_encoder("densenet121", str(path), 64)
+
+
+class _Canary:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self._path,)
+
+
+def test_a_weights_file_runs_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(pickle.dumps(_Canary(tmp_path / "ran")))
+    with pytest.raises(ModelError, match="cannot be read as weights"):
+        build_image_encoder("small_cnn", str(path), 32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_imagenet_without_cache_or_network_names_the_file_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    unreachable = type("Weights", (), {"url": "http://127.0.0.1:9/densenet121-a639ec97.pth"})
+    monkeypatch.setitem(encoders._IMAGENET, "densenet121", unreachable)
+    with pytest.raises(ModelError, match=r"--model\.image_weights FILE"):
+        require_weights("densenet121", "imagenet")
+
+
+def test_unknown_names_and_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="use one of densenet121"):
+        build_image_encoder("densenet", "random", 64)
+    with pytest.raises(ConfigError, match="use 48"):
+        build_image_encoder("vit_b_16", "random", 50)
+    with pytest.raises(ModelError, match="there is no such file"):
+        require_weights("small_cnn", str(tmp_path / "missing.pth"))
+
+
+def test_published_imagenet_weights_load() -> None:
+    data = os.environ.get("MCLSTEXP_DATA")
+    path = Path(data or ".").parent / "weights" / "densenet121_imagenet.pth"
+    if not data or not path.is_file():
+        pytest.skip("MCLSTEXP_DATA names no folder with ImageNet weights beside it")
+    encoder, _ = build_image_encoder("densenet121", str(path), 224)
+    assert encoder.features.norm5.running_var.std() > 0

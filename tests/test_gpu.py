@@ -1,0 +1,94 @@
+"""What only a CUDA device can show; skipped by name elsewhere. Run with `pytest -m gpu`."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mclstexp.model.losses import contrastive_loss, gather
+from mclstexp.model.towers import TwoTowers
+from mclstexp.settings import ModelConfig, TrainConfig
+from mclstexp.training.augment import augment
+from mclstexp.training.optim import make_optimizer, native_bf16
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CONFIG = ModelConfig(spot_width=32, spot_layers=1, spot_dropout=0.0, batch_norm="frozen")
+GENES, SIZE = 20, 64
+
+
+def _batch(device: str) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 3, SIZE, SIZE, generator=generator)
+    sentence = (torch.rand(2, 6, GENES, generator=generator), 500 * torch.randn(2, 6, 2, generator=generator))
+    return tuple(part.to(device) for part in (images, *sentence, torch.ones(2, 6, dtype=torch.bool)))
+
+
+def _towers(device: str) -> TwoTowers:
+    torch.manual_seed(0)
+    return TwoTowers(CONFIG, GENES, 0, SIZE).to(device)
+
+
+def _loss(towers: TwoTowers, device: str) -> torch.Tensor:
+    images, spots = towers(*_batch(device))
+    valid = torch.ones(12, dtype=torch.bool, device=device)
+    return contrastive_loss(gather(images.float()), gather(spots.float().flatten(0, 1)), towers.logit_scale, valid)
+
+
+def test_loss_and_gradients_equal_the_cpus() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    here, there = _towers("cpu"), _towers("cuda")
+    losses = [_loss(towers, device) for towers, device in ((here, "cpu"), (there, "cuda"))]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
+    for (name, mine), theirs in zip(here.named_parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(
+            theirs.grad.cpu(), mine.grad, rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_bf16_is_native_and_close() -> None:
+    assert native_bf16(torch.device("cuda"))
+    towers = _towers("cuda").to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = _loss(towers, "cuda")
+    assert loss.item() == pytest.approx(_loss(_towers("cuda"), "cuda").item(), rel=0.05)
+
+
+def test_a_compiled_tower_trains() -> None:
+    towers = _towers("cuda")
+    towers.image_tower.compile()
+    optimizer = make_optimizer(towers, TrainConfig())
+    before = _loss(towers, "cuda")
+    for _ in range(5):
+        optimizer.zero_grad()
+        _loss(towers, "cuda").backward()
+        optimizer.step()
+    assert _loss(towers, "cuda") < before
+
+
+def test_nccl_with_one_worker_gathers() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    dist.init_process_group("nccl", init_method=address, rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(_towers("cuda"))
+        images, spots = parallel(*_batch("cuda"))
+        valid = torch.ones(12, dtype=torch.bool, device="cuda")
+        loss = contrastive_loss(images, spots.flatten(0, 1), parallel.module.logit_scale, valid)
+        loss.backward()
+        assert torch.isfinite(loss)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_augmentation_runs_on_the_device() -> None:
+    tiles = torch.randint(0, 256, (8, SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
+    images = augment(tiles, "default", torch.Generator("cuda").manual_seed(0))
+    assert images.is_cuda
+    assert images.shape == (8, 3, SIZE, SIZE)
