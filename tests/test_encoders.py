@@ -69,7 +69,7 @@ def test_files_older_than_batch_counters_load(tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_named(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pth"
     torch.save(torchvision.models.resnet18().state_dict(), path)
-    with pytest.raises(ModelError, match="do not fit DenseNet121: .* such as"):
+    with pytest.raises(ModelError, match=r"do not fit DenseNet121: .* such as"):
         build_image_encoder("densenet121", str(path), 64)
 
 

@@ -16,6 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train import CheckpointConsistencyMode
 
 from mclstexp.config import Config, config_from
 from mclstexp.data.stream import Batch, StreamShare, stream
@@ -178,15 +179,19 @@ def autocast(trainee: Trainee) -> AbstractContextManager[object]:
 
 
 def checkpoint(trainee: Trainee, loss: torch.Tensor) -> None:
-    """Stores the state; every rank takes part, rank 0 writes."""
+    """Stores the state; every rank takes part, rank 0 writes, and none goes on before the controller knows of it.
+
+    Without that wait a crash right after could fall back by several checkpoints, for the controller polls.
+    """
     trainee.state.consumed += _all_ids(trainee)
     metrics = {"loss": loss.item(), "step": trainee.state.step, "epoch": trainee.state.epoch}
-    if trainee.rank != 0:
+    if trainee.rank == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(folder, trainee.model, trainee.optimizer, trainee.state)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    else:
         ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(folder, trainee.model, trainee.optimizer, trainee.state)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
