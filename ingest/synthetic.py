@@ -41,6 +41,8 @@ class CohortSpec:
     """Spots along each edge of the array."""
     pitch_px: int = 64
     """Distance of neighbouring spots in pixels; tiles up to this edge do not overlap."""
+    patch_pitches: float = 2.0
+    """Distance over which the programs change, in pitches: smaller patches give more independent places."""
     num_genes: int = 160
     median_counts: int = 8000
     """Median library size of a spot."""
@@ -53,8 +55,8 @@ class CohortSpec:
 
     @classmethod
     def small(cls) -> Self:
-        """Returns a cohort with 32 px tiles that a small network learns in seconds."""
-        return cls(num_patients=5, array_side=12, pitch_px=32, num_genes=80, median_counts=2500)
+        """Returns a cohort with 32 px tiles that a small network learns in seconds, told apart from chance."""
+        return cls(num_patients=5, pitch_px=32, patch_pitches=1.0, num_genes=80, median_counts=2500)
 
     @classmethod
     def demo(cls) -> Self:
@@ -159,7 +161,7 @@ def _row(section_id: str, patient_id: str, kind: str) -> dict[str, str]:
 def _write_slide(path: Path, rng: np.random.Generator, spec: CohortSpec, patient_id: str) -> tuple[Image, Image]:
     """Paints and writes one slide; returns its latents (programs x H x W) and its density of nuclei (H x W)."""
     stain: Stain = draw_stain(_rng(spec, "stain", patient_id))
-    latents = np.stack([smooth_field(rng, spec.size_px, 2.0 * spec.pitch_px) for _ in PROGRAMS])
+    latents = np.stack([smooth_field(rng, spec.size_px, spec.patch_pitches * spec.pitch_px) for _ in PROGRAMS])
     density = smooth_field(rng, spec.size_px, 1.0 * spec.pitch_px)
     _write_pyramid(path, paint(rng, latents, density, _tissue(rng, spec), stain))
     return latents, density

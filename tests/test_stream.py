@@ -74,11 +74,15 @@ def test_ranks_share_each_global_step_whatever_the_world_size(world_size: int) -
     assert [len(ids) for ids in by_step] == [4, 4, 4, 4, 4, 3]
 
 
-def test_shuffled_pairs_leave_no_sentence_with_its_own_expression() -> None:
-    names = ["A1", "A2", "B1", "C1"]
-    shuffled = stream.sentence_index(_manifest({"A1": 5, "A2": 5, "B1": 5, "C1": 8}), names, shuffle_pairs_seed=0)
-    assert all(sentence.expression_of != (sentence.section_id, sentence.group) for sentence in shuffled)
-    assert len({sentence.expression_of for sentence in shuffled}) == len(shuffled)
+def test_shuffled_pairs_are_others_expression_and_new_each_epoch() -> None:
+    orders = [stream.epoch_order(SENTENCES, seed=0, epoch=epoch) for epoch in (0, 1)]
+    shuffled = [stream.mispaired(order) for order in orders]
+    for order, pairs in zip(orders, shuffled, strict=True):
+        assert [pair.sentence_id for pair in pairs] == [sentence.sentence_id for sentence in order]
+        assert all(pair.expression_of != (pair.section_id, pair.group) for pair in pairs)
+        assert len({pair.expression_of for pair in pairs}) == len(order)
+    partners = [{pair.sentence_id: pair.expression_of for pair in pairs} for pairs in shuffled]
+    assert sum(partners[0][name] == partners[1][name] for name in partners[0]) < len(SENTENCES) / 4
 
 
 def test_kept_spots_are_ordered_within_bounds_and_new_each_epoch() -> None:

@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -52,20 +52,10 @@ class StreamShare:
     pool: str | None
 
 
-def sentence_index(
-    manifest: Manifest, section_ids: Iterable[str], shuffle_pairs_seed: int | None = None
-) -> list[Sentence]:
-    """Returns the sentences of the given sections in stored order.
-
-    With `shuffle_pairs_seed` each sentence's images are paired for good with another sentence's expression.
-    """
+def sentence_index(manifest: Manifest, section_ids: Iterable[str]) -> list[Sentence]:
+    """Returns the sentences of the given sections in stored order."""
     places = [(name, group) for name in section_ids for group in range(len(manifest.section(name).row_groups))]
-    partners = places
-    if shuffle_pairs_seed is not None:
-        order = np.random.default_rng(shuffle_pairs_seed).permutation(len(places))
-        cycle = {int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)}
-        partners = [places[cycle[i]] for i in range(len(places))]
-    return [Sentence(*place, expression_of=partner) for place, partner in zip(places, partners, strict=True)]
+    return [Sentence(*place, expression_of=place) for place in places]
 
 
 def epoch_order(sentences: list[Sentence], seed: int, epoch: int) -> list[Sentence]:
@@ -84,6 +74,17 @@ def epoch_order(sentences: list[Sentence], seed: int, epoch: int) -> list[Senten
         offset = rng.random()
         keyed += [((i + offset) / len(places), int(place)) for i, place in enumerate(shuffled)]
     return [sentences[place] for _, place in sorted(keyed)]
+
+
+def mispaired(order: list[Sentence]) -> list[Sentence]:
+    """Returns an epoch's order with each sentence's images paired with another sentence's expression.
+
+    It is the one half an epoch on: another one each epoch, because a small table's fixed wrong pairs share chance
+    patterns that can be learnt, and seldom one of the same batch, where a sentence's own expression would be a
+    negative and never the positive.
+    """
+    partners = np.roll(np.arange(len(order)), -(len(order) // 2))
+    return [replace(one, expression_of=order[two].expression_of) for one, two in zip(order, partners, strict=True)]
 
 
 def rank_slice(

@@ -26,6 +26,7 @@ class SentenceFeed:
     loader: SentenceLoader
     batch_sentences: int
     seed: int
+    shuffle_pairs: bool
 
     def num_steps(self, num_consumed: int = 0) -> int:
         """Returns the steps of an epoch, or of what is left of it."""
@@ -34,6 +35,7 @@ class SentenceFeed:
     def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> list[dict[str, object]]:
         """Returns the rank's stream rows of an epoch without the consumed sentences."""
         order = stream.epoch_order(self.sentences, self.seed, epoch)
+        order = stream.mispaired(order) if self.shuffle_pairs else order
         left = [sentence for sentence in order if sentence.sentence_id not in set(consumed)]
         return stream.rank_slice(left, self.batch_sentences, rank, world_size, epoch)
 
@@ -85,10 +87,9 @@ def make_feed(config: Config, reader: SpotReader, section_ids: Collection[str]) 
     """
     train, sections = config.train, sorted(section_ids)
     if train.batching == "sentences":
-        pairs_seed = train.seed if train.shuffle_pairs else None
-        sentences = stream.sentence_index(reader.manifest, sections, pairs_seed)
+        sentences = stream.sentence_index(reader.manifest, sections)
         loader = SentenceLoader(reader, train.drop_spots, train.seed)
-        return SentenceFeed(sentences, loader, train.batch_sentences, train.seed)
+        return SentenceFeed(sentences, loader, train.batch_sentences, train.seed, train.shuffle_pairs)
     num_spots = random_spots.require_size(reader.manifest, sections, train.batch_spots)
     partner = np.random.default_rng(train.seed).permutation(num_spots) if train.shuffle_pairs else None
     encoded: ray.ObjectRef = random_spots.encode_spots(reader, sections)
