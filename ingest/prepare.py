@@ -30,6 +30,7 @@ from mclstexp.config import Config
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest, SectionEntry
 from mclstexp.errors import SourceError, UserError
 
+_WAITING_FOR_NODES = 8
 _MAX_RETRIES = 2  # of a section whose process died
 _FOLDERS = ("tiles", "rejects", "genes")
 _OWN_FILE = re.compile(r"\.?[A-Za-z0-9._-]+-[0-9a-f]{32}\.parquet(\.[0-9a-f]{32})?")
@@ -128,9 +129,8 @@ def _run(
     shown = bar.add_task(title, total=len(calls), last="")
     waiting = iter(enumerate(calls))
     running: dict[ray.ObjectRef, int] = {}
-    limit = _most_at_once()
     while True:
-        while len(running) < limit and (following := next(waiting, None)):
+        while len(running) < _most_at_once() and (following := next(waiting, None)):
             running[task.remote(function, *following[1])] = following[0]
         if not running:
             return
@@ -158,10 +158,15 @@ def _result(reference: ray.ObjectRef, row: SectionRow) -> object:
 
 
 def _most_at_once() -> int:
-    """Returns how many sections the cluster cuts at once: one a CPU, and memory for the largest plain image each."""
+    """Returns how many sections the cluster cuts at once: one a CPU, and memory for the largest plain image each.
+
+    Where there is no CPU yet, some wait: an autoscaler adds nodes for waiting tasks alone.
+    """
     resources = ray.cluster_resources()
+    if not resources.get("CPU"):
+        return _WAITING_FOR_NODES
     by_memory = int(resources.get("memory", 0) // (MAX_PLAIN_PX * PLAIN_BYTES_PER_PX))
-    return max(1, min(int(resources.get("CPU", 1)), by_memory))
+    return max(1, min(int(resources["CPU"]), by_memory))
 
 
 def _publish(plan: Plan, entries: Iterable[SectionEntry]) -> Manifest | None:

@@ -1,17 +1,22 @@
 """The image side of a model on its own, and what happens to a table when the process that embeds it dies."""
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import ray
 import torch
 
+from mclstexp.config import Config
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import ResourceError
-from mclstexp.inference.embed import ImageNetwork, embed_sections
+from mclstexp.inference.embed import ImageNetwork, embed_sections, encoder_network
+from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.towers import TwoTowers
-from mclstexp.settings import ModelConfig
+from mclstexp.settings import ModelConfig, TrainConfig
 
 CPU = torch.device("cpu")
 TILES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
@@ -19,6 +24,12 @@ TILES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
 
 def _config(**changes: object) -> ModelConfig:
     return ModelConfig(image_encoder="small_cnn", spot_layers=1, spot_width=16, embedding_dim=8, **changes)
+
+
+def _network(config: ModelConfig, kind: type[ImageNetwork] = ImageNetwork) -> ImageNetwork:
+    towers = _towers(config)
+    parts = (towers.image_tower.state_dict(), towers.image_head.state_dict())
+    return kind(config.model_dump(mode="json"), 32, *parts, precision="fp32")
 
 
 def _towers(config: ModelConfig) -> TwoTowers:
@@ -33,28 +44,42 @@ def _towers(config: ModelConfig) -> TwoTowers:
 def test_the_image_side_alone_embeds_as_the_two_towers_do(l2_normalise: bool) -> None:
     config = _config(l2_normalise=l2_normalise)
     towers = _towers(config)
-    network = ImageNetwork(config.model_dump(mode="json"), 32, towers.state_dict(), precision="fp32")
     with torch.inference_mode():
         expected = towers.embed_images(torch.from_numpy(TILES).permute(0, 3, 1, 2) / 255).numpy()
-    found = network.build(CPU)(TILES)
+    found = _network(config).build(CPU)(TILES)
     assert found.dtype == np.float32
     assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_tile_is_embedded_the_same_in_any_company() -> None:
-    config = _config()
-    embed = ImageNetwork(config.model_dump(mode="json"), 32, _towers(config).state_dict(), precision="fp32").build(CPU)
+    embed = _network(_config()).build(CPU)
     assert embed(TILES)[2:3] == pytest.approx(embed(TILES[2:3]), abs=1e-6)
 
 
-def test_without_weights_it_gives_features_that_the_seed_alone_decides() -> None:
-    plain = _config().model_dump(mode="json")
-    first, again, other = (
-        ImageNetwork(plain, 32, None, seed=seed, precision="fp32").build(CPU)(TILES) for seed in (0, 0, 1)
-    )
+@dataclass
+class _Version:
+    """What `encoder_network` reads of a model version."""
+
+    config: Config
+    tile_size_px: int = 32
+
+
+def test_an_encoder_with_other_weights_gives_features_that_the_seed_alone_decides() -> None:
+    version = cast(ModelVersion, _Version(Config(model=_config(), train=TrainConfig(precision="fp32"))))
+    first, again, other = (encoder_network(version, "random", seed).build(CPU)(TILES) for seed in (0, 0, 1))
     assert first.shape == (5, 128)
     assert np.array_equal(first, again)
     assert not np.allclose(first, other)
+
+
+def test_an_encoder_loads_its_weights_here_and_not_where_it_is_built(tmp_path: Path) -> None:
+    version = cast(ModelVersion, _Version(Config(model=_config(), train=TrainConfig(precision="fp32"))))
+    torch.save(_towers(_config()).image_tower.encoder.state_dict(), tmp_path / "weights.pth")
+    network = encoder_network(version, str(tmp_path / "weights.pth"), 0)
+    (tmp_path / "weights.pth").unlink()
+    with torch.inference_mode():
+        expected = _towers(_config()).image_tower(torch.from_numpy(TILES).permute(0, 3, 1, 2) / 255).numpy()
+    assert network.build(CPU)(TILES) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
@@ -63,7 +88,7 @@ def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
     empty = Manifest(
         tile_size_px=32, mpp=0.5, sentence_length=16, genes_file="", genes_sha256="", num_genes=0, sections=()
     )
-    network = ImageNetwork(_config().model_dump(mode="json"), 32, None)
+    network = _network(_config())
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     with pytest.raises(ResourceError, match=r"needs 2 CPU\(s\), the cluster has 1; raise cluster\.local_cpus"):
         list(embed_sections("", empty, [], network, lambda spots: None))
@@ -81,7 +106,7 @@ def test_a_process_that_keeps_dying_ends_the_job_instead_of_hanging_it(
             return lambda images: os._exit(1)
 
     manifest = load_manifest(tiles)
-    network = Deadly(_config().model_dump(mode="json"), 32, None)
+    network = _network(_config(), kind=Deadly)
     names = [manifest.sections[0].section_id]
     with pytest.raises(Exception, match=r"(?i)died|crashed|exit"):
         list(embed_sections(tiles, manifest, names, network, lambda spots: None))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 EVERY, EPOCHS, SENTENCES, STEPS_PER_EPOCH = 2, 8, 12, 6
@@ -129,6 +130,15 @@ def test_steps_done_twice_are_at_most_one_checkpoint_interval(killed_run: Path) 
     assert max(steps) == EPOCHS * STEPS_PER_EPOCH
     again = [earlier - later for earlier, later in itertools.pairwise(steps) if later <= earlier]
     assert all(repeated < EVERY for repeated in again)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_weights_of_a_calm_one(killed_run: Path, calm_run: Path) -> None:
+    killed, calm = (load_file(folder / "model" / "weights.safetensors") for folder in (killed_run / "killed", calm_run))
+    assert killed.keys() == calm.keys()
+    for name, values in calm.items():
+        assert killed[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
 
 
 @pytest.fixture(scope="module")

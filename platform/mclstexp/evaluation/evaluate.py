@@ -20,7 +20,7 @@ from mclstexp.errors import ModelError, SplitError
 from mclstexp.evaluation import baselines
 from mclstexp.evaluation.metrics import pearson_per_gene, score
 from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ScoreCard, SectionResult, score_row
-from mclstexp.inference.embed import ImageNetwork, embed_sections, network_of
+from mclstexp.inference.embed import ImageNetwork, embed_sections, encoder_network, network_of
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.retrieval import resolve, retrieve
 
@@ -84,10 +84,11 @@ def evaluate(
         tiles: the tile table.
         show: told of progress.
         sections: what to score; default what the model held out.
-        probe_weights: `imagenet`, or a file that every node sees: adds the ridge on a pretrained encoder's features.
+        probe_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
 
     Raises:
         SplitError, TableError, ModelError: as `held_out`; or the table lacks genes of the panel.
+        ConfigError, ModelError: the probe's weights cannot be had or do not fit.
     """
     root = storage.absolute(tiles)
     manifest = load_manifest(root)
@@ -138,7 +139,8 @@ def _fit_floors(
     for word, weights in (("random", "random"), ("pretrained", probe_weights)):
         if weights:
             what = f"{word} {encoder}"
-            found = _embed(reader, [*training, *names], _encoder(model, weights), what, show)
+            network = encoder_network(model, weights, FLOOR_SEED)
+            found = _embed(reader, [*training, *names], network, what, show)
             features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
             features[f"ridge on {what}"] = {name: arrays["embedding"] for name, arrays in found.items()}
     sections = [reader.read_section(name) for name in training]
@@ -151,12 +153,6 @@ def _fit_floors(
         for method, by_section in features.items()
     }
     return _Floors(target.mean(axis=0, dtype=np.float64), ridges, features)
-
-
-def _encoder(model: ModelVersion, weights: str) -> ImageNetwork:
-    """Returns the model's image encoder with other weights and no projection head."""
-    config = model.config.model.model_copy(update={"image_weights": weights}).model_dump(mode="json")
-    return ImageNetwork(config, model.tile_size_px, None, FLOOR_SEED, model.config.train.precision)
 
 
 def _predictions(

@@ -22,6 +22,7 @@ from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.heads import ProjectionHead
 from mclstexp.model.towers import ImageTower
 from mclstexp.settings import ModelConfig
+from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.optim import native_bf16
 
 _TILES_WORTH_AN_ACTOR = 256  # fewer are embedded sooner than another process has imported torch
@@ -34,24 +35,21 @@ class ImageNetwork:
     config: dict[str, object]
     """ModelConfig as a plain dict."""
     tile_size_px: int
-    weights: dict[str, torch.Tensor] | None
-    """State dict of TwoTowers; None: features of the encoder alone, as `config` initialises it."""
-    seed: int = 0
+    tower: dict[str, torch.Tensor]
+    """State dict of ImageTower; it travels with the network, so that no worker needs a weights file."""
+    head: dict[str, torch.Tensor] | None
+    """State dict of ProjectionHead; None: features of the encoder alone."""
     precision: str = "auto"
 
     def build(self, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
         """Returns the map from tiles, uint8 (n, size, size, 3), to embeddings or features, float32 (n, D)."""
-        torch.manual_seed(self.seed)
-        config = ModelConfig.model_validate(self.config)
+        config = ModelConfig.model_validate(self.config | {"image_weights": "random"})
         tower = ImageTower(config, self.tile_size_px)
-        network: torch.nn.Module = tower
-        if self.weights is not None:
-            head = ProjectionHead(tower.num_features, config.embedding_dim, config.l2_normalise)
-            for part, prefix in ((tower, "image_tower."), (head, "image_head.")):
-                part.load_state_dict(
-                    {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
-                )
-            network = torch.nn.Sequential(tower, head)
+        tower.load_state_dict(self.tower)
+        network = torch.nn.Sequential(tower)
+        if self.head is not None:
+            network.append(ProjectionHead(tower.num_features, config.embedding_dim, config.l2_normalise))
+            network[1].load_state_dict(self.head)
         network = network.eval().to(device).to(memory_format=torch.channels_last)
         bf16 = self.precision == "bf16" or (self.precision == "auto" and native_bf16(device))
 
@@ -66,9 +64,24 @@ class ImageNetwork:
 
 def network_of(model: ModelVersion) -> ImageNetwork:
     """Returns the image side of a model version."""
-    config = model.config.model.model_copy(update={"image_weights": "random"}).model_dump(mode="json")
-    image_side = {name: value for name, value in model.weights.items() if name.startswith("image_")}
-    return ImageNetwork(config, model.tile_size_px, image_side, precision=model.config.train.precision)
+    config = model.config.model.model_dump(mode="json")
+    tower, head = (
+        {name.removeprefix(prefix): value for name, value in model.weights.items() if name.startswith(prefix)}
+        for prefix in ("image_tower.", "image_head.")
+    )
+    return ImageNetwork(config, model.tile_size_px, tower, head, model.config.train.precision)
+
+
+def encoder_network(model: ModelVersion, image_weights: str, seed: int) -> ImageNetwork:
+    """Returns a model version's image encoder with other weights (as `model.image_weights`) and no head.
+
+    Raises:
+        ConfigError, ModelError: the weights cannot be had here, on the driver, or do not fit.
+    """
+    torch.manual_seed(seed)
+    config = model.config.model.model_copy(update={"image_weights": image_weights})
+    tower = plain_tensors(ImageTower(config, model.tile_size_px).state_dict())
+    return ImageNetwork(config.model_dump(mode="json"), model.tile_size_px, tower, None, model.config.train.precision)
 
 
 def embed_sections(

@@ -4,6 +4,7 @@ Weights are random, ImageNet's from torchvision, or a local file, so that nothin
 are read without executing pickled code.
 """
 
+import http.client
 import tempfile
 import urllib.error
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def _download(url: str, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(target), hash_prefix=target.stem.rsplit("-", 1)[1])
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
         raise ModelError(
             f"model.image_weights=imagenet: the weights are neither in {target} nor to be had from the network "
             f"({error}); give a file with --model.image_weights FILE, or use random"

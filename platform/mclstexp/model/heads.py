@@ -20,7 +20,7 @@ class ProjectionHead(nn.Module):
         self.l2_normalise = l2_normalise
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns embeddings, (..., embedding_dim)."""
+        """Returns embeddings, float32 (..., embedding_dim), also under bf16 autocast."""
         projected = self.project(features)
-        embedding = self.norm(projected + self.refine(F.gelu(projected)))
-        return F.normalize(embedding.float(), dim=-1) if self.l2_normalise else embedding
+        embedding = self.norm((projected + self.refine(F.gelu(projected))).float()).float()
+        return F.normalize(embedding, dim=-1) if self.l2_normalise else embedding

@@ -49,12 +49,25 @@ def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.
         ) from error
     model.load_state_dict(weights)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
+    _lay_out_alike(optimizer)
     return state
 
 
 def plain_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns tensors as safetensors stores them: on the CPU, contiguous and each with memory of its own."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each moment the memory layout of its parameter.
+
+    Fused optimisers walk both in memory order; beside a channels-last weight, a moment as it was stored would meet
+    the wrong elements.
+    """
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if value.shape == parameter.shape:
+                slots[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _flat(slots: dict[int, dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -36,7 +36,8 @@ class SentenceFeed:
         """Returns the rank's stream rows of an epoch without the consumed sentences."""
         order = stream.epoch_order(self.sentences, self.seed, epoch)
         order = stream.mispaired(order) if self.shuffle_pairs else order
-        left = [sentence for sentence in order if sentence.sentence_id not in set(consumed)]
+        done = set(consumed)
+        left = [sentence for sentence in order if sentence.sentence_id not in done]
         return stream.rank_slice(left, self.batch_sentences, rank, world_size, epoch)
 
     def rows_per_step(self, world_size: int) -> int:

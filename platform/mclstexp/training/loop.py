@@ -136,13 +136,14 @@ def train_step(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, int]:
     _set_learning_rate(trainee)
     _seed(trainee)
     mask_SL = torch.as_tensor(batch["mask"], device=trainee.device)
+    valid_N = gather(mask_SL.reshape(-1, 1).float()).squeeze(1) > 0
+    _choose_statistics(trainee, int(valid_N.view(trainee.world_size, -1).sum(dim=1).min()))
     images, num_images = prepare_images(trainee, batch, mask_SL)
     sentence = _sentence(trainee, batch, mask_SL)
     with autocast(trainee):
         image_features, spot_SLD = trainee.parallel(images, *sentence)
     image_ND = image_features.new_zeros(mask_SL.numel(), image_features.shape[1], dtype=torch.float32)
     image_ND = image_ND.masked_scatter(mask_SL.reshape(-1, 1), image_features[:num_images].float())
-    valid_N = gather(mask_SL.reshape(-1, 1).float()).squeeze(1) > 0
     spot_ND = spot_SLD.float().flatten(0, 1)
     if train.batching == "sentences":
         spot_ND = gather(spot_ND)
@@ -159,13 +160,12 @@ def train_step(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, int]:
 def prepare_images(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Returns the real tiles of a batch, augmented, float (n, 3, size, size), and their number.
 
-    Two blank tiles stand in where a rank has fewer than two, for batch statistics need them; their features are
-    dropped.
+    A blank tile stands in where a rank has none; its features are dropped.
     """
     tiles = torch.as_tensor(batch["image"]).flatten(0, 1)[mask_SL.flatten().cpu()].to(trainee.device)
     num_images = len(tiles)
-    if num_images < 2:
-        tiles = torch.cat([tiles, tiles.new_zeros(2 - num_images, *tiles.shape[1:])])
+    if not num_images:
+        tiles = tiles.new_zeros(1, *tiles.shape[1:])
     generator = torch.Generator(trainee.device).manual_seed(_step_seed(trainee, trainee.rank))
     images = augment(tiles, trainee.config.train.augmentation, generator)
     return images.contiguous(memory_format=torch.channels_last), num_images
@@ -232,6 +232,15 @@ class Meter:
 
     def _clear(self) -> None:
         self._spots, self._waited_s, self._since = 0, 0.0, time.perf_counter()
+
+
+def _choose_statistics(trainee: Trainee, fewest_images: int) -> None:
+    """Lets batch norm use running statistics in a step that leaves a rank with no batch to speak of.
+
+    That is an epoch's last step only. All ranks do alike, so that synchronised statistics wait for nobody.
+    """
+    if trainee.config.model.batch_norm != "frozen":
+        trainee.model.image_tower.train(fewest_images > 1)
 
 
 def _sentence(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
