@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-EVERY, EPOCHS, SENTENCES, STEPS_PER_EPOCH = 2, 8, 12, 6
+EVERY, EPOCHS, SENTENCES, STEPS_PER_EPOCH = 2, 5, 12, 6
 SETTINGS = {
     "genes.num_genes": 20,
     "split.test_patients": "P3",
@@ -88,10 +88,10 @@ def killed_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose second worker was killed, then its driver, and that was then started again."""
     folder = tmp_path_factory.mktemp("killed")
     job = _start(folder, tiles, "killed")
-    _wait_for_checkpoints(job, folder, "killed", 4)
+    _wait_for_checkpoints(job, folder, "killed", 3)
     _kill_a_training_worker(job)
     before = len(_states(folder, "killed"))
-    _wait_for_checkpoints(job, folder, "killed", before + 4)
+    _wait_for_checkpoints(job, folder, "killed", before + 3)
     orphans = _kill_the_driver(job)
     assert _states(folder, "killed")[-1]["step"] < EPOCHS * STEPS_PER_EPOCH, "killed too late to prove anything"
     _, alive = psutil.wait_procs([process for process in orphans if _holds_work(process)], timeout=60)
