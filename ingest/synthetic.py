@@ -56,7 +56,7 @@ class CohortSpec:
     @classmethod
     def small(cls) -> Self:
         """Returns a cohort with 32 px tiles that a small network learns in seconds, told apart from chance."""
-        return cls(num_patients=5, pitch_px=32, patch_pitches=1.0, num_genes=80, median_counts=2500)
+        return cls(num_patients=8, pitch_px=32, patch_pitches=1.0, num_genes=80, median_counts=2500)
 
     @classmethod
     def demo(cls) -> Self:

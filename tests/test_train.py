@@ -168,13 +168,3 @@ def test_a_run_name_with_other_settings_is_refused(calm_run: Path, tiles: str) -
         trainer.open_run(tiles, str(calm_run.parent), "calm", config, lambda name: "none")
     fewer = override(config, {"train.tower_lr": 1e-4, "train.num_workers": 1})
     assert trainer.open_run(tiles, str(calm_run.parent), "calm", fewer, lambda name: "none").name == "calm"
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_too_few_cpus_are_refused_before_anything_starts(tiles: str, tmp_path: Path) -> None:
-    job = _start(tmp_path, tiles, "starved", **{"cluster.local_cpus": 2})
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == 2, output
-    assert "asks for 3 CPUs" in output
-    assert "train.num_workers" in output
