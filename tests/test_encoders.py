@@ -26,6 +26,25 @@ def test_every_encoder_maps_images_to_its_features(name: str, features: int) -> 
     assert (num_features, tuple(found.shape)) == (features, (2, features))
 
 
+@pytest.mark.parametrize(("name", "features"), [("timm/resnet10t", 512), ("timm/vit_tiny_patch16_224", 192)])
+def test_any_timm_name_is_an_encoder_with_random_weights_or_a_file(name: str, features: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, num_features = build_image_encoder(name, "random", 32)
+    torch.save(source.state_dict() | {"head.bias": torch.zeros(7)}, tmp_path / "timm.pth")  # a classifier is dropped
+    encoder, _ = build_image_encoder(name, str(tmp_path / "timm.pth"), 32)
+    with torch.no_grad():
+        found, expected = (network.eval()(torch.ones(2, 3, 32, 32)) for network in (encoder, source))
+    assert (num_features, tuple(found.shape)) == (features, (2, features))
+    assert torch.equal(found, expected)
+
+
+def test_an_unknown_timm_name_is_refused_with_near_ones() -> None:
+    with pytest.raises(ConfigError, match=r"timm/resnet10x: timm has no such model; did you mean .*resnet10"):
+        build_image_encoder("timm/resnet10x", "random", 32)
+    with pytest.raises(ConfigError, match=r"vit_tiny_patch16_224 cannot take tiles\.size_px=30"):
+        build_image_encoder("timm/vit_tiny_patch16_224", "random", 30)
+
+
 def test_densenet_ends_at_its_last_norm_without_relu() -> None:
     encoder, _ = build_image_encoder("densenet121", "random", 64)
     whole = torchvision.models.densenet121()

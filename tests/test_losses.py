@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from mclstexp.model.losses import contrastive_loss, gather
+from mclstexp.model.losses import contrastive_loss, gather, regression_loss
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig
 
@@ -55,6 +55,27 @@ def test_loss_and_gradients_equal_the_formula(num_slots: int, scale: float, empt
         assert tensor.grad is not None
         np.testing.assert_allclose(tensor.grad.numpy()[valid], gradient, rtol=1e-3, atol=1e-5)
         assert not tensor.grad.numpy()[~valid].any()
+
+
+def test_soft_positives_follow_similarity_within_either_side() -> None:
+    rng = np.random.default_rng(0)
+    images, spots, scale = rng.normal(size=(6, 4)), rng.normal(size=(6, 4)), 2.5
+    similarity = (images @ images.T + spots @ spots.T) / (2 * scale)
+    target = np.exp(_log_softmax(similarity))
+    logits = scale * spots @ images.T
+    expected = -((target * _log_softmax(logits)).sum() + (target * _log_softmax(logits.T)).sum()) / 12
+    tensors = (torch.tensor(values, dtype=torch.float32) for values in (images, spots))
+    loss = contrastive_loss(*tensors, torch.tensor(scale), torch.ones(6, dtype=torch.bool), soft=True)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_regression_counts_valid_slots_alone() -> None:
+    predicted, truth = torch.tensor([[1.0, 2.0], [9.0, 9.0]], requires_grad=True), torch.zeros(2, 2)
+    loss = regression_loss(predicted, truth, torch.tensor([True, False]))
+    loss.backward()
+    assert loss.item() == pytest.approx(2.5)
+    assert predicted.grad is not None
+    assert predicted.grad.tolist() == [[1.0, 2.0], [0.0, 0.0]]
 
 
 def test_nothing_valid_is_zero_with_zero_gradient() -> None:

@@ -21,6 +21,7 @@ from mclstexp.inference.bank import Bank
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.inference.retrieval import retrieve
+from mclstexp.model.build import build_network
 from mclstexp.model.towers import TwoTowers
 
 SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "retrieval.k": 5, "retrieval.temperature": 0.1}
@@ -53,6 +54,30 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     _version().save(path)
     return path
+
+
+def test_a_direct_regression_has_no_bank_and_predicts_its_linear_map(tmp_path: Path) -> None:
+    source = _version()
+    config = override(source.config, {"model.predictor": "regression"})
+    network = build_network(config.model, 3, 0, 32).eval()
+    weights = network.state_dict()
+    saved = ModelVersion(config, source.panel, (32, 0.5), 0, source.training, weights, None)
+    saved.save(tmp_path)
+    loaded = ModelVersion.load(tmp_path)
+    tiles = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    found = loaded.predict(network_of(loaded).build(torch.device("cpu"))(tiles))
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255).numpy()
+    assert found.prediction == pytest.approx(expected, rel=1e-2, abs=1e-2)  # bf16 where it is native
+    assert np.isnan(found.similarity).all()
+
+
+def test_a_version_with_a_bank_that_its_kind_has_not_is_refused(tmp_path: Path) -> None:
+    source = _version()
+    source.config = override(source.config, {"model.predictor": "regression"})
+    source.save(tmp_path)
+    with pytest.raises(ModelError, match=r"has a bank, and model\.predictor=regression"):
+        ModelVersion.load(tmp_path)
 
 
 def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:

@@ -86,6 +86,14 @@ def test_a_query_on_a_key_takes_its_payload() -> None:
     np.testing.assert_allclose(retrieval.retrieve(bank.keys, bank, config).prediction, bank.payload, atol=1e-4)
 
 
+def test_mean_weighs_all_neighbours_alike() -> None:
+    bank, queries = _bank(50), _queries(3)
+    found = retrieval.retrieve(queries, bank, RetrievalConfig(k=7, weighting="mean"))
+    ids, _ = retrieval.nearest(queries, bank.keys, 7)
+    np.testing.assert_allclose(found.prediction, bank.payload[ids].mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found.effective_donors, 7, rtol=1e-5)
+
+
 def test_k_beyond_the_bank_is_refused_or_by_default_lowered() -> None:
     with pytest.raises(ModelError, match=r"retrieval\.k=50 exceeds the bank's 20 spots"):
         retrieval.resolve(RetrievalConfig(k=50), 20)

@@ -135,6 +135,26 @@ def test_a_learnt_scale_is_bounded_and_can_come_back() -> None:
     assert towers.log_scale.grad.item() > 0
 
 
+def test_a_frozen_encoder_learns_nothing_and_keeps_its_statistics() -> None:
+    config = ModelConfig(image_encoder="small_cnn", spot_width=16, freeze_encoder=True)
+    towers = TwoTowers(config, GENES, 0, 32).train()
+    before = {name: value.clone() for name, value in towers.image_tower.state_dict().items()}
+    towers.embed_images(torch.rand(4, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is None for parameter in towers.image_tower.parameters())
+    assert towers.image_head.project.weight.grad is not None
+    assert all(torch.equal(value, before[name]) for name, value in towers.image_tower.state_dict().items())
+
+
+def test_without_blocks_a_spot_is_embedded_from_its_own_expression() -> None:
+    config = ModelConfig(image_encoder="small_cnn", spot_width=None, spot_layers=0, position="none")
+    towers = TwoTowers(config, GENES, 0, 32).eval()
+    expression = torch.rand(1, 5, GENES)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    together = towers.embed_spots(expression, torch.zeros(1, 5, 2), mask)
+    alone = towers.embed_spots(expression[:, 2:3], torch.zeros(1, 1, 2), mask[:, :1])
+    torch.testing.assert_close(together[:, 2:3], alone)
+
+
 def test_frozen_batch_norm_keeps_its_statistics_in_training() -> None:
     config = ModelConfig(image_encoder="small_cnn", spot_width=16, batch_norm="frozen")
     towers = TwoTowers(config, GENES, 0, 32).train()

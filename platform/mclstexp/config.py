@@ -61,7 +61,12 @@ class Config(Section):
                 "train.batching=random_spots has not; use table or none"
             )
         if self.retrieval.weighting == "softmax" and not model.l2_normalise:
-            raise ValueError("retrieval.weighting=softmax needs model.l2_normalise=true; use inverse_square")
+            raise ValueError("retrieval.weighting=softmax needs model.l2_normalise=true; use inverse_square or mean")
+        if model.predictor == "regression" and self.genes.input != self.genes.target:
+            raise ValueError(
+                f"model.predictor=regression learns genes.target={self.genes.target} as it is streamed, which is as "
+                f"genes.input; use genes.input={self.genes.target}"
+            )
         return self
 
     def digest(self) -> str:

@@ -119,14 +119,18 @@ class SplitConfig(Section):
 class ModelConfig(Section):
     """The two towers."""
 
-    image_encoder: Literal["densenet121", "resnet18", "resnet50", "vit_b_16", "small_cnn"] = "densenet121"
-    """Image encoder; `small_cnn` is a four-layer network for tests and smoke runs."""
+    image_encoder: str = "densenet121"
+    """densenet121, resnet18, resnet50, vit_b_16, small_cnn (four layers, for tests) or timm/NAME with any timm name."""
     image_weights: str = "random"
     """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors; local or s3://)."""
     input_scaling: Literal["imagenet", "unit"] = "imagenet"
     """Pixels less the ImageNet mean over its deviation, or only scaled to [0, 1]."""
-    spot_layers: int = Field(4, ge=1, le=48)
-    """Transformer blocks of the spot tower (its depth)."""
+    predictor: Literal["retrieval", "regression"] = "retrieval"
+    """Expression is read from the most similar measured spots, or regressed from the tile directly (ST-Net)."""
+    freeze_encoder: bool = False
+    """Whether the image encoder keeps its weights and batch statistics; only what stands on it learns."""
+    spot_layers: int = Field(4, ge=0, le=48)
+    """Transformer blocks of the spot tower (its depth); 0: spots do not see each other."""
     spot_width: int | None = Field(256, ge=8)
     """Width of the spot tower; empty: the number of genes, with no input map (as published)."""
     spot_heads: int = Field(8, ge=1)
@@ -164,6 +168,8 @@ class TrainConfig(Section):
     """Sentences of a global batch, over all workers."""
     batch_spots: int = Field(128, ge=2)
     """Spots of a global batch with `random_spots`, over all workers."""
+    positives: Literal["pairs", "soft"] = "pairs"
+    """A tile's positive is its own spot alone, or every spot by similarity within either side (BLEEP)."""
     drop_spots: float = Field(0.3, ge=0, lt=1)
     """Largest share of a sentence's spots left out, drawn anew for each sentence and epoch."""
     augmentation: Literal["none", "default", "reference"] = "default"
@@ -207,8 +213,8 @@ class RetrievalConfig(Section):
 
     k: int | None = Field(None, ge=1)
     """Nearest keys that vote; empty: chosen on the validation patients, else 50."""
-    weighting: Literal["softmax", "inverse_square"] = "softmax"
-    """Softmax of cosine over `temperature`, or 1/d^2 of un-normalised vectors (as published)."""
+    weighting: Literal["softmax", "inverse_square", "mean"] = "softmax"
+    """Softmax of cosine over `temperature`, 1/d^2 of un-normalised vectors (as published), or equal weights."""
     temperature: float | None = Field(None, gt=0)
     """Temperature of the softmax; empty: chosen on the validation patients, else 0.05."""
     distance: Literal["l1", "l2"] = "l2"

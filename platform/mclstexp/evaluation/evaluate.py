@@ -22,7 +22,6 @@ from mclstexp.evaluation.metrics import pearson_per_gene, score
 from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ScoreCard, SectionResult, score_row
 from mclstexp.inference.embed import ImageNetwork, embed_sections, encoder_network, network_of
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.retrieval import resolve, retrieve
 
 FLOOR_SEED = 0
 Show = Callable[[str, int, int], None]
@@ -162,9 +161,8 @@ def _predictions(
     num_spots, num_genes = len(queries), len(model.panel)
     counts = read_counts(reader.root, reader.manifest.section(name), reader.manifest.num_genes)
     totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
-    retrieval = resolve(model.config.retrieval, len(model.bank))
     return {
-        (MODEL, MODEL): retrieve(queries, model.bank, retrieval).prediction,
+        (MODEL, MODEL): model.predict(queries).prediction,
         ("train mean", FLOOR): baselines.constant(floors.mean, num_spots),
         ("zeros", FLOOR): baselines.constant(np.zeros(num_genes), num_spots),
         **{(method, FLOOR): ridge.predict(floors.features[method][name]) for method, ridge in floors.ridges.items()},

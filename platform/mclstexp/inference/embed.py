@@ -38,7 +38,7 @@ class ImageNetwork:
     tower: dict[str, torch.Tensor]
     """State dict of ImageTower; it travels with the network, so that no worker needs a weights file."""
     head: dict[str, torch.Tensor] | None
-    """State dict of ProjectionHead; None: features of the encoder alone."""
+    """State dict of the head: an embedding's or, in direct regression, the genes'. None: features of the encoder."""
     precision: str = "auto"
 
     def build(self, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
@@ -48,8 +48,7 @@ class ImageNetwork:
         tower.load_state_dict(self.tower)
         network = torch.nn.Sequential(tower)
         if self.head is not None:
-            network.append(ProjectionHead(tower.num_features, config.embedding_dim, config.l2_normalise))
-            network[1].load_state_dict(self.head)
+            network.append(_head(config, tower.num_features, self.head))
         network = network.eval().to(device).to(memory_format=torch.channels_last)
         bf16 = self.precision == "bf16" or (self.precision == "auto" and native_bf16(device))
 
@@ -60,6 +59,14 @@ class ImageNetwork:
                 return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
 
         return embed
+
+
+def _head(config: ModelConfig, num_features: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    head: torch.nn.Module = ProjectionHead(num_features, config.embedding_dim, config.l2_normalise)
+    if config.predictor == "regression":
+        head = torch.nn.Linear(num_features, len(state["bias"]))
+    head.load_state_dict(state)
+    return head
 
 
 def network_of(model: ModelVersion) -> ImageNetwork:

@@ -1,5 +1,7 @@
 """A model version as a folder: everything that a prediction needs, and nothing that must be unpickled.
 
+A direct regression has no bank; every other version has one.
+
 Weights and bank are safetensors, the rest JSON and Parquet; `files.json` holds every file's checksum, and its own
 digest names the version. A folder that lacks a file or was edited is refused.
 """
@@ -8,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -17,7 +20,8 @@ from mclstexp.config import Config, config_from
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import ModelError
-from mclstexp.inference.bank import ARRAYS, DONORS, Bank
+from mclstexp.inference.bank import ARRAYS, Bank
+from mclstexp.inference.retrieval import Retrieved, regressed, resolve, retrieve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training.checkpoint import plain_tensors
 
@@ -63,7 +67,7 @@ class ModelVersion:
         num_positions: int,
         training: TrainingRecord,
         weights: dict[str, torch.Tensor],
-        bank: Bank,
+        bank: Bank | None,
     ) -> None:
         self.config, self.panel, self.training, self.bank = config, panel, training, bank
         self.tile_size_px, self.mpp = geometry
@@ -71,6 +75,12 @@ class ModelVersion:
         self.weights = weights
         self.digest = ""
         """12 hex digits that name the version's content; empty until it was saved or loaded."""
+
+    def predict(self, embedding: np.ndarray) -> Retrieved:
+        """Returns what the version says of tiles, from their embeddings by `embed.network_of`, float32 (N, D)."""
+        if self.bank is None:
+            return regressed(embedding)
+        return retrieve(embedding, self.bank, resolve(self.config.retrieval, len(self.bank)))
 
     def towers(self) -> TwoTowers:
         """Returns the two towers with the version's weights, in evaluation mode on the CPU."""
@@ -93,7 +103,8 @@ class ModelVersion:
         )
         (folder / MODEL).write_text(record.model_dump_json(indent=1))
         save_file(plain_tensors(self.weights), folder / WEIGHTS)
-        self.bank.save(folder)
+        if self.bank is not None:
+            self.bank.save(folder)
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         (folder / FILES).write_text(json.dumps(files, indent=1))
         self.digest = _sha256(folder / FILES)[:12]
@@ -112,13 +123,17 @@ class ModelVersion:
             if tree["schema_version"] != MODEL_SCHEMA:
                 raise ModelError(f"{folder} has model schema {tree['schema_version']}, this code reads {MODEL_SCHEMA}")
             record = _ModelFile.model_validate(tree)
-            weights, bank = load_file(folder / WEIGHTS), Bank.load(folder)
+            weights = load_file(folder / WEIGHTS)
+            bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is no model version that this code reads: {error}") from error
         panel, config = GenePanel.from_json(record.panel), config_from(record.config, str(folder))
         geometry = (record.tile_size_px, record.mpp)
         version = cls(config, panel, geometry, record.num_positions, record.training, weights, bank)
-        if bank.payload.shape[1] != len(panel):
+        if (bank is None) != (config.model.predictor == "regression"):
+            has = "no bank" if bank is None else "a bank"
+            raise ModelError(f"{folder} has {has}, and model.predictor={config.model.predictor}; fetch it again")
+        if bank is not None and bank.payload.shape[1] != len(panel):
             raise ModelError(f"the bank of {folder} has {bank.payload.shape[1]} genes, its panel {len(panel)}")
         version.digest = _sha256(folder / FILES)[:12]
         return version
@@ -144,7 +159,7 @@ class ModelVersion:
 def _verify(folder: Path) -> None:
     try:
         files = json.loads((folder / FILES).read_text())
-        unlisted = {MODEL, WEIGHTS, ARRAYS, DONORS} - files.keys()
+        unlisted = {MODEL, WEIGHTS} - files.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder} is no model version: {FILES} cannot be read ({error})") from error
     if unlisted:

@@ -15,7 +15,7 @@ from mclstexp.data.schema import Manifest, SectionEntry, load_manifest
 from mclstexp.data.table import read_columns
 from mclstexp.inference.embed import embed_sections, network_of
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.retrieval import Retrieved, resolve, retrieve
+from mclstexp.inference.retrieval import Retrieved
 from mclstexp.inference.writers import SPOT_COLUMNS, provenance, write_h5ad, write_parquet
 
 LEDGER = "ledger"
@@ -48,7 +48,6 @@ def predict_table(model: ModelVersion, tiles: str, out: str, show: Callable[[int
     root, out = storage.absolute(tiles), storage.absolute(out)
     manifest = load_manifest(root)
     model.require_table(manifest)
-    retrieval = resolve(model.config.retrieval, len(model.bank))
     left = _left(manifest, out, model)
     total, embedded = sum(entry.num_spots for entry in left), 0
 
@@ -60,8 +59,7 @@ def predict_table(model: ModelVersion, tiles: str, out: str, show: Callable[[int
     names = [entry.section_id for entry in left]
     network = network_of(model)
     for name, arrays in embed_sections(root, manifest, names, network, advance) if names else ():
-        found = retrieve(arrays["embedding"], model.bank, retrieval)
-        _publish(out, root, manifest.section(name), model, found)
+        _publish(out, root, manifest.section(name), model, model.predict(arrays["embedding"]))
     skipped = [entry.section_id for entry in manifest.sections if entry.num_spots and entry.section_id not in names]
     empty = [entry.section_id for entry in manifest.sections if not entry.num_spots]
     return PredictReport(names, skipped, empty, total)

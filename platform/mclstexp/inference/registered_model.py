@@ -14,7 +14,6 @@ from mclstexp.data.images import decode_tile
 from mclstexp.errors import ModelError
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.retrieval import retrieve
 
 BATCH = 128
 
@@ -33,7 +32,7 @@ class RegisteredModel(PythonModel):
         """Returns predicted expression, one row a tile, one column a gene."""
         tiles = np.stack([self._decoded(data) for data in model_input["image"]])
         queries = [self._embed(tiles[start : start + BATCH]) for start in range(0, len(tiles), BATCH)]
-        found = retrieve(np.concatenate(queries), self._version.bank, self._version.config.retrieval)
+        found = self._version.predict(np.concatenate(queries))
         return pd.DataFrame(found.prediction, columns=self._version.panel.names())
 
     def _decoded(self, data: bytes) -> np.ndarray:

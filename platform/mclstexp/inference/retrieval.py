@@ -39,6 +39,12 @@ class Retrieved:
     """Weight of the patient who gave most, float32 (Q,)."""
 
 
+def regressed(prediction: np.ndarray) -> Retrieved:
+    """Returns predictions of a direct regression, float32 (Q, G), which has neither neighbours nor donors: NaN."""
+    unknown = np.full(len(prediction), np.nan, np.float32)
+    return Retrieved(prediction, unknown, unknown, unknown)
+
+
 def resolve(config: RetrievalConfig, num_keys: int) -> RetrievalConfig:
     """Returns the settings with `k` and `temperature` filled in.
 
@@ -71,11 +77,14 @@ def weights(
     """Returns each neighbour's weight, float64 (Q, k), rows summing to 1.
 
     `softmax`: of cosine / temperature. `inverse_square`: 1 / d^2 of the un-normalised vectors, L1 or L2, as
-    mclSTExp does (2024, https://arxiv.org/abs/2407.08216).
+    mclSTExp does (2024, https://arxiv.org/abs/2407.08216). `mean`: all alike, as BLEEP does (2023,
+    https://arxiv.org/abs/2306.01859).
     """
     if config.weighting == "softmax":
         logits = scores.astype(np.float64) / (config.temperature or DEFAULT_TEMPERATURE)
         raw = np.exp(logits - logits.max(axis=1, keepdims=True))
+    elif config.weighting == "mean":
+        raw = np.ones(scores.shape)
     else:
         order = 1 if config.distance == "l1" else 2
         gaps = [keys[row].astype(np.float64) - query for query, row in zip(queries, ids, strict=True)]

@@ -4,13 +4,14 @@ Weights are random, ImageNet's from torchvision, or a local file, so that nothin
 are read without executing pickled code.
 """
 
+import difflib
 import http.client
 import tempfile
 import urllib.error
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from mclstexp.errors import ConfigError, ModelError
 
 DOWNLOAD_TIMEOUT_S = 20
 _NAMED_IN_ERROR = 3
+TIMM = "timm/"
 
 
 class DenseNet121(nn.Module):
@@ -96,7 +98,7 @@ def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.
     """Returns an encoder and its number of features F.
 
     Args:
-        name: densenet121, resnet18, resnet50, vit_b_16 or small_cnn.
+        name: densenet121, resnet18, resnet50, vit_b_16, small_cnn, or timm/NAME.
         weights: `random` (the caller seeds torch), `imagenet`, or a .pth or .safetensors file (local or s3://)
             with the state dict of torchvision's model, of its `features`, or of this module.
         tile_size_px: edge of the tiles; matters to vit_b_16 only.
@@ -105,14 +107,38 @@ def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.
         ConfigError: no such encoder or weights, or tiles of a size that it cannot take.
         ModelError: the weights cannot be had, or belong to another architecture.
     """
-    if name not in _BUILDERS:
-        raise ConfigError(f"model.image_encoder={name} is unknown; use one of {', '.join(_BUILDERS)}")
-    encoder = _BUILDERS[name](tile_size_px)
+    encoder = _timm(name, tile_size_px) if name.startswith(TIMM) else _builder(name)(tile_size_px)
     if weights == "imagenet":
         _load(encoder, _imagenet_state(name), "imagenet")
     elif weights != "random":
         _load(encoder, _read_state(weights), weights)
     return encoder, cast(int, encoder.num_features)
+
+
+def _builder(name: str) -> Callable[[int], nn.Module]:
+    if name not in _BUILDERS:
+        raise ConfigError(f"model.image_encoder={name} is unknown; {_nearest(name, list(_BUILDERS))}")
+    return _BUILDERS[name]
+
+
+def _timm(name: str, tile_size_px: int) -> nn.Module:
+    """Returns a timm model that ends in its pooled features, for tiles of the given edge."""
+    import timm
+
+    known = name.removeprefix(TIMM)
+    if not timm.is_model(known):
+        raise ConfigError(f"model.image_encoder={name}: timm has no such model; {_nearest(known, timm.list_models())}")
+    known_config = timm.get_pretrained_cfg(known)
+    sized: dict[str, Any] = {"img_size": tile_size_px} if known_config is not None and known_config.fixed_input_size else {}
+    try:
+        return timm.create_model(known, pretrained=False, num_classes=0, **sized)
+    except AssertionError as error:
+        raise ConfigError(f"model.image_encoder={name} cannot take tiles.size_px={tile_size_px}: {error}") from error
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(valid[:_NAMED_IN_ERROR])}, ..."
 
 
 def require_weights(name: str, weights: str) -> None:
@@ -173,7 +199,7 @@ def _load(encoder: nn.Module, state: dict[str, torch.Tensor], origin: str) -> No
     state = {_modern(key): value for key, value in state.items()}
     if not own.keys() & state.keys():
         state = {f"features.{key}": value for key, value in state.items()}
-    classifier = ("classifier.", "fc.", "heads.")
+    classifier = ("classifier.", "fc.", "head.", "heads.")
     state = {key: value for key, value in state.items() if key in own or not key.startswith(classifier)}
     counters = {key: value for key, value in own.items() if key.endswith(".num_batches_tracked")}
     state = counters | state  # published files are older than these counters, which nothing here reads

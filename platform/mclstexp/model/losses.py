@@ -1,6 +1,6 @@
-"""The symmetric contrastive loss over global negatives.
+"""The symmetric contrastive loss over global negatives, and the squared error of direct regression.
 
-Shapes: N slots of all ranks' batches (some empty), D embedding.
+Shapes: N slots of all ranks' batches (some empty), D embedding, G genes.
 """
 
 import torch
@@ -9,7 +9,11 @@ import torch.nn.functional as F
 
 
 def contrastive_loss(
-    image_ND: torch.Tensor, spot_ND: torch.Tensor, logit_scale: torch.Tensor, valid_N: torch.Tensor
+    image_ND: torch.Tensor,
+    spot_ND: torch.Tensor,
+    logit_scale: torch.Tensor,
+    valid_N: torch.Tensor,
+    soft: bool = False,
 ) -> torch.Tensor:
     """Returns the mean of row-wise and column-wise cross-entropy of S = scale * spot imageT against the identity.
 
@@ -21,6 +25,8 @@ def contrastive_loss(
         spot_ND: spot embeddings, float32 (N, D).
         logit_scale: 1 / temperature, scalar.
         valid_N: bool (N,); False slots are neither queries nor negatives.
+        soft: the target of a row is not the identity but a softmax of the mean similarity within images and within
+            spots, divided by the scale (BLEEP, Xie et al. 2023, https://arxiv.org/abs/2306.01859).
 
     Returns:
         Scalar; 0 with zero gradient where no slot is valid.
@@ -30,8 +36,17 @@ def contrastive_loss(
         if not len(images):
             return (image_ND.sum() + spot_ND.sum()) * 0.0 * logit_scale
         logits_NN = logit_scale.float() * spots @ images.T
-        identity = torch.arange(len(images), device=images.device)
-        return (F.cross_entropy(logits_NN, identity) + F.cross_entropy(logits_NN.T, identity)) / 2
+        target = torch.arange(len(images), device=images.device)
+        if soft:
+            target = ((images @ images.T + spots @ spots.T) / (2 * logit_scale.float())).softmax(dim=1)
+        return (F.cross_entropy(logits_NN, target) + F.cross_entropy(logits_NN.T, target)) / 2
+
+
+def regression_loss(predicted_NG: torch.Tensor, truth_NG: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
+    """Returns the mean squared error over the valid slots and all genes, both float32 (N, G); 0 where none is valid."""
+    if not valid_N.any():
+        return predicted_NG.sum() * 0.0
+    return F.mse_loss(predicted_NG[valid_N], truth_NG[valid_N])
 
 
 class _Gather(torch.autograd.Function):

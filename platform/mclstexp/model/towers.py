@@ -17,14 +17,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageTower(nn.Module):
-    """Image encoder with the input scaling that it expects."""
+    """Image encoder with the input scaling that it expects; `freeze_encoder` and `batch_norm` are kept here."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self, config: ModelConfig, tile_size_px: int) -> None:
         super().__init__()
+        self.config = config
         self.encoder, self.num_features = build_image_encoder(config.image_encoder, config.image_weights, tile_size_px)
+        self.encoder.requires_grad_(not config.freeze_encoder)
+        if config.batch_norm == "sync" and not config.freeze_encoder:
+            self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)
         imagenet = config.input_scaling == "imagenet"
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -33,6 +37,17 @@ class ImageTower(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Returns features (N, F) of images in [0, 1], float (N, 3, size, size)."""
         return self.encoder((images - self.mean) / self.std)
+
+    def train(self, mode: bool = True) -> "ImageTower":
+        """Sets training mode; a frozen encoder stays in evaluation, frozen batch-norm keeps its running statistics."""
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()
+        elif self.config.batch_norm == "frozen":
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
 
 class TwoTowers(nn.Module):
@@ -47,10 +62,7 @@ class TwoTowers(nn.Module):
         self.spot_head = ProjectionHead(self.spot_tower.width, config.embedding_dim, config.l2_normalise)
         start = torch.tensor(math.log(1 / config.temperature))
         self.log_scale = nn.Parameter(start, requires_grad=config.learn_temperature)
-        if config.batch_norm == "frozen":
-            self.train(self.training)
-        elif config.batch_norm == "sync":
-            self.image_tower = nn.SyncBatchNorm.convert_sync_batchnorm(self.image_tower)
+        self.train()
 
     @property
     def logit_scale(self) -> torch.Tensor:
@@ -78,12 +90,3 @@ class TwoTowers(nn.Module):
     ) -> torch.Tensor:
         """Returns embeddings (S, L, D) of normalised expression at positions (um, or array column and row)."""
         return self.spot_head(self.spot_tower(expression_SLG, position_SL2, mask_SL))
-
-    def train(self, mode: bool = True) -> "TwoTowers":
-        """Sets training mode; frozen batch-norm keeps its running statistics."""
-        super().train(mode)
-        if self.config.batch_norm == "frozen":
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return self

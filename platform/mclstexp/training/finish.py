@@ -47,14 +47,6 @@ def finish(run: Run, checkpoint_uri: str) -> None:
 
 def _version(run: Run, weights: dict[str, torch.Tensor]) -> ModelVersion:
     config, manifest = run.config, run.manifest
-    towers = TwoTowers(
-        config.model.model_copy(update={"image_weights": "random"}),
-        len(run.panel),
-        num_positions(config, manifest),
-        manifest.tile_size_px,
-    ).eval()
-    towers.load_state_dict(weights)
-    bank = _bank(run, towers)
     version = ModelVersion(
         config=config,
         panel=run.panel,
@@ -62,9 +54,12 @@ def _version(run: Run, weights: dict[str, torch.Tensor]) -> ModelVersion:
         num_positions=num_positions(config, manifest),
         training=_record(run),
         weights=weights,
-        bank=bank,
+        bank=None,
     )
-    settled = _retrieval(run, version)
+    if config.model.predictor == "regression":
+        return version
+    version.bank = _bank(run, version.towers())
+    settled = _retrieval(run, version, version.bank)
     version.config = config.model_copy(update={"retrieval": settled})
     return version
 
@@ -76,15 +71,15 @@ def _bank(run: Run, towers: TwoTowers) -> Bank:
         return build_bank(towers, run.reader, run.split.train, random_spots, lambda: bar.advance(task))
 
 
-def _retrieval(run: Run, version: ModelVersion) -> RetrievalConfig:
+def _retrieval(run: Run, version: ModelVersion, bank: Bank) -> RetrievalConfig:
     """Returns the retrieval's settings, chosen on validation patients where the configuration leaves them open."""
     names, config = run.split.validation, run.config.retrieval
-    if not names or (config.k and (config.temperature or config.weighting == "inverse_square")):
-        return resolve(config, len(version.bank))
+    if not names or (config.k and (config.temperature or config.weighting != "softmax")):
+        return resolve(config, len(bank))
     embedded = embed_sections(run.reader.root, run.manifest, names, network_of(version), lambda spots: None)
     queries = np.concatenate([arrays["embedding"] for _, arrays in embedded])
     truth = np.concatenate([run.reader.read_section(name)["payload"] for name in names])
-    return choose(queries, truth, version.bank, config)
+    return choose(queries, truth, bank, config)
 
 
 def _record(run: Run) -> TrainingRecord:

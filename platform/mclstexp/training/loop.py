@@ -1,16 +1,9 @@
-"""What each training worker does: build, resume, step, checkpoint.
-
-Every rank computes the same full loss over the gathered embeddings (PERFORMANCE notes: the matrix is small, the
-image tower dominates), so that loss and gradients equal those of one process on the joined batch.
-
-Shapes: S sentences of the rank's share, L spots of a sentence, G genes, D embedding, N = S * L slots.
-"""
+"""What each training worker does: build, resume, step, checkpoint."""
 
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ray.train
 import ray.train.torch
@@ -18,15 +11,13 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointConsistencyMode
 
-from mclstexp.config import Config, config_from
+from mclstexp.config import config_from
 from mclstexp.data.stream import Batch, StreamShare, stream
-from mclstexp.errors import RunError
-from mclstexp.model.losses import contrastive_loss, gather
-from mclstexp.model.towers import TwoTowers
-from mclstexp.training.augment import augment
+from mclstexp.model.build import build_network
 from mclstexp.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from mclstexp.training.feed import Feed
-from mclstexp.training.optim import learning_rate_factor, make_optimizer, native_bf16
+from mclstexp.training.optim import make_optimizer
+from mclstexp.training.step import Trainee, train_step
 
 POST_EVERY_S = 0.5
 
@@ -42,26 +33,8 @@ class TrainPlan:
     num_positions: int
     tile_size_px: int
     initial_weights: ray.ObjectRef
-    """State dict of TwoTowers, made on the driver: a weights file need not be on every node."""
+    """State dict of the network, made on the driver: a weights file need not be on every node."""
     board: ray.actor.ActorHandle
-
-
-@dataclass
-class Trainee:
-    """One rank's model and where it stands."""
-
-    config: Config
-    model: TwoTowers
-    parallel: torch.nn.Module
-    """`model`, inside DistributedDataParallel where there are several ranks."""
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    rank: int
-    world_size: int
-    total_steps: int
-    state: TrainState
-    fresh_ids: list[str | int] = field(default_factory=list)
-    """Ids that this rank consumed since the last checkpoint."""
 
 
 def train_worker(settings: dict[str, TrainPlan]) -> None:
@@ -82,7 +55,7 @@ def build(plan: TrainPlan) -> Trainee:
     torch.manual_seed(config.train.seed)
     device = ray.train.torch.get_device()
     settings = config.model.model_copy(update={"image_weights": "random"})
-    model = TwoTowers(settings, plan.num_genes, plan.num_positions, plan.tile_size_px)
+    model = build_network(settings, plan.num_genes, plan.num_positions, plan.tile_size_px)
     model.load_state_dict(ray.get(plan.initial_weights))
     model = model.to(device).to(memory_format=torch.channels_last)
     if config.train.compile:
@@ -124,58 +97,6 @@ def run_epoch(trainee: Trainee, plan: TrainPlan) -> None:
         if place == steps_left or place % train.checkpoint_every == 0:
             checkpoint(trainee, loss)
         meter.post(state, loss, last=place == steps_left)
-
-
-def train_step(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Takes one optimiser step; returns the global loss (scalar) and the global number of spots.
-
-    Raises:
-        RunError: the loss is not finite.
-    """
-    train = trainee.config.train
-    _set_learning_rate(trainee)
-    _seed(trainee)
-    mask_SL = torch.as_tensor(batch["mask"], device=trainee.device)
-    valid_N = gather(mask_SL.reshape(-1, 1).float()).squeeze(1) > 0
-    _choose_statistics(trainee, int(valid_N.view(trainee.world_size, -1).sum(dim=1).min()))
-    images, num_images = prepare_images(trainee, batch, mask_SL)
-    sentence = _sentence(trainee, batch, mask_SL)
-    with autocast(trainee):
-        image_features, spot_SLD = trainee.parallel(images, *sentence)
-    image_ND = image_features.new_zeros(mask_SL.numel(), image_features.shape[1], dtype=torch.float32)
-    image_ND = image_ND.masked_scatter(mask_SL.reshape(-1, 1), image_features[:num_images].float())
-    spot_ND = spot_SLD.float().flatten(0, 1)
-    if train.batching == "sentences":
-        spot_ND = gather(spot_ND)
-    loss = contrastive_loss(gather(image_ND), spot_ND, trainee.model.logit_scale, valid_N)
-    if not torch.isfinite(loss):
-        raise RunError(f"the loss is {loss.item()} at step {trainee.state.step}; lower train.tower_lr or use fp32")
-    trainee.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    trainee.optimizer.step()
-    trainee.model.bound_logit_scale()
-    return loss.detach(), int(valid_N.sum())
-
-
-def prepare_images(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Returns the real tiles of a batch, augmented, float (n, 3, size, size), and their number.
-
-    A blank tile stands in where a rank has none; its features are dropped.
-    """
-    tiles = torch.as_tensor(batch["image"]).flatten(0, 1)[mask_SL.flatten().cpu()].to(trainee.device)
-    num_images = len(tiles)
-    if not num_images:
-        tiles = tiles.new_zeros(1, *tiles.shape[1:])
-    generator = torch.Generator(trainee.device).manual_seed(_step_seed(trainee, trainee.rank))
-    images = augment(tiles, trainee.config.train.augmentation, generator)
-    return images.contiguous(memory_format=torch.channels_last), num_images
-
-
-def autocast(trainee: Trainee) -> AbstractContextManager[object]:
-    """Returns the arithmetic of the towers: bf16 where asked for, or where native with `auto`."""
-    precision = trainee.config.train.precision
-    enabled = precision == "bf16" or (precision == "auto" and native_bf16(trainee.device))
-    return torch.autocast(trainee.device.type, torch.bfloat16, enabled=enabled)
 
 
 def checkpoint(trainee: Trainee, loss: torch.Tensor) -> None:
@@ -234,25 +155,6 @@ class Meter:
         self._spots, self._waited_s, self._since = 0, 0.0, time.perf_counter()
 
 
-def _choose_statistics(trainee: Trainee, fewest_images: int) -> None:
-    """Lets batch norm use running statistics in a step that leaves a rank with no batch to speak of.
-
-    That is an epoch's last step only. All ranks do alike, so that synchronised statistics wait for nobody.
-    """
-    if trainee.config.model.batch_norm != "frozen":
-        trainee.model.image_tower.train(fewest_images > 1)
-
-
-def _sentence(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (expression, position, mask) of the rank's sentences, or of the one global sentence of random spots."""
-    expression, position = (torch.as_tensor(batch[name], device=trainee.device) for name in ("expression", "position"))
-    if trainee.config.train.batching == "sentences":
-        return expression, position, mask_SL
-    parts = (expression.flatten(0, 1), position.flatten(0, 1), mask_SL.reshape(-1, 1).float())
-    expression, position, mask = (gather(part)[None] for part in parts)
-    return expression, position, mask.squeeze(-1) > 0
-
-
 def _all_ids(trainee: Trainee) -> list[str | int]:
     ids, trainee.fresh_ids = trainee.fresh_ids, []
     if trainee.world_size == 1:
@@ -260,19 +162,3 @@ def _all_ids(trainee: Trainee) -> list[str | int]:
     gathered: list[list[str | int]] = [[] for _ in range(trainee.world_size)]
     dist.all_gather_object(gathered, ids)
     return [name for part in gathered for name in part]
-
-
-def _set_learning_rate(trainee: Trainee) -> None:
-    factor = learning_rate_factor(trainee.state.step, trainee.total_steps, trainee.config.train)
-    for group in trainee.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-
-
-def _seed(trainee: Trainee) -> None:
-    """Seeds dropout; ranks that all run the same global sentence must drop the same."""
-    alike = trainee.config.train.batching == "random_spots"
-    torch.manual_seed(_step_seed(trainee, 0 if alike else trainee.rank))
-
-
-def _step_seed(trainee: Trainee, rank: int) -> int:
-    return hash((trainee.config.train.seed, trainee.state.epoch, trainee.state.step, rank)) % 2**63

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import nn
 
-from mclstexp.model.towers import TwoTowers
+from mclstexp.model.build import Network
 from mclstexp.settings import TrainConfig
 
 
-def make_optimizer(model: TwoTowers, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Network, config: TrainConfig) -> torch.optim.Optimizer:
     """Returns the optimiser; each group's `initial_lr` is its peak learning rate.
 
     Towers learn at `tower_lr`, projection heads and the temperature at `head_lr`. With adamw (Loshchilov and Hutter

@@ -22,7 +22,7 @@ from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
-from mclstexp.model.towers import TwoTowers
+from mclstexp.model.build import build_network
 from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.feed import make_feed
 from mclstexp.training.loop import TrainPlan, train_worker
@@ -167,15 +167,15 @@ def make_plan(run: Run) -> TrainPlan:
 
 
 def initial_weights(run: Run) -> dict[str, torch.Tensor]:
-    """Returns the state dict of TwoTowers before the first step, fixed by train.seed and model.image_weights.
+    """Returns the state dict of the network before the first step, fixed by train.seed and model.image_weights.
 
     Raises:
         ModelError, ConfigError: the image encoder's weights cannot be had or do not fit it.
     """
     torch.manual_seed(run.config.train.seed)
     positions = num_positions(run.config, run.manifest)
-    towers = TwoTowers(run.config.model, len(run.panel), positions, run.manifest.tile_size_px)
-    return plain_tensors(towers.state_dict())
+    network = build_network(run.config.model, len(run.panel), positions, run.manifest.tile_size_px)
+    return plain_tensors(network.state_dict())
 
 
 def num_positions(config: Config, manifest: Manifest) -> int:

@@ -1,0 +1,137 @@
+"""One optimiser step of one rank.
+
+Every rank computes the same full contrastive loss over the gathered embeddings (the matrix is small, the image tower
+dominates), so that loss and gradients equal those of one process on the joined batch.
+
+Shapes: S sentences of the rank's share, L spots of a sentence, G genes, D embedding, N = S * L slots.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+
+from mclstexp.config import Config
+from mclstexp.data.stream import Batch
+from mclstexp.errors import RunError
+from mclstexp.model.build import Network
+from mclstexp.model.losses import contrastive_loss, gather, regression_loss
+from mclstexp.model.towers import TwoTowers
+from mclstexp.training.augment import augment
+from mclstexp.training.checkpoint import TrainState
+from mclstexp.training.optim import learning_rate_factor, native_bf16
+
+
+@dataclass
+class Trainee:
+    """One rank's model and where it stands."""
+
+    config: Config
+    model: Network
+    parallel: torch.nn.Module
+    """`model`, inside DistributedDataParallel where there are several ranks."""
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    rank: int
+    world_size: int
+    total_steps: int
+    state: TrainState
+    fresh_ids: list[str | int] = field(default_factory=list)
+    """Ids that this rank consumed since the last checkpoint."""
+
+
+def train_step(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Takes one optimiser step; returns the global loss (scalar) and the global number of spots.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    _set_learning_rate(trainee)
+    _seed(trainee)
+    mask_SL = torch.as_tensor(batch["mask"], device=trainee.device)
+    valid_N = gather(mask_SL.reshape(-1, 1).float()).squeeze(1) > 0
+    _choose_statistics(trainee, int(valid_N.view(trainee.world_size, -1).sum(dim=1).min()))
+    images = prepare_images(trainee, batch, mask_SL)
+    loss = _global_loss(trainee, batch, images, mask_SL, valid_N)
+    if not torch.isfinite(loss):
+        raise RunError(f"the loss is {loss.item()} at step {trainee.state.step}; lower train.tower_lr or use fp32")
+    trainee.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    trainee.optimizer.step()
+    if isinstance(trainee.model, TwoTowers):
+        trainee.model.bound_logit_scale()
+    return loss.detach(), int(valid_N.sum())
+
+
+def prepare_images(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> torch.Tensor:
+    """Returns the real tiles of a batch, augmented, float (n, 3, size, size); a blank one where a rank has none."""
+    tiles = torch.as_tensor(batch["image"]).flatten(0, 1)[mask_SL.flatten().cpu()].to(trainee.device)
+    if not len(tiles):
+        tiles = tiles.new_zeros(1, *tiles.shape[1:])
+    generator = torch.Generator(trainee.device).manual_seed(_step_seed(trainee, trainee.rank))
+    images = augment(tiles, trainee.config.train.augmentation, generator)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def autocast(trainee: Trainee) -> AbstractContextManager[object]:
+    """Returns the arithmetic of the towers: bf16 where asked for, or where native with `auto`."""
+    precision = trainee.config.train.precision
+    enabled = precision == "bf16" or (precision == "auto" and native_bf16(trainee.device))
+    return torch.autocast(trainee.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _global_loss(
+    trainee: Trainee, batch: Batch, images: torch.Tensor, mask_SL: torch.Tensor, valid_N: torch.Tensor
+) -> torch.Tensor:
+    """Returns the loss of all ranks' spots: towers on the own share, the loss on all."""
+    train, regresses = trainee.config.train, trainee.config.model.predictor == "regression"
+    sentence = _sentence(trainee, batch, mask_SL)
+    with autocast(trainee):
+        outputs = (trainee.parallel(images), sentence[0]) if regresses else trainee.parallel(images, *sentence)
+    image_ND = gather(_in_slots(outputs[0].float(), mask_SL))
+    spot_ND = outputs[1].float().flatten(0, 1)
+    if train.batching == "sentences":
+        spot_ND = gather(spot_ND)
+    if isinstance(trainee.model, TwoTowers):
+        return contrastive_loss(image_ND, spot_ND, trainee.model.logit_scale, valid_N, train.positives == "soft")
+    return regression_loss(image_ND, spot_ND, valid_N)
+
+
+def _in_slots(features: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+    """Returns the features of the real tiles, (n, D), in their slots, (S * L, D), with zeros between."""
+    slots = features.new_zeros(mask_SL.numel(), features.shape[1])
+    return slots.masked_scatter(mask_SL.reshape(-1, 1), features[: int(mask_SL.sum())])
+
+
+def _choose_statistics(trainee: Trainee, fewest_images: int) -> None:
+    """Lets batch norm use running statistics in a step that leaves a rank with no batch to speak of.
+
+    That is an epoch's last step only. All ranks do alike, so that synchronised statistics wait for nobody.
+    """
+    trainee.model.image_tower.train(fewest_images > 1)
+
+
+def _sentence(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (expression, position, mask) of the rank's sentences, or of the one global sentence of random spots."""
+    expression, position = (torch.as_tensor(batch[name], device=trainee.device) for name in ("expression", "position"))
+    if trainee.config.train.batching == "sentences":
+        return expression, position, mask_SL
+    parts = (expression.flatten(0, 1), position.flatten(0, 1), mask_SL.reshape(-1, 1).float())
+    expression, position, mask = (gather(part)[None] for part in parts)
+    return expression, position, mask.squeeze(-1) > 0
+
+
+def _set_learning_rate(trainee: Trainee) -> None:
+    factor = learning_rate_factor(trainee.state.step, trainee.total_steps, trainee.config.train)
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def _seed(trainee: Trainee) -> None:
+    """Seeds dropout; ranks that all run the same global sentence must drop the same."""
+    alike = trainee.config.train.batching == "random_spots"
+    torch.manual_seed(_step_seed(trainee, 0 if alike else trainee.rank))
+
+
+def _step_seed(trainee: Trainee, rank: int) -> int:
+    return hash((trainee.config.train.seed, trainee.state.epoch, trainee.state.step, rank)) % 2**63
