@@ -45,7 +45,7 @@ def test_values_of_every_kind() -> None:
         (["--train.epochs", "many"], "train.epochs='many': Input should be a valid integer"),
         (["--train.tower_lr", "nan"], "train.tower_lr"),
         (["--model.temperature", "0"], "model.temperature"),
-        (["--model.spot_layers", "0"], "model.spot_layers"),
+        (["--model.spot_layers", "-1"], "model.spot_layers"),
         (["--train.num_workers", "3"], "train.batch_sentences=4 is not a multiple of train.num_workers=3; use 3"),
         (["--model.position", "left"], "model.position='left'"),
         (["--model.batch_norm", "sync"], "needs train.use_gpu=true"),

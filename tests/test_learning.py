@@ -21,8 +21,8 @@ from mclstexp.model.towers import TwoTowers
 from mclstexp.training import finish, trainer
 from mclstexp.training.checkpoint import TrainState, save_checkpoint
 from mclstexp.training.feed import make_feed
-from mclstexp.training.loop import Trainee, train_step
 from mclstexp.training.optim import make_optimizer
+from mclstexp.training.step import Trainee, train_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {

@@ -24,6 +24,16 @@ def _without_password(uri: str) -> str:
     return uri
 
 
+IMAGE_ENCODERS = ("densenet121", "resnet18", "resnet50", "vit_b_16", "small_cnn")
+TIMM = "timm/"
+
+
+def _known_encoder(name: str) -> str:
+    if name not in IMAGE_ENCODERS and not name.startswith(TIMM):
+        raise ValueError(f"use one of {', '.join(IMAGE_ENCODERS)}, or {TIMM}NAME with the name of a timm model")
+    return name
+
+
 Address = Annotated[str, AfterValidator(_without_password)]
 
 
@@ -119,7 +129,7 @@ class SplitConfig(Section):
 class ModelConfig(Section):
     """The two towers."""
 
-    image_encoder: str = "densenet121"
+    image_encoder: Annotated[str, AfterValidator(_known_encoder)] = "densenet121"
     """densenet121, resnet18, resnet50, vit_b_16, small_cnn (four layers, for tests) or timm/NAME with any timm name."""
     image_weights: str = "random"
     """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors; local or s3://)."""

@@ -21,10 +21,10 @@ from torch import nn
 
 from mclstexp import storage
 from mclstexp.errors import ConfigError, ModelError
+from mclstexp.settings import TIMM
 
 DOWNLOAD_TIMEOUT_S = 20
 _NAMED_IN_ERROR = 3
-TIMM = "timm/"
 
 
 class DenseNet121(nn.Module):
@@ -98,27 +98,21 @@ def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.
     """Returns an encoder and its number of features F.
 
     Args:
-        name: densenet121, resnet18, resnet50, vit_b_16, small_cnn, or timm/NAME.
+        name: as `model.image_encoder`.
         weights: `random` (the caller seeds torch), `imagenet`, or a .pth or .safetensors file (local or s3://)
             with the state dict of torchvision's model, of its `features`, or of this module.
         tile_size_px: edge of the tiles; matters to vit_b_16 only.
 
     Raises:
-        ConfigError: no such encoder or weights, or tiles of a size that it cannot take.
+        ConfigError: timm has no such model, there are no such weights, or tiles have a size that it cannot take.
         ModelError: the weights cannot be had, or belong to another architecture.
     """
-    encoder = _timm(name, tile_size_px) if name.startswith(TIMM) else _builder(name)(tile_size_px)
+    encoder = _timm(name, tile_size_px) if name.startswith(TIMM) else _BUILDERS[name](tile_size_px)
     if weights == "imagenet":
         _load(encoder, _imagenet_state(name), "imagenet")
     elif weights != "random":
         _load(encoder, _read_state(weights), weights)
     return encoder, cast(int, encoder.num_features)
-
-
-def _builder(name: str) -> Callable[[int], nn.Module]:
-    if name not in _BUILDERS:
-        raise ConfigError(f"model.image_encoder={name} is unknown; {_nearest(name, list(_BUILDERS))}")
-    return _BUILDERS[name]
 
 
 def _timm(name: str, tile_size_px: int) -> nn.Module:
@@ -127,18 +121,11 @@ def _timm(name: str, tile_size_px: int) -> nn.Module:
 
     known = name.removeprefix(TIMM)
     if not timm.is_model(known):
-        raise ConfigError(f"model.image_encoder={name}: timm has no such model; {_nearest(known, timm.list_models())}")
-    known_config = timm.get_pretrained_cfg(known)
-    sized: dict[str, Any] = {"img_size": tile_size_px} if known_config is not None and known_config.fixed_input_size else {}
-    try:
-        return timm.create_model(known, pretrained=False, num_classes=0, **sized)
-    except AssertionError as error:
-        raise ConfigError(f"model.image_encoder={name} cannot take tiles.size_px={tile_size_px}: {error}") from error
-
-
-def _nearest(name: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(name, valid, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(valid[:_NAMED_IN_ERROR])}, ..."
+        near = difflib.get_close_matches(known, timm.list_models(), n=3)
+        raise ConfigError(f"model.image_encoder={name}: timm has no such model; did you mean {' or '.join(near)}?")
+    built_for = timm.get_pretrained_cfg(known)
+    sized: dict[str, Any] = {"img_size": tile_size_px} if built_for and built_for.fixed_input_size else {}
+    return timm.create_model(known, pretrained=False, num_classes=0, **sized)
 
 
 def require_weights(name: str, weights: str) -> None:
