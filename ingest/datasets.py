@@ -1,7 +1,7 @@
 """Sample sheets of the public data sets of mclSTExp's paper (2024, https://arxiv.org/abs/2407.08216).
 
-Made from their folders as they are published. Patients and left-out sections are the paper's. No data set states its resolution, so that it is computed from the
-array of spots: here for legacy ST, by the Visium reader for the others.
+Made from their folders as they are published. Patients and left-out sections are the paper's. No data set states its
+resolution, so that it is computed from the array of spots: here for legacy ST, by the Visium reader for the others.
 """
 
 import csv
@@ -44,7 +44,7 @@ class _Folder:
     def match(self, files: list[str], pattern: str, what: str) -> str:
         """Returns the URI of the one file whose name matches; of a file and its packed form the plain one."""
         found = sorted(uri for uri in files if re.fullmatch(pattern, uri.rsplit("/", 1)[1], re.IGNORECASE))
-        plain = [uri for uri in found if uri.removesuffix(".gz") not in found or not uri.endswith(".gz")]
+        plain = [uri for uri in found if not (uri.endswith(".gz") and uri.removesuffix(".gz") in found)]
         if len(plain) != 1:
             self.lacks.append(what + (f": found {', '.join(plain)}, expected one" if plain else ""))
         return plain[0] if plain else ""

@@ -5,7 +5,7 @@ An image in object storage is opened here only where the sheet leaves out its mp
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ingest.expression import Gene, Preview
@@ -16,6 +16,7 @@ from ingest.slides import open_slide
 from mclstexp import storage
 
 _MOST_NAMED = 5
+_WORTH_NAMING = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,23 @@ def read_header(row: SectionRow) -> Header:
             return Header(*source_mpp(row, slide.mpp, preview.array_mpp), preview)
 
 
-def report(headers: Mapping[str, Header]) -> str:
+def report(headers: Mapping[str, Header], table_genes: Collection[str] = ()) -> str:
     """Returns in words where the resolutions come from, how genes are named and how many all sections share.
 
     Args:
         headers: by section; those that were read in this run.
+        table_genes: ids of the genes that the tile table had before.
     """
     genes = {name: header.preview.genes for name, header in headers.items() if header.preview.genes}
-    return "\n".join([*_resolution_lines(headers), *_gene_lines(genes), *_left_out_lines(headers)])
+    lines = [*_resolution_lines(headers), *_gene_lines(genes)]
+    if genes and table_genes:
+        met = len(_common(genes, genes).intersection(table_genes))
+        lines.append(f"genes      {met} of those in common are among the {len(table_genes)} of the table so far")
+    return "\n".join([*lines, *_left_out_lines(headers)])
 
 
-def naming_system(genes: Iterable[Gene]) -> str:
-    """Returns how a source names its genes, for example `Ensembl ids (ENSG) and symbols`."""
+def naming_system(genes: Collection[Gene]) -> str:
+    """Returns how a source names at least a tenth of its genes, for example `Ensembl ids (ENSG) and symbols`."""
     kinds = Counter((bool(gene.ensembl_id), bool(gene.symbol)) for gene in genes)
     species = ", ".join(sorted({gene.ensembl_id.rstrip("0123456789") for gene in genes} - {""}))
     names = {
@@ -62,14 +68,18 @@ def naming_system(genes: Iterable[Gene]) -> str:
         (True, False): f"Ensembl ids ({species})",
         (False, True): "symbols",
     }
-    named = [names[kind] for kind, _ in kinds.most_common()]
+    named = [names[kind] for kind, times in kinds.most_common() if times >= _WORTH_NAMING * kinds.total()]
     return named[0] if len(named) == 1 else f"{named[0]}, some by {' or '.join(named[1:])}"
 
 
 def _resolution_lines(headers: Mapping[str, Header]) -> list[str]:
-    sources = Counter(header.mpp_source for header in headers.values())
-    lines = ["resolution from " + ", ".join(f"{source} ({times})" for source, times in sources.most_common())]
-    return lines if sources else []
+    sections: defaultdict[str, list[str]] = defaultdict(list)
+    for name, header in headers.items():
+        sections[header.mpp_source].append(name)
+    return [
+        f"resolution {_range([headers[name].mpp for name in names])} um/px by {source}: {_named(names)}"
+        for source, names in sections.items()
+    ]
 
 
 def _gene_lines(genes: Mapping[str, tuple[Gene, ...]]) -> list[str]:
@@ -89,11 +99,22 @@ def _gene_lines(genes: Mapping[str, tuple[Gene, ...]]) -> list[str]:
 
 
 def _shared(genes: Mapping[str, tuple[Gene, ...]], sections: list[str]) -> str:
-    sets = [{gene.gene_id for gene in genes[name]} for name in sections]
-    fewest, most = min(map(len, sets)), max(map(len, sets))
-    each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    named = ", ".join(sections[:_MOST_NAMED]) + (", ..." if len(sections) > _MOST_NAMED else "")
-    return f"{len(sections)} section(s) x {len(set.intersection(*sets))} genes in common, {each} each ({named})"
+    sizes = _range([len(genes[name]) for name in sections])
+    return f"{len(_common(genes, sections))} in common of {sizes} in each of {_named(sections)}"
+
+
+def _common(genes: Mapping[str, tuple[Gene, ...]], sections: Iterable[str]) -> set[str]:
+    return set.intersection(*({gene.gene_id for gene in genes[name]} for name in sections))
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{limit:.6g}" for limit in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _named(sections: Sequence[str]) -> str:
+    more = ", ..." if len(sections) > _MOST_NAMED else ""
+    return f"{len(sections)} section(s) ({', '.join(sections[:_MOST_NAMED])}{more})"
 
 
 def _left_out_lines(headers: Mapping[str, Header]) -> list[str]:

@@ -54,6 +54,12 @@ class Plan:
         """Whether the table already is what the sheet asks for."""
         return not self.todo and not self.removed
 
+    @property
+    def sources(self) -> str:
+        """What the sections' sources that were read say, in words; empty where none was."""
+        num_present = self.previous.num_genes if self.previous else 0
+        return report(self.headers, {gene.gene_id for gene in self.genes[:num_present]})
+
 
 ReadHeaders = Callable[[list[SectionRow]], Iterable[Header]]
 
@@ -115,7 +121,7 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"  {row.section_id}: patient {row.patient_id}, {row.format}, {plan.mpp[row.section_id]:.4g} um/px, {how}"
         )
-    return "\n".join([*lines, report(plan.headers)]).rstrip()
+    return "\n".join([*lines, plan.sources]).rstrip()
 
 
 def _load_previous(root: str) -> Manifest:

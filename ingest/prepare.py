@@ -20,7 +20,7 @@ import ray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ingest.expression import Gene
-from ingest.header import Header, read_header, report
+from ingest.header import Header, read_header
 from ingest.plan import Plan, describe, make_plan
 from ingest.section import cut_section
 from ingest.sheet import SectionRow
@@ -78,7 +78,7 @@ def prepare(sheet_uri: str, out_uri: str, config: Config, progress: bool = True)
     redone = tuple(row.section_id for row in plan.todo.values())
     unchanged = tuple(entry.section_id for entry in plan.kept)
     seconds = time.monotonic() - started
-    return PrepareReport(plan.root, manifest, redone, unchanged, plan.removed, report(plan.headers), seconds)
+    return PrepareReport(plan.root, manifest, redone, unchanged, plan.removed, plan.sources, seconds)
 
 
 def plan(sheet_uri: str, out_uri: str, config: Config) -> str:

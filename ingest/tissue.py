@@ -72,8 +72,8 @@ def tissue_mask(thumbnail: np.ndarray, pixel_um: float) -> np.ndarray:
 
 def _require_colour(thumbnail: np.ndarray) -> None:
     """Refuses greyscale that is stored as colour, as some viewers do; an empty slide in pure white is none."""
-    brightest, darkest = thumbnail.max(axis=2).astype(int), thumbnail.min(axis=2).astype(int)
-    if (brightest - darkest).max() <= _GREY_SPREAD < np.ptp(brightest):
+    brightest = thumbnail.max(axis=2)
+    if (brightest - thumbnail.min(axis=2)).max() <= _GREY_SPREAD < np.ptp(brightest):
         raise SourceError(
             "its image is greyscale: red, green and blue are equal everywhere. Give the colour image of the H&E stain "
             "in the sheet's column image (fluorescence and grey exports show no stain)"

@@ -277,6 +277,14 @@ def test_ensembl_index_with_symbols_beside_it(h5ad, tmp_path):
     assert read_preview(h5ad, str(tmp_path)).genes[0] == ("ENSG00000087460", "GNAS", "ENSG00000087460")
 
 
+def test_genes_without_a_symbol_get_none(h5ad, tmp_path):
+    data = make_anndata()
+    data.var.index = ["ENSG00000087460", "ENSG00000169710", "ENSG00000141736"]
+    data.var["gene_name"] = ["GNAS", np.nan, "ERBB2"]
+    data.write_h5ad(h5ad.expression)
+    assert [gene.symbol for gene in read_preview(h5ad, str(tmp_path)).genes] == ["GNAS", "", "ERBB2"]
+
+
 def test_raw_counts_are_taken_from_where_they_are(h5ad, tmp_path):
     counts = np.array(list(COUNTS.values()), np.float32)
     data = make_anndata(np.log1p(counts))
