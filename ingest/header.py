@@ -118,8 +118,8 @@ def _named(sections: Sequence[str]) -> str:
 
 
 def _left_out_lines(headers: Mapping[str, Header]) -> list[str]:
-    return [
-        f"left out   {name}: {', '.join(f'{times} of {kind}' for kind, times in header.preview.other_features.items())}"
-        for name, header in headers.items()
-        if header.preview.other_features
-    ]
+    sections: defaultdict[str, list[str]] = defaultdict(list)
+    for name, header in headers.items():
+        for kind, times in header.preview.other_features.items():
+            sections[f"{times} features of {kind}"].append(name)
+    return [f"left out   {features} in {_named(names)}" for features, names in sections.items()]

@@ -26,6 +26,7 @@ from mclstexp.data.table import read_columns
 from mclstexp.errors import SheetError, SourceError
 
 MPP = 0.5
+HD_MPP = 0.4  # said by the file; by its array it would be MPP
 FEATURES = [
     ("ENSG00000087460.24", "GNAS", "Gene Expression"),
     ("ENSG00000169710", "FASN", "Gene Expression"),
@@ -142,7 +143,7 @@ def v2_mtx(sample):
 def hd(sample, bins="square_016um"):
     folder = sample / "binned_outputs" / bins
     write_h5(folder / "filtered_feature_bc_matrix.h5")
-    write_spatial(folder / "spatial", "tissue_positions.parquet", {"microns_per_pixel": MPP, "bin_size_um": 16.0})
+    write_spatial(folder / "spatial", "tissue_positions.parquet", {"microns_per_pixel": HD_MPP, "bin_size_um": 16.0})
     (sample / "spatial").mkdir()  # of the whole slide, without positions
     return sample
 
@@ -195,7 +196,7 @@ def test_layouts(tmp_path, layout):
     np.testing.assert_allclose(found.spots.y_px[order], SECTION.y[SECTION.expected], rtol=1e-12)
     np.testing.assert_array_equal(found.spots.array_row[order], SECTION.row[SECTION.expected])
     np.testing.assert_array_equal(found.spots.array_col[order], SECTION.column[SECTION.expected])
-    assert found.array_mpp == pytest.approx(MPP, rel=1e-6)
+    assert found.array_mpp == pytest.approx(HD_MPP if layout in (hd, hd_bin_folder) else MPP, rel=1e-6)
     preview = read_preview(row, str(tmp_path))
     assert (list(preview.genes), preview.other_features) == (GENES, {"Antibody Capture": 1})
     assert preview.array_mpp == found.array_mpp
@@ -326,9 +327,10 @@ def test_broken_h5_files_are_named(tmp_path):
     folder = v1_h5(tmp_path / "S1")
     path, row = folder / "filtered_feature_bc_matrix.h5", section(tmp_path, folder)
     whole = path.read_bytes()
-    with h5py.File(path, "r+") as file:
-        file["matrix/indices"][3] = 99
-    assert "filtered_feature_bc_matrix.h5 cannot be read" in refused(row, tmp_path)
+    for index in (99, -2):
+        with h5py.File(path, "r+") as file:
+            file["matrix/indices"][3] = index
+        assert "filtered_feature_bc_matrix.h5 cannot be read" in refused(row, tmp_path)
     with h5py.File(path, "r+") as file:
         file["matrix/shape"][:] = (5, 63)
     assert "the matrix is (5, 63), its names say (5, 62)" in refused(row, tmp_path)
@@ -429,7 +431,7 @@ def test_tiles_of_a_section_and_its_plan(tmp_path, mtx):
     assert "S1: patient P1, visium, 0.5 um/px, exact crops" in text
     assert "resolution 0.5 um/px by its array of spots: 1 section(s) (S1)" in text
     assert "genes by   Ensembl ids (ENSG) and symbols, some by" in text
-    assert "left out   S1: 1 of Antibody Capture" in text
+    assert "left out   1 features of Antibody Capture in 1 section(s) (S1)" in text
 
 
 def test_greyscale_is_refused_by_name(tmp_path, mtx):
