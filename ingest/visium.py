@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from scipy.io import mmread
-from scipy.sparse import csr_array, issparse
+from scipy.io import mminfo, mmread
+from scipy.sparse import csr_array
 
 from ingest.array import array_mpp
 from ingest.expression import (
@@ -72,26 +72,9 @@ def read_visium(files: Mapping[str, str]) -> Expression:
             file and line.
     """
     barcodes, genes, counts = _read_h5(files["h5"]) if "h5" in files else _read_mtx(files)
-    positions = _read_positions(files["positions"])
-    row_of = {name: row for row, name in enumerate(positions.index)}
-    row = np.array([row_of.get(name, -1) for name in barcodes], np.int64)
-    if (row < 0).all():
-        raise SourceError(
-            f"no barcode of the counts ({barcodes[0]}, ...) is among those of the positions ({positions.index[0]}, "
-            "...): give the counts and positions of one section"
-        )
-    rejected = [Reject(name, np.nan, np.nan, "no_position") for name, at in zip(barcodes, row, strict=True) if at < 0]
-    spots = _spots(positions, counts[row >= 0], row[row >= 0])
-    require_places(spots)
-    in_tissue = positions["in_tissue"].to_numpy() == 1
-    usable, unusable = split_usable(spots, in_tissue[row[row >= 0]])
-    counted = np.isin(np.arange(len(positions)), row)
-    everywhere = _spots(positions, None, np.arange(len(positions)))
-    rejected += unusable + everywhere.rejects(~counted & in_tissue, "no_counts")
-    rejected += everywhere.rejects(~counted & ~in_tissue, "not_selected")
-    scale = _read_scale(files["scalefactors"])
-    mpp = _array_mpp(positions, scale)
-    return Expression(usable, genes, tuple(sorted(rejected)), mpp, scale.spot_diameter_px)
+    positions, scale = _read_positions(files["positions"]), _read_scale(files["scalefactors"])
+    usable, rejected = _joined(barcodes, counts, positions)
+    return Expression(usable, genes, tuple(sorted(rejected)), _array_mpp(positions, scale), scale.spot_diameter_px)
 
 
 def preview_visium(files: Mapping[str, str]) -> Preview:
@@ -105,6 +88,28 @@ def preview_visium(files: Mapping[str, str]) -> Preview:
     return Preview(features.genes, features.others, mpp)
 
 
+def _joined(barcodes: list[str], counts: csr_array, positions: pd.DataFrame) -> tuple[Spots, list[Reject]]:
+    """Returns the spots on tissue that have counts, and all others of either file with the reason."""
+    row_of = {name: row for row, name in enumerate(positions.index)}
+    row = np.array([row_of.get(name, -1) for name in barcodes], np.int64)
+    known = row >= 0
+    if not known.any():
+        raise SourceError(
+            f"no barcode of the counts ({barcodes[0]}, ...) is among those of the positions ({positions.index[0]}, "
+            "...): give the counts and positions of one section"
+        )
+    in_tissue = positions["in_tissue"].to_numpy() == 1
+    spots = _spots(positions.iloc[row[known]], counts[known])
+    require_places(spots)
+    usable, rejected = split_usable(spots, in_tissue[row[known]])
+    rejected += [Reject(name, np.nan, np.nan, "no_position") for name in np.array(barcodes, object)[~known]]
+    uncounted = ~np.isin(np.arange(len(positions)), row)
+    places = _spots(positions)
+    rejected += places.rejects(uncounted & in_tissue, "no_counts")
+    rejected += places.rejects(uncounted & ~in_tissue, "not_selected")
+    return usable, rejected
+
+
 def _array_mpp(positions: pd.DataFrame, scale: _Scale) -> float | None:
     if scale.mpp is not None:
         return scale.mpp
@@ -113,12 +118,11 @@ def _array_mpp(positions: pd.DataFrame, scale: _Scale) -> float | None:
     return array_mpp(place, pixel, _PITCH_UM)
 
 
-def _spots(positions: pd.DataFrame, counts: csr_array | None, rows: np.ndarray) -> Spots:
-    chosen = positions.iloc[rows]
+def _spots(positions: pd.DataFrame, counts: csr_array | None = None) -> Spots:
     x, y, array_row, array_col = (
-        chosen[name].to_numpy() for name in ("pxl_col_in_fullres", "pxl_row_in_fullres", "array_row", "array_col")
+        positions[name].to_numpy() for name in ("pxl_col_in_fullres", "pxl_row_in_fullres", "array_row", "array_col")
     )
-    return Spots(chosen.index.to_numpy(object), x, y, array_row, array_col, counts)
+    return Spots(positions.index.to_numpy(object), x, y, array_row, array_col, counts)
 
 
 # ---------------------------------------------------------------- counts
@@ -142,11 +146,11 @@ def _read_mtx(files: Mapping[str, str]) -> tuple[list[str], tuple[Gene, ...], cs
     with naming(files["barcodes"], "list of barcodes"):
         barcodes = [line for line in _text(files["barcodes"]).splitlines() if line]
     with naming(files["matrix"], "Matrix Market file"):
-        matrix = mmread(files["matrix"], spmatrix=False)
-        if not issparse(matrix):
-            raise SourceError("it is a dense matrix; give Space Ranger's sparse one")
-        _require_shape(matrix.shape, (len(features.is_gene), len(barcodes)))
-        return _checked(csr_array(matrix.T), features, barcodes)
+        num_rows, num_columns, num_entries, kind, *_ = mminfo(files["matrix"])
+        if kind != "coordinate" or num_entries > num_rows * num_columns:
+            raise SourceError(f"it claims {num_entries} entries in the format {kind}; give Space Ranger's sparse one")
+        _require_shape((num_rows, num_columns), (len(features.is_gene), len(barcodes)))
+        return _checked(csr_array(mmread(files["matrix"], spmatrix=False).T), features, barcodes)
 
 
 def _require_shape(claimed: tuple[int, ...], names: tuple[int, int]) -> None:

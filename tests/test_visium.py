@@ -305,7 +305,8 @@ HEAD = "%%MatrixMarket matrix coordinate real general\n5 62 2\n"
         (f"{HEAD}1 1 3\n", "matrix.mtx.gz cannot be read"),
         (f"{HEAD}1 1 3\n2 1 1.5\n", "gene ENSG00000169710 of spot AAC0715-1 has the value 1.5, which is no raw count"),
         (f"{HEAD}1 1 3\n2 1 -1\n", "gene ENSG00000169710 of spot AAC0715-1 has the value -1"),
-        ("%%MatrixMarket matrix array integer general\n1 1\n3\n", "dense matrix"),
+        ("%%MatrixMarket matrix array integer general\n1 1\n3\n", "it claims 1 entries in the format array"),
+        ("%%MatrixMarket matrix coordinate real general\n5 62 999999999999\n1 1 3\n", "it claims 999999999999 entries"),
     ],
 )
 def test_broken_matrices_are_named_with_the_line(tmp_path, mtx, text, message):
