@@ -4,13 +4,18 @@ Counts are checked here once for all readers; a value that is no count stops the
 (a logarithm, a scaling, a broken export) has touched its neighbours as well.
 """
 
+import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from mclstexp.data.schema import gene_names
 from mclstexp.errors import SourceError
 
 MAX_ARRAY = 65_535
@@ -75,6 +80,48 @@ class Expression:
     genes: tuple[Gene, ...]
     """Columns of `spots.counts`."""
     rejected: tuple[Reject, ...]
+    array_mpp: float | None = None
+    """Micrometres per full-resolution pixel by the array's known size, where the format has such an array."""
+    spot_diameter_px: float | None = None
+    """Diameter of a spot in full-resolution pixels, where the source says so."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a section's files say before its counts are read; empty for an H&E-only slide."""
+
+    genes: tuple[Gene, ...] = ()
+    other_features: Mapping[str, int] = field(default_factory=dict)
+    """Number of features that are left out because they are no genes, by their kind."""
+    array_mpp: float | None = None
+    """As in `Expression`."""
+
+
+def named_gene(name: str, ensembl: str = "", symbol: str = "") -> Gene:
+    """Returns a gene from its name in a source and, where the source has them, its Ensembl id and symbol.
+
+    The whole mapping: an Ensembl id loses its version; the id is the Ensembl id where the source gives one, else the
+    symbol as it is written, upper and lower case included; nothing is looked up elsewhere.
+    """
+    by_name, by_column = Gene(*gene_names(name)), Gene(*gene_names(ensembl))
+    ensembl_id = by_name.ensembl_id or by_column.ensembl_id
+    symbol = by_name.symbol or symbol
+    return Gene(ensembl_id or symbol, symbol, ensembl_id)
+
+
+@contextmanager
+def naming(path: str, kind: str) -> Iterator[None]:
+    """Names the file in whatever goes wrong with it meanwhile; `kind` says what it should be.
+
+    Raises:
+        SourceError: instead of what damaged files make libraries raise.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise SourceError(f"{Path(path).name} cannot be read, it is damaged or no {kind}: {error}") from error
+    except SourceError as error:
+        raise SourceError(f"{Path(path).name}: {error}") from None
 
 
 def checked_counts(values: csr_array, spot_ids: list[str], genes: tuple[Gene, ...]) -> csr_array:

@@ -7,7 +7,6 @@ are taken from `layers["counts"]`, else `raw`, else `X`; that must hold raw coun
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -16,8 +15,17 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy.sparse import csr_array
 
-from ingest.expression import Expression, Gene, Spots, checked_counts, require_places, require_unique, split_usable
-from mclstexp.data.schema import gene_names
+from ingest.expression import (
+    Expression,
+    Gene,
+    Spots,
+    checked_counts,
+    named_gene,
+    naming,
+    require_places,
+    require_unique,
+    split_usable,
+)
 from mclstexp.errors import SourceError
 
 _ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl")
@@ -68,22 +76,16 @@ def _matrix(file: h5py.File, shape: tuple[int, int]) -> csr_array:
 def _genes(file: h5py.File) -> tuple[Gene, ...]:
     var: pd.DataFrame = _part(file, _counts_at(file)[1])
     ensembl, symbols = (_first_column(var, names) for names in (_ENSEMBL_COLUMNS, _SYMBOL_COLUMNS))
-    genes = tuple(_gene(*names) for names in zip(map(str, var.index), ensembl, symbols, strict=True))
+    genes = tuple(named_gene(*names) for names in zip(map(str, var.index), ensembl, symbols, strict=True))
     require_unique([gene.gene_id for gene in genes], "gene")
     return genes
 
 
 def _first_column(var: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
     found = next((name for name in names if name in var), None)
-    return [""] * len(var) if found is None else var[found].astype(str).tolist()
-
-
-def _gene(name: str, ensembl: str, symbol: str) -> Gene:
-    """Returns a gene from its index name and, where the table has them, its Ensembl id and symbol."""
-    by_name, by_column = Gene(*gene_names(name)), Gene(*gene_names(ensembl))
-    ensembl_id = by_name.ensembl_id or by_column.ensembl_id
-    symbol = by_name.symbol or symbol
-    return Gene(ensembl_id or symbol, symbol, ensembl_id)
+    if found is None:
+        return [""] * len(var)
+    return ["" if pd.isna(value) else str(value) for value in var[found]]
 
 
 def _pixels(file: h5py.File, spot_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -114,11 +116,6 @@ def _present(file: h5py.File, where: str) -> h5py.Group | h5py.Dataset:
 
 @contextmanager
 def _reading(path: str) -> Iterator[h5py.File]:
-    try:
-        with warnings.catch_warnings(), h5py.File(path, "r") as file:
-            warnings.simplefilter("ignore")  # anndata on files of older versions
-            yield file
-    except SourceError as error:
-        raise SourceError(f"{Path(path).name}: {error}") from None
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise SourceError(f"{Path(path).name} cannot be read, it is damaged or no AnnData file: {error}") from error
+    with naming(path, "AnnData file"), warnings.catch_warnings(), h5py.File(path, "r") as file:
+        warnings.simplefilter("ignore")  # anndata on files of older versions
+        yield file

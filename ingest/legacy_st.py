@@ -8,7 +8,6 @@ only what is not zero and a bad cell can be named.
 import gzip
 import io
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,22 +18,25 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
+from ingest.array import array_mpp
 from ingest.expression import (
     Expression,
     Gene,
     Reject,
     Spots,
     checked_counts,
+    named_gene,
+    naming,
     require_places,
     require_unique,
     split_usable,
 )
-from mclstexp.data.schema import gene_names
 from mclstexp.errors import SourceError
 
 _MAX_LINE_BYTES = 64 * 2**20
 _MAX_POSITIONS_BYTES = 512 * 2**20
 _PLACE = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")
+_KIND = "tab-separated table"
 _GZIP_MAGIC = b"\x1f\x8b"
 _POSITION_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
 
@@ -75,6 +77,16 @@ def read_legacy_st_genes(counts_path: str) -> tuple[Gene, ...]:
         return _genes(header, _fields(_next_line(file)))
 
 
+def read_legacy_st_mpp(positions_path: str, pitch_um: float) -> float | None:
+    """Returns the micrometres per pixel of a local selection file whose neighbouring spots lie `pitch_um` apart.
+
+    None where there are too few spots to tell.
+    """
+    positions = _read_positions(positions_path).pixel
+    place, pixel = (np.array(list(axis), np.float64).reshape(-1, 2) for axis in (positions, positions.values()))
+    return array_mpp(place, pixel, pitch_um)
+
+
 def _read_counts(path: str) -> tuple[list[tuple[int, int]], tuple[Gene, ...], csr_array]:
     spot_ids: list[str] = []
     columns: list[np.ndarray] = []
@@ -96,7 +108,7 @@ def _read_counts(path: str) -> tuple[list[tuple[int, int]], tuple[Gene, ...], cs
     first = np.cumsum([0, *map(len, columns)])
     matrix = csr_array((np.concatenate(values), np.concatenate(columns), first), shape=(len(spot_ids), len(genes)))
     places = [_place(spot_id, path) for spot_id in spot_ids]
-    with _named(path):
+    with naming(path, _KIND):
         require_unique([_name(place) for place in places], "spot")
         return places, genes, checked_counts(matrix, spot_ids, genes)
 
@@ -106,7 +118,7 @@ def _genes(header: list[str], first_row: list[str]) -> tuple[Gene, ...]:
     names = header[len(header) - len(first_row) + 1 :] if len(header) in (len(first_row), len(first_row) - 1) else []
     if not names:
         raise SourceError(f"its header has {len(header)} cells and its first spot {len(first_row)}")
-    genes = tuple(Gene(*gene_names(name)) for name in names)
+    genes = tuple(map(named_gene, names))
     require_unique([gene.gene_id for gene in genes], "gene")
     return genes
 
@@ -187,19 +199,7 @@ def _fields(line: bytes) -> list[str]:
 @contextmanager
 def _reading(path: str) -> Iterator[IO[bytes]]:
     """Yields the file's decompressed bytes; whatever goes wrong meanwhile is a SourceError that names it."""
-    with _named(path), open(path, "rb") as raw:
+    with naming(path, _KIND), open(path, "rb") as raw:
         compressed = raw.read(2) == _GZIP_MAGIC
         raw.seek(0)
         yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise SourceError(
-            f"{Path(path).name} cannot be read, it is damaged or no tab-separated table: {error}"
-        ) from error
-    except SourceError as error:
-        raise SourceError(f"{Path(path).name}: {error}") from None

@@ -1,21 +1,18 @@
 """What a run of prepare has to do: geometry, genes and the sections whose sources or settings changed.
 
-Only headers are read (genes, resolution), so that most faults end the run before any tile is cut. An image in
-object storage is opened here only where the sheet leaves out its mpp, since opening it means fetching it.
+Only headers are read (genes, resolution), so that most faults end the run before any tile is cut.
 """
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ingest.expression import Gene
-from ingest.readers import read_gene_names
-from ingest.section import Recipe, section_errors, source_mpp
+from ingest.header import Header, report
+from ingest.section import Recipe
 from ingest.sheet import SectionRow, read_sheet
-from ingest.slides import open_slide
 from ingest.sources import Known, load_known, source_digests
 from ingest.tiling import MAX_UPSAMPLING, NATIVE_RATIO, tile_scale
 from mclstexp import storage
@@ -26,15 +23,6 @@ from mclstexp.settings import TilesConfig
 
 _CUTTER_VERSION = 1
 """Raise it when the same sources and settings give other bytes: all sections are then redone."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a section's files say of themselves before anything is cut."""
-
-    mpp: float
-    """Micrometres per level-0 pixel."""
-    genes: tuple[Gene, ...]
 
 
 @dataclass(frozen=True)
@@ -58,11 +46,19 @@ class Plan:
     """The manifest's version that this plan starts from."""
     known: Known
     """Local files' content hashes, for the next run."""
+    headers: Mapping[str, Header]
+    """What was read of sections that are new or whose sources changed."""
 
     @property
     def is_done(self) -> bool:
         """Whether the table already is what the sheet asks for."""
         return not self.todo and not self.removed
+
+    @property
+    def sources(self) -> str:
+        """What the sections' sources that were read say, in words; empty where none was."""
+        num_present = self.previous.num_genes if self.previous else 0
+        return report(self.headers, {gene.gene_id for gene in self.genes[:num_present]})
 
 
 ReadHeaders = Callable[[list[SectionRow]], Iterable[Header]]
@@ -102,21 +98,8 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
         previous=previous,
         version=version,
         known=known,
+        headers=headers,
     )
-
-
-def read_header(row: SectionRow) -> Header:
-    """Returns what a section's files say of themselves.
-
-    Raises:
-        SourceError: a file is missing, damaged or contradicts the sheet; names the section.
-    """
-    with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
-        genes = read_gene_names(row, scratch)
-        if row.mpp is not None and storage.is_s3(row.image):
-            return Header(row.mpp, genes)
-        with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
-            return Header(source_mpp(row, slide), genes)
 
 
 def describe(plan: Plan) -> str:
@@ -138,7 +121,7 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"  {row.section_id}: patient {row.patient_id}, {row.format}, {plan.mpp[row.section_id]:.4g} um/px, {how}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, plan.sources]).rstrip()
 
 
 def _load_previous(root: str) -> Manifest:
@@ -196,7 +179,7 @@ def _merged_genes(present: list[Gene], headers: Mapping[str, Header]) -> tuple[G
     A symbol that a later source knows for an Ensembl id is filled in.
     """
     genes = {gene.gene_id: gene for gene in present}
-    for gene in (gene for header in headers.values() for gene in header.genes):
+    for gene in (gene for header in headers.values() for gene in header.preview.genes):
         known = genes.setdefault(gene.gene_id, gene)
         if gene.symbol and not known.symbol:
             genes[gene.gene_id] = known._replace(symbol=gene.symbol)

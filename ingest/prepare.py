@@ -20,7 +20,8 @@ import ray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ingest.expression import Gene
-from ingest.plan import Header, Plan, describe, make_plan, read_header
+from ingest.header import Header, read_header
+from ingest.plan import Plan, describe, make_plan
 from ingest.section import cut_section
 from ingest.sheet import SectionRow
 from ingest.slides import MAX_PLAIN_PX, PLAIN_BYTES_PER_PX
@@ -47,6 +48,8 @@ class PrepareReport:
     unchanged: tuple[str, ...]
     removed: tuple[str, ...]
     """Sections that left the table because they left the sheet."""
+    sources: str
+    """What was read of the sections' sources, in words: resolutions, gene names, what all share."""
     seconds: float
 
 
@@ -74,7 +77,8 @@ def prepare(sheet_uri: str, out_uri: str, config: Config, progress: bool = True)
     save_known(plan.root, plan.known)
     redone = tuple(row.section_id for row in plan.todo.values())
     unchanged = tuple(entry.section_id for entry in plan.kept)
-    return PrepareReport(plan.root, manifest, redone, unchanged, plan.removed, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return PrepareReport(plan.root, manifest, redone, unchanged, plan.removed, plan.sources, seconds)
 
 
 def plan(sheet_uri: str, out_uri: str, config: Config) -> str:

@@ -30,7 +30,7 @@ from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
 from mclstexp.settings import TilesConfig
 
-_SHEET_AGREES = 1.05  # ratio of the sheet's and the file's mpp
+_SOURCES_AGREE = 1.05  # ratio of the mpp that the sheet, the image and the array say
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,21 @@ class Recipe:
     """Micrometres per tile pixel; `tiles.mpp` resolved."""
 
 
-def source_mpp(row: SectionRow, slide: Slide) -> float:
-    """Returns the micrometres per level-0 pixel: the sheet's, else the file's.
+def source_mpp(row: SectionRow, image_mpp: float | None, array_mpp: float | None) -> tuple[float, str]:
+    """Returns the micrometres per level-0 pixel and who says so: the sheet, else the image, else its array of spots.
 
     Raises:
-        SourceError: neither says, or they disagree by more than 5 %.
+        SourceError: none of them says, or they disagree by more than 5 %.
     """
-    told = [mpp for mpp in (row.mpp, slide.mpp) if mpp is not None]
-    if not told:
+    told = {"the sheet": row.mpp, "its image": image_mpp, "its array of spots": array_mpp}
+    known = {source: mpp for source, mpp in told.items() if mpp is not None}
+    if not known:
         raise SourceError("neither the sheet nor its image says the resolution: fill in mpp")
-    if max(told) > _SHEET_AGREES * min(told):
-        raise SourceError(f"mpp is {row.mpp} in the sheet and {slide.mpp:.4g} in its image: mend the sheet")
-    return told[0]
+    if max(known.values()) > _SOURCES_AGREE * min(known.values()):
+        listed = " and ".join(f"{mpp:.4g} in {source}" for source, mpp in known.items())
+        raise SourceError(f"mpp is {listed}: mend the sheet, or give the image that the positions belong to")
+    source, mpp = next(iter(known.items()))
+    return mpp, source
 
 
 def cut_section(
@@ -70,10 +73,11 @@ def cut_section(
     name = f"{row.section_id}-{uuid.uuid4().hex}.parquet"
     with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         local = Path(scratch) / name
+        expression = read_expression(row, scratch) if row.measured else None
         with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
-            mpp = source_mpp(row, slide)
+            mpp, _ = source_mpp(row, slide.mpp, expression.array_mpp if expression else None)
             cut = _Cut(row, recipe.tiles, slide, mpp, tile_scale(recipe.mpp, mpp))
-            spots, rejected = cut.spots(gene_rows, scratch)
+            spots, rejected = cut.spots(expression, gene_rows)
             spots, share, unfit = screen(spots, slide, cut.tiles.size_px, cut.scale, mpp, cut.tiles.min_tissue)
             rejected += unfit
             written = write_section(local, cut.sentences(spots, share, rejected))
@@ -123,12 +127,14 @@ class _Cut:
     scale: float
     """Level-0 pixels along a tile pixel."""
 
-    def spots(self, gene_rows: dict[str, int], scratch: str) -> tuple[Spots, list[Reject]]:
+    def spots(self, expression: Expression | None, gene_rows: dict[str, int]) -> tuple[Spots, list[Reject]]:
         """Returns the section's usable spots, counts over the table's genes, and its rejects so far."""
-        if not self.row.measured:
+        if expression is None:
             return grid_spots(self.slide, self.tiles.size_px, self.scale), []
-        expression = read_expression(self.row, scratch)
-        require_pitch(expression.spots, self.row.spot_diameter_um, self.mpp)
+        diameter_um = self.row.spot_diameter_um
+        if diameter_um is None and expression.spot_diameter_px is not None:
+            diameter_um = expression.spot_diameter_px * self.mpp
+        require_pitch(expression.spots, diameter_um, self.mpp)
         return _over_table_genes(expression, gene_rows), list(expression.rejected)
 
     def sentences(self, spots: Spots, share: np.ndarray, rejected: list[Reject]) -> Iterator[pa.Table]:

@@ -15,8 +15,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ingest.visium_files import find_visium_files
 from mclstexp import storage
-from mclstexp.errors import SheetError, StorageError
+from mclstexp.errors import SheetError, SourceError, StorageError
 
 MAX_SHEET_BYTES = 64 * 2**20
 _IDENTIFIER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
@@ -34,8 +35,9 @@ class SectionRow(BaseModel):
     section_id: str
     patient_id: str
     image: str
-    format: Literal["legacy_st", "h5ad", "slide"]
+    format: Literal["legacy_st", "visium", "h5ad", "slide"]
     expression: str | None = None
+    """File of counts; a folder for `visium`."""
     positions: str | None = None
     mpp: float | None = Field(None, gt=0, le=100)
     """Micrometres per pixel of the image's full resolution."""
@@ -59,9 +61,9 @@ class SectionRow(BaseModel):
 
     @model_validator(mode="after")
     def _has_its_files(self) -> Self:
-        needed = {"legacy_st": ("expression", "positions"), "h5ad": ("expression",), "slide": ()}[self.format]
-        spare = {"legacy_st": (), "h5ad": ("positions",), "slide": ("expression", "positions")}[self.format]
+        needed = {"legacy_st": ("expression", "positions"), "slide": ()}.get(self.format, ("expression",))
         faults = [f"format {self.format} needs {name}" for name in needed if getattr(self, name) is None]
+        spare = [name for name in ("expression", "positions") if name not in needed]
         faults += [f"format {self.format} takes no {name}" for name in spare if getattr(self, name) is not None]
         if faults:
             raise ValueError("; ".join(faults))
@@ -176,15 +178,21 @@ def _duplicates(lines: list[tuple[int, dict[str, str]]]) -> Iterator[Fault]:
 
 
 def _file_faults(lines: list[tuple[int, dict[str, str]]], sheet_uri: str) -> list[Fault]:
-    places = [(line, name, cells[name]) for line, cells in lines for name in FILE_COLUMNS if cells.get(name)]
+    places = [
+        (line, cells["format"], name, cells[name]) for line, cells in lines for name in FILE_COLUMNS if cells.get(name)
+    ]
 
-    def fault(place: tuple[int, str, str]) -> Fault | None:
-        line, name, path = place
+    def fault(place: tuple[int, str, str, str]) -> Fault | None:
+        line, kind, name, path = place
         try:
-            found = storage.exists(_resolve(path, sheet_uri))
-        except StorageError as error:
+            uri = _resolve(path, sheet_uri)
+            if kind == "visium" and name == "expression":
+                find_visium_files(uri)
+            elif not storage.exists(uri):
+                return line, f", column {name}: there is no file {path}"
+        except (StorageError, SourceError) as error:
             return line, f", column {name}, got {path!r}: {error}"
-        return None if found else (line, f", column {name}: there is no file {path}")
+        return None
 
     with ThreadPoolExecutor(_LOOKUPS) as pool:
         return [found for found in pool.map(fault, places) if found]

@@ -26,6 +26,7 @@ _PLAUSIBLE_MPP = (0.05, 20.0)  # of a plain image's resolution tag; 72 dpi would
 _AGREEING = 1.02  # ratio up to which resolutions count as equal
 _OPAQUE = 255
 _ORIENTATION_TAG = 0x0112
+_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 
 
 class _Levels(Protocol):
@@ -193,7 +194,11 @@ def _require_plain(image: Image.Image) -> None:
             f"its EXIF orientation is {orientation}, so that spot positions are ambiguous; store it upright (1)"
         )
     if image.mode not in ("RGB", "RGBA", "P", "YCbCr"):
-        raise SourceError(f"its colour mode is {image.mode}, allowed is 8-bit colour (RGB, opaque RGBA, palette)")
+        grey = " (greyscale)" if image.mode in _GREY_MODES else ""
+        raise SourceError(
+            f"its colour mode is {image.mode}{grey}, allowed is 8-bit colour (RGB, opaque RGBA, palette); give the "
+            "colour image of the H&E stain"
+        )
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

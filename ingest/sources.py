@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from ingest.readers import source_files
 from ingest.sheet import SectionRow
 from mclstexp import storage
 from mclstexp.errors import SourceError
@@ -26,14 +27,16 @@ def source_digests(rows: Iterable[SectionRow], known: Known) -> tuple[dict[str, 
     """Returns each section's source digest by section id, and what is now known of local files.
 
     Raises:
-        SourceError: a file is gone.
+        SourceError: a file is gone, or a Visium folder lacks one.
     """
     rows = list(rows)
-    uris = sorted({uri for row in rows for uri in _byte_files(row).values()})
     with ThreadPoolExecutor(_PARALLEL) as pool:
+        files = dict(zip((row.section_id for row in rows), pool.map(source_files, rows), strict=True))
+        uris = sorted({uri for parts in files.values() for uri in parts.values()})
         found = dict(zip(uris, pool.map(lambda uri: _stamp(uri, known.get(uri)), uris), strict=True))
     digests = {
-        row.section_id: _row_digest(row, {uri: found[uri][2] for uri in _byte_files(row).values()}) for row in rows
+        row.section_id: _row_digest(row, {part: found[uri][2] for part, uri in files[row.section_id].items()})
+        for row in rows
     }
     return digests, {uri: stamp for uri, stamp in found.items() if not storage.is_s3(uri)}
 
@@ -50,11 +53,6 @@ def load_known(root: str) -> Known:
 def save_known(root: str, known: Known) -> None:
     """Leaves a record of local files for the next run."""
     storage.write(storage.join(root, CACHE), json.dumps(known, indent=1, sort_keys=True).encode())
-
-
-def _byte_files(row: SectionRow) -> dict[str, str]:
-    """Returns the files that a section's bytes are made from."""
-    return {column: uri for column, uri in row.files.items() if column != "labels"}
 
 
 def _stamp(uri: str, known: tuple[int, int, str] | None) -> tuple[int, int, str]:
@@ -76,6 +74,5 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def _row_digest(row: SectionRow, versions: dict[str, str]) -> str:
-    facts = row.model_dump(exclude={"labels", *_byte_files(row)})
-    facts |= {column: versions[uri] for column, uri in _byte_files(row).items()}
+    facts = row.model_dump(exclude={"labels", *row.files}) | versions
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGITS]

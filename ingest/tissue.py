@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from ingest.slides import Slide
+from mclstexp.errors import SourceError
 
 PIXEL_UM = 8.0
 """Edge of a mask pixel in micrometres (larger on slides beyond `_MAX_MASK_PX`, never finer than the slide)."""
@@ -21,6 +22,7 @@ _CLOSING_UM = 80.0  # about an adipocyte: strands closer than twice this hold ti
 _MIN_HOLE_UM2 = 500.0**2
 _MIN_OBJECT_UM2 = 100.0**2
 _THRESHOLD_BOUNDS = (0.02, 0.05)  # optical density
+_GREY_SPREAD = 6  # largest difference of channels where only compression made it
 _BLACK = 40  # brightest channel of what is no light at all: borders, cut-outs
 
 
@@ -47,10 +49,11 @@ def find_tissue(slide: Slide, mpp: float) -> TissueMask:
     """Returns the tissue mask of a slide whose level-0 pixels have an edge of `mpp` micrometres.
 
     Raises:
-        SourceError: the slide is damaged.
+        SourceError: the slide is damaged, or greyscale.
     """
     scale = max(1.0, PIXEL_UM / mpp, max(slide.width, slide.height) / _MAX_MASK_PX)
     thumbnail = slide.thumbnail(scale)
+    _require_colour(thumbnail)
     return TissueMask(tissue_mask(thumbnail, scale * mpp), scale)
 
 
@@ -65,6 +68,16 @@ def tissue_mask(thumbnail: np.ndarray, pixel_um: float) -> np.ndarray:
     holes = ndimage.binary_fill_holes(closed) & ~closed & lit
     filled = closed | (holes & ~_without_small(holes, _MIN_HOLE_UM2 / pixel_um**2))
     return _without_small(filled, _MIN_OBJECT_UM2 / pixel_um**2)
+
+
+def _require_colour(thumbnail: np.ndarray) -> None:
+    """Refuses greyscale that is stored as colour, as some viewers do; an empty slide in pure white is none."""
+    brightest = thumbnail.max(axis=2)
+    if (brightest - thumbnail.min(axis=2)).max() <= _GREY_SPREAD < np.ptp(brightest):
+        raise SourceError(
+            "its image is greyscale: red, green and blue are equal everywhere. Give the colour image of the H&E stain "
+            "in the sheet's column image (fluorescence and grey exports show no stain)"
+        )
 
 
 def stain_density(thumbnail: np.ndarray, lit: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 import scipy.sparse as sp
 
 from ingest import legacy_st
-from ingest.readers import read_expression, read_gene_names
+from ingest.readers import read_expression, read_preview
 from ingest.sheet import SectionRow, read_sheet
 from mclstexp.errors import SourceError
 
@@ -68,7 +68,7 @@ def refused(row, tmp_path):
 def test_legacy_st(st, tmp_path):
     found = read(st, tmp_path)
     assert found.genes == (("GNAS", "GNAS", ""), ("FASN", "FASN", ""), ("ENSG00000141736", "", "ENSG00000141736"))
-    assert found.genes == read_gene_names(st, str(tmp_path))
+    assert found.genes == read_preview(st, str(tmp_path)).genes
     assert found.spots.spot_id.tolist() == list(COUNTS)
     assert found.spots.counts.dtype == np.int32
     assert found.spots.counts.toarray().tolist() == list(COUNTS.values())
@@ -152,7 +152,7 @@ def test_repeated_genes_are_named(st, tmp_path, genes, named):
     write_counts(tmp_path / "a.tsv.gz", genes=genes)
     assert f"gene appears more than once: {named}" in refused(st, tmp_path)
     with pytest.raises(SourceError, match=named):
-        read_gene_names(st, str(tmp_path))
+        read_preview(st, str(tmp_path))
 
 
 def test_repeated_spots_are_named(st, tmp_path):
@@ -248,7 +248,7 @@ def test_h5ad(h5ad, tmp_path, kind):
     assert found.spots.y_px.tolist() == [200.25, 200, 210, 200]
     assert np.isnan(found.spots.array_row).all()
     assert [gene.gene_id for gene in found.genes] == ["GNAS", "FASN", "ERBB2"]
-    assert read_gene_names(h5ad, str(tmp_path)) == found.genes
+    assert read_preview(h5ad, str(tmp_path)).genes == found.genes
 
 
 def test_hest_style_file(h5ad, tmp_path):
@@ -274,7 +274,15 @@ def test_ensembl_index_with_symbols_beside_it(h5ad, tmp_path):
     data.var.index = ["ENSG00000087460.24", "ENSG00000169710", "ENSG00000141736"]
     data.var["feature_name"] = pd.Categorical(["GNAS", "FASN", "ERBB2"])
     data.write_h5ad(h5ad.expression)
-    assert read_gene_names(h5ad, str(tmp_path))[0] == ("ENSG00000087460", "GNAS", "ENSG00000087460")
+    assert read_preview(h5ad, str(tmp_path)).genes[0] == ("ENSG00000087460", "GNAS", "ENSG00000087460")
+
+
+def test_genes_without_a_symbol_get_none(h5ad, tmp_path):
+    data = make_anndata()
+    data.var.index = ["ENSG00000087460", "ENSG00000169710", "ENSG00000141736"]
+    data.var["gene_name"] = ["GNAS", np.nan, "ERBB2"]
+    data.write_h5ad(h5ad.expression)
+    assert [gene.symbol for gene in read_preview(h5ad, str(tmp_path)).genes] == ["GNAS", "", "ERBB2"]
 
 
 def test_raw_counts_are_taken_from_where_they_are(h5ad, tmp_path):

@@ -61,7 +61,7 @@ def test_all_faults_at_once_with_row_and_column(folder):
         write(
             folder,
             "A1,A,a.tif,legacy_st,a.tsv.gz,,0.69,100,,",
-            "A1,,none.tif,visium,,,-1,nan,,",
+            "A1,,none.tif,xenium,,,-1,nan,,",
             "../up,A,c.svs,slide,b.h5ad,,x,,,",
         )
     )
@@ -70,7 +70,7 @@ def test_all_faults_at_once_with_row_and_column(folder):
         "row 3, column section_id: 'A1' is already in row 2",
         "row 3, column patient_id: it is empty",
         "row 3, column image: there is no file none.tif",
-        "row 3, column format, got 'visium'",
+        "row 3, column format, got 'xenium'",
         "row 3, column mpp, got '-1'",
         "row 3, column spot_diameter_um, got 'nan'",
         "row 4, column section_id, got '../up'",

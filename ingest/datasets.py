@@ -1,0 +1,172 @@
+"""Sample sheets of the public data sets of mclSTExp's paper (2024, https://arxiv.org/abs/2407.08216).
+
+Made from their folders as they are published. Patients and left-out sections are the paper's. No data set states its
+resolution, so that it is computed from the array of spots: here for legacy ST, by the Visium reader for the others.
+"""
+
+import csv
+import io
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ingest.legacy_st import read_legacy_st_mpp
+from ingest.sheet import SectionRow
+from ingest.visium_files import find_visium_files
+from mclstexp import storage
+from mclstexp.errors import ConfigError, SourceError
+
+_HER2ST = [f"{patient}{n}" for patient in "ABCDEFGH" for n in range(1, 7 if patient < "E" else 4)]
+_HER2ST_PAPER = [name for name in _HER2ST if name not in ("A1", "H1", "H2", "H3")]
+_CSCC = [(patient, f"{patient}_ST_rep{n}") for patient in ("P2", "P5", "P9", "P10") for n in (1, 2, 3)]
+_SWARBRICK = ("1142243F", "CID4290", "CID4465", "CID44971", "CID4535", "1160920F")
+_ALEX10X = {name: name for name in _SWARBRICK} | {"block1": "block", "block2": "block", "FFPE": "FFPE"}
+
+Row = dict[str, str]
+"""A row of the sample sheet, by column."""
+
+
+class _Folder:
+    """A published folder, which remembers what it lacks."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.lacks: list[str] = []
+
+    def file(self, name: str) -> str:
+        """Returns the URI of a file of known name."""
+        uri = storage.join(self.root, name)
+        if not storage.exists(uri):
+            self.lacks.append(name)
+        return uri
+
+    def match(self, files: list[str], pattern: str, what: str) -> str:
+        """Returns the URI of the one file whose name matches; of a file and its packed form the plain one."""
+        found = sorted(uri for uri in files if re.fullmatch(pattern, uri.rsplit("/", 1)[1], re.IGNORECASE))
+        plain = [uri for uri in found if not (uri.endswith(".gz") and uri.removesuffix(".gz") in found)]
+        if len(plain) != 1:
+            self.lacks.append(what + (f": found {', '.join(plain)}, expected one" if plain else ""))
+        return plain[0] if plain else ""
+
+    def visium(self, name: str) -> str:
+        """Returns the URI of a Visium sample's folder."""
+        uri = storage.join(self.root, name)
+        try:
+            find_visium_files(uri)
+        except SourceError as error:
+            self.lacks.append(str(error))
+        return uri
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """How a data set is laid out."""
+
+    rows: Callable[[_Folder], list[Row]]
+    diameter_um: float | None = None
+    """Spots of legacy ST: their diameter and the distance of neighbours."""
+    pitch_um: float | None = None
+
+
+def dataset_sheet(name: str, source: str) -> str:
+    """Returns the sample sheet (CSV text) of a data set that lies at `source`, a local folder or `s3://`.
+
+    Args:
+        name: `her2st` (HER2+ breast cancer, the paper's 32 sections), `her2st_all` (all 36), `cscc` (skin cancer, 12)
+            or `alex10x` (breast cancer by Visium, 9).
+
+    Raises:
+        ConfigError: there is no such data set.
+        SourceError: lists everything that the folder lacks, or a positions file is damaged.
+    """
+    if name not in _DATASETS:
+        raise ConfigError(f"--dataset {name} is unknown; known are {', '.join(_DATASETS)}")
+    dataset, folder = _DATASETS[name], _Folder(storage.absolute(source))
+    rows = dataset.rows(folder)
+    if folder.lacks:
+        listed = "\n  ".join(folder.lacks)
+        raise SourceError(f"{folder.root} lacks {len(folder.lacks)} part(s) of the data set {name}:\n  {listed}")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(SectionRow.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | _array_cells(row, dataset) for row in rows)
+    return text.getvalue()
+
+
+def _array_cells(row: Row, dataset: _Dataset) -> Row:
+    """Returns the spots' diameter and the resolution that their distance gives; nothing where the reader knows."""
+    if dataset.pitch_um is None:
+        return {}
+    with (
+        tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch,
+        storage.local_copy(row["positions"], scratch) as path,
+    ):
+        mpp = read_legacy_st_mpp(path, dataset.pitch_um)
+    return {"spot_diameter_um": f"{dataset.diameter_um:g}"} | ({} if mpp is None else {"mpp": f"{mpp:.4g}"})
+
+
+def _her2st(folder: _Folder, names: list[str]) -> list[Row]:
+    """HER2+ of Andersson et al. (2021, https://doi.org/10.1038/s41467-021-26271-2): the repository or its `data/`."""
+    if not storage.list_files(storage.join(folder.root, "ST-cnts")):
+        folder.root = storage.join(folder.root, "data")
+    return [_her2st_row(folder, name) for name in names]
+
+
+def _her2st_row(folder: _Folder, name: str) -> Row:
+    images = f"ST-imgs/{name[0]}/{name}"
+    row = {
+        "section_id": name,
+        "patient_id": name[0],
+        "format": "legacy_st",
+        "site": "her2st",
+        "image": folder.match(storage.list_files(storage.join(folder.root, images)), r".*\.jpe?g", f"{images}/*.jpg"),
+        "expression": folder.file(f"ST-cnts/{name}.tsv.gz"),
+        "positions": folder.file(f"ST-spotfiles/{name}_selection.tsv"),
+    }
+    labels = storage.join(folder.root, f"ST-pat/lbl/{name}_labeled_coordinates.tsv")
+    return row | ({"labels": labels} if storage.exists(labels) else {})
+
+
+def _cscc(folder: _Folder) -> list[Row]:
+    """Skin cancer of Ji et al. (2020, https://doi.org/10.1016/j.cell.2020.05.039): GSE144240's archive, unpacked."""
+    files = storage.list_files(folder.root)
+    return [_cscc_row(folder, files, patient, name) for patient, name in _CSCC]
+
+
+def _cscc_row(folder: _Folder, files: list[str], patient: str, name: str) -> Row:
+    packed = next((f" (unpack it: gunzip {uri})" for uri in files if uri.endswith(f"{name}.jpg.gz")), "")
+    start = r"(GSM\d+_)?"
+    counts, spots = f"{name}_stdata.tsv", f"spot_data-selection-{name}.tsv"
+    return {
+        "section_id": name,
+        "patient_id": patient,
+        "format": "legacy_st",
+        "site": "cscc",
+        "image": folder.match(files, rf"{start}{name}\.jpe?g", f"*_{name}.jpg{packed}"),
+        "expression": folder.match(files, rf"{start}{counts}(\.gz)?", f"*_{counts}.gz"),
+        "positions": folder.match(files, rf"{start}{spots}(\.gz)?", f"*_{spots}.gz"),
+    }
+
+
+def _alex10x(folder: _Folder) -> list[Row]:
+    """Six sections of Wu et al. (2021, https://doi.org/10.1038/s41588-021-00911-1) and three of 10x Genomics."""
+    return [
+        {
+            "section_id": name,
+            "patient_id": patient,
+            "format": "visium",
+            "site": "swarbrick" if name in _SWARBRICK else "10x",
+            "image": folder.file(f"{name}/image.tif"),
+            "expression": folder.visium(name),
+        }
+        for name, patient in _ALEX10X.items()
+    ]
+
+
+_DATASETS = {
+    "her2st": _Dataset(lambda folder: _her2st(folder, _HER2ST_PAPER), diameter_um=100, pitch_um=200),
+    "her2st_all": _Dataset(lambda folder: _her2st(folder, _HER2ST), diameter_um=100, pitch_um=200),
+    "cscc": _Dataset(_cscc, diameter_um=110, pitch_um=150),
+    "alex10x": _Dataset(_alex10x),
+}

@@ -1,0 +1,125 @@
+"""What sections say of themselves before anything is cut, and the report on it that a user sees.
+
+An image in object storage is opened here only where the sheet leaves out its mpp, since opening it means fetching it.
+"""
+
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ingest.expression import Gene, Preview
+from ingest.readers import read_preview
+from ingest.section import section_errors, source_mpp
+from ingest.sheet import SectionRow
+from ingest.slides import open_slide
+from mclstexp import storage
+
+_MOST_NAMED = 5
+_WORTH_NAMING = 0.1
+
+
+@dataclass(frozen=True)
+class Header:
+    """One section before it is cut."""
+
+    mpp: float
+    """Micrometres per level-0 pixel."""
+    mpp_source: str
+    """Who says so."""
+    preview: Preview
+
+
+def read_header(row: SectionRow) -> Header:
+    """Returns what a section's files say of themselves.
+
+    Raises:
+        SourceError: a file is missing, damaged or contradicts the sheet; names the section.
+    """
+    with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
+        preview = read_preview(row, scratch)
+        if row.mpp is not None and storage.is_s3(row.image):
+            return Header(*source_mpp(row, None, preview.array_mpp), preview)
+        with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
+            return Header(*source_mpp(row, slide.mpp, preview.array_mpp), preview)
+
+
+def report(headers: Mapping[str, Header], table_genes: Collection[str] = ()) -> str:
+    """Returns in words where the resolutions come from, how genes are named and how many all sections share.
+
+    Args:
+        headers: by section; those that were read in this run.
+        table_genes: ids of the genes that the tile table had before.
+    """
+    genes = {name: header.preview.genes for name, header in headers.items() if header.preview.genes}
+    lines = [*_resolution_lines(headers), *_gene_lines(genes)]
+    if genes and table_genes:
+        met = len(_common(genes, genes).intersection(table_genes))
+        lines.append(f"genes      {met} of those in common are among the {len(table_genes)} of the table so far")
+    return "\n".join([*lines, *_left_out_lines(headers)])
+
+
+def naming_system(genes: Collection[Gene]) -> str:
+    """Returns how a source names at least a tenth of its genes, for example `Ensembl ids (ENSG) and symbols`."""
+    kinds = Counter((bool(gene.ensembl_id), bool(gene.symbol)) for gene in genes)
+    species = ", ".join(sorted({gene.ensembl_id.rstrip("0123456789") for gene in genes} - {""}))
+    names = {
+        (True, True): f"Ensembl ids ({species}) and symbols",
+        (True, False): f"Ensembl ids ({species})",
+        (False, True): "symbols",
+    }
+    named = [names[kind] for kind, times in kinds.most_common() if times >= _WORTH_NAMING * kinds.total()]
+    return named[0] if len(named) == 1 else f"{named[0]}, some by {' or '.join(named[1:])}"
+
+
+def _resolution_lines(headers: Mapping[str, Header]) -> list[str]:
+    sections: defaultdict[str, list[str]] = defaultdict(list)
+    for name, header in headers.items():
+        sections[header.mpp_source].append(name)
+    return [
+        f"resolution {_range([headers[name].mpp for name in names])} um/px by {source}: {_named(names)}"
+        for source, names in sections.items()
+    ]
+
+
+def _gene_lines(genes: Mapping[str, tuple[Gene, ...]]) -> list[str]:
+    systems: defaultdict[str, list[str]] = defaultdict(list)
+    for section_id, named in genes.items():
+        systems[naming_system(named)].append(section_id)
+    lines = [f"genes by   {system}: {_shared(genes, sections)}" for system, sections in systems.items()]
+    if len(systems) > 1:
+        lines.append(f"genes      {_shared(genes, list(genes))}; nothing is mapped from one way of naming to another")
+    spellings: defaultdict[str, set[str]] = defaultdict(set)
+    for symbol in {gene.symbol for named in genes.values() for gene in named}:
+        spellings[symbol.upper()].add(symbol)
+    alike = sorted(sorted(same) for same in spellings.values() if len(same) > 1)
+    if alike:
+        lines.append(f"genes      {len(alike)} symbols differ in case alone, as {', '.join(alike[0])}: they stay apart")
+    return lines
+
+
+def _shared(genes: Mapping[str, tuple[Gene, ...]], sections: list[str]) -> str:
+    sizes = _range([len(genes[name]) for name in sections])
+    return f"{len(_common(genes, sections))} in common of {sizes} in each of {_named(sections)}"
+
+
+def _common(genes: Mapping[str, tuple[Gene, ...]], sections: Iterable[str]) -> set[str]:
+    return set.intersection(*({gene.gene_id for gene in genes[name]} for name in sections))
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{limit:.6g}" for limit in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _named(sections: Sequence[str]) -> str:
+    more = ", ..." if len(sections) > _MOST_NAMED else ""
+    return f"{len(sections)} section(s) ({', '.join(sections[:_MOST_NAMED])}{more})"
+
+
+def _left_out_lines(headers: Mapping[str, Header]) -> list[str]:
+    sections: defaultdict[str, list[str]] = defaultdict(list)
+    for name, header in headers.items():
+        for kind, times in header.preview.other_features.items():
+            sections[f"{times} features of {kind}"].append(name)
+    return [f"left out   {features} in {_named(names)}" for features, names in sections.items()]
