@@ -1,16 +1,12 @@
-"""Panels, alignment and normalisation, against NumPy, against each other, and on real sections."""
+"""Panels, alignment and normalisation, against NumPy and against each other."""
 
-import gzip
-import os
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import scipy.sparse
 
 from mclstexp import storage
 from mclstexp.data import genes
@@ -18,7 +14,6 @@ from mclstexp.data.genes import GenePanel, Normaliser
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, TILE_SCHEMA, Manifest, SectionEntry, gene_names, load_manifest
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import ConfigError, ModelError
-from mclstexp.evaluation import baselines, metrics
 from mclstexp.settings import GenesConfig
 
 NAMES = ["TP53", "ENSG00000141510", "ACTB", "CD74", "GNAS", "FASN", "VIM", "MUC1"]
@@ -203,54 +198,3 @@ def test_a_panel_survives_json() -> None:
     panel = GenePanel(("a", "ENSG1"), ("a", ""), ("", "ENSG1"))
     assert GenePanel.from_json(panel.to_json()) == panel
     assert panel.names() == ["a", "ENSG1"]
-
-
-# Spots, genes in the file, PCC of the library-size oracle (all, HEG50), MSE and MAE of zeros, MSE of the section's own
-# mean: computed from the public counts by other code.
-REAL = {
-    ("B4", "per_gene"): (283, 15289, 0.5038, 0.7123, 0.8215, 0.3762, 0.6434),
-    ("B4", "per_spot_panel"): (283, 15289, 0.3407, 0.3923, 0.4576, 0.2710, 0.3082),
-    ("C2", "per_gene"): (187, 15706, 0.3708, 0.6795, 1.7069, 0.8453, 0.8629),
-    ("C2", "per_spot_panel"): (187, 15706, 0.2605, 0.3701, 0.6414, 0.4961, 0.2153),
-    ("C5", "per_gene"): (181, 15721, 0.3298, 0.7089, 1.8153, 0.9036, 0.8609),
-    ("C5", "per_spot_panel"): (181, 15721, 0.2407, 0.4732, 0.6467, 0.5129, 0.1972),
-}
-
-
-@pytest.fixture(scope="module")
-def real_sections() -> dict[str, pd.DataFrame]:
-    """Raw counts of spots in the selection file, spots x genes."""
-    if "MCLSTEXP_DATA" not in os.environ:
-        pytest.skip("MCLSTEXP_DATA names no folder of real sections")
-    folder = Path(os.environ["MCLSTEXP_DATA"], "her2st")
-    return {name: _real_section(folder, name) for name in sorted({name for name, _ in REAL})}
-
-
-def _real_section(folder: Path, name: str) -> pd.DataFrame:
-    with gzip.open(folder / "counts" / f"{name}.tsv.gz", "rt") as file:
-        counts = pd.read_csv(file, sep="\t", index_col=0)
-    spots = pd.read_csv(folder / "spots" / f"{name}_selection.tsv", sep="\t")
-    keys = spots["x"].astype(str) + "x" + spots["y"].astype(str)
-    return counts.loc[[key for key in keys if key in counts.index]]
-
-
-@pytest.mark.parametrize(("section", "scheme"), list(REAL))
-def test_real_sections_give_the_published_floors(
-    real_sections: dict[str, pd.DataFrame], section: str, scheme: str
-) -> None:
-    counts = real_sections[section]
-    folder = Path(os.environ["MCLSTEXP_DATA"], "her2st")
-    symbols = (folder / "panel_785.txt").read_text().split()
-    panel = GenePanel(tuple(symbols), tuple(symbols), ("",) * len(symbols))
-    columns = genes.align(panel, _ids(list(counts.columns)))
-    assert (columns >= 0).all()
-    stored = scipy.sparse.csr_array(counts.to_numpy())
-    lists = (pa.ListArray.from_arrays(stored.indptr, values) for values in (stored.indices, stored.data))
-    dense, totals = genes.panel_counts(*(pa.chunked_array([part]) for part in lists), columns)
-    truth = Normaliser(scheme, 1e4, "10").apply(dense, totals, dense.sum(axis=0))  # type: ignore[arg-type]
-    oracle = metrics.score(truth, baselines.library_size(totals, len(panel)))
-    nothing = metrics.score(truth, np.zeros_like(truth))
-    own_mean = metrics.score(truth, baselines.constant(truth.mean(axis=0, dtype=np.float64), len(truth)))
-    found = (oracle.pcc_all, oracle.pcc_heg50, nothing.mse, nothing.mae, own_mean.mse)
-    assert (*counts.shape, oracle.undefined) == (*REAL[section, scheme][:2], 0)
-    assert found == pytest.approx(REAL[section, scheme][2:], abs=6e-5)

@@ -50,3 +50,20 @@ def test_highest_genes_come_from_the_truth_and_ties_go_by_column() -> None:
     truth = np.array([[1, 5, 5, 2], [1, 5, 5, 3]], np.float32)
     assert list(metrics.highest_genes(truth, 3)) == [1, 2, 3]
     assert len(metrics.highest_genes(truth)) == 4
+
+
+def test_variable_genes_come_from_the_truths_own_variance() -> None:
+    truth = np.array([[100, 0, 1, 3], [100, 4, 0, 3], [101, 2, 8, 3]], np.float32)
+    assert list(metrics.variable_genes(truth, 2)) == [2, 1]
+    wide = np.random.default_rng(0).gamma(0.5, size=(40, 120)).astype(np.float32)
+    variance = [np.var([float(value) for value in column]) for column in wide.T]
+    assert list(metrics.variable_genes(wide)) == sorted(range(120), key=lambda gene: -variance[gene])[:50]
+
+
+def test_errors_are_kept_by_gene() -> None:
+    rng = np.random.default_rng(0)
+    truth, prediction = (rng.gamma(0.5, size=(17, 6)).astype(np.float32) for _ in range(2))
+    squared, absolute = metrics.errors_per_gene(truth, prediction)
+    pair = truth.astype(float), prediction.astype(float)
+    np.testing.assert_allclose(squared, mean_squared_error(*pair, multioutput="raw_values"))
+    np.testing.assert_allclose(absolute, mean_absolute_error(*pair, multioutput="raw_values"))

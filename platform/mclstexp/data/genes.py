@@ -44,6 +44,12 @@ class GenePanel:
         return json.dumps(asdict(self))
 
     @classmethod
+    def from_names(cls, names: Iterable[str]) -> "GenePanel":
+        """Returns the panel of genes as a source names them, by symbol or Ensembl id."""
+        genes = [gene_names(name) for name in names]
+        return cls(*(tuple(gene[place] for gene in genes) for place in range(3)))
+
+    @classmethod
     def from_json(cls, text: str) -> "GenePanel":
         """Returns the panel that `to_json` wrote."""
         return cls(**{name: tuple(values) for name, values in json.loads(text).items()})
@@ -209,7 +215,7 @@ def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
     except OSError as error:
         raise ConfigError(f"genes.panel={config.panel}: {error.strerror}; give a file or hvg") from error
     names = list(dict.fromkeys(line for line in lines if line))
-    asked = GenePanel(*zip(*(gene_names(name) for name in names), strict=True)) if names else GenePanel((), (), ())
+    asked = GenePanel.from_names(names)
     columns = align(asked, genes)
     if (columns < 0).any() and config.missing == "error":
         raise ConfigError(f"genes.panel={config.panel}: {coverage(asked, columns)}; set genes.missing=drop to go on")

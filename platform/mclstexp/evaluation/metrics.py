@@ -28,35 +28,54 @@ class Scores:
 def score(truth: np.ndarray, prediction: np.ndarray) -> Scores:
     """Returns the scores of a prediction, both (N, G) in the same unit."""
     pcc = pearson_per_gene(truth, prediction)
-    gap = prediction.astype(np.float64) - truth
+    squared, absolute = errors_per_gene(truth, prediction)
     return Scores(
         pcc_all=_defined_mean(pcc),
         pcc_heg50=_defined_mean(pcc[highest_genes(truth)]),
-        mse=float((gap**2).mean()),
-        mae=float(np.abs(gap).mean()),
+        mse=float(squared.mean()),
+        mae=float(absolute.mean()),
         undefined=int(np.isnan(pcc).sum()),
     )
 
 
 def pearson_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Returns each gene's Pearson correlation over spots, float64 (G,); NaN where one side is constant."""
-    truth, prediction = (_centred(values) for values in (truth, prediction))
+    truth, prediction = (centred(values) for values in (truth, prediction))
     norms = np.sqrt((truth**2).sum(axis=0) * (prediction**2).sum(axis=0))
     products = (truth * prediction).sum(axis=0)
     return np.divide(products, norms, out=np.full(norms.shape, np.nan), where=norms > 0)
 
 
+def errors_per_gene(truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each gene's mean squared and mean absolute error over spots, float64 (G,) each."""
+    gap = prediction.astype(np.float64) - truth
+    return (gap**2).mean(axis=0), np.abs(gap).mean(axis=0)
+
+
 def highest_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
-    """Returns the columns of the genes of largest mean in the truth, largest first; ties by column."""
+    """Returns the columns of the genes of largest mean in the truth, largest first; ties by column.
+
+    With the test section's truth these are mclSTExp's highly expressed genes (HEG; 2024,
+    https://arxiv.org/abs/2407.08216): another set in each section.
+    """
     return np.argsort(-truth.mean(axis=0, dtype=np.float64), kind="stable")[:count]
 
 
-def _centred(values: np.ndarray) -> np.ndarray:
-    """Returns columns less their mean; a column of one value becomes exactly zero."""
+def variable_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
+    """Returns the columns of the genes of largest variance over spots in the truth, largest first; ties by column.
+
+    The variance is that of the normalised truth in its own unit, with no correction for the mean, as in the choice of
+    a panel. This is not what mclSTExp's code calls HVG, which is the mean over all genes of its panel.
+    """
+    return np.argsort(-truth.var(axis=0, dtype=np.float64), kind="stable")[:count]
+
+
+def centred(values: np.ndarray) -> np.ndarray:
+    """Returns columns (N, G) less their mean, float64; a column of one value becomes exactly zero."""
     values = values.astype(np.float64)
-    centred = values - values.mean(axis=0)
-    centred[:, (values == values[:1]).all(axis=0)] = 0.0
-    return centred
+    about_mean = values - values.mean(axis=0)
+    about_mean[:, (values == values[:1]).all(axis=0)] = 0.0
+    return about_mean
 
 
 def _defined_mean(values: np.ndarray) -> float:

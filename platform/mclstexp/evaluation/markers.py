@@ -1,0 +1,75 @@
+"""Marker genes: named sets of genes of a cohort, from a file that users change.
+
+The file (`jobs/configs/markers.yaml`) maps cohort to set to genes, so that one file serves all cohorts; it is no
+part of the settings, because it says what is looked at and changes no model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mclstexp.data.genes import GenePanel, align
+from mclstexp.errors import ConfigError
+from mclstexp.evaluation.tables import ALL, HEG, HVG
+
+_RESERVED = (ALL, HEG, HVG)
+_Genes = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+_FILE = TypeAdapter(dict[str, dict[str, _Genes]])
+
+
+def load_markers(path: str | Path, cohort: str) -> dict[str, GenePanel]:
+    """Returns the marker genes of one cohort by the name of their set, in the file's order.
+
+    Args:
+        path: a YAML file: cohort, set and a list of genes (symbols or Ensembl ids).
+        cohort: which part of the file.
+
+    Raises:
+        ConfigError: the file is missing or of another form; the cohort is not in it; a set repeats a gene or has the
+            name of a set that every score card has.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the marker genes {path}: {error}") from error
+    try:
+        cohorts = _FILE.validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path} does not map cohort to set to a list of genes: {_faults(error)}") from None
+    if cohort not in cohorts:
+        raise ConfigError(f"{path} has no marker genes of cohort {cohort}; it has {', '.join(cohorts)}: add a section")
+    for name, genes in cohorts[cohort].items():
+        _check_set(f"{cohort}.{name} in {path}", name, genes)
+    return {name: GenePanel.from_names(genes) for name, genes in cohorts[cohort].items()}
+
+
+def marker_columns(
+    markers: Mapping[str, GenePanel], panel: GenePanel
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Returns by set the columns of the panel that its genes have, int32, and the genes that the panel lacks."""
+    table = pa.table({name: list(getattr(panel, name)) for name in ("gene_id", "symbol", "ensembl_id")})
+    rows = {name: align(genes, table) for name, genes in markers.items()}
+    lacking = {name: [markers[name].names()[place] for place in np.flatnonzero(rows[name] < 0)] for name in markers}
+    return {name: columns[columns >= 0] for name, columns in rows.items()}, lacking
+
+
+def _check_set(where: str, name: str, genes: list[str]) -> None:
+    if name in _RESERVED:
+        raise ConfigError(f"{where}: every score card has {', '.join(_RESERVED)} of its own; name the set otherwise")
+    repeated = sorted({gene for gene in genes if genes.count(gene) > 1})
+    if repeated:
+        raise ConfigError(f"{where} names {', '.join(repeated)} more than once; keep one")
+
+
+def _faults(error: ValidationError) -> str:
+    """Returns each fault with its place; YAML reads some gene names as dates, numbers or truth values."""
+    faults = (
+        f"{'.'.join(map(str, fault['loc'])) or 'the file'} is {fault['input']!r}: {fault['msg']}"
+        for fault in error.errors()
+    )
+    return "; ".join(faults) + " (gene names that YAML reads as something else need quotes)"

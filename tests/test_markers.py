@@ -1,0 +1,59 @@
+"""Marker genes: the shipped file, how genes are found in a panel, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from mclstexp.data.genes import GenePanel
+from mclstexp.errors import ConfigError
+from mclstexp.evaluation.markers import load_markers, marker_columns
+
+SHIPPED = Path(__file__).parents[1] / "jobs" / "configs" / "markers.yaml"
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_shipped_file_names_the_papers_genes() -> None:
+    breast = load_markers(SHIPPED, "her2st")
+    assert {name: len(genes) for name, genes in breast.items()} == {"cancer": 8, "immune": 10, "most_significant": 24}
+    assert {"GNAS", "FASN", "ERBB2"} <= set(breast["cancer"].names())
+    assert {"HLA-DRA", "IGKC", "CD74"} <= set(breast["immune"].names())
+    assert len(load_markers(SHIPPED, "cscc")["most_significant"]) == 15
+    assert set(load_markers(SHIPPED, "alex10x")) == {"cancer", "immune"}
+
+
+def test_genes_are_found_by_symbol_or_ensembl_id_and_the_lacking_are_named(tmp_path: Path) -> None:
+    path = _file(tmp_path, "mine:\n  tumour: [KRT8, ENSG00000141736.14, NOPE]\n  none: [MUC1]\n")
+    panel = GenePanel(("ENSG00000141736", "ENSG7", "KRT8"), ("ERBB2", "CD74", "KRT8"), ("ENSG00000141736", "ENSG7", ""))
+    columns, lacking = marker_columns(load_markers(path, "mine"), panel)
+    assert {name: found.tolist() for name, found in columns.items()} == {"tumour": [2, 0], "none": []}
+    assert lacking == {"tumour": ["NOPE"], "none": ["MUC1"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("other:\n  a: [X]\n", "no marker genes of cohort mine; it has other: add a section"),
+        ("- X\n", "the file is"),
+        ("", "the file is None"),
+        ("mine: [X]\n", r"mine is \['X'\]"),
+        ("mine:\n  a: X\n", "mine.a is 'X'"),
+        ("mine:\n  a: []\n", "mine.a is .*at least 1 item"),
+        ("mine:\n  a: [X, NO, '']\n", r"mine.a.1 is False.*mine.a.2 is ''.*need quotes"),
+        ("mine:\n  a: [X, Y, X]\n", "mine.a in .*mine.yaml names X more than once; keep one"),
+        ("mine:\n  heg50: [X]\n", "mine.heg50 in .*every score card has all, heg50, hvg50 of its own"),
+        ("mine: [\n", "cannot read the marker genes .*mine.yaml"),
+    ],
+)
+def test_faults_are_named_with_their_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_markers(_file(tmp_path, text), "mine")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the marker genes .*none.yaml"):
+        load_markers(tmp_path / "none.yaml", "her2st")
