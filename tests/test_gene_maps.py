@@ -88,7 +88,14 @@ def test_each_gene_has_a_row_and_a_scale_of_its_own(tmp_path: Path) -> None:
         draw_gene_maps(path, place, ["GNAS", "FASN", "zero"][:count], maps, "unit", _thumbnail())
         heights.append(Image.open(path).height)
     assert heights[1] == 3 * heights[0]
-    assert colour_limits([np.array([1.0, 3.0]), np.array([-2.0, 2.0])]) == (-2.0, 3.0)
+
+
+def test_one_spot_does_not_take_the_whole_scale_unless_it_is_all_there_is() -> None:
+    values = np.append(np.linspace(0, 3, 400), 50.0)
+    assert colour_limits(values) == pytest.approx(tuple(np.percentile(values, [1, 99])))
+    assert colour_limits(values)[1] < 3
+    assert colour_limits(np.where(values == 50, 50.0, 0.0)) == (0, 50)
+    assert colour_limits(np.zeros((10, 2))) == (0, 0)
 
 
 def test_columns_that_are_not_the_genes_are_refused(tmp_path: Path) -> None:
@@ -106,6 +113,11 @@ def test_the_most_spots_in_all_are_covered_not_each_domain_its_best() -> None:
     labels = np.repeat([0, 0, 1, 1], [6, 5, 1, 5])
     domains = np.repeat([0, 1, 0, 1], [6, 5, 1, 5])
     assert set(zip(domains.tolist(), match_labels(labels, domains).tolist(), strict=True)) == {(0, 0), (1, 1)}
+
+
+def test_a_domain_never_takes_a_label_that_it_does_not_cover() -> None:
+    labels, domains = np.array([0, 0, 0, 1]), np.array([0, 0, 1, NO_DOMAIN])
+    assert match_labels(labels, domains).tolist() == [0, 0, 3, NO_DOMAIN]
 
 
 def test_labels_are_numbered_by_name() -> None:

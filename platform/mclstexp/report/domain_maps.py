@@ -15,9 +15,10 @@ from matplotlib.patches import Patch
 from scipy.optimize import linear_sum_assignment
 
 from mclstexp.evaluation.domains import NO_DOMAIN, is_labelled
-from mclstexp.report.section_axes import Thumbnail, draw_spots
+from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in
 
-_SIDE_IN = 3.6
+_LEGEND_IN = 1.1
+_LEGEND = "found domains take the colour of the label that they cover best;\nother colours: no label is left for them"
 _DPI = 90
 _NO_DOMAIN_COLOUR = (0.75, 0.75, 0.75, 1.0)
 
@@ -40,12 +41,13 @@ def draw_domain_maps(
     """
     names, numbers = number_labels(labels)
     maps = {"labels": numbers} | {title: match_labels(numbers, domains) for title, domains in found.items()}
-    figure = Figure(figsize=(_SIDE_IN * len(maps), _SIDE_IN + 0.8), layout="constrained")
+    width, height = map_size_in(place_px)
+    figure = Figure(figsize=(width * len(maps), height + _LEGEND_IN), layout="constrained")
     for axes, (title, domains) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         _draw(axes, title, domains, place_px, thumbnail)
     numbered = dict(enumerate(names)) | ({NO_DOMAIN: "none"} if NO_DOMAIN in numbers else {})
     handles = [Patch(color=colour, label=numbered[number]) for number, colour in _colours(numbered).items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(maps) + 1, title=_LEGEND)
     figure.savefig(path, dpi=_DPI)
 
 

@@ -1,18 +1,19 @@
 """Maps of genes over a section, measured beside predicted.
 
-Both share one colour scale, from the smallest to the largest value of either: a prediction that varies less than the
-truth looks flatter, as it should.
+Both share one colour scale: a prediction that varies less than the truth looks flatter, as it should. The scale spans
+98 % of all values, so that one spot of few counts does not take it all; the arrows of its bar stand for the rest.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from mclstexp.report.section_axes import Thumbnail, draw_spots
+from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in
 
-_SIDE_IN = 3.6
+_COLOUR_BAR_IN = 1.0
+_SHARES = (0.01, 0.99)
 _DPI = 90
 
 
@@ -35,19 +36,21 @@ def draw_gene_maps(
         thumbnail: the slide, drawn beneath.
     """
     assert all(matrix.shape == (len(place_px), len(genes)) for matrix in maps.values())
-    figure = Figure(figsize=(_SIDE_IN * len(maps) + 1, _SIDE_IN * len(genes)), layout="constrained")
+    width, height = map_size_in(place_px)
+    figure = Figure(figsize=(width * len(maps) + _COLOUR_BAR_IN, height * len(genes)), layout="constrained")
     grid = figure.subplots(len(genes), len(maps), squeeze=False)
     for column, (gene, row) in enumerate(zip(genes, grid, strict=True)):
         values = {title: matrix[:, column] for title, matrix in maps.items()}
-        limits = colour_limits(values.values())
+        limits = colour_limits(np.stack(list(values.values())))
         for axes, (title, shades) in zip(row, values.items(), strict=True):
             spots = draw_spots(axes, place_px, thumbnail)
             spots.set(array=shades, cmap="viridis", clim=limits)
             axes.set_title(f"{gene}, {title}")
-        figure.colorbar(spots, ax=list(row), label=unit, shrink=0.8)
+        figure.colorbar(spots, ax=list(row), label=unit, shrink=0.8, extend="both")
     figure.savefig(path, dpi=_DPI)
 
 
-def colour_limits(values: Collection[np.ndarray]) -> tuple[float, float]:
-    """Returns the smallest and the largest of all values."""
-    return float(min(part.min() for part in values)), float(max(part.max() for part in values))
+def colour_limits(values: np.ndarray) -> tuple[float, float]:
+    """Returns the 1st and the 99th percentile of values of any shape, or their range where these are equal."""
+    low, high = np.quantile(values, _SHARES)
+    return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))
