@@ -7,9 +7,10 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: demo test check fix bench
 .DELETE_ON_ERROR:
 
-# The main job end to end. On real sections: make demo SAMPLES=samples.csv [WEIGHTS=densenet121.pth]
+# The main job end to end. On real sections: make demo SAMPLES=samples.csv [WEIGHTS=densenet121.pth] [PATIENT=B]
 demo: $(STAMP)
-	$(BIN)/python jobs/demo.py $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+	$(BIN)/python jobs/demo.py $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
+		$(if $(PATIENT),--test-patient "$(PATIENT)")
 
 # All tests; those that need a GPU or real data say why they are skipped.
 test: $(STAMP)

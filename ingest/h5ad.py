@@ -46,7 +46,11 @@ def read_h5ad(path: str) -> Expression:
         counts = checked_counts(_matrix(file, (len(spot_ids), len(genes))), spot_ids, genes)
         spots = Spots(np.array(spot_ids, object), *_pixels(file, spot_ids), *_array(obs), counts)
         require_places(spots)
-        selected = obs["in_tissue"].astype(float).to_numpy() != 0 if "in_tissue" in obs else np.ones(len(spots), bool)
+        selected = (
+            obs["in_tissue"].astype(float).fillna(0).to_numpy() != 0
+            if "in_tissue" in obs
+            else np.ones(len(spots), bool)
+        )
         usable, rejected = split_usable(spots, selected)
         return Expression(usable, genes, tuple(sorted(rejected)))
 

@@ -157,7 +157,7 @@ def _read_positions(path: str) -> _Positions:
         wrong = ~np.isfinite(number.to_numpy(np.float64)).all(axis=1)
         if wrong.any():
             line = int(wrong.argmax())
-            cells = ", ".join(f"{name} {table[name][line]}" for name in columns)
+            cells = ", ".join(f"{name} {table[name].iloc[line]}" for name in columns)
             raise SourceError(f"row {line + 2} holds no position: {cells}")
         places = list(zip(*(np.rint(number[name]).astype(int).tolist() for name in ("x", "y")), strict=True))
         require_unique([_name(place) for place in places], "spot")

@@ -83,7 +83,7 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
     fresh = [row for row in rows if _source_of(entries.get(row.section_id)) != sources[row.section_id]]
     headers = dict(zip((row.section_id for row in fresh), read_headers(fresh), strict=True))
     mpp = {row.section_id: _mpp(row.section_id, headers, entries) for row in rows}
-    recipe = Recipe(config.tiles, _table_mpp(config.tiles, mpp))
+    recipe = Recipe(config.tiles, _table_mpp(config.tiles, mpp, previous))
     _require_no_upsampling(recipe, mpp)
     names = {row.section_id: f"{sources[row.section_id]}-{_settings_digest(recipe)}" for row in rows}
     done = {name for name, entry in entries.items() if entry.fingerprint == names.get(name)}
@@ -100,6 +100,16 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
         known=known,
         headers=headers,
     )
+
+
+def last_versions(plan: Plan, section_ids: Iterable[str]) -> list[SectionEntry]:
+    """Returns the entries that sections have in the table already, where they were cut under the same settings.
+
+    For sections whose new version cannot be cut: their old fingerprint has the next run try again.
+    """
+    there = {entry.section_id: entry for entry in plan.previous.sections} if plan.previous else {}
+    found = [there[name] for name in section_ids if name in there]
+    return [entry for entry in found if entry.fingerprint.split("-")[1] == _settings_digest(plan.recipe)]
 
 
 def describe(plan: Plan) -> str:
@@ -145,8 +155,11 @@ def _mpp(section_id: str, headers: dict[str, Header], entries: dict[str, Section
     return headers[section_id].mpp if section_id in headers else entries[section_id].source_mpp
 
 
-def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float]) -> float:
-    """Returns the tiles' resolution: the setting, else the sections' most common one where all agree within 2 %."""
+def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float], previous: Manifest | None) -> float:
+    """Returns the tiles' resolution: the setting, else where all sections agree within 2 % the table's, else theirs.
+
+    The table's goes first, so that a new section does not have all others cut again.
+    """
     if tiles.mpp is not None:
         return tiles.mpp
     low, high = (choose(mpp, key=mpp.__getitem__) for choose in (min, max))
@@ -155,6 +168,8 @@ def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float]) -> float:
             f"tiles.mpp is empty and the sections' resolutions differ: {low} has {mpp[low]:.4g} um/px, {high} "
             f"{mpp[high]:.4g}; set tiles.mpp (to {mpp[high]:.4g} or more, so that nothing is enlarged)"
         )
+    if previous and max(mpp[high], previous.mpp) <= NATIVE_RATIO * min(mpp[low], previous.mpp):
+        return previous.mpp
     times = Counter(mpp.values())
     return min(times, key=lambda value: (-times[value], value))  # whatever the order of the sheet
 
@@ -164,8 +179,8 @@ def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
     if enlarged and not recipe.tiles.allow_upsampling:
         named = ", ".join(f"{name} by {factor:.3g}" for name, factor in enlarged.items())
         raise ConfigError(
-            f"tiles.mpp={recipe.mpp:.4g} would enlarge {named}; allowed is {MAX_UPSAMPLING}: raise tiles.mpp, "
-            "or set tiles.allow_upsampling=true"
+            f"tiles.mpp={recipe.mpp:.4g} would enlarge {named}; allowed is {MAX_UPSAMPLING}: raise tiles.mpp where no "
+            "model fixes it, or set tiles.allow_upsampling=true"
         )
 
 

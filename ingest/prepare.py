@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ingest.expression import Gene
 from ingest.header import Header, read_header
-from ingest.plan import Plan, describe, make_plan
+from ingest.plan import Plan, describe, last_versions, make_plan
 from ingest.section import cut_section
 from ingest.sheet import SectionRow
 from ingest.slides import MAX_PLAIN_PX, PLAIN_BYTES_PER_PX
@@ -66,7 +66,9 @@ def prepare(sheet_uri: str, out_uri: str, config: Config, progress: bool = True)
     with _bar(progress) as bar:
         plan = make_plan(sheet_uri, out_uri, config, lambda rows: _headers(rows, bar))
         entries, failures = _cut_all(plan, bar)
-    manifest = plan.previous if plan.is_done else _publish(plan, entries)
+    failed = {row.section_id for row in plan.todo.values()} - {entry.section_id for entry in entries}
+    manifest = plan.previous if plan.is_done else _publish(plan, [*entries, *last_versions(plan, failed)])
+    save_known(plan.root, plan.known)
     if failures:
         listed = "\n  ".join(failures)
         raise SourceError(
@@ -74,7 +76,6 @@ def prepare(sheet_uri: str, out_uri: str, config: Config, progress: bool = True)
             f"in {plan.root}:\n  {listed}"
         )
     assert manifest is not None, "without failures there is something to publish, or it was there"
-    save_known(plan.root, plan.known)
     redone = tuple(row.section_id for row in plan.todo.values())
     unchanged = tuple(entry.section_id for entry in plan.kept)
     seconds = time.monotonic() - started
@@ -185,6 +186,8 @@ def _publish(plan: Plan, entries: Iterable[SectionEntry]) -> Manifest | None:
     manifest = Manifest(
         tile_size_px=plan.recipe.tiles.size_px,
         mpp=plan.recipe.mpp,
+        encoding=plan.recipe.tiles.encoding,
+        jpeg_quality=plan.recipe.tiles.jpeg_quality,
         sentence_length=plan.recipe.tiles.sentence_length,
         genes_file=genes_file,
         genes_sha256=genes_sha256,

@@ -143,7 +143,7 @@ class _Pyramid:
             raise SourceError(f"it claims {self.dimensions[0]} px, allowed are {_MAX_SLIDE_EDGE_PX} along an edge")
         properties = self._slide.properties
         names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-        self.mpp = _common_mpp([float(properties[name]) for name in names if name in properties])
+        self.mpp = _plausible(_common_mpp([float(properties[name]) for name in names if name in properties]))
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
         down = self.downsamples[level]
@@ -170,8 +170,7 @@ class _Plain:
                 )
             _require_plain(self._image)
             dpi = [float(value) for value in self._image.info.get("dpi", ()) if value > 0]
-        mpp = _common_mpp([25400.0 / value for value in dpi])
-        self.mpp = mpp if mpp and _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1] else None
+        self.mpp = _plausible(_common_mpp([25400.0 / value for value in dpi]))
         self._decoded = False
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
@@ -208,7 +207,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         if not _is_opaque(image):
             raise SourceError("it has transparent pixels, which are no tissue and no background; store it opaque")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _on_white(region: Image.Image) -> tuple[Image.Image, bool]:
@@ -231,6 +230,11 @@ def _common_mpp(values: list[float]) -> float | None:
     if max(values) > _AGREEING * min(values):
         raise SourceError(f"its pixels are not square: {values} micrometres along x and y")
     return sum(values) / len(values)
+
+
+def _plausible(mpp: float | None) -> float | None:
+    """Returns a resolution that a scan can have, or None: many programs write 72 dpi where they know nothing."""
+    return mpp if mpp and _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1] else None
 
 
 @contextmanager

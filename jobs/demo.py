@@ -6,6 +6,8 @@ Every step is a command that you can run yourself; each is printed before it run
 
 import argparse
 import csv
+import hashlib
+import json
 import shlex
 import subprocess
 import sys
@@ -29,11 +31,21 @@ def main() -> None:
     parser.add_argument("--samples", help="a sample sheet of real sections [a synthetic cohort is made]")
     parser.add_argument("--weights", help="ImageNet weights of DenseNet-121, a file [random weights]")
     parser.add_argument("--test-patient", help="the patient to hold out [the last in the sheet]")
-    parser.add_argument("--out", default="demo", help="folder for everything that is made [demo]")
+    parser.add_argument("--out", help="folder for everything that is made [demo, or demo-... named by the inputs]")
     arguments = parser.parse_args()
-    out = Path(arguments.out).absolute()
+    out = Path(arguments.out or default_folder(arguments)).absolute()
     out.mkdir(parents=True, exist_ok=True)
     Steps(out, time.monotonic()).run_all(arguments)
+
+
+def default_folder(arguments: argparse.Namespace) -> str:
+    """Returns a folder for these inputs alone, so that demos of several cohorts or weights stand side by side."""
+    inputs = [arguments.samples, arguments.weights, arguments.test_patient]
+    if not any(inputs):
+        return "demo"
+    places = [storage.absolute(place) if place else "" for place in inputs[:2]]
+    digest = hashlib.sha256(json.dumps([*places, arguments.test_patient]).encode()).hexdigest()[:8]
+    return f"demo-{Path(arguments.samples).stem if arguments.samples else 'synthetic'}-{digest}"
 
 
 class Steps:

@@ -5,6 +5,8 @@ import _launch  # first: puts the project on the path
 from _cli import Argument, describe, parse, run
 
 from mclstexp.config import Config, override
+from mclstexp.errors import ConfigError
+from mclstexp.settings import TilesConfig
 
 EXAMPLE = "python jobs/predict.py --model models:/mclstexp@champion --samples slides.csv --out s3://bucket/predictions"
 ARGUMENTS = [
@@ -12,7 +14,8 @@ ARGUMENTS = [
     Argument("samples", "a sample sheet (.csv) of slides, or a tile table (folder or s3:// URI)"),
     Argument("out", "where SECTION.parquet and SECTION.h5ad go"),
 ]
-SECTIONS = ("storage", "cluster", "tracking")
+SECTIONS = ("storage", "cluster", "tiles", "tracking")
+FREE_TILES = ("allow_upsampling", "min_tissue")
 
 
 def main() -> None:
@@ -66,9 +69,18 @@ def _plan(arguments, tiles: str, is_sheet: bool, model, config: Config) -> str: 
 
 
 def _tiles_config(config: Config, model) -> Config:  # noqa: ANN001
-    """Returns the settings under which slides are cut as the model's training tiles were."""
-    recipe = config.model_copy(update={"tiles": model.config.tiles})
-    return override(recipe, {"tiles.size_px": model.tile_size_px, "tiles.mpp": model.mpp})
+    """Returns the settings under which slides are cut as the model's training tiles were.
+
+    Raises:
+        ConfigError: a setting that the model fixes was set to something else; names both values.
+    """
+    own, asked, default = model.config.tiles, config.tiles, TilesConfig()
+    for name in set(TilesConfig.model_fields) - set(FREE_TILES):
+        value, fixed = getattr(asked, name), getattr(own, name)
+        if value not in (fixed, getattr(default, name)):
+            raise ConfigError(f"the model's tiles have tiles.{name}={fixed}, got {value}; leave it out")
+    free = {f"tiles.{name}": getattr(asked, name) for name in FREE_TILES}
+    return override(config.model_copy(update={"tiles": own}), free)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,15 @@ def test_head_holds_no_work_and_the_pools_are_spot() -> None:
     assert all(kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"} for kind in pools.values())
 
 
+def test_every_node_names_an_image_and_a_profile_and_knows_the_buckets_region() -> None:
+    nodes = [kind["node_config"] for kind in CLUSTER["available_node_types"].values()]
+    assert all(node["ImageId"].startswith("ami-") for node in nodes), "Ray's default image is too old"
+    assert all(node["IamInstanceProfile"]["Name"] for node in nodes), "Ray gives its own profile to the head alone"
+    region = f"AWS_REGION={CLUSTER['provider']['region']}"
+    starts = [CLUSTER[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
+    assert all(region in command for command in (*starts, CLUSTER["setup_commands"][-1]))
+
+
 def test_every_ray_command_carries_the_token_mode_and_the_dashboard_stays_on_loopback() -> None:
     commands = CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in command for command in commands)

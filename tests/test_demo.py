@@ -1,5 +1,6 @@
 """What the demo decides itself: who is held out, and which slides are predicted."""
 
+import argparse
 from pathlib import Path
 
 import demo
@@ -17,6 +18,18 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[SectionRow]:
 
 def test_the_last_measured_patient_is_held_out(rows: list[SectionRow]) -> None:
     assert demo.last_patient(rows) == "P3"
+
+
+def test_each_choice_of_inputs_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    def folder(**inputs: str) -> str:
+        arguments = {"samples": None, "weights": None, "test_patient": None} | inputs
+        return demo.default_folder(argparse.Namespace(**arguments))
+
+    choices = [{}, {"samples": "a.csv"}, {"samples": "b/a.csv"}, {"samples": "a.csv", "weights": "w.pth"}]
+    choices.append({"samples": "a.csv", "test_patient": "B"})
+    assert len({folder(**choice) for choice in choices}) == len(choices)
+    assert folder() == "demo"
+    assert folder(samples="a.csv") == folder(samples=str(Path("a.csv").absolute()))
 
 
 def test_one_patient_is_too_few(rows: list[SectionRow]) -> None:

@@ -86,7 +86,15 @@ def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     empty = Manifest(
-        tile_size_px=32, mpp=0.5, sentence_length=16, genes_file="", genes_sha256="", num_genes=0, sections=()
+        tile_size_px=32,
+        mpp=0.5,
+        encoding="jpeg",
+        jpeg_quality=90,
+        sentence_length=16,
+        genes_file="",
+        genes_sha256="",
+        num_genes=0,
+        sections=(),
     )
     network = _network(_config())
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})

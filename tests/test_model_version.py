@@ -138,13 +138,25 @@ def test_a_list_of_files_that_leaves_one_out_is_refused(folder: Path) -> None:
 def test_a_table_cut_otherwise_is_refused_with_both_values(folder: Path) -> None:
     model = ModelVersion.load(folder)
     manifest = Manifest(
-        tile_size_px=32, mpp=0.509, sentence_length=16, genes_file="", genes_sha256="", num_genes=0, sections=()
+        tile_size_px=32,
+        mpp=0.509,
+        encoding="jpeg",
+        jpeg_quality=90,
+        sentence_length=16,
+        genes_file="",
+        genes_sha256="",
+        num_genes=0,
+        sections=(),
     )
     model.require_table(manifest)
     with pytest.raises(ModelError, match=r"takes tiles of 0\.5 um/px, the table has 0\.511"):
         model.require_table(manifest.model_copy(update={"mpp": 0.511}))
     with pytest.raises(ModelError, match="takes tiles of 32 px, the table has 64 px"):
         model.require_table(manifest.model_copy(update={"tile_size_px": 64}))
+    with pytest.raises(ModelError, match=r"tiles are jpeg of quality 90, the table's png, .*--tiles.encoding jpeg"):
+        model.require_table(manifest.model_copy(update={"encoding": "png"}))
+    with pytest.raises(ModelError, match="the table's jpeg of quality 95"):
+        model.require_table(manifest.model_copy(update={"jpeg_quality": 95}))
 
 
 def test_another_schema_is_refused(folder: Path) -> None:

@@ -60,6 +60,11 @@ def test_what_fits_is_let_through(nodes: list[dict], alive: list[dict], settings
         ),
         ([_node(CPU=16), _node(CPU=1, GPU=2)], {"train_num_workers": 2, "train_use_gpu": True}, "hold 1"),
         (
+            [_node("cpu", CPU=2), _node(CPU=2)],
+            {"train_num_workers": 3, "cluster_data_pool": "cpu"},
+            r"1 node\(s\) outside cluster.data_pool=cpu with 2 CPU\(s\) hold 2",
+        ),
+        (
             [_node("gpu", CPU=8), _node("cpu", CPU=0)],
             {"cluster_data_pool": "cpu"},
             r"pool=cpu \(found: gpu\); start nodes with --labels pool=cpu",
@@ -80,6 +85,11 @@ def test_a_ray_on_this_machine_holds_every_run(nodes: list[dict], num_workers: i
     config = _config(train_num_workers=num_workers, train_cpus_per_worker=cpus_per_worker)
     nodes.append(_node(CPU=resources.local_ray(config)["num_cpus"]))
     resources.require(config)
+
+
+def test_workers_stay_off_the_pool_that_decodes_for_them() -> None:
+    assert resources.worker_nodes(_config()) is None
+    assert resources.worker_nodes(_config(cluster_data_pool="cpu")) == {"pool": "!cpu"}
 
 
 def test_the_number_of_local_cpus_can_be_set() -> None:

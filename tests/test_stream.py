@@ -33,7 +33,9 @@ def _manifest(groups: dict[str, int], spots: int = 10) -> Manifest:
         for name, count in groups.items()
     ]
     genes = {"genes_file": "g", "genes_sha256": "", "num_genes": 3}
-    return Manifest(tile_size_px=32, mpp=1.0, sentence_length=16, sections=tuple(entries), **genes)
+    return Manifest(
+        tile_size_px=32, mpp=1.0, encoding="jpeg", jpeg_quality=90, sentence_length=16, sections=tuple(entries), **genes
+    )
 
 
 SENTENCES = stream.sentence_index(_manifest({"A1": 5, "A2": 5, "B1": 5, "C1": 8}), ["A1", "A2", "B1", "C1"])

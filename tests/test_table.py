@@ -97,6 +97,8 @@ def write_manifest(root, entry):
     manifest = Manifest(
         tile_size_px=16,
         mpp=0.5,
+        encoding="jpeg",
+        jpeg_quality=90,
         sentence_length=16,
         genes_file="genes.parquet",
         genes_sha256="",

@@ -247,6 +247,17 @@ def test_an_unreachable_server_is_a_users_error(monkeypatch: pytest.MonkeyPatch)
     config = override(Config(), {"tracking.uri": "http://127.0.0.1:9"})
     with pytest.raises(UserError, match=r"tracking\.uri=http://127\.0\.0\.1:9 cannot be used"):
         tracking.start_run(config, "none", {})
+    with pytest.raises(UserError, match=r"tracking\.uri=http://127\.0\.0\.1:9 cannot be used"):
+        tracking.fetch_model(config.tracking, "models:/mclstexp@champion", "unused")
+    with pytest.raises(UserError, match=r"tracking\.uri=http://127\.0\.0\.1:9 cannot be used"):
+        tracking.log_artifacts(config.tracking, "0" * 32, ".", "none")
+
+
+def test_a_mistyped_database_is_not_made_by_looking_into_it(tmp_path: Path) -> None:
+    config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/mlfow.db"})
+    with pytest.raises(ModelError, match=r"mlfow\.db names no file"):
+        tracking.fetch_model(config.tracking, "models:/mclstexp@champion", str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("uri", ["models:/none@champion", "models:/none/1", "models:/none"])

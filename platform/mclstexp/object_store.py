@@ -39,14 +39,14 @@ def region() -> str:
 
 
 def get(uri: str, start: int, length: int | None) -> bytes:
-    """Returns an object's bytes, or up to `length` of them from `start`; a body that breaks off is asked for again."""
+    """Returns an object's bytes from `start` on, at most `length`; a body that breaks off is asked for again."""
     bucket, key = _address(uri)
     with _errors("read", uri):
         for attempt in range(_BODY_TRIES):
             try:
-                if length is None:
+                if length is None and not start:
                     return client().get_object(Bucket=bucket, Key=key)["Body"].read()
-                span = f"bytes={start}-{start + length - 1}"
+                span = f"bytes={start}-{'' if length is None else start + length - 1}"
                 return client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
             except (HTTPClientError, IncompleteReadError):
                 if attempt == _BODY_TRIES - 1:

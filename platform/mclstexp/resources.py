@@ -39,6 +39,11 @@ def worker_resources(config: Config) -> dict[str, float]:
     return claimed | {"GPU": 1} if config.train.use_gpu else claimed
 
 
+def worker_nodes(config: Config) -> dict[str, str] | None:
+    """Returns the label selector of training workers: they stay off the nodes that decode for them."""
+    return {"pool": f"!{config.cluster.data_pool}"} if config.cluster.data_pool else None
+
+
 def plan(config: Config) -> str:
     """Returns what a training run asks for, in words."""
     train, gpus = config.train, "1 GPU and " if config.train.use_gpu else ""
@@ -107,7 +112,8 @@ def _asked_for(config: Config) -> Iterator[None]:
 
     pool = {"pool": config.cluster.data_pool} if config.cluster.data_pool else {}
     workers = [worker_resources(config)] * config.train.num_workers
-    request_resources(bundles=[*workers, {"CPU": 1}], bundle_label_selectors=[*[{}] * len(workers), pool])
+    selectors = [worker_nodes(config) or {}] * len(workers)
+    request_resources(bundles=[*workers, {"CPU": 1}], bundle_label_selectors=[*selectors, pool])
     try:
         yield
     finally:
@@ -123,11 +129,14 @@ def _lack(config: Config, nodes: list[Node]) -> str:
             f"the run asks for {train.num_workers} GPU(s) (train.num_workers), the cluster has {total_gpus}; lower "
             "train.num_workers, or set train.use_gpu=false, or raise cluster.wait_s where nodes can be added"
         )
-    slots = sum(_slots(config, node) for node in nodes)
+    hosts = [node for node in nodes if not pool or node["Labels"].get("pool") != pool]
+    slots = sum(_slots(config, node) for node in hosts)
     if slots < train.num_workers:
+        outside = f" outside cluster.data_pool={pool}" if pool else ""
         return (
             f"the run asks for {train.num_workers} worker(s) of {train.cpus_per_worker} CPU(s), the cluster's "
-            f"{len(nodes)} node(s) with {total_cpus} CPU(s) hold {slots}; lower train.num_workers or "
+            f"{len(hosts)} node(s){outside} with {sum(_has(node, 'CPU') for node in hosts)} CPU(s) hold {slots}; lower "
+            "train.num_workers or "
             "train.cpus_per_worker, or raise cluster.local_cpus on one machine"
         )
     needed = train.num_workers * train.cpus_per_worker + 1

@@ -53,6 +53,7 @@ class StorageConfig(Section):
         """Returns the block as AWS environment variables (no secrets), for the driver and all workers."""
         values = {
             "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "AWS_REGION": self.region,
             "AWS_DEFAULT_REGION": self.region,
             "AWS_PROFILE": self.profile,
@@ -70,7 +71,7 @@ class ClusterConfig(Section):
     data_cpus: int = Field(1, ge=1)
     """CPUs that each training worker's data stream may use for reading and decoding."""
     data_pool: str | None = None
-    """Value of the Ray node label `pool` on which tiles are decoded; empty: any node."""
+    """Value of the Ray node label `pool` on which tiles are decoded and no worker trains; empty: any node."""
     wait_s: float = Field(0.0, ge=0)
     """Seconds to wait for an autoscaler to add nodes before a run that does not fit is refused."""
 
@@ -175,13 +176,13 @@ class TrainConfig(Section):
     batching: Literal["sentences", "random_spots"] = "sentences"
     """A batch is a set of neighbourhoods, or random spots of all sections that attend to each other (as published)."""
     batch_sentences: int = Field(4, ge=1)
-    """Sentences of a global batch, over all workers."""
+    """Sentences of a global batch, over all workers. Unused with `random_spots`."""
     batch_spots: int = Field(128, ge=2)
     """Spots of a global batch with `random_spots`, over all workers."""
     positives: Literal["pairs", "soft"] = "pairs"
     """A tile's positive is its own spot alone, or every spot by similarity within either side (BLEEP)."""
     drop_spots: float = Field(0.3, ge=0, lt=1)
-    """Largest share of a sentence's spots left out, drawn anew for each sentence and epoch."""
+    """Largest share of a sentence's spots left out, new for each sentence and epoch. Unused with `random_spots`."""
     augmentation: Literal["none", "default", "reference"] = "default"
     """Flips, quarter turns and mild colour and stain jitter; or the published recipe; or none."""
     optimizer: Literal["adam", "adamw"] = "adamw"

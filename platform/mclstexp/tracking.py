@@ -11,9 +11,13 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -44,14 +48,12 @@ def start_run(config: Config, name: str, tags: dict[str, str]) -> str:
     Raises:
         UserError: the tracking server cannot be reached.
     """
-    client = _client(config.tracking)
-    try:
+    tree = config.model_dump(mode="json")
+    params = [Param(key, str(tree[key.partition(".")[0]][key.partition(".")[2]])) for key in leaf_fields()]
+    with _reachable(config.tracking):
+        client = _client(config.tracking)
         run = client.create_run(_experiment(client, config.tracking), run_name=name, tags=tags)
-        tree = config.model_dump(mode="json")
-        params = [Param(key, str(tree[key.partition(".")[0]][key.partition(".")[2]])) for key in leaf_fields()]
         client.log_batch(run.info.run_id, params=params)
-    except MlflowException as error:
-        raise UserError(f"tracking.uri={config.tracking.uri} cannot be used: {error}") from error
     return str(run.info.run_id)
 
 
@@ -61,15 +63,18 @@ def finish_run(config: TrackingConfig, run_id: str) -> None:
     Raises:
         UserError: the tracking server cannot be reached.
     """
-    try:
+    with _reachable(config):
         _client(config).set_terminated(run_id)
-    except MlflowException as error:
-        raise UserError(f"tracking.uri={config.uri} cannot be used: {error}; run the same command again") from error
 
 
 def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_path: str) -> None:
-    """Uploads a local folder's files to a run."""
-    _client(config).log_artifacts(run_id, folder, artifact_path)
+    """Uploads a local folder's files to a run.
+
+    Raises:
+        UserError: the tracking server or its artifact store cannot be reached.
+    """
+    with _reachable(config):
+        _client(config).log_artifacts(run_id, folder, artifact_path)
 
 
 class MetricLog:
@@ -127,7 +132,7 @@ def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[
     A run has one version however often this is called. The first version of a name becomes `champion`.
     """
     client, name = _client(config), config.model_name
-    try:
+    with _reachable(config):
         known = client.search_model_versions(f"name = '{name}'")
         version = next((version for version in known if version.run_id == run_id), None)
         if version is None:
@@ -137,18 +142,22 @@ def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[
         # A driver that was killed after it made the first version left it without its alias.
         if int(version.version) == 1 and not client.get_registered_model(name).aliases:
             client.set_registered_model_alias(name, CHAMPION, version.version)
-    except MlflowException as error:
-        raise UserError(f"cannot register {name} at tracking.uri={config.uri}: {error}") from error
     return str(version.version)
 
 
 def tag_version(config: TrackingConfig, model_uri: str, tags: dict[str, str]) -> str | None:
-    """Sets tags on a registered version and returns its run's id; None where the URI is a folder."""
+    """Sets tags on a registered version and returns its run's id; None where the URI is a folder.
+
+    Raises:
+        ModelError: there is no such version.
+        UserError: the tracking server cannot be reached.
+    """
     if not model_uri.startswith("models:/"):
         return None
-    client, version = _client(config), _find(config, model_uri)
-    for key, value in tags.items():
-        client.set_model_version_tag(version.name, version.version, key, value)
+    version = _find(config, model_uri)
+    with _reachable(config):
+        for key, value in tags.items():
+            _client(config).set_model_version_tag(version.name, version.version, key, value)
     return str(version.run_id)
 
 
@@ -162,17 +171,30 @@ def fetch_model(config: TrackingConfig, model_uri: str, scratch: str) -> str:
 
     Raises:
         ModelError: there is no such model, version or alias; lists what there is.
+        UserError: the tracking server or its artifact store cannot be reached.
     """
     if not model_uri.startswith("models:/"):
         if storage.is_s3(model_uri):
             return _download_folder(model_uri, scratch)
         return storage.absolute(model_uri)
     version = _find(config, model_uri)
-    source = _client(config).get_model_version_download_uri(version.name, version.version)
-    folder = mlflow.artifacts.download_artifacts(
-        artifact_uri=f"{source}/artifacts/version", dst_path=scratch, tracking_uri=config.uri
-    )
+    with _reachable(config):
+        source = _client(config).get_model_version_download_uri(version.name, version.version)
+        folder = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{source}/artifacts/version", dst_path=scratch, tracking_uri=config.uri
+        )
     return str(folder)
+
+
+@contextmanager
+def _reachable(config: TrackingConfig) -> Iterator[None]:
+    """Turns what MLflow and its artifact stores raise into an error that names the setting."""
+    try:
+        yield
+    except (MlflowException, BotoCoreError, Boto3Error, ClientError, OSError) as error:
+        raise UserError(
+            f"tracking.uri={config.uri} cannot be used: {error}; mend it and run the same command again"
+        ) from error
 
 
 def _client(config: TrackingConfig) -> MlflowClient:
@@ -229,6 +251,9 @@ def _save_pyfunc(target: str, version: str) -> None:
 
 
 def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_registry.ModelVersion:
+    file = Path(config.uri.removeprefix("sqlite:///"))
+    if config.uri.startswith("sqlite:///") and not file.is_file():
+        raise ModelError(f"there is no {model_uri}: tracking.uri={config.uri} names no file; name the one of training")
     client, path = _client(config), model_uri.removeprefix("models:/")
     name, at, alias = path.partition("@")
     try:
@@ -237,7 +262,9 @@ def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_regis
         name, _, number = path.partition("/")
         return client.get_model_version(name, number)
     except MlflowException as error:
-        raise ModelError(f"there is no {model_uri} at tracking.uri={config.uri}; {_existing(client, name)}") from error
+        with _reachable(config):
+            existing = _existing(client, name)
+        raise ModelError(f"there is no {model_uri} at tracking.uri={config.uri}; {existing}") from error
 
 
 def _existing(client: MlflowClient, name: str) -> str:

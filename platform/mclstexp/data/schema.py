@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mclstexp import storage
 from mclstexp.errors import TableError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 TILE_SCHEMA = pa.schema(
@@ -97,6 +97,10 @@ class Manifest(_Record):
     tile_size_px: int
     mpp: float
     """Micrometres per tile pixel."""
+    encoding: str
+    """Encoding of the stored tiles: jpeg or png."""
+    jpeg_quality: int
+    """Quality of a jpeg tile; from 95 on with full colour resolution."""
     sentence_length: int
     genes_file: str
     genes_sha256: str

@@ -23,6 +23,7 @@ from mclstexp.errors import ModelError
 from mclstexp.inference.bank import ARRAYS, Bank
 from mclstexp.inference.retrieval import Retrieved, regressed, resolve, retrieve
 from mclstexp.model.towers import TwoTowers
+from mclstexp.settings import TilesConfig
 from mclstexp.training.checkpoint import plain_tensors
 
 MODEL_SCHEMA = 1
@@ -142,7 +143,7 @@ class ModelVersion:
         """Checks that a tile table was cut as the model's tiles were.
 
         Raises:
-            ModelError: tile size or resolution differ; names both values.
+            ModelError: tile size, resolution or encoding differ; names both values.
         """
         if manifest.tile_size_px != self.tile_size_px:
             raise ModelError(
@@ -154,6 +155,16 @@ class ModelVersion:
                 f"the model takes tiles of {self.mpp:.4g} um/px, the table has {manifest.mpp:.4g}; prepare it with "
                 f"--tiles.mpp {self.mpp:.4g}"
             )
+        own, other = (_encoding(source) for source in (self.config.tiles, manifest))
+        if own != other:
+            raise ModelError(
+                f"the model's tiles are {own}, the table's {other}, which changes fine texture; prepare it with "
+                f"--tiles.encoding {self.config.tiles.encoding} --tiles.jpeg_quality {self.config.tiles.jpeg_quality}"
+            )
+
+
+def _encoding(source: TilesConfig | Manifest) -> str:
+    return f"jpeg of quality {source.jpeg_quality}" if source.encoding == "jpeg" else source.encoding
 
 
 def _verify(folder: Path) -> None:

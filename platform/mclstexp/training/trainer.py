@@ -15,7 +15,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mclstexp import resources, storage
-from mclstexp.config import Config
+from mclstexp.config import Config, override
 from mclstexp.data.folds import Split, make_split
 from mclstexp.data.genes import GenePanel, fit_panel
 from mclstexp.data.schema import Manifest, load_manifest
@@ -95,6 +95,7 @@ def open_run(data: str, out: str, name: str | None, config: Config, start_tracki
     """
     root = storage.absolute(data)
     manifest = load_manifest(root)
+    config = override(config, recorded_tiles(manifest), "the tile table")  # so that a version knows how they were cut
     split = make_split(manifest, config.split)
     name = name or default_name(config, manifest)
     uri = storage.join(storage.absolute(out), name, RECORD)
@@ -114,6 +115,13 @@ def open_run(data: str, out: str, name: str | None, config: Config, start_tracki
     return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id)
 
 
+def recorded_tiles(manifest: Manifest) -> dict[str, object]:
+    """Returns the settings under which a table's tiles were cut, by their dotted names."""
+    cut = {"size_px": manifest.tile_size_px}
+    cut |= {name: getattr(manifest, name) for name in ("mpp", "encoding", "jpeg_quality", "sentence_length")}
+    return {f"tiles.{name}": value for name, value in cut.items()}
+
+
 def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
     """Trains the run to its end and returns the URI of its last checkpoint; finished work is not repeated.
 
@@ -130,6 +138,7 @@ def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
             resources_per_worker=resources.worker_resources(run.config),
+            label_selector=resources.worker_nodes(run.config),  # type: ignore[call-arg]  # typed as the older one
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
         run_config=RunConfig(
