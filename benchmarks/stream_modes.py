@@ -96,14 +96,14 @@ def peak_store_mb(stop: threading.Event, peak: list[float]) -> None:
         peak.append(float(used[1]) if used else 0.0)
 
 
-def start(mode: str, index: list[stream.Sentence], num_ranks: int, kill: bool) -> tuple[list[object], list[object]]:
+def start(mode: str, index: list[stream.Sentence], num_ranks: int) -> tuple[list[object], list[object]]:
     """Starts all ranks in a mode; returns the actors and their results' references."""
     ranks = [Rank.remote() for _ in range(num_ranks)]
     if mode == "own":
         store = int(ray.cluster_resources()["object_store_memory"] / (2 * num_ranks))
         share = stream.StreamShare(1, store, None)
         return ranks, [actor.own.remote(index, rank, num_ranks, share) for rank, actor in enumerate(ranks)]
-    rows = stream.rank_slice(index, 1, 0, 1, 0)
+    rows = stream.rank_slice(stream.epoch_order(index, 0, 0), 1, 0, 1, 0)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows) // STEP)
         .randomize_block_order()
@@ -118,7 +118,7 @@ def measure(mode: str, index: list[stream.Sentence], num_ranks: int) -> str:
     stop, peak = threading.Event(), [0.0]
     sampler = threading.Thread(target=peak_store_mb, args=(stop, peak), daemon=True)
     sampler.start()
-    _, references = start(mode, index, num_ranks, kill=False)
+    _, references = start(mode, index, num_ranks)
     results = ray.get(references)
     stop.set()
     sampler.join()
@@ -133,7 +133,7 @@ def measure(mode: str, index: list[stream.Sentence], num_ranks: int) -> str:
 
 def measure_death(mode: str, index: list[stream.Sentence], num_ranks: int, after_s: float, wait_s: float) -> str:
     """Kills one rank in mid-epoch and tells how many of the others still finish."""
-    ranks, references = start(mode, index, num_ranks, kill=True)
+    ranks, references = start(mode, index, num_ranks)
     time.sleep(after_s)
     ray.kill(ranks[-1])
     done, _ = ray.wait(references[:-1], num_returns=num_ranks - 1, timeout=wait_s)
