@@ -27,6 +27,7 @@ from mclstexp.inference.embed import embed_sections, network_of
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.inference.retrieval import Retrieved, retrieve
 from mclstexp.model.towers import TwoTowers
+from mclstexp.training.trainer import recorded_tiles
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -45,7 +46,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def model(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
     """An untrained model with a random bank, cut for the session's tile table."""
-    config, manifest = override(Config(), SETTINGS), load_manifest(tiles)
+    manifest = load_manifest(tiles)
+    config = override(Config(), SETTINGS | recorded_tiles(manifest))
     measured = [entry.section_id for entry in manifest.sections if entry.measured]
     panel: GenePanel = fit_panel(tiles, manifest, measured, config.genes)
     torch.manual_seed(0)
