@@ -31,6 +31,7 @@ from mclstexp.settings import TrackingConfig
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 CHAMPION = "champion"
 FLUSH_S, RETRY_S = 30.0, 2.0
 _BATCH = 500  # MLflow takes at most 1000 metrics a request
