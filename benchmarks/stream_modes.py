@@ -35,9 +35,11 @@ SPOTS, SIZE, GENES, EPOCHS, STEP = 16, 64, 200, 3, 4
 
 def load(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Reads and decodes one sentence (a row group), as the training stream does."""
-    table = pq.ParquetFile(str(rows["section_id"][0])).read_row_group(int(rows["group"][0]))
-    images = np.stack([decode_tile(tile.as_py()) for tile in table["image"]])
-    spots = {"image": images, "expression": np.zeros((SPOTS, GENES), np.float32)}
+    tiles: list[bytes] = []
+    if rows["group"][0] >= 0:  # else the filler of a last step
+        tiles = pq.ParquetFile(str(rows["section_id"][0])).read_row_group(int(rows["group"][0]))["image"].to_pylist()
+    images = np.array([decode_tile(tile) for tile in tiles], np.uint8).reshape(-1, SIZE, SIZE, 3)
+    spots = {"image": images, "expression": np.zeros((len(images), GENES), np.float32)}
     return stream.pad(spots, SPOTS) | {"sentence_id": rows["sentence_id"]}
 
 

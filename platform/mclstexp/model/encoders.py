@@ -1,7 +1,8 @@
 """Image encoders by name: each maps float images (N, 3, size, size) to pooled features (N, F).
 
 Weights are random, ImageNet's from torchvision, or a local file, so that nothing needs a download to run. Files
-are read without executing pickled code.
+are read without executing pickled code. torchvision and timm are imported where they are used: each takes every process
+two seconds or more.
 """
 
 import difflib
@@ -15,7 +16,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,7 +37,9 @@ class DenseNet121(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = torchvision.models.densenet121().features
+        from torchvision.models import densenet121
+
+        self.features = densenet121().features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Returns features (N, 1024)."""
@@ -63,6 +65,8 @@ class SmallCNN(nn.Module):
 
 
 def _resnet(name: str) -> nn.Module:
+    import torchvision
+
     network = getattr(torchvision.models, name)()
     network.num_features = network.fc.in_features
     network.fc = nn.Identity()
@@ -73,6 +77,8 @@ def _vit(tile_size_px: int) -> nn.Module:
     if tile_size_px % 16:
         nearest = max(16, 16 * round(tile_size_px / 16))
         raise ConfigError(f"model.image_encoder=vit_b_16 needs tiles.size_px in steps of 16; use {nearest}")
+    import torchvision
+
     network = torchvision.models.vit_b_16(image_size=tile_size_px)
     network.num_features = network.hidden_dim
     network.heads = nn.Identity()
@@ -87,11 +93,12 @@ _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     "small_cnn": lambda size: SmallCNN(),
 }
 _IMAGENET = {
-    "densenet121": torchvision.models.DenseNet121_Weights.IMAGENET1K_V1,
-    "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
-    "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V2,
-    "vit_b_16": torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1,
+    "densenet121": "DenseNet121_Weights.IMAGENET1K_V1",
+    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
+    "vit_b_16": "ViT_B_16_Weights.IMAGENET1K_V1",
 }
+"""torchvision's name of each encoder's weights."""
 
 
 def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.Module, int]:
@@ -143,7 +150,9 @@ def require_weights(name: str, weights: str) -> None:
 def _imagenet_state(name: str) -> dict[str, torch.Tensor]:
     if name not in _IMAGENET:
         raise ConfigError(f"there are no ImageNet weights for {name}; use model.image_weights=random or a file")
-    url = _IMAGENET[name].url
+    import torchvision
+
+    url = torchvision.models.get_weight(_IMAGENET[name]).url
     cached = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not cached.is_file():
         _download(url, cached)
