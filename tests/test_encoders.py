@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from mclstexp.config import Config, override
 from mclstexp.errors import ConfigError, ModelError
-from mclstexp.model import encoders
 from mclstexp.model.encoders import build_image_encoder, require_weights
 
 
@@ -112,7 +111,7 @@ def test_imagenet_without_cache_or_network_names_the_file_setting(
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     unreachable = type("Weights", (), {"url": "http://127.0.0.1:9/densenet121-a639ec97.pth"})
-    monkeypatch.setitem(encoders._IMAGENET, "densenet121", unreachable)
+    monkeypatch.setattr(torchvision.models, "get_weight", lambda name: unreachable)
     with pytest.raises(ModelError, match=r"--model\.image_weights FILE"):
         require_weights("densenet121", "imagenet")
 
