@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Scores a model version on its held-out sections, beside floors."""
 
+from pathlib import Path
+
 import _launch  # first: puts the project on the path
 from _cli import Argument, describe, parse, run
 
@@ -11,7 +13,12 @@ ARGUMENTS = [
     Argument("out", "where the score card goes [runs/scores/MODEL_DIGEST]", required=False),
     Argument("sections", "sections to score: A,B,... [those that the model held out]", required=False, default=""),
     Argument("probe-weights", "imagenet or a file: adds the ridge on that encoder's features [none]", required=False),
+    Argument(
+        "cohort", "adds the sets of marker genes that the markers file has for this cohort [none]", required=False
+    ),
+    Argument("markers", "YAML file of marker genes by cohort and set [jobs/configs/markers.yaml]", required=False),
 ]
+MARKERS = Path(__file__).parent / "configs" / "markers.yaml"
 SECTIONS = ("storage", "cluster", "tracking")
 
 
@@ -22,10 +29,15 @@ def main() -> None:
 
     from mclstexp import resources, storage, tracking
     from mclstexp.data.schema import load_manifest
+    from mclstexp.errors import ConfigError
     from mclstexp.evaluation.evaluate import held_out
+    from mclstexp.evaluation.markers import load_markers
     from mclstexp.inference.model_version import ModelVersion
     from mclstexp.model.encoders import require_weights
 
+    if arguments.markers and not arguments.cohort:
+        raise ConfigError(f"--markers {arguments.markers} needs --cohort NAME: which of its cohorts is scored")
+    markers = load_markers(arguments.markers or MARKERS, arguments.cohort) if arguments.cohort else {}
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
     arguments.sections = [name for name in arguments.sections.split(",") if name]
@@ -38,12 +50,12 @@ def main() -> None:
         return
     _launch.connect(config)
     resources.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
-    card = _score(model, arguments)
+    card = _score(model, arguments, markers)
     _save(card, arguments, config)
     print(f"score card {storage.join(storage.absolute(arguments.out), 'score_card.json')}")
 
 
-def _score(model, arguments):  # noqa: ANN001, ANN202
+def _score(model, arguments, markers):  # noqa: ANN001, ANN202
     from rich.console import Console
     from rich.progress import Progress
 
@@ -57,14 +69,13 @@ def _score(model, arguments):  # noqa: ANN001, ANN202
                 tasks[what] = bar.add_task(f"tiles through {what}")
             bar.update(tasks[what], completed=done, total=total)
 
-        card = evaluate(model, arguments.data, show, arguments.sections, arguments.probe_weights)
+        card = evaluate(model, arguments.data, show, arguments.sections, arguments.probe_weights, markers)
     Console(width=120).print(card.table())
     return card
 
 
 def _save(card, arguments, config) -> None:  # noqa: ANN001
     import tempfile
-    from pathlib import Path
 
     from mclstexp import storage, tracking
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
-from mclstexp.data.genes import GenePanel, fit_panel
+from mclstexp.data.genes import GenePanel, Normaliser, fit_panel
 from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import make_reader
 from mclstexp.data.table import read_columns, read_counts
-from mclstexp.errors import ModelError, SplitError, TableError, UserError
+from mclstexp.errors import ConfigError, ModelError, SplitError, TableError, UserError
 from mclstexp.evaluation.evaluate import evaluate, held_out
+from mclstexp.evaluation.targets import TARGETS, scored_targets
 from mclstexp.inference.bank import build_bank
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.model.build import build_network
 from mclstexp.model.towers import TwoTowers
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")]  # MLflow
@@ -51,7 +53,6 @@ def _version(tiles: str, **changes: object) -> ModelVersion:
     split = make_split(manifest, config.split)
     panel = fit_panel(tiles, manifest, split.train, config.genes)
     torch.manual_seed(0)
-    towers = TwoTowers(config.model, len(panel), 0, manifest.tile_size_px).eval()
     reader = make_reader(tiles, manifest, panel, config)
     record = TrainingRecord(
         manifest_digest=manifest.digest(),
@@ -62,9 +63,11 @@ def _version(tiles: str, **changes: object) -> ModelVersion:
         test_sections=split.test,
         epochs=1,
     )
-    bank = build_bank(towers, reader, split.train, False, lambda: None)
     geometry = (manifest.tile_size_px, manifest.mpp)
-    return ModelVersion(config, panel, geometry, 0, record, towers.state_dict(), bank)
+    network = build_network(config.model, len(panel), 0, manifest.tile_size_px).eval()
+    retrieves = isinstance(network, TwoTowers)
+    bank = build_bank(network, reader, split.train, False, lambda: None) if retrieves else None
+    return ModelVersion(config, panel, geometry, 0, record, network.state_dict(), bank)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +97,16 @@ def scored(tiles: str, version: ModelVersion, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "model").mkdir()
     version.save(folder / "model")
+    known, unknown = version.panel.names()[3], "ABSENT1"
+    (folder / "markers.yaml").write_text(f"tiny: {{two: ['{known}', '{unknown}']}}")
     torch.save(version.towers().image_tower.encoder.state_dict(), folder / "encoder.pth")
     arguments = {
         "--model": folder / "model",
         "--data": tiles,
         "--out": folder / "scores",
         "--probe-weights": folder / "encoder.pth",
+        "--markers": folder / "markers.yaml",
+        "--cohort": "tiny",
         "--tracking.uri": f"sqlite:///{folder}/mlflow.db",
     }
     printed = io.StringIO()
@@ -111,14 +118,16 @@ def scored(tiles: str, version: ModelVersion, tmp_path_factory: pytest.TempPathF
     return Scored(folder, record, pd.read_csv(folder / "scores" / "score_card.csv"), printed.getvalue())
 
 
-def _expression(tiles: str, version: ModelVersion, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """ln(1 + 1e4 count / total) over the panel, and the totals, from the stored counts."""
+def _expression(tiles: str, version: ModelVersion, name: str, target: str = "per_spot") -> tuple[np.ndarray, ...]:
+    """Panel expression from the stored counts, ln(1 + 1e4 count / spot total) or per gene in log10; and the totals."""
     manifest = load_manifest(tiles)
     counts = read_counts(tiles, manifest.section(name)).toarray().astype(float)
     order = load_genes(tiles, manifest)["gene_id"].to_pylist()
-    columns = [order.index(gene) for gene in version.panel.gene_id]
-    totals = counts.sum(axis=1, keepdims=True)
-    return np.log(1 + 1e4 * counts[:, columns] / totals), totals[:, 0]
+    own = counts[:, [order.index(gene) for gene in version.panel.gene_id]]
+    totals = counts.sum(axis=1)
+    if target == "per_gene":
+        return np.log10(1 + 1e4 * own / own.sum(axis=0)), totals
+    return np.log(1 + 1e4 * own / totals[:, None]), totals
 
 
 def _tiles_of(tiles: str, name: str) -> np.ndarray:
@@ -131,37 +140,53 @@ def _rgb(images: np.ndarray) -> np.ndarray:
     return np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
 
 
+def _trained_features(version: ModelVersion, images: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return version.towers().image_tower(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).numpy()
+
+
 def _assert_scores(row: pd.Series, truth: np.ndarray, prediction: np.ndarray) -> None:
     pcc = [np.corrcoef(a, b)[0, 1] for a, b in zip(truth.T, prediction.T, strict=True) if a.std() and b.std()]
-    assert row["pcc_all"] == pytest.approx(np.mean(pcc), abs=1e-3)
+    assert row["pcc"] == pytest.approx(np.mean(pcc), abs=1e-3)
     assert row["mse"] == pytest.approx(mean_squared_error(truth, prediction), rel=1e-3)
+    assert row["rmse"] == pytest.approx(np.sqrt(row["mse"]))
     assert row["mae"] == pytest.approx(mean_absolute_error(truth, prediction), rel=1e-3)
 
 
 @pytest.mark.slow
-def test_every_row_equals_plain_numpy(tiles: str, version: ModelVersion, scored: Scored) -> None:
-    training = np.concatenate([_expression(tiles, version, name)[0] for name in version.training.sections])
-    colours = np.concatenate([_rgb(_tiles_of(tiles, name)) for name in version.training.sections])
-    alpha = float(scored.record["notes"][1].split("ridge on RGB ")[1].split(",")[0])
-    ridge = Ridge(alpha=alpha).fit((colours - colours.mean(0)) / colours.std(0), training)
-    truth, totals = _expression(tiles, version, TEST)
-    rows = scored.rows.set_index("method")
+@pytest.mark.parametrize("target", ["per_spot", "per_gene"])
+def test_every_row_equals_plain_numpy(tiles: str, version: ModelVersion, scored: Scored, target: str) -> None:
+    names = version.training.sections
+    training = np.concatenate([_expression(tiles, version, name, target)[0] for name in names])
+    images = np.concatenate([_tiles_of(tiles, name) for name in names])
+    truth, totals = _expression(tiles, version, TEST, target)
+    rows = scored.rows[scored.rows["target"] == target].set_index(["method", "gene_set"])
     mean = np.tile(training.mean(0), (len(truth), 1))
-    assert rows.loc["train mean", "mse"] == pytest.approx(mean_squared_error(truth, mean), rel=1e-4)
-    assert rows.loc["train mean", "undefined"] == len(version.panel)
-    assert rows.loc["zeros", "mse"] == pytest.approx((truth**2).mean(), rel=1e-4)
-    rgb = ridge.predict((_rgb(_tiles_of(tiles, TEST)) - colours.mean(0)) / colours.std(0))
-    _assert_scores(rows.loc["ridge on RGB"], truth, rgb)
-    _assert_scores(rows.loc["model"], truth, _plain_prediction(tiles, version, TEST))
+    assert rows.loc[("train mean", "all"), "mse"] == pytest.approx(mean_squared_error(truth, mean), rel=1e-4)
+    assert rows.loc[("train mean", "all"), "undefined"] == len(version.panel)
+    assert rows.loc[("zeros", "all"), "mse"] == pytest.approx((truth**2).mean(), rel=1e-4)
+    (alphas,) = (note for note in scored.record["notes"] if note.startswith(f"alpha of the ridges in {target}"))
+    features = {"RGB": _rgb, "trained small_cnn": lambda tiles: _trained_features(version, tiles)}
+    for name, features_of in features.items():
+        alpha = float(alphas.split(f"ridge on {name} ")[1].split(",")[0])
+        seen, asked = features_of(images), features_of(_tiles_of(tiles, TEST))
+        spread = np.where(seen.std(0) > 0, seen.std(0), 1)
+        ridge = Ridge(alpha=alpha).fit((seen - seen.mean(0)) / spread, training)
+        _assert_scores(rows.loc[(f"ridge on {name}", "all")], truth, ridge.predict((asked - seen.mean(0)) / spread))
+    said = _plain_prediction(tiles, version, TEST, training)
+    _assert_scores(rows.loc[("model", "all")], truth, said)
+    _assert_scores(rows.loc[("model", "two")], truth[:, [3]], said[:, [3]])
     expected = [np.corrcoef(gene, np.log(1 + totals))[0, 1] for gene in truth.T if gene.std()]
-    assert rows.loc["library-size oracle", "pcc_all"] == pytest.approx(np.mean(expected), abs=1e-5)
-    assert list(rows.index) == [
+    assert rows.loc[("library-size oracle", "all"), "pcc"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert rows.loc[["library-size oracle", "noise ceiling"], ["mse", "rmse", "mae"]].isna().all(axis=None)
+    assert np.mean(expected) < rows.loc[("noise ceiling", "all"), "pcc"] <= 1
+    assert list(rows.index.unique("method")) == [
         *("model", "train mean", "zeros", "ridge on RGB", "ridge on random small_cnn"),
-        *("ridge on pretrained small_cnn", "library-size oracle"),
+        *("ridge on pretrained small_cnn", "ridge on trained small_cnn", "library-size oracle", "noise ceiling"),
     ]
 
 
-def _plain_prediction(tiles: str, version: ModelVersion, name: str) -> np.ndarray:
+def _plain_prediction(tiles: str, version: ModelVersion, name: str, payload: np.ndarray) -> np.ndarray:
     images = torch.from_numpy(_tiles_of(tiles, name)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         queries = version.towers().embed_images(images).numpy()
@@ -170,7 +195,7 @@ def _plain_prediction(tiles: str, version: ModelVersion, name: str) -> np.ndarra
         cosine = version.bank.keys @ query / np.linalg.norm(version.bank.keys, axis=1) / np.linalg.norm(query)
         best = np.argsort(-cosine)[:5]
         weights = np.exp(cosine[best] / 0.1)
-        predictions.append(weights @ version.bank.payload[best] / weights.sum())
+        predictions.append(weights @ payload[best] / weights.sum())
     return np.stack(predictions)
 
 
@@ -178,7 +203,20 @@ def _plain_prediction(tiles: str, version: ModelVersion, name: str) -> np.ndarra
 def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersion, scored: Scored) -> None:
     assert scored.record["model_digest"] == ModelVersion.load(scored.folder / "model").digest
     assert scored.record["protocol"] == "reference"
-    assert scored.record["unit"] == "ln(1 + 10000 * count / spot total over all genes)"
+    assert scored.record["targets"] == {
+        "per_spot": "ln(1 + 10000 * count / spot total over all genes)",
+        "per_gene": "log10(1 + 10000 * count / gene total over the section)",
+    }
+    assert list(scored.rows) == [
+        *("section_id", "patient_id", "num_spots", "target", "method", "kind", "gene_set", "num_genes", "pcc"),
+        *("undefined", "pcc_density_free", "undefined_density_free", "mse", "rmse", "mae"),
+    ]
+    assert list(pd.read_csv(scored.folder / "scores" / "per_gene.csv")) == [
+        *("section_id", "patient_id", "target", "method", "gene", "truth_mean", "truth_variance", "pcc"),
+        *("pcc_density_free", "mse", "mae"),
+    ]
+    assert list(scored.rows["gene_set"].unique()) == ["all", "heg50", "hvg50", "two"]
+    assert "two: the panel lacks ABSENT1" in scored.record["notes"]
     assert scored.record["notes"][0] == "LEAK that this protocol allows: other sections of patients P3 trained"
     assert set(scored.rows["section_id"]) == {TEST}
     for expected in ("protocol reference", "ridge on RGB", *scored.record["verdicts"]):
@@ -188,6 +226,27 @@ def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersio
     assert written == {"score_card.json", "score_card.csv", "per_gene.csv", "score_card.png"}
     logged = {path.name for path in (scored.folder / "mlartifacts").rglob("*") if path.is_file()}
     assert written <= logged
+
+
+@pytest.mark.slow
+def test_a_direct_regression_is_right_in_its_own_unit_alone(tiles: str) -> None:
+    version = _version(tiles, **{"model.predictor": "regression", "split.test_patients": ["P3"]})
+    card = evaluate(version, tiles, lambda *_: None, ["P3S1"])
+    rows = card.rows[(card.rows["method"] == "model") & (card.rows["gene_set"] == "all")].set_index("target")
+    said = _regression(version, _tiles_of(tiles, "P3S1"))
+    _assert_scores(rows.loc["per_spot"], _expression(tiles, version, "P3S1")[0], said)
+    other = _expression(tiles, version, "P3S1", "per_gene")[0]
+    pcc = [np.corrcoef(a, b)[0, 1] for a, b in zip(other.T, said.T, strict=True) if a.std()]
+    assert rows.loc["per_gene", "pcc"] == pytest.approx(np.mean(pcc), abs=1e-3)
+    assert rows.loc["per_gene", ["mse", "rmse", "mae"]].isna().all()
+    assert any("direct regression" in note for note in card.notes)
+
+
+def _regression(version: ModelVersion, images: np.ndarray) -> np.ndarray:
+    network = build_network(version.config.model, len(version.panel), 0, version.tile_size_px).eval()
+    network.load_state_dict(version.weights)
+    with torch.no_grad():
+        return network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).numpy()
 
 
 def test_what_the_model_held_out_is_scored_unless_asked_otherwise(tiles: str, manifest: Manifest) -> None:
@@ -230,6 +289,31 @@ def test_a_table_that_does_not_fit_the_model_is_refused(tiles: str, version: Mod
     other.panel = GenePanel(("NOPE",), ("NOPE",), ("",))
     with pytest.raises(ModelError, match="0 of the panel's 1 genes; it lacks NOPE"):
         evaluate(other, tiles, lambda *_: None)
+
+
+def test_a_bank_of_other_spots_is_refused(tiles: str, version: ModelVersion) -> None:
+    other = _with(version)
+    other.bank = replace(version.bank, spot_id=version.bank.spot_id[::-1])
+    with pytest.raises(ModelError, match="not the same in the same order"):
+        evaluate(other, tiles, lambda *_: None)
+
+
+@pytest.mark.parametrize(("name", "unit"), [("per_spot", "ln"), ("per_gene", "log10")])
+def test_the_models_own_target_comes_first_and_once(name: str, unit: str) -> None:
+    found = scored_targets(TARGETS[name])
+    assert list(found) == [name, *({"per_spot", "per_gene"} - {name})]
+    assert found[name].unit().startswith(unit)
+
+
+def test_a_target_without_a_name_is_called_by_its_unit() -> None:
+    own = Normaliser("per_spot_all", 1e6, "e")
+    assert list(scored_targets(own)) == [own.unit(), "per_spot", "per_gene"]
+
+
+def test_markers_need_a_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "m", "--data", "d", "--markers", "mine.yaml"])
+    with pytest.raises(ConfigError, match=r"--markers mine\.yaml needs --cohort"):
+        job.main()
 
 
 def _with(version: ModelVersion, **changes: object) -> ModelVersion:

@@ -7,35 +7,56 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from rich.console import Console
 
-from mclstexp.evaluation.metrics import Scores, pearson_per_gene, score
-from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ScoreCard, SectionResult, score_row
+from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ORACLE, ScoreCard, SectionResult
+from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
 
 GENES = [f"G{index}" for index in range(8)]
 SECTIONS = {"B1": "B", "B2": "B", "C1": "C"}
+TARGETS = {"per_spot": "ln(1 + x)", "per_gene": "log10(1 + y)"}
+MARKERS = {"immune": np.array([2, 5]), "most significant (all)": np.array([1])}
+NAN = float("nan")
 
 
 def _card(model_noise: float, ridge_noise: float, protocol: str = "patient") -> ScoreCard:
     rng = np.random.default_rng(0)
     rows, genes = [], []
-    for name, patient in SECTIONS.items():
-        truth = rng.normal(5, 1, (30, len(GENES)))
-        noise = rng.normal(size=truth.shape)
-        said = {
-            (MODEL, MODEL): truth + model_noise * noise,
-            ("train mean", FLOOR): np.full_like(truth, 5),
-            ("ridge on RGB", FLOOR): truth + ridge_noise * noise,
-            ("library-size oracle", LINE): np.tile(truth[:, :1], len(GENES)),
-        }
-        for (method, kind), prediction in said.items():
-            rows.append(score_row(name, patient, len(truth), method, kind, score(truth, prediction)))
-            pcc = {"gene": GENES, "truth_mean": truth.mean(0), "pcc": pearson_per_gene(truth, prediction)}
-            genes.append(pd.DataFrame({"section_id": name, "method": method} | pcc))
+    for target in TARGETS:
+        for name, patient in SECTIONS.items():
+            truth = rng.normal(5, 1, (30, len(GENES)))
+            noise, totals = rng.normal(size=truth.shape), rng.lognormal(7, 1, 30)
+            said = {
+                (MODEL, MODEL): truth + model_noise * noise,
+                ("train mean", FLOOR): np.full_like(truth, 5),
+                ("ridge on RGB", FLOOR): truth + ridge_noise * noise,
+                (ORACLE, LINE): np.tile(truth[:, :1], len(GENES)),
+            }
+            for (method, kind), prediction in said.items():
+                table = gene_table(truth, prediction, totals)
+                if kind == LINE:
+                    table = table.assign(mse=NAN, mae=NAN)
+                of = {"section_id": name, "patient_id": patient}
+                own = of | {"num_spots": 30, "target": target, "method": method, "kind": kind}
+                rows.append(set_table(table, gene_sets(truth, MARKERS)).assign(**own))
+                genes.append(table.assign(**of, target=target, method=method, gene=GENES))
     example = SectionResult("C1", rng.uniform(size=(30, 2)), truth, said[MODEL, MODEL])
-    return ScoreCard(
-        protocol, "ln(1 + x)", "abc", ("trained on A1",), GENES, pd.DataFrame(rows), pd.concat(genes), example
-    )
+    tables = pd.concat(rows, ignore_index=True), pd.concat(genes, ignore_index=True)
+    return ScoreCard(protocol, TARGETS, "abc", ("trained on A1",), GENES, *tables, example)
+
+
+def _with_scores(scores: dict[str, tuple[float, ...]]) -> ScoreCard:
+    """A card of one section whose methods have the given PCC all, PCC HEG50, density-free PCC, MSE and MAE."""
+    rows = []
+    for method, (every, highest, density_free, mse, mae) in scores.items():
+        own = {"method": method, "kind": MODEL if method == MODEL else FLOOR, "target": "per_spot"}
+        of = {"section_id": "B1", "patient_id": "B", "num_spots": 9, "num_genes": 8}
+        values = {"pcc_density_free": density_free, "mse": mse, "rmse": mse**0.5, "mae": mae}
+        counts = {"undefined": 0, "undefined_density_free": 0}
+        rows += [own | of | values | counts | {"gene_set": "all", "pcc": every}]
+        rows += [own | of | values | counts | {"gene_set": "heg50", "pcc": highest}]
+    return ScoreCard(**(_card(1.0, 1.0).__dict__ | {"rows": pd.DataFrame(rows)}))
 
 
 def _row(frame: pd.DataFrame, **where: str) -> pd.Series:
@@ -45,22 +66,45 @@ def _row(frame: pd.DataFrame, **where: str) -> pd.Series:
     return frame.iloc[0]
 
 
-def test_means_are_over_sections_and_undefined_is_summed() -> None:
+def test_means_are_over_patients_and_counts_are_summed() -> None:
     card = _card(1.0, 2.0)
-    own = card.rows[card.rows["method"] == MODEL]
-    mean = _row(card.means(), method=MODEL)
-    assert mean["pcc_all"] == pytest.approx(own["pcc_all"].mean())
+    own = card.rows[(card.rows["method"] == MODEL) & (card.rows["target"] == "per_gene")]
+    for gene_set, score in (("all", "pcc"), ("immune", "pcc"), ("all", "pcc_density_free"), ("heg50", "rmse")):
+        by_section = own[own["gene_set"] == gene_set].set_index("section_id")[score]
+        units = [(by_section["B1"] + by_section["B2"]) / 2, by_section["C1"]]
+        interval = scipy.stats.ttest_1samp(units, 0).confidence_interval(0.95)
+        mean = _row(card.means(), method=MODEL, target="per_gene", gene_set=gene_set)
+        assert mean[score] == pytest.approx(np.mean(units))
+        assert (mean[f"{score}_low"], mean[f"{score}_high"]) == pytest.approx((interval.low, interval.high))
+        assert mean[f"{score}_units"] == 2
     assert mean["num_spots"] == 90
-    assert _row(card.means(), method="train mean")["undefined"] == 3 * len(GENES)
-    of_b = _row(card.patients(), method=MODEL, patient_id="B")
-    assert of_b["mse"] == pytest.approx(own[own["patient_id"] == "B"]["mse"].mean())
-    assert list(card.means()["method"]) == [MODEL, "train mean", "ridge on RGB", "library-size oracle"]
+    constant = _row(card.means(), method="train mean", target="per_spot", gene_set="all")
+    assert constant["undefined"] == constant["undefined_density_free"] == 3 * len(GENES)
+    assert list(card.means()["method"].unique()) == [MODEL, "train mean", "ridge on RGB", ORACLE]
+
+
+def test_as_published_means_are_over_sections() -> None:
+    card = _card(1.0, 2.0, protocol="reference")
+    own = card.rows[(card.rows["method"] == MODEL) & (card.rows["target"] == "per_spot")]
+    mean = _row(card.means(), method=MODEL, target="per_spot", gene_set="all")
+    assert mean["pcc"] == pytest.approx(own[own["gene_set"] == "all"]["pcc"].mean())
+    assert mean["pcc_units"] == 3
+
+
+def test_each_patient_has_the_mean_of_its_sections() -> None:
+    card = _card(1.0, 2.0)
+    of_b = _row(card.patients(), method=MODEL, patient_id="B", target="per_spot", gene_set="all")
+    own = card.rows[(card.rows["method"] == MODEL) & (card.rows["target"] == "per_spot")]
+    expected = own[(own["patient_id"] == "B") & (own["gene_set"] == "all")]["mse"]
+    assert (of_b["mse"], of_b["mse_units"]) == (pytest.approx(expected.mean()), 2)
+    of_c = _row(card.patients(), method=MODEL, patient_id="C", target="per_spot", gene_set="all")
+    assert np.isnan(of_c["mse_low"])
 
 
 def test_a_reference_line_has_correlations_only() -> None:
-    line = _row(_card(1.0, 2.0).means(), method="library-size oracle")
-    assert np.isnan(line["mse"])
-    assert np.isfinite(line["pcc_all"])
+    line = _row(_card(1.0, 2.0).means(), method=ORACLE, target="per_spot", gene_set="all")
+    assert np.isnan([line["mse"], line["rmse"], line["mae"]]).all()
+    assert np.isfinite(line["pcc"])
 
 
 def test_verdicts_name_the_winner() -> None:
@@ -74,57 +118,87 @@ def test_verdicts_name_the_winner() -> None:
 
 
 def test_a_mixed_verdict_names_both_sides() -> None:
-    scores = {MODEL: Scores(0.5, 0.2, 1.0, 2.0, 0), "ridge on RGB": Scores(0.4, 0.3, 2.0, 1.0, 0)}
-    card = _card(1.0, 1.0)
-    rows = pd.DataFrame(
-        [score_row("B1", "B", 9, name, MODEL if name == MODEL else FLOOR, own) for name, own in scores.items()]
-    )
-    (verdict,) = ScoreCard(**(card.__dict__ | {"rows": rows})).verdicts()
+    (verdict,) = _with_scores({MODEL: (0.5, 0.2, 0.3, 1.0, 2.0), "ridge on RGB": (0.4, 0.3, 0.1, 2.0, 1.0)}).verdicts()
     assert verdict == (
-        "the model beats the ridge on RGB on PCC all +0.100, MSE -50.0%; the ridge on RGB WINS on the rest, the "
-        "model stands at PCC HEG50 -0.100, MAE +100.0%"
+        "the model beats the ridge on RGB on PCC all +0.100, PCC density-free +0.200, MSE -50.0%; the ridge on RGB "
+        "WINS on the rest, the model stands at PCC HEG50 -0.100, MAE +100.0%"
     )
 
 
 def test_a_model_without_correlations_loses_them() -> None:
-    nan = float("nan")
-    rows = [
-        score_row("B1", "B", 9, MODEL, MODEL, Scores(nan, nan, 1.0, 1.0, 8)),
-        score_row("B1", "B", 9, "ridge on RGB", FLOOR, Scores(0.1, 0.1, 2.0, 2.0, 0)),
-    ]
-    (verdict,) = ScoreCard(**(_card(1.0, 1.0).__dict__ | {"rows": pd.DataFrame(rows)})).verdicts()
+    (verdict,) = _with_scores({MODEL: (NAN, NAN, NAN, 1.0, 1.0), "ridge on RGB": (0.1, 0.1, 0.1, 2.0, 2.0)}).verdicts()
     assert "the ridge on RGB WINS on the rest, the model stands at PCC all undefined" in verdict
 
 
-def test_the_table_names_protocol_unit_patients_and_verdicts() -> None:
-    card = _card(0.1, 2.0, protocol="reference")
-    console = Console(width=160, file=io.StringIO())
+def _printed(card: ScoreCard) -> str:
+    console = Console(width=120, file=io.StringIO())
     console.print(card.table())
-    text = console.file.getvalue()
-    for expected in ("protocol reference", "may have", "ln(1 + x)", "patient B, 60 spots", "section C1, 30 spots"):
-        assert expected in text
-    assert "trained on A1" in text
-    assert "the model beats the ridge on RGB" in text
+    return console.file.getvalue()
+
+
+def test_the_tables_name_protocol_units_patients_and_verdicts() -> None:
+    card = _card(0.1, 2.0, protocol="reference")
+    text = _printed(card)
+    own, others, markers = (" ".join(part.split()) for part in text.split("held out:")[1:])
+    assert all("protocol reference: " in block and "may have" in block for block in (own, others, markers))
+    for expected in ("ln(1 + x)", "patient B, 60 spots", "section C1, 30 spots"):
+        assert expected in own
+    assert "log10(1 + y)" in others
+    assert "patient" not in others.split("trained")[1].split("spots")[0]
+    assert "2 gene(s)" in markers
+    assert "trained on A1" in markers
+    assert "over sections" in markers
+    assert "the model beats the ridge on RGB" in markers
+
+
+def test_the_terminal_shows_means_with_half_of_their_interval() -> None:
+    card = _card(0.5, 2.0)
+    text = _printed(card)
+    assert max(len(line) for line in text.splitlines()) <= 120
+    lines = text.splitlines()
+    place = next(index for index, line in enumerate(lines) if line.startswith("│   model"))
+    mean = _row(card.means(), method=MODEL, target="per_spot", gene_set="all")
+    cells = [[cell.strip() for cell in line.split("│")[2:-1]] for line in lines[place : place + 2]]
+    assert cells[0][0] == f"{mean['pcc']:.4f}"
+    assert cells[1][0] == f"±{(mean['pcc_high'] - mean['pcc']):.4f}"
+    assert cells[0][3] == f"{mean['pcc_density_free']:.4f}"
+    assert cells[0][4] == f"{mean['mse']:.4f}"
+    assert [cells[0][6], cells[1][6]] == ["0", ""]
 
 
 def test_the_files_hold_the_same_numbers(tmp_path: Path) -> None:
-    card = _card(0.5, 2.0)
+    card = _card(0.5, 2.0, protocol="reference")
     card.save(tmp_path)
     record = json.loads((tmp_path / "score_card.json").read_text())
-    assert record["protocol"] == "patient"
-    assert record["means"][0]["pcc_all"] == pytest.approx(card.means()["pcc_all"][0])
-    assert record["means"][1]["pcc_all"] is None
+    assert record["protocol"] == "reference"
+    assert "may have trained" in record["heading"]
+    assert record["targets"] == TARGETS
+    assert record["means"][0]["pcc"] == pytest.approx(card.means()["pcc"][0])
+    (constant,) = (
+        row
+        for row in record["means"]
+        if (row["method"], row["target"], row["gene_set"]) == ("train mean", "per_spot", "all")
+    )
+    assert constant["pcc"] is None
     assert record["verdicts"] == card.verdicts()
     rows = pd.read_csv(tmp_path / "score_card.csv")
-    pd.testing.assert_frame_equal(rows, card.rows.reset_index(drop=True))
-    assert len(pd.read_csv(tmp_path / "per_gene.csv")) == len(SECTIONS) * 4 * len(GENES)
+    pd.testing.assert_frame_equal(rows, card.rows)
+    assert len(pd.read_csv(tmp_path / "per_gene.csv")) == len(TARGETS) * len(SECTIONS) * 4 * len(GENES)
     assert (tmp_path / "score_card.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_metrics_and_tags_for_the_registry() -> None:
     card = _card(0.5, 2.0)
     metrics = card.metrics()
-    assert metrics["test/model/mse"] == pytest.approx(card.means()["mse"][0])
+    own, other = (
+        _row(card.means(), method=MODEL, target=target, gene_set="all") for target in ("per_spot", "per_gene")
+    )
+    assert metrics["test/model/mse"] == pytest.approx(own["mse"])
+    assert metrics["test/model/pcc_density_free"] == pytest.approx(own["pcc_density_free"])
+    assert metrics["test/per_gene/model/pcc_all"] == pytest.approx(other["pcc"])
+    assert {"test/ridge_on_RGB/pcc_heg50", "test/model/pcc_most_significant__all_", "test/model/rmse"} < metrics.keys()
     assert "test/train_mean/pcc_all" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())
-    assert card.tags()["score.protocol"] == "patient"
+    tags = card.tags()
+    assert tags["score.protocol"] == "patient"
+    assert tags["score.pcc_all"] == f"{own['pcc']:.4f}"

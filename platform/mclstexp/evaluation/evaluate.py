@@ -1,41 +1,35 @@
 """Scores a model version on sections that it never saw, beside floors fitted on those that it did.
 
-Tiles stream through Ray and leave features behind: only those and panel matrices are held, never images. The floors
-cost a pass over all training tiles (two with a pretrained probe), which is the price of an honest comparison.
+Every section is scored in several targets, the model's own first. A model that reads its answer from a bank answers in
+another target by the same neighbours and weights; a direct regression knows its own unit alone, so that elsewhere only
+its correlations mean something. Tiles stream through Ray and leave features behind, which serve all targets.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from mclstexp import storage
-from mclstexp.data.genes import coverage
+from mclstexp.data.genes import GenePanel, Normaliser, coverage
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.data.spots import SpotReader, make_reader
-from mclstexp.data.stream import Batch
-from mclstexp.data.table import read_columns, read_counts
+from mclstexp.data.spots import make_reader
 from mclstexp.errors import ModelError, SplitError
 from mclstexp.evaluation import baselines
-from mclstexp.evaluation.metrics import pearson_per_gene, score
-from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ScoreCard, SectionResult, score_row
-from mclstexp.inference.embed import ImageNetwork, embed_sections, encoder_network, network_of
+from mclstexp.evaluation.ceiling import noise_ceiling
+from mclstexp.evaluation.floors import SEED, Floors, Show, embed_shown, floor_features
+from mclstexp.evaluation.markers import marker_columns
+from mclstexp.evaluation.measured import MeasuredSection, read_measured, restate
+from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard, SectionResult
+from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
+from mclstexp.evaluation.targets import scored_targets
+from mclstexp.inference.bank import Bank
+from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.retrieval import resolve, retrieve
 
-FLOOR_SEED = 0
-Show = Callable[[str, int, int], None]
-"""Called with (what is embedded, spots done, spots in all)."""
-
-
-@dataclass(frozen=True)
-class _Floors:
-    """What was fitted on the training spots."""
-
-    mean: np.ndarray
-    ridges: dict[str, baselines.RidgeFloor]
-    features: dict[str, dict[str, np.ndarray]]
-    """Each ridge's features of each section, (N, F)."""
+Labels = dict[str, str | int | list[str]]
+"""Values of the columns that say what a table's rows are of."""
 
 
 def held_out(model: ModelVersion, manifest: Manifest, asked: Sequence[str] = ()) -> list[str]:
@@ -74,7 +68,12 @@ def held_out(model: ModelVersion, manifest: Manifest, asked: Sequence[str] = ())
 
 
 def evaluate(
-    model: ModelVersion, tiles: str, show: Show, sections: Sequence[str] = (), probe_weights: str | None = None
+    model: ModelVersion,
+    tiles: str,
+    show: Show,
+    sections: Sequence[str] = (),
+    probe_weights: str | None = None,
+    markers: Mapping[str, GenePanel] | None = None,
 ) -> ScoreCard:
     """Returns the score card of a model on held-out sections of a tile table that also has its training sections.
 
@@ -84,9 +83,11 @@ def evaluate(
         show: told of progress.
         sections: what to score; default what the model held out.
         probe_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
+        markers: sets of genes that are scored by name, see `markers.load_markers`.
 
     Raises:
-        SplitError, TableError, ModelError: as `held_out`; or the table lacks genes of the panel.
+        SplitError, TableError, ModelError: as `held_out`; or the table lacks genes of the panel, or its training spots
+            are not those of the model's bank.
         ConfigError, ModelError: the probe's weights cannot be had or do not fit.
     """
     root = storage.absolute(tiles)
@@ -95,103 +96,120 @@ def evaluate(
     reader = make_reader(root, manifest, model.panel, model.config)
     if (reader.columns < 0).any():
         raise ModelError(f"there is no truth for all genes of the model: {coverage(model.panel, reader.columns)}")
-    embedded = _embed(reader, names, network_of(model), "model", show)
-    floors = _fit_floors(model, reader, names, probe_weights, show)
-    rows, genes, example = [], [], None
-    for name in names:
-        patient_id, truth = manifest.section(name).patient_id, reader.read_section(name)["payload"]
-        said = _predictions(model, reader, name, embedded[name]["embedding"], floors)
-        for (method, kind), prediction in said.items():
-            rows.append(score_row(name, patient_id, len(truth), method, kind, score(truth, prediction)))
-            genes.append(_gene_rows(name, method, model.panel.names(), truth, prediction))
-        example = example or SectionResult(name, _place(reader, name), truth, said[MODEL, MODEL])
-    assert example is not None
+    training, tested = ([read_measured(reader, name) for name in part] for part in (model.training.sections, names))
+    targets = scored_targets(reader.target)
+    banks = _banks(model, reader.target, training, targets)
+    embedded = embed_shown(reader, names, network_of(model), "model", show)
+    features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show)
+    marker_sets, lacking = marker_columns(markers or {}, model.panel)
+    notes = _notes(model, manifest, names, lacking)
+    rows, genes = [], []
+    for name, target in targets.items():
+        floors = Floors(training, features, target)
+        notes.append(f"alpha of the ridges in {name}, by cross-validation over training: {floors.alphas()}")
+        for section in tested:
+            said = _answer(model, embedded[section.section_id]["embedding"], banks[name])
+            known_unit = target == reader.target or model.bank is not None
+            tables = _gene_tables(section, target, said, known_unit, floors)
+            rows += _set_rows(section, name, tables, gene_sets(section.expression(target), marker_sets))
+            genes += _gene_rows(section, name, tables, model.panel.names())
     return ScoreCard(
         protocol=model.training.protocol,
-        unit=reader.target.unit(),
+        targets={name: target.unit() for name, target in targets.items()},
         model_digest=model.digest,
-        notes=_notes(model, reader, names, floors),
+        notes=tuple(notes),
         genes=model.panel.names(),
-        rows=pd.DataFrame(rows),
+        rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(genes, ignore_index=True),
-        example=example,
+        example=_example(model, tested[0], reader.target, embedded[names[0]]["embedding"]),
     )
 
 
-def _embed(reader: SpotReader, names: Sequence[str], network: ImageNetwork, what: str, show: Show) -> dict[str, Batch]:
-    """Returns each section's `embedding` and `rgb`."""
-    total, done = sum(reader.manifest.section(name).num_spots for name in names), 0
-
-    def advance(num_spots: int) -> None:
-        nonlocal done
-        done += num_spots
-        show(what, done, total)
-
-    return dict(embed_sections(reader.root, reader.manifest, names, network, advance))
+def _banks(
+    model: ModelVersion, own: Normaliser, training: Sequence[MeasuredSection], targets: Mapping[str, Normaliser]
+) -> dict[str, Bank | None]:
+    """Returns the bank that the model reads its answer from in each target; None for a direct regression."""
+    if model.bank is None:
+        return dict.fromkeys(targets)
+    others = {name: restate(model.bank, training, target) for name, target in targets.items() if target != own}
+    return {name: others.get(name, model.bank) for name in targets}
 
 
-def _fit_floors(
-    model: ModelVersion, reader: SpotReader, names: list[str], probe_weights: str | None, show: Show
-) -> _Floors:
-    encoder, training = model.config.model.image_encoder, model.training.sections
-    features: dict[str, dict[str, np.ndarray]] = {}
-    for word, weights in (("random", "random"), ("pretrained", probe_weights)):
-        if weights:
-            what = f"{word} {encoder}"
-            network = encoder_network(model, weights, FLOOR_SEED)
-            found = _embed(reader, [*training, *names], network, what, show)
-            features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
-            features[f"ridge on {what}"] = {name: arrays["embedding"] for name, arrays in found.items()}
-    sections = [reader.read_section(name) for name in training]
-    target, patient, section = (
-        np.concatenate([part[column] for part in sections]) for column in ("payload", "patient_id", "section_id")
-    )
-    groups = baselines.training_groups(patient, section)
-    ridges = {
-        method: baselines.RidgeFloor(np.concatenate([by_section[name] for name in training]), target, groups)
-        for method, by_section in features.items()
-    }
-    return _Floors(target.mean(axis=0, dtype=np.float64), ridges, features)
+def _answer(model: ModelVersion, queries: np.ndarray, bank: Bank | None) -> np.ndarray:
+    """Returns what the model says of embedded tiles, float32 (N, G), in the unit of the bank."""
+    if bank is None:
+        return model.predict(queries).prediction
+    return retrieve(queries, bank, resolve(model.config.retrieval, len(bank))).prediction
 
 
-def _predictions(
-    model: ModelVersion, reader: SpotReader, name: str, queries: np.ndarray, floors: _Floors
-) -> dict[tuple[str, str], np.ndarray]:
-    """Returns all methods' predictions for one section by (method, kind), float32 (N, G) each."""
-    num_spots, num_genes = len(queries), len(model.panel)
-    counts = read_counts(reader.root, reader.manifest.section(name), reader.manifest.num_genes)
-    totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
+def _gene_tables(
+    section: MeasuredSection, target: Normaliser, said: np.ndarray, known_unit: bool, floors: Floors
+) -> dict[tuple[str, str], pd.DataFrame]:
+    """Returns each method's scores by gene (`gene_table`), by (method, kind); `said` is the model's prediction."""
+    truth, totals = section.expression(target), section.totals
+    own = gene_table(truth, said, totals)
+    oracle = _unitless(gene_table(truth, baselines.library_size(totals, truth.shape[1]), totals))
+    ceiling = noise_ceiling(section.counts, totals, target, SEED)[["pcc", "pcc_density_free"]]
     return {
-        (MODEL, MODEL): model.predict(queries).prediction,
-        ("train mean", FLOOR): baselines.constant(floors.mean, num_spots),
-        ("zeros", FLOOR): baselines.constant(np.zeros(num_genes), num_spots),
-        **{(method, FLOOR): ridge.predict(floors.features[method][name]) for method, ridge in floors.ridges.items()},
-        ("library-size oracle", LINE): baselines.library_size(totals, num_genes),
+        (MODEL, MODEL): own if known_unit else _unitless(own),
+        **{(method, FLOOR): gene_table(truth, values, totals) for method, values in floors.predict(section).items()},
+        (ORACLE, LINE): oracle,
+        (CEILING, LINE): oracle.assign(**ceiling),  # the truth's columns are those of any method
     }
+
+
+def _unitless(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the scores of what has no unit, or another one than the truth: correlations only."""
+    return table.assign(mse=np.nan, mae=np.nan)
+
+
+def _set_rows(
+    section: MeasuredSection,
+    target: str,
+    tables: Mapping[tuple[str, str], pd.DataFrame],
+    sets: Mapping[str, np.ndarray],
+) -> list[pd.DataFrame]:
+    """Returns one section's part of `ScoreCard.rows` in one target, a table a method."""
+    of: Labels = {"section_id": section.section_id, "patient_id": section.patient_id, "num_spots": len(section)}
+    return [
+        _labelled(set_table(table, sets), of | {"target": target, "method": method, "kind": kind})
+        for (method, kind), table in tables.items()
+    ]
 
 
 def _gene_rows(
-    section_id: str, method: str, genes: list[str], truth: np.ndarray, prediction: np.ndarray
-) -> pd.DataFrame:
-    columns = {"truth_mean": truth.mean(axis=0, dtype=np.float64), "pcc": pearson_per_gene(truth, prediction)}
-    return pd.DataFrame({"section_id": section_id, "method": method, "gene": genes} | columns)
+    section: MeasuredSection, target: str, tables: Mapping[tuple[str, str], pd.DataFrame], genes: list[str]
+) -> list[pd.DataFrame]:
+    """Returns one section's part of `ScoreCard.per_gene` in one target, a table a method."""
+    of: Labels = {"section_id": section.section_id, "patient_id": section.patient_id, "target": target}
+    return [_labelled(table, of | {"method": method, "gene": genes}) for (method, _), table in tables.items()]
 
 
-def _place(reader: SpotReader, name: str) -> np.ndarray:
-    table = read_columns(reader.root, reader.manifest.section(name), ["x_um", "y_um"])
-    return np.stack([table["x_um"].to_numpy(), table["y_um"].to_numpy()], axis=1)
+def _labelled(table: pd.DataFrame, labels: Labels) -> pd.DataFrame:
+    """Returns a table with columns put before its own."""
+    return table.assign(**labels)[[*labels, *table.columns]]
 
 
-def _notes(model: ModelVersion, reader: SpotReader, names: list[str], floors: _Floors) -> tuple[str, ...]:
-    record, manifest = model.training, reader.manifest
-    alphas = ", ".join(f"{method} {ridge.alpha:g}" for method, ridge in floors.ridges.items())
+def _example(model: ModelVersion, section: MeasuredSection, own: Normaliser, queries: np.ndarray) -> SectionResult:
+    said = model.predict(queries).prediction
+    return SectionResult(section.section_id, section.place, section.expression(own), said)
+
+
+def _notes(
+    model: ModelVersion, manifest: Manifest, names: Sequence[str], lacking: Mapping[str, Sequence[str]]
+) -> list[str]:
+    record = model.training
     notes = [
-        f"trained on {', '.join(record.sections)}; alpha by cross-validation over them: {alphas}",
-        "library-size oracle: ln(1 + spot total), reads the held-out section itself; a reference line, not a floor",
+        f"trained on {', '.join(record.sections)}",
+        "reference lines, not floors: the library-size oracle, ln(1 + spot total), which reads the held-out section "
+        "itself; the noise ceiling, which counting noise alone leaves",
     ]
     siblings = sorted({manifest.section(name).patient_id for name in names} & set(record.patients))
     if siblings:
         notes.insert(0, f"LEAK that this protocol allows: other sections of patients {', '.join(siblings)} trained")
     if manifest.digest() != record.manifest_digest:
         notes.append(f"scored on tile table {manifest.digest()}, trained on tile table {record.manifest_digest}")
-    return tuple(notes)
+    notes += [f"{name}: the panel lacks {', '.join(genes)}" for name, genes in lacking.items() if genes]
+    if model.bank is None:
+        notes.append("a direct regression predicts in its own target alone: in others it has correlations only")
+    return notes

@@ -4,38 +4,9 @@ Shapes: N spots, G genes. A correlation that is not defined (a constant gene) st
 dropped unseen.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 NUM_HIGHEST = 50
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One prediction's scores on one set of spots."""
-
-    pcc_all: float
-    """Mean Pearson correlation over the genes where it is defined."""
-    pcc_heg50: float
-    """The same over the 50 genes of largest mean in the truth."""
-    mse: float
-    mae: float
-    undefined: int
-    """Genes whose correlation is not defined."""
-
-
-def score(truth: np.ndarray, prediction: np.ndarray) -> Scores:
-    """Returns the scores of a prediction, both (N, G) in the same unit."""
-    pcc = pearson_per_gene(truth, prediction)
-    squared, absolute = errors_per_gene(truth, prediction)
-    return Scores(
-        pcc_all=_defined_mean(pcc),
-        pcc_heg50=_defined_mean(pcc[highest_genes(truth)]),
-        mse=float(squared.mean()),
-        mae=float(absolute.mean()),
-        undefined=int(np.isnan(pcc).sum()),
-    )
 
 
 def pearson_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -76,8 +47,3 @@ def centred(values: np.ndarray) -> np.ndarray:
     about_mean = values - values.mean(axis=0)
     about_mean[:, (values == values[:1]).all(axis=0)] = 0.0
     return about_mean
-
-
-def _defined_mean(values: np.ndarray) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")

@@ -1,24 +1,30 @@
-"""The score card: a model beside its floors, by section and by patient, as table, files and picture.
+"""The score card: a model beside its floors, by section, patient and gene, as table, files and picture.
 
-Scores are taken within a section and then averaged over a patient's sections and over all sections, as published;
-so a small section weighs as much as a large one.
+Scores are taken within a section, so that a small section weighs as much as a large one. Means are over patients, whose
+sections are averaged first, or over sections as published where the protocol is `reference`.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.table import Table
+from rich.console import Group
 
-from mclstexp.evaluation.metrics import Scores
+from mclstexp.evaluation.tables import ALL, mean_intervals
 
 MODEL, FLOOR, LINE = "model", "floor", "reference line"
-METRICS = {"pcc_all": "PCC all", "pcc_heg50": "PCC HEG50", "mse": "MSE", "mae": "MAE", "undefined": "undefined"}
-_CORRELATIONS = ("pcc_all", "pcc_heg50")
-_COMPARED = (*_CORRELATIONS, "mse", "mae")
+ORACLE, CEILING = "library-size oracle", "noise ceiling"
+AVERAGED = ("pcc", "pcc_density_free", "mse", "rmse", "mae")
+_COUNTED = ("undefined", "undefined_density_free")
+_OVER_ALL_GENES = ("pcc_density_free", "mse", "rmse", "mae", "undefined")
+_CORRELATIONS = {"pcc_all": "PCC all", "pcc_heg50": "PCC HEG50", "pcc_density_free": "PCC density-free"}
+_COMPARED = _CORRELATIONS | {"mse": "MSE", "mae": "MAE"}
 _PROTOCOLS = {
     "patient": "no patient of the training data is tested",
     "reference": "sections are left out as published; other sections of the tested patients may have trained",
@@ -27,7 +33,7 @@ _PROTOCOLS = {
 
 @dataclass(frozen=True)
 class SectionResult:
-    """One held-out section: where its spots are, what was measured, and what the model said."""
+    """One held-out section: where its spots are, what was measured, and what the model said, in its own target."""
 
     section_id: str
     place: np.ndarray
@@ -42,55 +48,73 @@ class ScoreCard:
     """All scores of one evaluation."""
 
     protocol: str
-    unit: str
+    targets: dict[str, str]
+    """Units by the name of their target, the model's own first."""
     model_digest: str
     notes: tuple[str, ...]
     """What else a reader must know: training sections, leaks that the protocol allows, how floors were fitted."""
     genes: list[str]
     rows: pd.DataFrame
-    """One row a section and method: section_id, patient_id, num_spots, method, kind, METRICS, rmse."""
+    """One row a section, target, method and gene set: section_id, patient_id, num_spots, target, method, kind, and the
+    columns of `tables.set_table`."""
     per_gene: pd.DataFrame
-    """One row a section, method and gene: section_id, method, gene, truth_mean, pcc."""
+    """One row a section, target, method and gene: section_id, patient_id, target, method, gene, and the columns of
+    `tables.gene_table`."""
     example: SectionResult
     """The section that is drawn."""
 
+    @property
+    def target(self) -> str:
+        """The name of the model's own target."""
+        return next(iter(self.targets))
+
+    @property
+    def unit(self) -> str:
+        """The column of what means are taken over."""
+        return "section_id" if self.protocol == "reference" else "patient_id"
+
     def means(self) -> pd.DataFrame:
-        """Returns each method's means over sections, in the order of the rows; `undefined` is summed."""
-        return _means(self.rows, ["method", "kind"])
+        """Returns the means over patients (`reference`: sections), a row a target, method and gene set.
+
+        Columns: target, method, kind, gene_set; num_spots, undefined and undefined_density_free, summed over sections;
+        and for each of pcc, pcc_density_free, mse, rmse and mae: the mean, NAME_low and NAME_high, its 95 % interval
+        (`tables.mean_intervals`), and NAME_units, how many units have it.
+        """
+        return _means(self.rows, (), self.unit)
 
     def patients(self) -> pd.DataFrame:
-        """Returns the same for each patient."""
-        return _means(self.rows, ["patient_id", "method", "kind"])
+        """Returns the same for each patient over its sections; patient_id stands first."""
+        return _means(self.rows, ("patient_id",), "section_id")
 
-    def title(self) -> str:
-        """Returns what the numbers are of: sections, protocol, target."""
+    def scores(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Returns the means by target, method and short name.
+
+        Names: pcc_GENE_SET; and over all genes pcc_density_free, mse, rmse, mae and undefined.
+        """
+        found: dict[str, dict[str, dict[str, float]]] = {target: {} for target in self.targets}
+        for row in self.means().to_dict("records"):
+            named = found[row["target"]].setdefault(row["method"], {})
+            named[f"pcc_{row['gene_set']}"] = float(row["pcc"])
+            if row["gene_set"] == ALL:
+                named |= {name: float(row[name]) for name in _OVER_ALL_GENES}
+        return found
+
+    def heading(self) -> str:
+        """Returns what every page of the result says: what was held out, and under which protocol."""
         sections = ", ".join(self.rows["section_id"].unique())
-        return f"held out: {sections}; protocol: {self.protocol}; target: {self.unit}"
+        return f"held out: {sections}; protocol {self.protocol}: {_PROTOCOLS[self.protocol]}"
 
     def verdicts(self) -> list[str]:
-        """Returns one sentence a floor: on which mean scores the model beats it, and on which the floor wins."""
-        means = self.means().set_index("method")
-        scores = {str(method): {name: float(row[name]) for name in _COMPARED} for method, row in means.iterrows()}
-        floors = means.index[means["kind"] == FLOOR]
+        """Returns one sentence a floor: on which means in the model's own target it is beaten, and on which it wins."""
+        scores = self.scores()[self.target]
+        floors = self.rows.loc[self.rows["kind"] == FLOOR, "method"].unique()
         return [_verdict(name, scores[MODEL], scores[name]) for name in floors]
 
-    def table(self) -> Table:
-        """Returns the means, and where there are several the patients' and sections', for the terminal."""
-        facts = (
-            f"score card of model {self.model_digest}, {len(self.genes)} genes\n"
-            f"protocol {self.protocol}: {_PROTOCOLS[self.protocol]}\n{self.title()}"
-        )
-        undefined = "undefined: genes without a correlation, summed over sections and left out of the mean"
-        caption = "\n".join([undefined, *self.notes, *self.verdicts()])
-        table = Table("of", "method", "kind", title=facts, caption=caption, caption_justify="left")
-        for heading in METRICS.values():
-            table.add_column(heading, justify="right")
-        _add_rows(table, f"{self.rows['section_id'].nunique()} section(s)", self.means())
-        for column, rows in (("patient_id", self.patients()), ("section_id", self.rows)):
-            if rows[column].nunique() > 1:
-                for name, part in rows.groupby(column, sort=False):
-                    _add_rows(table, f"{column.removesuffix('_id')} {name}", part)
-        return table
+    def table(self) -> Group:
+        """Returns the card for the terminal, 120 columns wide."""
+        from mclstexp.evaluation.score_table import card_tables
+
+        return card_tables(self)
 
     def save(self, folder: str | Path) -> None:
         """Writes score_card.json, score_card.csv, per_gene.csv and score_card.png into a local folder."""
@@ -98,8 +122,9 @@ class ScoreCard:
 
         folder = Path(folder)
         record = {
+            "heading": self.heading(),
             "protocol": self.protocol,
-            "unit": self.unit,
+            "targets": self.targets,
             "model_digest": self.model_digest,
             "num_genes": len(self.genes),
             "notes": self.notes,
@@ -114,51 +139,41 @@ class ScoreCard:
         draw(self, folder / "score_card.png")
 
     def tags(self) -> dict[str, str]:
-        """Returns the model's means as short texts, for the registry."""
-        model = self.means().set_index("method").loc[MODEL]
-        return {f"score.{name}": f"{model[name]:.4f}" for name in METRICS} | {"score.protocol": self.protocol}
+        """Returns the model's means in its own target as short texts, for the registry."""
+        model = self.scores()[self.target][MODEL]
+        means = {_plain(f"score.{name}"): f"{value:.4f}" for name, value in model.items()}
+        return means | {"score.protocol": self.protocol}
 
     def metrics(self) -> dict[str, float]:
-        """Returns all means as `test/METHOD/SCORE`, for MLflow; undefined ones are left out."""
+        """Returns all means for MLflow; undefined ones are left out.
+
+        Names: `test/METHOD/SCORE` in the model's own target, `test/TARGET/METHOD/SCORE` in others.
+        """
         return {
-            f"test/{row['method'].replace(' ', '_')}/{name}": float(row[name])
-            for row in self.means().to_dict("records")
-            for name in METRICS
-            if math.isfinite(row[name])
+            _plain("/".join(["test", *([] if target == self.target else [target]), method, name])): value
+            for target, methods in self.scores().items()
+            for method, scores in methods.items()
+            for name, value in scores.items()
+            if math.isfinite(value)
         }
 
 
-def score_row(
-    section_id: str, patient_id: str, num_spots: int, method: str, kind: str, scores: Scores
-) -> dict[str, object]:
-    """Returns one row of `ScoreCard.rows`; a reference line, which has no unit, keeps its correlations only."""
-    values = asdict(scores) | {"rmse": math.sqrt(scores.mse)}
-    if kind == LINE:
-        values |= dict.fromkeys(("mse", "mae", "rmse"), math.nan)
-    return {
-        "section_id": section_id,
-        "patient_id": patient_id,
-        "num_spots": num_spots,
-        "method": method,
-        "kind": kind,
-    } | values
+def _means(rows: pd.DataFrame, first: Sequence[str], unit: str) -> pd.DataFrame:
+    by = [*first, "target", "method", "kind", "gene_set"]
+    parts = [rows.groupby(by, sort=False)[["num_spots", *_COUNTED]].sum()]
+    for name in AVERAGED:
+        found = mean_intervals(rows, name, by, unit).set_index(by)[["mean", "low", "high", "num_units"]]
+        parts.append(found.set_axis([name, f"{name}_low", f"{name}_high", f"{name}_units"], axis=1))
+    return pd.concat(parts, axis=1).reset_index()
 
 
-def _means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    how = {name: "sum" if name == "undefined" else "mean" for name in METRICS}
-    return rows.groupby(by, sort=False).agg({"num_spots": "sum"} | how).reset_index()
-
-
-def _records(rows: pd.DataFrame) -> list[dict[str, object]]:
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return json.loads(rows.to_json(orient="records"))  # NaN becomes null
 
 
-def _add_rows(table: Table, scope: str, rows: pd.DataFrame) -> None:
-    for place, row in enumerate(rows.to_dict("records")):
-        cells = ["-" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in _COMPARED]
-        label = f"{scope}, {row['num_spots']} spots" if place == 0 else ""
-        table.add_row(label, row["method"], row["kind"], *cells, f"{row['undefined']:.0f}")
-    table.add_section()
+def _plain(name: str) -> str:
+    """Returns a name in the letters that MLflow takes."""
+    return re.sub(r"[^\w/.:-]", "_", name)
 
 
 def _verdict(floor: str, model: dict[str, float], other: dict[str, float]) -> str:
@@ -182,7 +197,7 @@ def _better(name: str, model: float, other: float) -> bool:
 
 def _gaps(names: list[str], model: dict[str, float], other: dict[str, float]) -> str:
     """Returns the model's differences in words: absolute for correlations, in percent for errors."""
-    return ", ".join(f"{METRICS[name]} {_gap(name, model[name], other[name])}" for name in names)
+    return ", ".join(f"{_COMPARED[name]} {_gap(name, model[name], other[name])}" for name in names)
 
 
 def _gap(name: str, model: float, other: float) -> str:

@@ -1,5 +1,6 @@
 """The score card's picture: correlations over genes by method, and the best genes measured beside predicted."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from mclstexp.evaluation.score_card import ScoreCard
 
 NUM_MAPS = 4
+LABEL_WIDTH = 16
+"""Letters of a method's name in a line."""
 
 
 def draw(card: "ScoreCard", path: str | Path) -> None:
@@ -31,17 +34,21 @@ def draw(card: "ScoreCard", path: str | Path) -> None:
 
 
 def _draw_methods(card: "ScoreCard", axes: Axes) -> None:
-    """Draws each method's correlations over all sections and genes; a method without any is named as such."""
-    defined = card.per_gene.groupby("method", sort=False)["pcc"].apply(lambda pcc: pcc.dropna().to_numpy())
-    labels = [str(method) if len(pcc) else f"{method}\n(undefined)" for method, pcc in defined.items()]
+    """Draws each method's correlations over all sections and genes in the model's own target, or that it has none."""
+    own = card.per_gene[card.per_gene["target"] == card.target]
+    defined = own.groupby("method", sort=False)["pcc"].apply(lambda pcc: pcc.dropna().to_numpy())
+    names = {method: textwrap.fill(str(method), LABEL_WIDTH) for method in defined.index}
+    labels = [names[method] if len(pcc) else f"{names[method]}\n(undefined)" for method, pcc in defined.items()]
     axes.boxplot(list(defined), tick_labels=labels, showfliers=False)
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_ylabel("Pearson correlation of a gene")
-    axes.set_title(card.title())
+    axes.set_title(f"{card.heading()}\ntarget {card.target}: {card.targets[card.target]}")
 
 
 def _best_genes(card: "ScoreCard") -> np.ndarray:
     """Returns the columns of the genes that the model predicts best in the example section."""
-    mine = card.per_gene.query("method == 'model' and section_id == @card.example.section_id")
+    mine = card.per_gene.query(
+        "method == 'model' and target == @card.target and section_id == @card.example.section_id"
+    )
     order = np.argsort(-np.nan_to_num(mine["pcc"].to_numpy(), nan=-2.0), kind="stable")
     return order[:NUM_MAPS]

@@ -22,6 +22,15 @@ training input, log10(1 + 1e4 c / spot total over the panel), and truth and payl
 the section)."""
 
 
+def scored_targets(own: Normaliser) -> dict[str, Normaliser]:
+    """Returns by name what a score card states: a model's own target first, then `per_spot` and `per_gene`.
+
+    Its own target has its name in `TARGETS`, or else its unit in words.
+    """
+    known = {target: name for name, target in TARGETS.items()}
+    return {known.get(own, own.unit()): own} | {name: TARGETS[name] for name in ("per_spot", "per_gene")}
+
+
 def normalise_section(target: Normaliser, counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Returns the expression of one whole section in a target's unit, float32 (N, G).
 

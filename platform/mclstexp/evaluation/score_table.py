@@ -1,0 +1,96 @@
+"""The score card on a terminal of 120 columns: the model's own target in full, other targets and markers in short.
+
+All of it, each section in each target and root mean squared errors too, is in the files.
+"""
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mclstexp.evaluation.tables import ALL, HEG, HVG
+
+if TYPE_CHECKING:
+    from mclstexp.evaluation.score_card import ScoreCard
+
+_OWN = (
+    ("PCC\nall", ALL, "pcc"),
+    ("PCC\nHEG50", HEG, "pcc"),
+    ("PCC\nHVG50", HVG, "pcc"),
+    ("PCC\ndensity-\nfree", ALL, "pcc_density_free"),
+    ("MSE", ALL, "mse"),
+    ("MAE", ALL, "mae"),
+    ("undefined", ALL, "undefined"),
+)
+_OTHERS = (("PCC all", ALL, "pcc"), ("PCC HEG50", HEG, "pcc"), ("MSE", ALL, "mse"))
+_LEGEND = """\
+HEG50, HVG50: the 50 genes of highest mean and variance in the section; density-free: given the spots' library size
+undefined: genes without a correlation, summed over sections and left out of the mean"""
+
+
+class _Column(NamedTuple):
+    heading: str
+    target: str
+    gene_set: str
+    score: str
+
+
+def card_tables(card: "ScoreCard") -> Group:
+    """Returns the tables of a score card with its notes and verdicts."""
+    own = f"score card of model {card.model_digest}, {len(card.genes)} genes\n{card.heading()}\n"
+    own += f"target {card.target}: {card.targets[card.target]}"
+    overall = (f"{card.rows['section_id'].nunique()} section(s)", card.means())
+    tables = [_table(own, [_Column(name, card.target, *what) for name, *what in _OWN], [overall, *_parts(card)])]
+    others = {name: unit for name, unit in card.targets.items() if name != card.target}
+    columns = [_Column(f"{target}\n{name}", target, *what) for target in others for name, *what in _OTHERS]
+    units = "; ".join(f"{name}: {unit}" for name, unit in others.items())
+    tables.append(_table(f"in other targets; {card.heading()}\n{units}", columns, [overall]))
+    if markers := _marker_columns(card):
+        tables.append(_table(f"PCC of marker genes, target {card.target}; {card.heading()}", markers, [overall]))
+    units = card.unit.removesuffix("_id") + "s"
+    return Group(
+        *tables,
+        Text("\n".join([_LEGEND, f"means and 95 % intervals (±) over {units}", *card.notes, "", *card.verdicts()])),
+    )
+
+
+def _parts(card: "ScoreCard") -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yields the rows of each patient and of each section, where there are several."""
+    for column, rows in (("patient_id", card.patients()), ("section_id", card.rows)):
+        if rows[column].nunique() > 1:
+            for name, part in rows.groupby(column, sort=False):
+                yield f"{column.removesuffix('_id')} {name}", part
+
+
+def _marker_columns(card: "ScoreCard") -> list[_Column]:
+    sets = card.rows.groupby("gene_set", sort=False)["num_genes"].first().drop([ALL, HEG, HVG])
+    return [_Column(f"{name}\n{size} gene(s)", card.target, str(name), "pcc") for name, size in sets.items()]
+
+
+def _table(title: str, columns: list[_Column], scopes: list[tuple[str, pd.DataFrame]]) -> Table:
+    table = Table("method", title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(column.heading, justify="right", no_wrap=True)
+    for scope, rows in scopes:
+        found = {(row["target"], row["method"], row["gene_set"]): row for row in rows.to_dict("records")}
+        table.add_row(Text(f"{scope}, {rows['num_spots'].iloc[0]} spots", style="bold"))
+        for method in rows["method"].unique():
+            cells = (_cell(found[column.target, method, column.gene_set], column.score) for column in columns)
+            table.add_row(f"  {method}", *cells)
+        table.add_section()
+    return table
+
+
+def _cell(row: Mapping[Hashable, Any], score: str) -> str:
+    """Returns a score, and below it half of its interval where it has one."""
+    value = row[score]
+    if math.isnan(value):
+        return "-"
+    if score == "undefined":
+        return str(value)
+    reach = (row.get(f"{score}_high", math.nan) - row.get(f"{score}_low", math.nan)) / 2
+    return f"{value:.4f}" if math.isnan(reach) else f"{value:.4f}\n±{reach:.4f}"
