@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from mclstexp.evaluation.score_card import ScoreCard
 
 NUM_MAPS = 4
-LABEL_WIDTH = 16
-"""Letters of a method's name in a line."""
+LABEL_WIDTH, TITLE_WIDTH = 16, 150
+"""Letters in a line."""
 
 
 def draw(card: "ScoreCard", path: str | Path) -> None:
@@ -42,7 +42,7 @@ def _draw_methods(card: "ScoreCard", axes: Axes) -> None:
     axes.boxplot(list(defined), tick_labels=labels, showfliers=False)
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_ylabel("Pearson correlation of a gene")
-    axes.set_title(f"{card.heading()}\ntarget {card.target}: {card.targets[card.target]}")
+    axes.set_title(f"{textwrap.fill(card.heading(), TITLE_WIDTH)}\ntarget {card.target}: {card.targets[card.target]}")
 
 
 def _best_genes(card: "ScoreCard") -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -40,22 +40,29 @@ class _Column(NamedTuple):
 
 
 def card_tables(card: "ScoreCard") -> Group:
-    """Returns the tables of a score card with its notes and verdicts."""
-    own = f"score card of model {card.model_digest}, {len(card.genes)} genes\n{card.heading()}\n"
-    own += f"target {card.target}: {card.targets[card.target]}"
+    """Returns the tables of a score card with its notes and verdicts; every table says the protocol."""
     overall = (f"{card.rows['section_id'].nunique()} section(s)", card.means())
-    tables = [_table(own, [_Column(name, card.target, *what) for name, *what in _OWN], [overall, *_parts(card)])]
-    others = {name: unit for name, unit in card.targets.items() if name != card.target}
+    own = [_Column(name, card.target, *what) for name, *what in _OWN]
+    others = [target for target in card.targets if target != card.target]
     columns = [_Column(f"{target}\n{name}", target, *what) for target in others for name, *what in _OTHERS]
-    units = "; ".join(f"{name}: {unit}" for name, unit in others.items())
-    tables.append(_table(f"in other targets; {card.heading()}\n{units}", columns, [overall]))
+    blocks: list[RenderableType] = [
+        Text(f"score card of model {card.model_digest}, {len(card.genes)} genes"),
+        *_block(card, [card.target], own, [overall, *_parts(card)]),
+        *_block(card, others, columns, [overall]),
+    ]
     if markers := _marker_columns(card):
-        tables.append(_table(f"PCC of marker genes, target {card.target}; {card.heading()}", markers, [overall]))
-    units = card.unit.removesuffix("_id") + "s"
-    return Group(
-        *tables,
-        Text("\n".join([_LEGEND, f"means and 95 % intervals (±) over {units}", *card.notes, "", *card.verdicts()])),
-    )
+        blocks += _block(card, [card.target], markers, [overall])
+    unit = "patients" if card.unit == "patient_id" else "sections"
+    intervals = f"±: half of the 95 % interval of a mean over {unit}; of a patient's mean over its sections"
+    return Group(*blocks, Text("\n".join([_LEGEND, intervals, *card.notes, "", *card.verdicts()])))
+
+
+def _block(
+    card: "ScoreCard", targets: list[str], columns: list[_Column], scopes: list[tuple[str, pd.DataFrame]]
+) -> tuple[Text, Table]:
+    """Returns what a table is of, and the table."""
+    units = "; ".join(f"{name}, {card.targets[name]}" for name in targets)
+    return Text(f"\n{card.heading()}\ntarget {units}"), _table(columns, scopes)
 
 
 def _parts(card: "ScoreCard") -> Iterator[tuple[str, pd.DataFrame]]:
@@ -68,11 +75,11 @@ def _parts(card: "ScoreCard") -> Iterator[tuple[str, pd.DataFrame]]:
 
 def _marker_columns(card: "ScoreCard") -> list[_Column]:
     sets = card.rows.groupby("gene_set", sort=False)["num_genes"].first().drop([ALL, HEG, HVG])
-    return [_Column(f"{name}\n{size} gene(s)", card.target, str(name), "pcc") for name, size in sets.items()]
+    return [_Column(f"PCC {name}\n{size} gene(s)", card.target, str(name), "pcc") for name, size in sets.items()]
 
 
-def _table(title: str, columns: list[_Column], scopes: list[tuple[str, pd.DataFrame]]) -> Table:
-    table = Table("method", title=Text(title), title_justify="left")
+def _table(columns: list[_Column], scopes: list[tuple[str, pd.DataFrame]]) -> Table:
+    table = Table("method")
     for column in columns:
         table.add_column(column.heading, justify="right", no_wrap=True)
     for scope, rows in scopes:
