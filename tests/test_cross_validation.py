@@ -1,10 +1,12 @@
 """Cross-validation: every fold holds out what it says, is run once, and fails alone."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from mclstexp import tracking
 from mclstexp.config import Config, override
 from mclstexp.data.schema import load_manifest
 from mclstexp.errors import RunError, SplitError
@@ -49,7 +51,8 @@ def test_what_cannot_be_folded_is_refused(tiles: str, tmp_path: Path) -> None:
 
 
 def _study(tiles: str, folder: Path, config: Config, protocol: str = "patient") -> Study:
-    return open_study(tiles, f"{folder}/study", protocol, None, config, lambda: "parent")
+    start = partial(tracking.start_run, config, "study", {})
+    return open_study(tiles, f"{folder}/study", protocol, None, config, start)
 
 
 @pytest.mark.ray
@@ -66,22 +69,22 @@ def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path) -> None:
     config = _config(tmp_path)
-    study, folds = _study(tiles, tmp_path, config), make_folds(load_manifest(tiles), config, "patient", ["P1", "P3"])
-    broken = cross_validation.Fold("broken", override(folds[0].config, {"retrieval.k": 100_000}))
+    study, folds = _study(tiles, tmp_path, config), make_folds(load_manifest(tiles), config, "patient", ["P3"])
+    broken = cross_validation.Fold("broken", override(folds[0].config, {"genes.panel": "none.txt"}))
     ended: list[str] = []
     failed = run_folds([*folds, broken], study, lambda fold, share: None, lambda: ended.append("one"))
-    assert list(failed) == ["broken"]
-    assert "retrieval.k=100000 exceeds the bank" in failed["broken"]
-    assert len(ended) == 3
-    assert [is_scored(study, fold) for fold in (*folds, broken)] == [True, True, False]
+    assert list(failed) == ["broken"], failed
+    assert "genes.panel=none.txt" in failed["broken"]
+    assert len(ended) == 2
+    assert [is_scored(study, fold) for fold in (*folds, broken)] == [True, False]
     for fold in folds:
         record = json.loads(Path(study.uri, fold.name, "model", "model.json").read_text())["training"]
         assert fold.name not in record["patients"]
         assert all(name.startswith(fold.name) for name in record["test_sections"])
     rows, per_gene = collect(folds, study)
-    assert set(rows["section_id"]) == {"P1S1", "P1S2", "P3S1", "P3S2"}
-    assert set(per_gene["fold"]) == {"P1", "P3"}
+    assert set(rows["section_id"]) == {"P3S1", "P3S2"}
+    assert set(per_gene["fold"]) == {"P3"}
     assert run_folds(folds, study, lambda fold, share: None, lambda: ended.append("again")) == {}
     assert "again" not in ended
-    with pytest.raises(RunError, match=r"1 of 3 fold\(s\) failed"):
+    with pytest.raises(RunError, match=r"1 of 2 fold\(s\) failed"):
         cross_validation.require_all(failed, [*folds, broken], study)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 import ray
 from pydantic import BaseModel, ConfigDict
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mclstexp import resources, storage, tracking
 from mclstexp.config import Config, override
@@ -106,7 +105,7 @@ def make_folds(manifest: Manifest, config: Config, protocol: str, only: Sequence
         raise SplitError(f"--folds: no measured {unit} {', '.join(unknown)}; there are {', '.join(names)}")
     folds = []
     for name in only or names:
-        changed = {"split.protocol": protocol, f"split.{setting}": [name]}
+        changed: dict[str, object] = {"split.protocol": protocol, f"split.{setting}": [name]}
         folds.append(Fold(name, override(config, changed, f"fold {name}")))
         make_split(manifest, folds[-1].config.split)
     return folds
@@ -117,8 +116,8 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
 
     `show` is told how far each is, `ended` is called after each.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it sees our files
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_run_guarded)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
+    task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_run_guarded)
     waiting = [fold for fold in folds if not is_scored(study, fold)]
     failed: dict[str, str] = {}
     running: dict[ray.ObjectRef, tuple[Fold, ray.actor.ActorHandle]] = {}
@@ -129,7 +128,8 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
             show(fold.name, 0.0)
         done, _ = ray.wait(list(running), timeout=POLL_S)
         for fold, board in running.values():
-            for _, metrics in ray.get(board.take.remote()):
+            posted: list[tuple[int, Metrics]] = ray.get(board.take.remote())
+            for _, metrics in posted:
                 show(fold.name, metrics["done"])
         for reference in done:
             fold, _ = running.pop(reference)

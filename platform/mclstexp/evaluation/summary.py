@@ -13,8 +13,11 @@ from rich.table import Table
 from mclstexp.evaluation.tables import ALL, HEG, HVG, mean_intervals
 
 SCORES = ("pcc", "pcc_density_free", "mse", "rmse", "mae")
-_SHOWN = (("PCC all", ALL, "pcc"), ("PCC HEG50", HEG, "pcc"), ("PCC HVG50", HVG, "pcc"))
-_SHOWN += (("PCC all, density-free", ALL, "pcc_density_free"), ("MSE", ALL, "mse"), ("MAE", ALL, "mae"))
+_SHOWN = (
+    *(("PCC all", ALL, "pcc"), ("PCC HEG50", HEG, "pcc"), ("PCC HVG50", HVG, "pcc")),
+    *(("PCC all, density-free", ALL, "pcc_density_free"), ("MSE", ALL, "mse"), ("MAE", ALL, "mae")),
+)
+"""Heading, gene set and score."""
 LEAK = "reference: other sections of the tested patients trained, as published; not a figure for new patients"
 _NOTES = {"patient": "patient: no patient of a fold's training data is tested", "reference": LEAK}
 
