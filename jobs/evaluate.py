@@ -6,7 +6,6 @@ With --protocol it trains and scores one model for each fold (`reference`: leave
 """
 
 import sys
-
 from pathlib import Path
 
 import _launch  # first: puts the project on the path
@@ -53,15 +52,11 @@ def _evaluate(arguments, config) -> None:  # noqa: ANN001
 
     from mclstexp import resources, storage, tracking
     from mclstexp.data.schema import load_manifest
-    from mclstexp.errors import ConfigError
     from mclstexp.evaluation.evaluate import held_out
-    from mclstexp.evaluation.markers import load_markers
     from mclstexp.inference.model_version import ModelVersion
     from mclstexp.model.encoders import require_weights
 
-    if arguments.markers and not arguments.cohort:
-        raise ConfigError(f"--markers {arguments.markers} needs --cohort NAME: which of its cohorts is scored")
-    markers = load_markers(arguments.markers or MARKERS, arguments.cohort) if arguments.cohort else {}
+    markers = _markers(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
     arguments.sections = [name for name in arguments.sections.split(",") if name]
@@ -98,7 +93,28 @@ def _score(model, arguments, markers):  # noqa: ANN001, ANN202
     return card
 
 
+def _markers(arguments):  # noqa: ANN001, ANN202
+    from mclstexp.evaluation.markers import load_markers
+
+    if arguments.markers and not arguments.cohort:
+        raise ConfigError(f"--markers {arguments.markers} needs --cohort NAME: which of its cohorts is scored")
+    return load_markers(arguments.markers or MARKERS, arguments.cohort) if arguments.cohort else {}
+
+
 def _save(card, arguments, config) -> None:  # noqa: ANN001
+    from mclstexp import tracking
+
+    run_id = tracking.tag_version(config.tracking, arguments.model, card.tags())
+    own_run = run_id is None
+    if own_run:
+        run_id = tracking.start_run(config, f"evaluate-{card.model_digest}", card.tags())
+    _publish(card, arguments.out, config, run_id)
+    if own_run:
+        tracking.finish_run(config.tracking, run_id)
+
+
+def _publish(card, out: str, config, run_id: str) -> None:  # noqa: ANN001
+    """Puts a score card's files where they belong and logs them to an MLflow run."""
     import tempfile
 
     from mclstexp import storage, tracking
@@ -106,18 +122,12 @@ def _save(card, arguments, config) -> None:  # noqa: ANN001
     with tempfile.TemporaryDirectory() as folder:
         card.save(folder)
         for path in Path(folder).iterdir():
-            storage.upload(path, storage.join(arguments.out, path.name))
-        run_id = tracking.tag_version(config.tracking, arguments.model, card.tags())
-        own_run = run_id is None
-        if own_run:
-            run_id = tracking.start_run(config, f"evaluate-{card.model_digest}", card.tags())
+            storage.upload(path, storage.join(out, path.name))
         metrics = tracking.MetricLog(config.tracking, run_id)
         metrics.log(0, card.metrics())
         metrics.close()
         tracking.log_artifacts(config.tracking, run_id, folder, "score_card")
-        if own_run:
-            tracking.finish_run(config.tracking, run_id)
-        print(f"MLflow run {run_id} at {config.tracking.uri}")
+    print(f"MLflow run {run_id} at {config.tracking.uri}")
 
 
 def _cross_validate(arguments, config) -> None:  # noqa: ANN001
@@ -127,7 +137,6 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
     from mclstexp import resources, storage, tracking
     from mclstexp.data.schema import load_manifest
     from mclstexp.evaluation import cross_validation as study_of
-    from mclstexp.evaluation.summary import summarise
     from mclstexp.model.encoders import require_weights
 
     manifest, protocol = load_manifest(arguments.data), arguments.protocol
@@ -152,17 +161,18 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
         arguments.data,
         uri,
         protocol,
-        arguments.probe_weights,
         config,
         lambda: tracking.start_run(config, name, tags),
+        arguments.probe_weights,
+        _markers(arguments),
     )
     failed = _run_folds(folds, study)
     study_of.require_all(failed, folds, study)
-    summary = summarise(*study_of.collect(folds, study), protocol, study.unit)
-    _save_summary(summary, study, config)
-    Console(width=140).print(summary.table())
-    print(f"MLflow run {study.mlflow_run_id} at {config.tracking.uri}")
-    print(f"cross-validation {storage.join(uri, 'summary.json')}")
+    card = study_of.collect(folds, study)
+    Console(width=120).print(card.table())
+    _publish(card, uri, config, study.mlflow_run_id)
+    tracking.finish_run(config.tracking, study.mlflow_run_id)
+    print(f"score card {storage.join(uri, 'score_card.json')}")
 
 
 def _run_folds(folds, study) -> dict[str, str]:  # noqa: ANN001
@@ -183,23 +193,6 @@ def _run_folds(folds, study) -> dict[str, str]:  # noqa: ANN001
                 bar.update(tasks[fold], description=f"fold {fold}: last epoch, bank, scores")
 
         return run_folds(folds, study, show, lambda: bar.advance(overall))
-
-
-def _save_summary(summary, study, config) -> None:  # noqa: ANN001
-    import tempfile
-    from pathlib import Path
-
-    from mclstexp import storage, tracking
-
-    with tempfile.TemporaryDirectory() as folder:
-        summary.save(folder)
-        for path in Path(folder).iterdir():
-            storage.upload(path, storage.join(study.uri, path.name))
-        metrics = tracking.MetricLog(config.tracking, study.mlflow_run_id)
-        metrics.log(0, summary.metrics())
-        metrics.close()
-        tracking.log_artifacts(config.tracking, study.mlflow_run_id, folder, "cross_validation")
-    tracking.finish_run(config.tracking, study.mlflow_run_id)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from mclstexp import tracking
@@ -52,7 +53,7 @@ def test_what_cannot_be_folded_is_refused(tiles: str, tmp_path: Path) -> None:
 
 def _study(tiles: str, folder: Path, config: Config, protocol: str = "patient") -> Study:
     start = partial(tracking.start_run, config, "study", {})
-    return open_study(tiles, f"{folder}/study", protocol, None, config, start)
+    return open_study(tiles, f"{folder}/study", protocol, config, start)
 
 
 @pytest.mark.ray
@@ -81,9 +82,15 @@ def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: 
         record = json.loads(Path(study.uri, fold.name, "model", "model.json").read_text())["training"]
         assert fold.name not in record["patients"]
         assert all(name.startswith(fold.name) for name in record["test_sections"])
-    rows, per_gene = collect(folds, study)
-    assert set(rows["section_id"]) == {"P3S1", "P3S2"}
-    assert set(per_gene["fold"]) == {"P3"}
+    card = collect(folds, study)
+    assert set(card.rows["section_id"]) == {"P3S1", "P3S2"}
+    assert not any(note.startswith("LEAK") for note in card.notes)
+    own = card.rows.query("target == @card.target and method == 'model' and gene_set == 'all'")
+    assert card.scores()[card.target]["model"]["mse"] == pytest.approx(own["mse"].mean())
+    card.save(tmp_path)
+    means = pd.read_csv(tmp_path / "gene_means.csv").query("target == @card.target and method == 'model'")
+    first = card.per_gene.query("target == @card.target and method == 'model' and gene == @means['gene'].iloc[0]")
+    assert means["mean"].iloc[0] == pytest.approx(first["pcc"].mean(), nan_ok=True)
     assert run_folds(folds, study, lambda fold, share: None, lambda: ended.append("again")) == {}
     assert "again" not in ended
     with pytest.raises(RunError, match=r"1 of 2 fold\(s\) failed"):

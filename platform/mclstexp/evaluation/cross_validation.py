@@ -5,10 +5,13 @@ drive them; a fold that is scored is never run again, one that was interrupted g
 fails does not stop the others.
 """
 
+import io
+import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import ray
@@ -17,14 +20,18 @@ from pydantic import BaseModel, ConfigDict
 from mclstexp import resources, storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
+from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.score_card import ScoreCard
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.training import finish, trainer
 from mclstexp.training.progress import Metrics, ProgressBoard
 
-RECORD, SCORES, ROWS, PER_GENE = "study.json", "scores", "score_card.csv", "per_gene.csv"
+RECORD, SCORES = "study.json", "scores"
+RESULT, ROWS, PER_GENE = "score_card.json", "score_card.csv", "per_gene.csv"
+LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
 POLL_S = 1.0
 Show = Callable[[str, float], None]
 """Called with (fold, share of its training that is done)."""
@@ -47,11 +54,7 @@ class Study:
     protocol: str
     mlflow_run_id: str
     probe_weights: str | None
-
-    @property
-    def unit(self) -> str:
-        """The column of the independent unit of its means."""
-        return "section_id" if self.protocol == "reference" else "patient_id"
+    markers: dict[str, GenePanel]
 
 
 class _Record(BaseModel):
@@ -61,16 +64,32 @@ class _Record(BaseModel):
     manifest_digest: str
     protocol: str
     probe_weights: str | None
+    markers: dict[str, list[str]]
     mlflow_run_id: str
 
 
 def open_study(
-    data: str, uri: str, protocol: str, probe_weights: str | None, config: Config, start_tracking: Callable[[], str]
+    data: str,
+    uri: str,
+    protocol: str,
+    config: Config,
+    start_tracking: Callable[[], str],
+    probe_weights: str | None = None,
+    markers: Mapping[str, GenePanel] | None = None,
 ) -> Study:
-    """Returns the study at a place, new or as it was left; `start_tracking()` gives a new one's MLflow run.
+    """Returns the study at a place, new or as it was left.
+
+    Args:
+        data: the tile table.
+        uri: where the folds and the result go.
+        protocol: `reference` or `patient`.
+        config: the recipe, which holds nothing out itself.
+        start_tracking: gives a new study's MLflow run.
+        probe_weights: as `evaluate` takes them.
+        markers: the same.
 
     Raises:
-        RunError: the place holds a study with other settings, data or protocol.
+        RunError: the place holds a study of other settings, data, protocol, probe or markers.
     """
     digest, place = load_manifest(data).digest(), storage.join(uri, RECORD)
     asked = {
@@ -78,6 +97,7 @@ def open_study(
         "manifest_digest": digest,
         "protocol": protocol,
         "probe_weights": probe_weights,
+        "markers": {name: panel.names() for name, panel in (markers or {}).items()},
     }
     if not storage.exists(place):
         record = _Record.model_validate(asked | {"mlflow_run_id": start_tracking()})
@@ -86,7 +106,7 @@ def open_study(
     other = [name for name, value in asked.items() if getattr(record, name) != value]
     if other:
         raise RunError(f"{uri} holds a study with another {', '.join(other)}; give another --name")
-    return Study(storage.absolute(data), uri, protocol, record.mlflow_run_id, probe_weights)
+    return Study(storage.absolute(data), uri, protocol, record.mlflow_run_id, probe_weights, dict(markers or {}))
 
 
 def make_folds(manifest: Manifest, config: Config, protocol: str, only: Sequence[str] = ()) -> list[Fold]:
@@ -142,18 +162,33 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
 
 def is_scored(study: Study, fold: Fold) -> bool:
     """Tells whether a fold's score card was saved."""
-    return storage.exists(storage.join(study.uri, fold.name, SCORES, ROWS))
+    return storage.exists(storage.join(study.uri, fold.name, SCORES, RESULT))
 
 
-def collect(folds: Sequence[Fold], study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Returns the rows of all folds' score cards, and their rows per gene, each with the column `fold`."""
-    tables: dict[str, list[pd.DataFrame]] = {ROWS: [], PER_GENE: []}
-    with tempfile.TemporaryDirectory() as scratch:
-        for fold in folds:
-            for name, parts in tables.items():
-                storage.download(storage.join(study.uri, fold.name, SCORES, name), Path(scratch, name))
-                parts.append(pd.read_csv(Path(scratch, name)).assign(fold=fold.name))
-    return pd.concat(tables[ROWS], ignore_index=True), pd.concat(tables[PER_GENE], ignore_index=True)
+def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
+    """Returns one score card over all folds' sections, with what their notes have in common."""
+    records: list[dict[str, Any]] = []
+    rows: list[pd.DataFrame] = []
+    per_gene: list[pd.DataFrame] = []
+    for fold in folds:
+        place = storage.join(study.uri, fold.name, SCORES)
+        records.append(json.loads(storage.read(storage.join(place, RESULT))))
+        for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
+            parts.append(pd.read_csv(io.BytesIO(storage.read(storage.join(place, name)))))
+    genes = pd.concat(per_gene, ignore_index=True)
+    shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
+    leaks = any(note.startswith("LEAK") for record in records for note in record["notes"])
+    digests = [record["model_digest"] for record in records]
+    return ScoreCard(
+        protocol=study.protocol,
+        targets=records[0]["targets"],
+        model_digest=digests[0] if len(folds) == 1 else f"{digests[0]} to {digests[-1]} ({len(folds)} folds)",
+        notes=(*([LEAK] if leaks else []), "each fold has a model, a panel and floors of its own", *shared),
+        genes=sorted(genes["gene"].unique()),
+        rows=pd.concat(rows, ignore_index=True),
+        per_gene=genes,
+        example=None,
+    )
 
 
 def _run_guarded(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> str:
@@ -192,11 +227,11 @@ def _both(metrics: tracking.MetricLog, board: ray.actor.ActorHandle, epochs: int
 def _score(run: trainer.Run, study: Study, metrics: tracking.MetricLog) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
-        card = evaluate(model, study.data, lambda *_: None, probe_weights=study.probe_weights)
+        card = evaluate(model, study.data, lambda *_: None, probe_weights=study.probe_weights, markers=study.markers)
     metrics.log(0, card.metrics())
     with tempfile.TemporaryDirectory() as folder:
         card.save(folder)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == ROWS):  # what says done comes last
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == RESULT):  # what says done comes last
             storage.upload(path, storage.join(run.uri, SCORES, path.name))
 
 
