@@ -1,16 +1,26 @@
 #!/usr/bin/env python
-"""Scores a model version on its held-out sections, beside floors."""
+"""Scores a model version on its held-out sections, or a recipe by cross-validation, beside floors.
 
+With --protocol it trains and scores one model for each fold (`reference`: leave one section out, as published;
+`patient`: leave one patient out); all settings of jobs/train.py are then options here too.
+"""
+
+import sys
 from pathlib import Path
 
 import _launch  # first: puts the project on the path
 from _cli import Argument, describe, parse, run
 
+from mclstexp.errors import ConfigError
+
 EXAMPLE = "python jobs/evaluate.py --model models:/mclstexp@champion --data s3://bucket/tiles --out s3://bucket/scores"
 ARGUMENTS = [
-    Argument("model", "models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder"),
+    Argument("model", "models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder", required=False),
+    Argument("protocol", "cross-validate instead: reference or patient", required=False),
     Argument("data", "tile table with the model's training sections and those to score"),
-    Argument("out", "where the score card goes [runs/scores/MODEL_DIGEST]", required=False),
+    Argument("out", "where the results go [runs/scores/MODEL_DIGEST, or runs/cross_validation]", required=False),
+    Argument("name", "the cross-validation's name; the same name goes on [made from settings and data]", False),
+    Argument("folds", "sections or patients to hold out in turn: A,B,... [all]", required=False, default=""),
     Argument("sections", "sections to score: A,B,... [those that the model held out]", required=False, default=""),
     Argument("probe-weights", "imagenet or a file: adds the ridge on that encoder's features [none]", required=False),
     Argument(
@@ -20,24 +30,33 @@ ARGUMENTS = [
 ]
 MARKERS = Path(__file__).parent / "configs" / "markers.yaml"
 SECTIONS = ("storage", "cluster", "tracking")
+STUDY_SECTIONS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval", "tracking")
 
 
 def main() -> None:
-    """Parses, fetches the version, scores, saves, logs."""
-    arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
+    """Parses, and scores a version or cross-validates a recipe."""
+    is_study = any(word.partition("=")[0] == "--protocol" for word in sys.argv[1:])
+    sections = STUDY_SECTIONS if is_study else SECTIONS
+    arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, sections)
+    if is_study == bool(arguments.model) or arguments.protocol not in (None, "reference", "patient"):
+        raise ConfigError("give either --model, or --protocol reference or --protocol patient")
+    if is_study:
+        _cross_validate(arguments, config)
+    else:
+        _evaluate(arguments, config)
+
+
+def _evaluate(arguments, config) -> None:  # noqa: ANN001
+    """Fetches the version, scores, saves, logs."""
     import tempfile
 
     from mclstexp import resources, storage, tracking
     from mclstexp.data.schema import load_manifest
-    from mclstexp.errors import ConfigError
     from mclstexp.evaluation.evaluate import held_out
-    from mclstexp.evaluation.markers import load_markers
     from mclstexp.inference.model_version import ModelVersion
     from mclstexp.model.encoders import require_weights
 
-    if arguments.markers and not arguments.cohort:
-        raise ConfigError(f"--markers {arguments.markers} needs --cohort NAME: which of its cohorts is scored")
-    markers = load_markers(arguments.markers or MARKERS, arguments.cohort) if arguments.cohort else {}
+    markers = _markers(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
     arguments.sections = [name for name in arguments.sections.split(",") if name]
@@ -74,7 +93,28 @@ def _score(model, arguments, markers):  # noqa: ANN001, ANN202
     return card
 
 
+def _markers(arguments):  # noqa: ANN001, ANN202
+    from mclstexp.evaluation.markers import load_markers
+
+    if arguments.markers and not arguments.cohort:
+        raise ConfigError(f"--markers {arguments.markers} needs --cohort NAME: which of its cohorts is scored")
+    return load_markers(arguments.markers or MARKERS, arguments.cohort) if arguments.cohort else {}
+
+
 def _save(card, arguments, config) -> None:  # noqa: ANN001
+    from mclstexp import tracking
+
+    run_id = tracking.tag_version(config.tracking, arguments.model, card.tags())
+    own_run = run_id is None
+    if own_run:
+        run_id = tracking.start_run(config, f"evaluate-{card.model_digest}", card.tags())
+    _publish(card, arguments.out, config, run_id)
+    if own_run:
+        tracking.finish_run(config.tracking, run_id)
+
+
+def _publish(card, out: str, config, run_id: str) -> None:  # noqa: ANN001
+    """Puts a score card's files where they belong and logs them to an MLflow run."""
     import tempfile
 
     from mclstexp import storage, tracking
@@ -82,18 +122,77 @@ def _save(card, arguments, config) -> None:  # noqa: ANN001
     with tempfile.TemporaryDirectory() as folder:
         card.save(folder)
         for path in Path(folder).iterdir():
-            storage.upload(path, storage.join(arguments.out, path.name))
-        run_id = tracking.tag_version(config.tracking, arguments.model, card.tags())
-        own_run = run_id is None
-        if own_run:
-            run_id = tracking.start_run(config, f"evaluate-{card.model_digest}", card.tags())
+            storage.upload(path, storage.join(out, path.name))
         metrics = tracking.MetricLog(config.tracking, run_id)
         metrics.log(0, card.metrics())
         metrics.close()
         tracking.log_artifacts(config.tracking, run_id, folder, "score_card")
-        if own_run:
-            tracking.finish_run(config.tracking, run_id)
-        print(f"MLflow run {run_id} at {config.tracking.uri}")
+    print(f"MLflow run {run_id} at {config.tracking.uri}")
+
+
+def _cross_validate(arguments, config) -> None:  # noqa: ANN001
+    """Trains and scores every fold that is not scored yet, and writes one result."""
+    from rich.console import Console
+
+    from mclstexp import resources, storage, tracking
+    from mclstexp.data.schema import load_manifest
+    from mclstexp.evaluation import cross_validation as study_of
+    from mclstexp.model.encoders import require_weights
+
+    manifest, protocol = load_manifest(arguments.data), arguments.protocol
+    only = [name for name in arguments.folds.split(",") if name]
+    folds = study_of.make_folds(manifest, config, protocol, only)
+    name = arguments.name or f"{protocol}-{config.digest()}-{manifest.digest()[:6]}"
+    uri = storage.join(storage.absolute(arguments.out or "runs/cross_validation"), name)
+    print(
+        f"{len(folds)} folds ({', '.join(fold.name for fold in folds)}) of protocol {protocol}, into {uri}", flush=True
+    )
+    if arguments.dry_run:
+        print(describe(config, STUDY_SECTIONS))
+        print(f"each fold: {resources.plan(config)}")
+        return
+    _launch.connect(config)
+    resources.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
+    resources.require(config)
+    for weights in (config.model.image_weights, arguments.probe_weights or "random"):
+        require_weights(config.model.image_encoder, weights)
+    tags = {"protocol": protocol}
+    study = study_of.open_study(
+        arguments.data,
+        uri,
+        protocol,
+        config,
+        lambda: tracking.start_run(config, name, tags),
+        arguments.probe_weights,
+        _markers(arguments),
+    )
+    failed = _run_folds(folds, study)
+    study_of.require_all(failed, folds, study)
+    card = study_of.collect(folds, study)
+    Console(width=120).print(card.table())
+    _publish(card, uri, config, study.mlflow_run_id)
+    tracking.finish_run(config.tracking, study.mlflow_run_id)
+    print(f"score card {storage.join(uri, 'score_card.json')}")
+
+
+def _run_folds(folds, study) -> dict[str, str]:  # noqa: ANN001
+    from rich.progress import Progress
+
+    from mclstexp.evaluation.cross_validation import is_scored, run_folds
+
+    with Progress() as bar:
+        left = [fold for fold in folds if not is_scored(study, fold)]
+        overall = bar.add_task("folds", total=len(folds), completed=len(folds) - len(left))
+        tasks = {}
+
+        def show(fold: str, share: float) -> None:
+            if fold not in tasks:
+                tasks[fold] = bar.add_task(f"fold {fold}: training", total=1.0)
+            bar.update(tasks[fold], completed=share)
+            if share == 1.0:
+                bar.update(tasks[fold], description=f"fold {fold}: last epoch, bank, scores")
+
+        return run_folds(folds, study, show, lambda: bar.advance(overall))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersio
         assert " ".join(expected.split()) in " ".join(scored.printed.replace("│", " ").split())
     assert scored.printed.splitlines()[-1] == f"score card {scored.folder}/scores/score_card.json"
     written = {path.name for path in (scored.folder / "scores").iterdir()}
-    assert written == {"score_card.json", "score_card.csv", "per_gene.csv", "score_card.png"}
+    assert written == {"score_card.json", "score_card.csv", "per_gene.csv", "gene_means.csv", "score_card.png"}
     logged = {path.name for path in (scored.folder / "mlartifacts").rglob("*") if path.is_file()}
     assert written <= logged
 

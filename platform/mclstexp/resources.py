@@ -68,6 +68,14 @@ def require(config: Config) -> None:
         raise ResourceError(fault)
 
 
+def runs_at_once(config: Config) -> int:
+    """Returns how many such training runs with their data streams the cluster holds side by side, at least 1."""
+    train, nodes = config.train, _alive_nodes()
+    cpus, gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
+    held = cpus // (train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus))
+    return max(1, min(held, gpus // train.num_workers) if train.use_gpu else held)
+
+
 def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = True) -> None:
     """Refuses places that only one node can see where the work is done on several, or on another than the head.
 

@@ -60,8 +60,8 @@ class ScoreCard:
     per_gene: pd.DataFrame
     """One row a section, target, method and gene: section_id, patient_id, target, method, gene, and the columns of
     `tables.gene_table`."""
-    example: SectionResult
-    """The section that is drawn."""
+    example: SectionResult | None
+    """The section that is drawn, where one prediction is at hand."""
 
     @property
     def target(self) -> str:
@@ -85,6 +85,10 @@ class ScoreCard:
     def patients(self) -> pd.DataFrame:
         """Returns the same for each patient over its sections; patient_id stands first."""
         return _means(self.rows, ("patient_id",), "section_id")
+
+    def gene_means(self) -> pd.DataFrame:
+        """Returns each gene's mean correlation over units by target and method, as `tables.mean_intervals`."""
+        return mean_intervals(self.per_gene, "pcc", ["target", "method", "gene"], self.unit)
 
     def scores(self) -> dict[str, dict[str, dict[str, float]]]:
         """Returns the means by target, method and short name.
@@ -117,7 +121,7 @@ class ScoreCard:
         return card_tables(self)
 
     def save(self, folder: str | Path) -> None:
-        """Writes score_card.json, score_card.csv, per_gene.csv and score_card.png into a local folder."""
+        """Writes score_card.json, .csv and .png, per_gene.csv and gene_means.csv into a local folder."""
         from mclstexp.evaluation.score_plot import draw
 
         folder = Path(folder)
@@ -136,6 +140,7 @@ class ScoreCard:
         (folder / "score_card.json").write_text(json.dumps(record, indent=1, allow_nan=False))
         self.rows.to_csv(folder / "score_card.csv", index=False)
         self.per_gene.to_csv(folder / "per_gene.csv", index=False)
+        self.gene_means().to_csv(folder / "gene_means.csv", index=False)
         draw(self, folder / "score_card.png")
 
     def tags(self) -> dict[str, str]:

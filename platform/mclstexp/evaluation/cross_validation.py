@@ -1,0 +1,258 @@
+"""Cross-validation: every fold trained, scored and kept, as many at once as the cluster holds.
+
+A fold is a training run of its own with everything fitted on its training sections. Folds run as Ray tasks that
+drive them; a fold that is scored is never run again, one that was interrupted goes on where it stopped, and one that
+fails does not stop the others.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import ray
+from pydantic import BaseModel, ConfigDict
+
+from mclstexp import resources, storage, tracking
+from mclstexp.config import Config, override
+from mclstexp.data.folds import make_split
+from mclstexp.data.genes import GenePanel
+from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.errors import RunError, SplitError, UserError
+from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.score_card import ScoreCard
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.training import finish, trainer
+from mclstexp.training.progress import Metrics, ProgressBoard
+
+RECORD, SCORES = "study.json", "scores"
+RESULT, ROWS, PER_GENE = "score_card.json", "score_card.csv", "per_gene.csv"
+LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
+POLL_S = 1.0
+Show = Callable[[str, float], None]
+"""Called with (fold, share of its training that is done)."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One held-out section or patient."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all folds share: the tile table, where everything goes and which MLflow run they belong to."""
+
+    data: str
+    uri: str
+    protocol: str
+    mlflow_run_id: str
+    probe_weights: str | None
+    markers: dict[str, GenePanel]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: dict[str, dict[str, object]]
+    manifest_digest: str
+    protocol: str
+    probe_weights: str | None
+    markers: dict[str, list[str]]
+    mlflow_run_id: str
+
+
+def open_study(
+    data: str,
+    uri: str,
+    protocol: str,
+    config: Config,
+    start_tracking: Callable[[], str],
+    probe_weights: str | None = None,
+    markers: Mapping[str, GenePanel] | None = None,
+) -> Study:
+    """Returns the study at a place, new or as it was left.
+
+    Args:
+        data: the tile table.
+        uri: where the folds and the result go.
+        protocol: `reference` or `patient`.
+        config: the recipe, which holds nothing out itself.
+        start_tracking: gives a new study's MLflow run.
+        probe_weights: as `evaluate` takes them.
+        markers: the same.
+
+    Raises:
+        RunError: the place holds a study of other settings, data, protocol, probe or markers.
+    """
+    digest, place = load_manifest(data).digest(), storage.join(uri, RECORD)
+    asked = {
+        "identity": trainer.identity(config),
+        "manifest_digest": digest,
+        "protocol": protocol,
+        "probe_weights": probe_weights,
+        "markers": {name: panel.names() for name, panel in (markers or {}).items()},
+    }
+    if not storage.exists(place):
+        record = _Record.model_validate(asked | {"mlflow_run_id": start_tracking()})
+        storage.publish(place, record.model_dump_json(indent=1).encode(), previous=None)
+    record = _Record.model_validate_json(storage.read(place))
+    other = [name for name, value in asked.items() if getattr(record, name) != value]
+    if other:
+        raise RunError(f"{uri} holds a study with another {', '.join(other)}; give another --name")
+    return Study(storage.absolute(data), uri, protocol, record.mlflow_run_id, probe_weights, dict(markers or {}))
+
+
+def make_folds(manifest: Manifest, config: Config, protocol: str, only: Sequence[str] = ()) -> list[Fold]:
+    """Returns a fold for each measured section (`reference`) or patient (`patient`), or for those named in `only`.
+
+    Raises:
+        SplitError: the settings hold data out themselves, a name in `only` is unknown, or a fold cannot be trained.
+    """
+    if config.split.test_sections or config.split.test_patients:
+        raise SplitError("cross-validation holds each section or patient out in turn; leave split.test_* empty")
+    unit, setting = ("section", "test_sections") if protocol == "reference" else ("patient", "test_patients")
+    measured = [entry for entry in manifest.sections if entry.measured]
+    names = sorted({str(getattr(entry, f"{unit}_id")) for entry in measured})
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise SplitError(f"--folds: no measured {unit} {', '.join(unknown)}; there are {', '.join(names)}")
+    folds = []
+    for name in only or names:
+        changed: dict[str, object] = {"split.protocol": protocol, f"split.{setting}": [name]}
+        folds.append(Fold(name, override(config, changed, f"fold {name}")))
+        make_split(manifest, folds[-1].config.split)
+    return folds
+
+
+def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[], None]) -> dict[str, str]:
+    """Runs all folds that are not scored yet; returns the failed ones with their reason. Ray must be connected.
+
+    `show` is told how far each is, `ended` is called after each.
+    """
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
+    task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_run_guarded)
+    waiting = [fold for fold in folds if not is_scored(study, fold)]
+    failed: dict[str, str] = {}
+    running: dict[ray.ObjectRef, tuple[Fold, ray.actor.ActorHandle]] = {}
+    while waiting or running:
+        while waiting and len(running) < resources.runs_at_once(waiting[0].config):
+            fold, board = waiting.pop(0), ProgressBoard.remote()  # type: ignore[attr-defined]
+            running[task.remote(fold, study, board)] = (fold, board)
+            show(fold.name, 0.0)
+        done, _ = ray.wait(list(running), timeout=POLL_S)
+        for fold, board in running.values():
+            posted: list[tuple[int, Metrics]] = ray.get(board.take.remote())
+            for _, metrics in posted:
+                show(fold.name, metrics["done"])
+        for reference in done:
+            fold, _ = running.pop(reference)
+            reason = _reason(reference)
+            if reason:
+                failed[fold.name] = reason
+            ended()
+    return failed
+
+
+def is_scored(study: Study, fold: Fold) -> bool:
+    """Tells whether a fold's score card was saved."""
+    return storage.exists(storage.join(study.uri, fold.name, SCORES, RESULT))
+
+
+def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
+    """Returns one score card over all folds' sections, with what their notes have in common."""
+    records: list[dict[str, Any]] = []
+    rows: list[pd.DataFrame] = []
+    per_gene: list[pd.DataFrame] = []
+    for fold in folds:
+        place = storage.join(study.uri, fold.name, SCORES)
+        records.append(json.loads(storage.read(storage.join(place, RESULT))))
+        for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
+            parts.append(pd.read_csv(io.BytesIO(storage.read(storage.join(place, name)))))
+    genes = pd.concat(per_gene, ignore_index=True)
+    shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
+    leaks = any(note.startswith("LEAK") for record in records for note in record["notes"])
+    digests = [record["model_digest"] for record in records]
+    return ScoreCard(
+        protocol=study.protocol,
+        targets=records[0]["targets"],
+        model_digest=digests[0] if len(folds) == 1 else f"{digests[0]} to {digests[-1]} ({len(folds)} folds)",
+        notes=(*([LEAK] if leaks else []), "each fold has a model, a panel and floors of its own", *shared),
+        genes=sorted(genes["gene"].unique()),
+        rows=pd.concat(rows, ignore_index=True),
+        per_gene=genes,
+        example=None,
+    )
+
+
+def _run_guarded(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> str:
+    """Runs one fold; returns a user's error as text, for raised it would be wrapped into a traceback."""
+    try:
+        _run(fold, study, board)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _run(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> None:
+    def start(name: str) -> str:
+        tags = {"mlflow.parentRunId": study.mlflow_run_id, "protocol": fold.config.split.protocol, "fold": name}
+        return tracking.start_run(fold.config, name, tags)
+
+    run = trainer.open_run(study.data, study.uri, fold.name, fold.config, start)
+    metrics = tracking.MetricLog(run.config.tracking, run.mlflow_run_id)
+    try:
+        if not finish.is_finished(run):
+            finish.finish(run, trainer.fit(run, _both(metrics, board, run.config.train.epochs)))
+        _score(run, study, metrics)
+    finally:
+        metrics.close()
+    tracking.finish_run(run.config.tracking, run.mlflow_run_id)
+
+
+def _both(metrics: tracking.MetricLog, board: ray.actor.ActorHandle, epochs: int) -> Callable[[int, Metrics], None]:
+    def log(step: int, values: Metrics) -> None:
+        metrics.log(step, values)
+        board.post.remote(step, {"done": (values["epoch"] + 1) / epochs})
+
+    return log
+
+
+def _score(run: trainer.Run, study: Study, metrics: tracking.MetricLog) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
+        card = evaluate(model, study.data, lambda *_: None, probe_weights=study.probe_weights, markers=study.markers)
+    metrics.log(0, card.metrics())
+    with tempfile.TemporaryDirectory() as folder:
+        card.save(folder)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == RESULT):  # what says done comes last
+            storage.upload(path, storage.join(run.uri, SCORES, path.name))
+
+
+def _reason(reference: ray.ObjectRef) -> str:
+    try:
+        return str(ray.get(reference))
+    except ray.exceptions.RayTaskError as error:
+        return f"failed in an unforeseen way: {error.cause!r}"
+    except ray.exceptions.RayError as error:
+        return f"its process died: {error}"
+
+
+def require_all(failed: dict[str, str], folds: Sequence[Fold], study: Study) -> None:
+    """Raises what went wrong.
+
+    Raises:
+        RunError: names each failed fold with its reason.
+    """
+    if failed:
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise RunError(
+            f"{len(failed)} of {len(folds)} fold(s) failed, the others are kept in {study.uri}; mend it and run the "
+            f"same command again:\n  {listed}"
+        )

@@ -1,0 +1,97 @@
+"""Cross-validation: every fold holds out what it says, is run once, and fails alone."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mclstexp import tracking
+from mclstexp.config import Config, override
+from mclstexp.data.schema import load_manifest
+from mclstexp.errors import RunError, SplitError
+from mclstexp.evaluation import cross_validation
+from mclstexp.evaluation.cross_validation import Study, collect, is_scored, make_folds, open_study, run_folds
+
+SETTINGS = {
+    "genes.num_genes": 20,
+    "model.image_encoder": "small_cnn",
+    "model.spot_width": 16,
+    "model.spot_layers": 1,
+    "train.epochs": 1,
+    "train.batch_sentences": 2,
+    "train.precision": "fp32",
+    "retrieval.k": 5,
+}
+
+
+def _config(folder: Path, **changes: object) -> Config:
+    return override(Config(), SETTINGS | {"tracking.uri": f"sqlite:///{folder}/mlflow.db"} | changes)
+
+
+@pytest.mark.ray
+def test_each_protocol_holds_out_each_section_or_patient_once(tiles: str, tmp_path: Path) -> None:
+    manifest, config = load_manifest(tiles), _config(tmp_path)
+    measured = [entry.section_id for entry in manifest.sections if entry.measured]
+    folds = make_folds(manifest, config, "reference")
+    assert [fold.config.split.test_sections for fold in folds] == [(name,) for name in measured]
+    folds = make_folds(manifest, config, "patient")
+    assert [fold.config.split.test_patients for fold in folds] == [("P1",), ("P2",), ("P3",)]
+    assert {fold.config.split.protocol for fold in folds} == {"patient"}
+    assert [fold.name for fold in make_folds(manifest, config, "patient", ["P2"])] == ["P2"]
+
+
+@pytest.mark.ray
+def test_what_cannot_be_folded_is_refused(tiles: str, tmp_path: Path) -> None:
+    manifest = load_manifest(tiles)
+    with pytest.raises(SplitError, match="no measured patient P9; there are P1, P2, P3"):
+        make_folds(manifest, _config(tmp_path), "patient", ["P9"])
+    with pytest.raises(SplitError, match=r"leave split\.test_\* empty"):
+        make_folds(manifest, _config(tmp_path, **{"split.test_patients": ["P1"]}), "patient")
+
+
+def _study(tiles: str, folder: Path, config: Config, protocol: str = "patient") -> Study:
+    start = partial(tracking.start_run, config, "study", {})
+    return open_study(tiles, f"{folder}/study", protocol, config, start)
+
+
+@pytest.mark.ray
+def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    assert _study(tiles, tmp_path, config) == _study(tiles, tmp_path, config)
+    with pytest.raises(RunError, match="another protocol"):
+        _study(tiles, tmp_path, config, "reference")
+    with pytest.raises(RunError, match="another identity"):
+        _study(tiles, tmp_path, _config(tmp_path, **{"train.epochs": 2}))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    study, folds = _study(tiles, tmp_path, config), make_folds(load_manifest(tiles), config, "patient", ["P3"])
+    broken = cross_validation.Fold("broken", override(folds[0].config, {"genes.panel": "none.txt"}))
+    ended: list[str] = []
+    failed = run_folds([*folds, broken], study, lambda fold, share: None, lambda: ended.append("one"))
+    assert list(failed) == ["broken"], failed
+    assert "genes.panel=none.txt" in failed["broken"]
+    assert len(ended) == 2
+    assert [is_scored(study, fold) for fold in (*folds, broken)] == [True, False]
+    for fold in folds:
+        record = json.loads(Path(study.uri, fold.name, "model", "model.json").read_text())["training"]
+        assert fold.name not in record["patients"]
+        assert all(name.startswith(fold.name) for name in record["test_sections"])
+    card = collect(folds, study)
+    assert set(card.rows["section_id"]) == {"P3S1", "P3S2"}
+    assert not any(note.startswith("LEAK") for note in card.notes)
+    own = card.rows.query("target == @card.target and method == 'model' and gene_set == 'all'")
+    assert card.scores()[card.target]["model"]["mse"] == pytest.approx(own["mse"].mean())
+    card.save(tmp_path)
+    means = pd.read_csv(tmp_path / "gene_means.csv").query("target == @card.target and method == 'model'")
+    first = card.per_gene.query("target == @card.target and method == 'model' and gene == @means['gene'].iloc[0]")
+    assert means["mean"].iloc[0] == pytest.approx(first["pcc"].mean(), nan_ok=True)
+    assert run_folds(folds, study, lambda fold, share: None, lambda: ended.append("again")) == {}
+    assert "again" not in ended
+    with pytest.raises(RunError, match=r"1 of 2 fold\(s\) failed"):
+        cross_validation.require_all(failed, [*folds, broken], study)
