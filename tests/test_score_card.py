@@ -137,18 +137,25 @@ def _printed(card: ScoreCard) -> str:
 
 
 def test_the_tables_name_protocol_units_patients_and_verdicts() -> None:
-    card = _card(0.1, 2.0, protocol="reference")
-    text = _printed(card)
-    own, others, markers = (" ".join(part.split()) for part in text.split("held out:")[1:])
-    assert all("protocol reference: " in block and "may have" in block for block in (own, others, markers))
-    for expected in ("ln(1 + x)", "patient B, 60 spots", "section C1, 30 spots"):
-        assert expected in own
-    assert "log10(1 + y)" in others
-    assert "section B1" not in others
+    heading, own, others, markers = _printed(_card(0.1, 2.0, protocol="reference")).split("\n\nprotocol reference; ")
+    assert "may have trained" in " ".join(heading.split())
+    assert own.startswith("target per_spot, ln(1 + x)")
+    assert "patient B, 60 spots" in own
+    assert "section B1" not in own
+    assert others.startswith("target per_gene, log10(1 + y)")
+    assert "patient" not in others
     assert "2 gene(s)" in markers
-    assert "trained on A1" in markers
-    assert "mean over sections" in markers
-    assert "the model beats the ridge on RGB" in markers
+    for expected in ("trained on A1", "mean over sections", "the model beats the ridge on RGB"):
+        assert expected in markers
+
+
+def test_a_lone_patients_sections_are_shown() -> None:
+    card = _card(0.1, 2.0)
+    own = {name: table[table["patient_id"] == "B"] for name, table in (("rows", card.rows), ("genes", card.per_gene))}
+    text = _printed(ScoreCard(**(card.__dict__ | {"rows": own["rows"], "per_gene": own["genes"]})))
+    assert "section B1, 30 spots" in text
+    assert "patient B" not in text
+    assert "±0" not in text
 
 
 def test_the_terminal_shows_means_with_half_of_their_interval() -> None:

@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mclstexp.evaluation.tables import ALL, mean_intervals
+from mclstexp.evaluation.tables import ALL, AVERAGED, mean_intervals
 
 MODEL, FLOOR, LINE = "model", "floor", "reference line"
 ORACLE, CEILING = "library-size oracle", "noise ceiling"
-AVERAGED = ("pcc", "pcc_density_free", "mse", "rmse", "mae")
 _COUNTED = ("undefined", "undefined_density_free")
 _OVER_ALL_GENES = ("pcc_density_free", "mse", "rmse", "mae", "undefined")
 _CORRELATIONS = {"pcc_all": "PCC all", "pcc_heg50": "PCC HEG50", "pcc_density_free": "PCC density-free"}

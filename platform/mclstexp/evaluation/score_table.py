@@ -1,6 +1,6 @@
 """The score card on a terminal of 120 columns: the model's own target in full, other targets and markers in short.
 
-All of it, each section in each target and root mean squared errors too, is in the files.
+The rest is in the files: each section in each target, root mean squared errors, the patients' intervals.
 """
 
 import math
@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mclstexp.evaluation.tables import ALL, HEG, HVG
+from mclstexp.evaluation.tables import ALL, AVERAGED, HEG, HVG
 
 if TYPE_CHECKING:
     from mclstexp.evaluation.score_card import ScoreCard
@@ -46,14 +46,14 @@ def card_tables(card: "ScoreCard") -> Group:
     others = [target for target in card.targets if target != card.target]
     columns = [_Column(f"{target}\n{name}", target, *what) for target in others for name, *what in _OTHERS]
     blocks: list[RenderableType] = [
-        Text(f"score card of model {card.model_digest}, {len(card.genes)} genes"),
+        Text(f"score card of model {card.model_digest}, {len(card.genes)} genes\n{card.heading()}"),
         *_block(card, [card.target], own, [overall, *_parts(card)]),
         *_block(card, others, columns, [overall]),
     ]
     if markers := _marker_columns(card):
         blocks += _block(card, [card.target], markers, [overall])
     unit = "patients" if card.unit == "patient_id" else "sections"
-    intervals = f"±: half of the 95 % interval of a mean over {unit}; of a patient's mean over its sections"
+    intervals = f"±: half of the 95 % interval of the mean over {unit}"
     return Group(*blocks, Text("\n".join([_LEGEND, intervals, *card.notes, "", *card.verdicts()])))
 
 
@@ -62,15 +62,17 @@ def _block(
 ) -> tuple[Text, Table]:
     """Returns what a table is of, and the table."""
     units = "; ".join(f"{name}, {card.targets[name]}" for name in targets)
-    return Text(f"\n{card.heading()}\ntarget {units}"), _table(columns, scopes)
+    return Text(f"\nprotocol {card.protocol}; target {units}"), _table(columns, scopes)
 
 
 def _parts(card: "ScoreCard") -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yields the rows of each patient and of each section, where there are several."""
-    for column, rows in (("patient_id", card.patients()), ("section_id", card.rows)):
+    """Yields each patient's scores, or where there is but one patient each section's."""
+    by_patient = card.patients()[["patient_id", "num_spots", "target", "method", "gene_set", *AVERAGED, "undefined"]]
+    for column, rows in (("patient_id", by_patient), ("section_id", card.rows)):
         if rows[column].nunique() > 1:
             for name, part in rows.groupby(column, sort=False):
                 yield f"{column.removesuffix('_id')} {name}", part
+            return
 
 
 def _marker_columns(card: "ScoreCard") -> list[_Column]:

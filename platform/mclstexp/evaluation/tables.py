@@ -16,6 +16,8 @@ from mclstexp.evaluation.density import density_free_pearson
 from mclstexp.evaluation.metrics import errors_per_gene, highest_genes, pearson_per_gene, variable_genes
 
 ALL, HEG, HVG = "all", "heg50", "hvg50"
+AVERAGED = ("pcc", "pcc_density_free", "mse", "rmse", "mae")
+"""Columns of a `set_table` that are averaged over units."""
 LEVEL = 0.95
 """Coverage of the confidence intervals."""
 
