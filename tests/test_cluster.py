@@ -91,7 +91,8 @@ def mlflow_server(_s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> 
     command = [sys.executable, "-m", "mlflow", "server", f"--backend-store-uri=sqlite:///{folder}/mlflow.db"]
     command += ["--host=127.0.0.1", f"--port={port}", "--workers=1", "--no-serve-artifacts"]
     command += [f"--default-artifact-root={folder}/unused"]
-    with _started(command, folder, dict(os.environ)):
+    environment = dict(os.environ) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # six processes of no use here
+    with _started(command, folder, environment):
         _wait_for(f"http://127.0.0.1:{port}/health", None, folder / "log")
         yield f"http://127.0.0.1:{port}"
 
