@@ -30,7 +30,11 @@ def main() -> None:
     require_weights(config.model.image_encoder, config.model.image_weights)
     protocol = {"protocol": config.split.protocol}
     this = trainer.open_run(
-        arguments.data, arguments.out, arguments.name, config, lambda name: tracking.start_run(config, name, protocol)
+        arguments.data,
+        arguments.out,
+        arguments.name,
+        config,
+        lambda full, name: tracking.start_run(full, name, protocol),
     )
     print(f"run {this.name}: {len(this.split.train)} training sections, {len(this.panel)} genes", flush=True)
     if finish.is_finished(this):

@@ -82,7 +82,7 @@ def _one(row: dict[str, object]) -> dict[str, np.ndarray]:
 def _scores(tiles: str, folder: Path, shuffle_pairs: bool) -> dict[str, pd.Series]:
     """Trains on three patients and scores model and floors on the spots of five others."""
     config = override(Config(), SETTINGS | {"train.shuffle_pairs": shuffle_pairs})
-    run = trainer.open_run(tiles, str(folder), "run", config, lambda name: "untracked")
+    run = trainer.open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
     model = _trained(run)
     train, test = (_spots(run.reader, names) for names in (run.split.train, run.split.test))
     embed = network_of(model).build(torch.device("cpu"))

@@ -151,9 +151,17 @@ def calm_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calm")
     changed = SETTINGS | {"split.test_patients": ["P3"], "tracking.uri": f"sqlite:///{folder}/mlflow.db"}
     config = override(Config(), changed)
-    run = trainer.open_run(tiles, str(folder), "calm", config, lambda name: tracking.start_run(config, name, {}))
+    run = trainer.open_run(tiles, str(folder), "calm", config, lambda full, name: tracking.start_run(full, name, {}))
     finish.finish(run, trainer.fit(run, lambda step, metrics: None))
     return folder / "calm"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_record_says_how_the_tables_tiles_were_cut(calm_run: Path) -> None:
+    query = "select key, value from params where key in ('tiles.size_px', 'tiles.sentence_length')"
+    with sqlite3.connect(calm_run.parent / "mlflow.db") as database:
+        assert dict(database.execute(query)) == {"tiles.size_px": "32", "tiles.sentence_length": "16"}
 
 
 @pytest.mark.ray
@@ -165,6 +173,6 @@ def test_a_run_name_with_other_settings_is_refused(calm_run: Path, tiles: str) -
 
     config = override(Config(), SETTINGS | {"split.test_patients": ["P3"], "train.tower_lr": 0.5})
     with pytest.raises(RunError, match=r"train\.tower_lr: 0\.0001 -> 0\.5"):
-        trainer.open_run(tiles, str(calm_run.parent), "calm", config, lambda name: "none")
+        trainer.open_run(tiles, str(calm_run.parent), "calm", config, lambda full, name: "none")
     fewer = override(config, {"train.tower_lr": 1e-4, "train.num_workers": 1})
-    assert trainer.open_run(tiles, str(calm_run.parent), "calm", fewer, lambda name: "none").name == "calm"
+    assert trainer.open_run(tiles, str(calm_run.parent), "calm", fewer, lambda full, name: "none").name == "calm"

@@ -201,9 +201,9 @@ def _run_guarded(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> str:
 
 
 def _run(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> None:
-    def start(name: str) -> str:
+    def start(config: Config, name: str) -> str:
         tags = {"mlflow.parentRunId": study.mlflow_run_id, "protocol": fold.config.split.protocol, "fold": name}
-        return tracking.start_run(fold.config, name, tags)
+        return tracking.start_run(config, name, tags)
 
     run = trainer.open_run(study.data, study.uri, fold.name, fold.config, start)
     metrics = tracking.MetricLog(run.config.tracking, run.mlflow_run_id)

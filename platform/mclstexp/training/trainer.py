@@ -86,8 +86,12 @@ def default_name(config: Config, manifest: Manifest) -> str:
     return f"run-{config.digest()}-{manifest.digest()[:6]}"
 
 
-def open_run(data: str, out: str, name: str | None, config: Config, start_tracking: Callable[[str], str]) -> Run:
-    """Returns the run of that name, new or as it was left; `start_tracking(name)` gives a new run's MLflow id.
+def open_run(
+    data: str, out: str, name: str | None, config: Config, start_tracking: Callable[[Config, str], str]
+) -> Run:
+    """Returns the run of that name, new or as it was left.
+
+    `start_tracking(config, name)` gives a new run's MLflow id; its `config` tells how the table's tiles were cut.
 
     Raises:
         TableError, SplitError: the data or the split is not usable.
@@ -104,7 +108,7 @@ def open_run(data: str, out: str, name: str | None, config: Config, start_tracki
         record = RunRecord(
             identity=identity(config),
             manifest_digest=manifest.digest(),
-            mlflow_run_id=start_tracking(name),
+            mlflow_run_id=start_tracking(config, name),
             panel=panel.to_json(),
         )
         storage.publish(uri, record.model_dump_json(indent=1).encode(), previous=None)
