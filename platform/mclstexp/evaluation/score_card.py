@@ -7,15 +7,15 @@ sections are averaged first, or over sections as published where the protocol is
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Group
 
+from mclstexp.evaluation.section_file import SectionResult, section_path, write_section_result
 from mclstexp.evaluation.tables import ALL, AVERAGED, mean_intervals
 
 MODEL, FLOOR, LINE = "model", "floor", "reference line"
@@ -28,18 +28,6 @@ _PROTOCOLS = {
     "patient": "no patient of the training data is tested",
     "reference": "sections are left out as published; other sections of the tested patients may have trained",
 }
-
-
-@dataclass(frozen=True)
-class SectionResult:
-    """One held-out section: where its spots are, what was measured, and what the model said, in its own target."""
-
-    section_id: str
-    place: np.ndarray
-    """(N, 2) micrometres."""
-    truth: np.ndarray
-    """(N, G)."""
-    prediction: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -59,8 +47,12 @@ class ScoreCard:
     per_gene: pd.DataFrame
     """One row a section, target, method and gene: section_id, patient_id, target, method, gene, and the columns of
     `tables.gene_table`."""
-    example: SectionResult | None
-    """The section that is drawn, where one prediction is at hand."""
+    sections: tuple[SectionResult, ...] = ()
+    """The predictions, where they are at hand; the first is drawn."""
+    predictions: Mapping[str, str] = field(default_factory=dict)
+    """Where each section's prediction lies within the result folder, where it is not among `sections`."""
+    training_runs: Mapping[str, str] = field(default_factory=dict)
+    """MLflow runs of the trainings behind this card, by name."""
 
     @property
     def target(self) -> str:
@@ -120,7 +112,10 @@ class ScoreCard:
         return card_tables(self)
 
     def save(self, folder: str | Path) -> None:
-        """Writes score_card.json, .csv and .png, per_gene.csv and gene_means.csv into a local folder."""
+        """Writes score_card.json, .csv and .png, per_gene.csv, gene_means.csv and sections/*.h5ad into a local folder.
+
+        Every file names the protocol.
+        """
         from mclstexp.evaluation.score_plot import draw
 
         folder = Path(folder)
@@ -135,12 +130,22 @@ class ScoreCard:
             "means": _records(self.means()),
             "patients": _records(self.patients()),
             "sections": _records(self.rows),
+            "predictions": {**self.predictions, **{name: section_path(name) for name in self._own_sections()}},
+            "training_runs": dict(self.training_runs),
         }
         (folder / "score_card.json").write_text(json.dumps(record, indent=1, allow_nan=False))
-        self.rows.to_csv(folder / "score_card.csv", index=False)
-        self.per_gene.to_csv(folder / "per_gene.csv", index=False)
-        self.gene_means().to_csv(folder / "gene_means.csv", index=False)
+        tables = {"score_card": self.rows, "per_gene": self.per_gene, "gene_means": self.gene_means()}
+        for name, table in tables.items():
+            table.assign(protocol=self.protocol)[["protocol", *table.columns]].to_csv(
+                folder / f"{name}.csv", index=False
+            )
         draw(self, folder / "score_card.png")
+        facts = {"unit": self.targets[self.target], "protocol": self.protocol, "heading": self.heading()}
+        for result in self.sections:
+            write_section_result(folder, result, facts | {"model_digest": self.model_digest})
+
+    def _own_sections(self) -> list[str]:
+        return [result.section.section_id for result in self.sections]
 
     def tags(self) -> dict[str, str]:
         """Returns the model's means in its own target as short texts, for the registry."""
