@@ -138,6 +138,19 @@ def test_a_mixed_verdict_names_both_sides() -> None:
     )
 
 
+def test_a_verdict_has_the_interval_of_the_paired_difference() -> None:
+    card = _card(0.5, 2.0)
+    own = card.rows.query("target == 'per_spot' and gene_set == 'all'")
+    both = own.pivot(index=["section_id", "patient_id"], columns="method", values="pcc")
+    of_patients = (both["model"] - both["ridge on RGB"]).groupby("patient_id").mean()
+    reach = scipy.stats.t.ppf(0.975, 1) * of_patients.std() / np.sqrt(2)
+    assert f"ridge on RGB: PCC all {of_patients.mean():+.3f} ±{reach:.3f}, " in card.verdicts()[1]
+    errors = own.pivot(index=["section_id", "patient_id"], columns="method", values="mse").groupby("patient_id").mean()
+    floor, gap = errors["train mean"].mean(), errors["model"] - errors["train mean"]
+    reach = 100 / floor * scipy.stats.t.ppf(0.975, 1) * gap.std() / np.sqrt(2)
+    assert f"train mean: MSE {100 * gap.mean() / floor:+.1f}% ±{reach:.1f}%" in card.verdicts()[0]
+
+
 def test_a_model_without_correlations_loses_them() -> None:
     (verdict,) = _with_scores({MODEL: (NAN, NAN, NAN, 1.0, 1.0), "ridge on RGB": (0.1, 0.1, 0.1, 2.0, 2.0)}).verdicts()
     assert "the ridge on RGB WINS on the rest, the model stands at PCC all undefined" in verdict
@@ -158,7 +171,7 @@ def test_the_tables_name_protocol_units_patients_and_verdicts() -> None:
     assert others.startswith("target per_gene, log10(1 + y)")
     assert "patient" not in others
     assert "2 gene(s)" in markers
-    for expected in ("trained on A1", "mean over sections", "the model beats the ridge on RGB"):
+    for expected in ("trained on A1", "interval over sections", "the model beats the ridge on RGB"):
         assert expected in markers
 
 

@@ -17,13 +17,12 @@ from rich.console import Group
 
 from mclstexp.evaluation.section_file import SectionResult, section_path, write_section_result
 from mclstexp.evaluation.tables import ALL, AVERAGED, mean_intervals
+from mclstexp.evaluation.verdicts import verdict
 
 MODEL, FLOOR, LINE = "model", "floor", "reference line"
 ORACLE, CEILING = "library-size oracle", "noise ceiling"
 _COUNTED = ("undefined", "undefined_density_free")
 _OVER_ALL_GENES = ("pcc_density_free", "mse", "rmse", "mae", "undefined")
-_CORRELATIONS = {"pcc_all": "PCC all", "pcc_heg50": "PCC HEG50", "pcc_density_free": "PCC density-free"}
-_COMPARED = _CORRELATIONS | {"mse": "MSE", "mae": "MAE"}
 _PROTOCOLS = {
     "patient": "no patient of the training data is tested",
     "reference": "sections are left out as published; other sections of the tested patients may have trained",
@@ -101,9 +100,9 @@ class ScoreCard:
 
     def verdicts(self) -> list[str]:
         """Returns one sentence a floor: on which means in the model's own target it is beaten, and on which it wins."""
-        scores = self.scores()[self.target]
-        floors = self.rows.loc[self.rows["kind"] == FLOOR, "method"].unique()
-        return [_verdict(name, scores[MODEL], scores[name]) for name in floors]
+        own = self.rows[self.rows["target"] == self.target]
+        floors = own.loc[own["kind"] == FLOOR, "method"].unique()
+        return [verdict(own, MODEL, str(name), self.unit) for name in floors]
 
     def table(self) -> Group:
         """Returns the card for the terminal, 120 columns wide."""
@@ -183,35 +182,3 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 def _plain(name: str) -> str:
     """Returns a name in the letters that MLflow takes."""
     return re.sub(r"[^\w/.:-]", "_", name)
-
-
-def _verdict(floor: str, model: dict[str, float], other: dict[str, float]) -> str:
-    """A score that only the floor lacks is not compared; one that only the model lacks is lost."""
-    compared = [name for name in _COMPARED if not math.isnan(other[name])]
-    won = [name for name in compared if _better(name, model[name], other[name])]
-    lost = [name for name in compared if name not in won]
-    if not lost:
-        return f"the model beats the {floor}: {_gaps(won, model, other)}"
-    if not won:
-        return f"the {floor} WINS; the model stands at {_gaps(lost, model, other)}"
-    return (
-        f"the model beats the {floor} on {_gaps(won, model, other)}; the {floor} WINS on the rest, the model stands at "
-        f"{_gaps(lost, model, other)}"
-    )
-
-
-def _better(name: str, model: float, other: float) -> bool:
-    return model > other if name in _CORRELATIONS else model < other
-
-
-def _gaps(names: list[str], model: dict[str, float], other: dict[str, float]) -> str:
-    """Returns the model's differences in words: absolute for correlations, in percent for errors."""
-    return ", ".join(f"{_COMPARED[name]} {_gap(name, model[name], other[name])}" for name in names)
-
-
-def _gap(name: str, model: float, other: float) -> str:
-    if math.isnan(model):
-        return "undefined"
-    if name in _CORRELATIONS or other == 0:
-        return f"{model - other:+.3f}"
-    return f"{model / other - 1:+.1%}"
