@@ -76,7 +76,7 @@ class Viewer {
       element.append(...genes.filter(has).map((gene) => new Option(gene, gene)));
       return element;
     };
-    const groups = Object.entries(this.choice.sets).map(([name, genes]) => group(name, genes));
+    const groups = this.choice.sets.map(([name, genes]) => group(name, genes));
     this.gene.replaceChildren(...[...groups, group("all genes", this.choice.genes)].filter((each) => each.children.length));
     this.gene.selectedIndex = 0;
   }

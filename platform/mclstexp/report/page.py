@@ -181,8 +181,9 @@ def _with_maps(result: Result, order: GeneOrder, context: Mapping[str, Any], pag
 
 def _render(context: Mapping[str, Any], shown: Sequence[str], order: GeneOrder, slides: list[dict[str, Any]]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     wanted = set(shown)
-    sets = {name: [gene for gene in genes if gene in wanted] for name, genes in order.sets.items()}
+    sets = [(name, [gene for gene in genes if gene in wanted]) for name, genes in order.sets.items()]
     choice = {"sets": sets, "genes": sorted(shown, key=str.casefold), "colours": context["colours"]}
     template = environment.from_string(_asset("page.html.j2"))
     return template.render(**context, shown=shown, choice=choice, slides=slides)
