@@ -45,10 +45,12 @@ class _Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.tables: list[list[list[str]]] = []
+        self.best: list[str] = []
         self.seen: list[str] = []
         self.data: dict[str, Any] = {}
         self._open: list[str] = []
         self._cell: list[str] | None = None
+        self._is_best = False
         self.feed(text)
         self.close()
 
@@ -60,11 +62,12 @@ class _Page(HTMLParser):
         elif tag == "tr":
             self.tables[-1].append([])
         elif tag in ("td", "th"):
-            self._cell = []
+            self._cell, self._is_best = [], "best" in (dict(attrs).get("class") or "").split()
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th") and self._cell is not None:
             self.tables[-1][-1].append(" ".join("".join(self._cell).split()))
+            self.best += self.tables[-1][-1][-1:] if self._is_best else []
             self._cell = None
         while self._open and self._open.pop() != tag:
             pass
@@ -234,6 +237,13 @@ def test_score_tables_say_what_the_card_says(made: Made) -> None:
         low, high = (f"{mean[f'{score}_{end}']:.3f}".replace("-", "−") for end in ("low", "high"))
         assert cells[column] == f"{mean[score]:.3f}{low} to {high}"
     assert cells["undefined"] == "2"
+    values = {row["method"]: row for row in record["means"] if row["gene_set"] == "all"}
+    assert values["model"]["mse"] < values["ridge on RGB"]["mse"]
+    for score, best in {"pcc": "model", "mse": "model"}.items():
+        marked = [
+            method for method, row in values.items() if any(cell[:5] == f"{row[score]:.3f}" for cell in made.page.best)
+        ]
+        assert marked == [best]
     assert all(verdict in made.page.text for verdict in record["verdicts"])
     assert "Each section (2)" in made.page.text
 
