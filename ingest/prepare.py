@@ -33,8 +33,8 @@ from mclstexp.errors import SourceError, UserError
 
 _WAITING_FOR_NODES = 8
 _MAX_RETRIES = 2  # of a section whose process died
-_FOLDERS = ("tiles", "rejects", "genes")
-_OWN_FILE = re.compile(r"\.?[A-Za-z0-9._-]+-[0-9a-f]{32}\.parquet(\.[0-9a-f]{32})?")
+_FOLDERS = ("tiles", "rejects", "thumbnails", "genes")
+_OWN_FILE = re.compile(r"\.?[A-Za-z0-9._-]+-[0-9a-f]{32}\.(parquet|jpg)(\.[0-9a-f]{32})?")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _publish(plan: Plan, entries: Iterable[SectionEntry]) -> Manifest | None:
 
 
 def _named_files(manifest: Manifest) -> set[str]:
-    files = {name for entry in manifest.sections for name in (entry.file, entry.rejects_file)}
+    files = {name for entry in manifest.sections for name in (entry.file, entry.rejects_file, entry.thumbnail_file)}
     return files | {manifest.genes_file}
 
 

@@ -31,15 +31,15 @@ _PREVIEWS: dict[str, Callable[[Files], Preview]] = {
 
 
 def source_files(row: SectionRow) -> dict[str, str]:
-    """Returns the URIs of all files that a section's tiles and counts are made from, by part.
+    """Returns the URIs of all files that a section's part of the table is made from, by part.
 
     Raises:
         SourceError: a Visium folder lacks a file.
     """
-    files = {name: uri for name, uri in row.files.items() if name != "labels"}
     if row.format != "visium":
-        return files
-    return {"image": row.image, **find_visium_files(files["expression"])}
+        return row.files
+    visium = find_visium_files(row.files["expression"])
+    return {name: uri for name, uri in row.files.items() if name != "expression"} | visium
 
 
 def read_expression(row: SectionRow, scratch: str) -> Expression:
@@ -66,8 +66,8 @@ def read_preview(row: SectionRow, scratch: str) -> Preview:
 
 @contextmanager
 def _local_copies(row: SectionRow, scratch: str, without: Collection[str]) -> Iterator[Files]:
-    """Yields local paths of a section's files, the image and parts that are not asked for left out."""
-    wanted = {part: uri for part, uri in source_files(row).items() if part not in ("image", *without)}
+    """Yields local paths of a section's files of expression, without the parts that are not asked for."""
+    wanted = {part: uri for part, uri in source_files(row).items() if part not in ("image", "labels", *without)}
     try:
         with ExitStack() as copies:
             yield {part: copies.enter_context(storage.local_copy(uri, scratch)) for part, uri in wanted.items()}

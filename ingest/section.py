@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from ingest.expression import Expression, Reject, Spots
+from ingest.labels import read_labels
 from ingest.readers import read_expression
 from ingest.screen import grid_spots, require_pitch, screen
 from ingest.sheet import SectionRow
@@ -30,6 +31,8 @@ from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
 from mclstexp.settings import TilesConfig
 
+THUMBNAIL_PX, THUMBNAIL_QUALITY = 1024, 85
+"""Longer edge of a slide's small picture, and its JPEG quality."""
 _SOURCES_AGREE = 1.05  # ratio of the mpp that the sheet, the image and the array say
 
 
@@ -62,7 +65,7 @@ def source_mpp(row: SectionRow, image_mpp: float | None, array_mpp: float | None
 def cut_section(
     row: SectionRow, recipe: Recipe, gene_rows: dict[str, int], root: str, fingerprint: str
 ) -> SectionEntry:
-    """Writes one section's tiles and rejects under `root` and returns its manifest entry.
+    """Writes one section's tiles, rejects and thumbnail under `root` and returns its manifest entry.
 
     Args:
         gene_rows: row of the table's gene table by gene id.
@@ -70,7 +73,7 @@ def cut_section(
     Raises:
         SourceError: a source is damaged or contradicts another; names the section.
     """
-    name = f"{row.section_id}-{uuid.uuid4().hex}.parquet"
+    name, picture = (f"{row.section_id}-{uuid.uuid4().hex}.{kind}" for kind in ("parquet", "jpg"))
     with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         local = Path(scratch) / name
         expression = read_expression(row, scratch) if row.measured else None
@@ -80,8 +83,13 @@ def cut_section(
             spots, rejected = cut.spots(expression, gene_rows)
             spots, share, unfit = screen(spots, slide, cut.tiles.size_px, cut.scale, mpp, cut.tiles.min_tissue)
             rejected += unfit
-            written = write_section(local, cut.sentences(spots, share, rejected))
+            labels = _labels(row, spots, scratch)
+            written = write_section(local, cut.sentences(spots, labels, share, rejected))
+            num_labelled = pq.read_table(local, columns=["label"])["label"].drop_null().length()
+            scale = max(1.0, max(slide.width, slide.height) / THUMBNAIL_PX)
+            thumbnail = encode_tile(slide.thumbnail(scale), "jpeg", THUMBNAIL_QUALITY)
         storage.upload(local, storage.join(root, "tiles", name))
+        storage.write(storage.join(root, "thumbnails", picture), thumbnail)
         _write_rejects(local, row, rejected)
         storage.upload(local, storage.join(root, "rejects", name))
     return SectionEntry(
@@ -102,6 +110,9 @@ def cut_section(
         fingerprint=fingerprint,
         rejects_file=f"rejects/{name}",
         rejected=dict(sorted(collections.Counter(reject.reason for reject in rejected).items())),
+        num_labelled=num_labelled,
+        thumbnail_file=f"thumbnails/{picture}",
+        thumbnail_scale=scale,
     )
 
 
@@ -137,7 +148,9 @@ class _Cut:
         require_pitch(expression.spots, diameter_um, self.mpp)
         return _over_table_genes(expression, gene_rows), list(expression.rejected)
 
-    def sentences(self, spots: Spots, share: np.ndarray, rejected: list[Reject]) -> Iterator[pa.Table]:
+    def sentences(
+        self, spots: Spots, labels: np.ndarray, share: np.ndarray, rejected: list[Reject]
+    ) -> Iterator[pa.Table]:
         """Yields the section's sentences (TILE_SCHEMA) in curve order; adds tiles without pixels to `rejected`."""
         for rows in cut_evenly(curve_order(spots.x_px, spots.y_px), self.tiles.sentence_length):
             part = spots.take(rows)
@@ -145,16 +158,15 @@ class _Cut:
             there = np.array([image is not None for image in images], bool)
             rejected += part.rejects(~there, "missing_pixels")
             if there.any():
-                yield self._table(
-                    part.take(there), share[rows][there], [image for image in images if image is not None]
-                )
+                shown = [image for image in images if image is not None]
+                yield self._table(part.take(there), labels[rows][there], share[rows][there], shown)
 
     def _read_tiles(self, spots: Spots) -> list[np.ndarray | None]:
         size, scale = self.tiles.size_px, self.scale
         corners = zip(*(tile_corner(centre, size, scale).tolist() for centre in (spots.x_px, spots.y_px)), strict=True)
         return [self.slide.read_tile(left, top, size, scale) for left, top in corners]
 
-    def _table(self, spots: Spots, share: np.ndarray, images: list[np.ndarray]) -> pa.Table:
+    def _table(self, spots: Spots, labels: np.ndarray, share: np.ndarray, images: list[np.ndarray]) -> pa.Table:
         encoded = [encode_tile(image, self.tiles.encoding, self.tiles.jpeg_quality) for image in images]
         gene_index, count = _count_lists(spots)
         columns = {
@@ -169,6 +181,7 @@ class _Cut:
             "y_um": spots.y_px * self.mpp,
             "image": encoded,
             "tissue_fraction": share,
+            "label": pa.array(labels, pa.string()),
             "crc": pa.array(map(tile_crc, encoded), pa.uint32()),
             "gene_index": gene_index,
             "count": count,
@@ -185,6 +198,14 @@ def _over_table_genes(expression: Expression, gene_rows: dict[str, int]) -> Spot
     moved = csr_array((counts.data, row_of[counts.indices], counts.indptr), shape=shape)
     moved.sort_indices()
     return replace(expression.spots, counts=moved)
+
+
+def _labels(row: SectionRow, spots: Spots, scratch: str) -> np.ndarray:
+    """Returns each spot's label, object (n,); None where there is none."""
+    if row.labels is None:
+        return np.full(len(spots), None, object)
+    with storage.local_copy(row.labels, scratch) as path:
+        return read_labels(path, spots)
 
 
 def _count_lists(spots: Spots) -> tuple[pa.Array, pa.Array]:

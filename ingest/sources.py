@@ -74,5 +74,5 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def _row_digest(row: SectionRow, versions: dict[str, str]) -> str:
-    facts = row.model_dump(exclude={"labels", *row.files}) | versions
+    facts = row.model_dump(exclude={*row.files}) | versions
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGITS]

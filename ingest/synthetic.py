@@ -81,8 +81,9 @@ class _Genes:
 def make_cohort(out_dir: str | Path, spec: CohortSpec) -> str:
     """Writes the cohort under `out_dir` (a local folder) and returns the path of its sample sheet.
 
-    Each measured section has a slide (tiled, pyramidal TIFF), a counts table (spots x genes, index `{x}x{y}`) and a
-    spot-selection table; one slide of a patient of its own has no expression.
+    Each measured section has a slide (tiled, pyramidal TIFF), a counts table (spots x genes, index `{x}x{y}`), a
+    spot-selection table and each spot's strongest program as its label; one slide of a patient of its own has no
+    expression.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -132,10 +133,13 @@ def _write_section(out: Path, spec: CohortSpec, genes: _Genes, patient: int, sec
     _write_tsv(out / f"{section_id}_selection.tsv", spots, index=False)
     index = [f"{x}x{y}" for x, y in zip(spots.x, spots.y, strict=True)]
     _write_tsv(out / f"{section_id}.tsv.gz", pd.DataFrame(counts, index, genes.name), index=True)
+    strongest = np.array(PROGRAMS)[latents[at_spots].argmax(axis=0)]
+    _write_tsv(out / f"{section_id}_labels.tsv", pd.DataFrame({"spot_id": index, "label": strongest}), index=False)
     return {
         **_row(section_id, patient_id, "legacy_st"),
         "expression": f"{section_id}.tsv.gz",
         "positions": f"{section_id}_selection.tsv",
+        "labels": f"{section_id}_labels.tsv",
         "spot_diameter_um": str(round(spec.pitch_px * MPP * 0.5)),
     }
 

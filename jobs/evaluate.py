@@ -92,10 +92,14 @@ def _score(model, arguments, marker_sets):  # noqa: ANN001, ANN202
 
 
 def _save(card, arguments, config) -> None:  # noqa: ANN001
+    from dataclasses import replace
+
     from mclstexp import tracking
 
     run_id = tracking.tag_version(config.tracking, arguments.model, card.tags())
     own_run = run_id is None
+    if run_id is not None:
+        card = replace(card, training_runs={arguments.model: run_id})
     if own_run:
         run_id = tracking.start_run(config, f"evaluate-{card.model_digest}", card.tags())
     _publish(card, arguments.out, config, run_id)
@@ -111,8 +115,7 @@ def _publish(card, out: str, config, run_id: str) -> None:  # noqa: ANN001
 
     with tempfile.TemporaryDirectory() as folder:
         card.save(folder)
-        for path in Path(folder).iterdir():
-            storage.upload(path, storage.join(out, path.name))
+        storage.upload_folder(folder, out, last="score_card.json")
         metrics = tracking.MetricLog(config.tracking, run_id)
         metrics.log(0, card.metrics())
         metrics.close()

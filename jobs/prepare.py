@@ -71,10 +71,10 @@ def _print_summary(report) -> None:  # noqa: ANN001
 
     sections = report.manifest.sections
     reasons = sorted({reason for entry in sections for reason in entry.rejected})
-    table = Table("section", "patient", "measured", "spots", "sentences", *reasons)
+    table = Table("section", "patient", "measured", "spots", "labelled", "sentences", *reasons)
     for entry in sections:
         rejected = [str(entry.rejected.get(reason, 0)) for reason in reasons]
-        counts = [str(entry.num_spots), str(len(entry.row_groups)), *rejected]
+        counts = [str(entry.num_spots), str(entry.num_labelled), str(len(entry.row_groups)), *rejected]
         table.add_row(entry.section_id, entry.patient_id, "yes" if entry.measured else "no", *counts)
     Console().print(table)
 

@@ -13,6 +13,8 @@ from mclstexp.data.schema import load_manifest
 from mclstexp.errors import RunError, SplitError
 from mclstexp.evaluation import cross_validation
 from mclstexp.evaluation.cross_validation import Study, collect, is_scored, make_folds, open_study, run_folds
+from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.inference.model_version import ModelVersion
 
 SETTINGS = {
     "genes.num_genes": 20,
@@ -66,6 +68,13 @@ def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path) -> None:
         _study(tiles, tmp_path, _config(tmp_path, **{"train.epochs": 2}))
 
 
+def _assert_same_floors_without_the_cache(study: Study, tiles: str) -> None:
+    assert len(list(Path(study.uri, "features", "random").iterdir())) == 6
+    fresh = evaluate(ModelVersion.load(f"{study.uri}/P3/model"), tiles, lambda *_: None)
+    cached = pd.read_csv(f"{study.uri}/P3/scores/score_card.csv").drop(columns="protocol")
+    pd.testing.assert_frame_equal(cached, fresh.rows)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path) -> None:
@@ -82,7 +91,11 @@ def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: 
         record = json.loads(Path(study.uri, fold.name, "model", "model.json").read_text())["training"]
         assert fold.name not in record["patients"]
         assert all(name.startswith(fold.name) for name in record["test_sections"])
+    _assert_same_floors_without_the_cache(study, tiles)
     card = collect(folds, study)
+    assert card.predictions == {name: f"P3/scores/sections/{name}.h5ad" for name in ("P3S1", "P3S2")}
+    assert all(Path(study.uri, path).is_file() for path in card.predictions.values())
+    assert list(card.training_runs) == ["P3"]
     assert set(card.rows["section_id"]) == {"P3S1", "P3S2"}
     assert not any(note.startswith("LEAK") for note in card.notes)
     own = card.rows.query("target == @card.target and method == 'model' and gene_set == 'all'")

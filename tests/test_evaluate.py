@@ -208,12 +208,13 @@ def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersio
         "per_gene": "log10(1 + 10000 * count / gene total over the section)",
     }
     assert list(scored.rows) == [
-        *("section_id", "patient_id", "num_spots", "target", "method", "kind", "gene_set", "num_genes", "pcc"),
+        *("protocol", "section_id", "patient_id", "num_spots", "target", "method", "kind"),
+        *("gene_set", "num_genes", "pcc"),
         *("undefined", "pcc_density_free", "undefined_density_free", "mse", "rmse", "mae"),
     ]
     assert list(pd.read_csv(scored.folder / "scores" / "per_gene.csv")) == [
-        *("section_id", "patient_id", "target", "method", "gene", "truth_mean", "truth_variance", "pcc"),
-        *("pcc_density_free", "mse", "mae"),
+        *("protocol", "section_id", "patient_id", "target", "method", "gene", "truth_mean", "truth_variance"),
+        *("pcc", "pcc_density_free", "mse", "mae"),
     ]
     assert list(scored.rows["gene_set"].unique()) == ["all", "heg50", "hvg50", "two"]
     assert "two: the panel lacks ABSENT1" in scored.record["notes"]
@@ -222,10 +223,12 @@ def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersio
     for expected in ("protocol reference", "ridge on RGB", *scored.record["verdicts"]):
         assert " ".join(expected.split()) in " ".join(scored.printed.replace("│", " ").split())
     assert scored.printed.splitlines()[-1] == f"score card {scored.folder}/scores/score_card.json"
-    written = {path.name for path in (scored.folder / "scores").iterdir()}
-    assert written == {"score_card.json", "score_card.csv", "per_gene.csv", "gene_means.csv", "score_card.png"}
+    scores = scored.folder / "scores"
+    written = {str(path.relative_to(scores)) for path in scores.rglob("*") if path.is_file()}
+    tables = {"score_card.json", "score_card.csv", "per_gene.csv", "gene_means.csv", "score_card.png"}
+    assert written == tables | {f"sections/{TEST}.h5ad"}
     logged = {path.name for path in (scored.folder / "mlartifacts").rglob("*") if path.is_file()}
-    assert written <= logged
+    assert {Path(name).name for name in written} <= logged
 
 
 @pytest.mark.slow

@@ -27,6 +27,9 @@ def _entry(section_id: str, patient_id: str, measured: bool = True) -> SectionEn
         fingerprint="",
         rejects_file="",
         rejected={},
+        num_labelled=0,
+        thumbnail_file="",
+        thumbnail_scale=1.0,
     )
 
 

@@ -28,6 +28,7 @@ def _sentence(section_id: str, counts: np.ndarray) -> pa.Table:
         **{name: [0] * len(counts) for name in ("array_row", "array_col", "x_px", "y_px", "x_um", "y_um")},
         "image": [b"tile"] * len(counts),
         "tissue_fraction": [1.0] * len(counts),
+        "label": pa.nulls(len(counts), pa.string()),
         "crc": [tile_crc(b"tile")] * len(counts),
         "gene_index": [np.flatnonzero(row) for row in counts],
         "count": [row[row > 0] for row in counts],
@@ -56,6 +57,9 @@ def _table(root: Path, sections: dict[str, np.ndarray], names: list[str] = NAMES
             fingerprint="",
             rejects_file="",
             rejected={},
+            num_labelled=0,
+            thumbnail_file="",
+            thumbnail_scale=1.0,
         )
         entries.append(entry)
     columns = list(zip(*(gene_names(name) for name in names), strict=True))

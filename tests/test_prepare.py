@@ -26,7 +26,7 @@ from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import MANIFEST, REJECT_SCHEMA, load_genes, load_manifest
-from mclstexp.data.table import read_columns, read_counts, read_sentence
+from mclstexp.data.table import read_columns, read_counts, read_sentence, read_thumbnail
 from mclstexp.errors import ConfigError, ConflictError, SheetError, SourceError, TableError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -41,7 +41,7 @@ def copy_of(cohort, folder, names, **changes):
     with open(cohort, newline="") as file:
         rows = [row | changes for row in csv.DictReader(file) if row["section_id"] in names]
     for row in rows:
-        for column in ("image", "expression", "positions"):
+        for column in ("image", "expression", "positions", "labels"):
             if row[column]:
                 shutil.copy(Path(cohort).parent / row[column], folder / row[column])
     return write_sheet(folder, rows)
@@ -133,6 +133,32 @@ def test_rows_are_the_selected_spots_with_their_counts(cohort, two, tmp_path):
     pd.testing.assert_frame_equal(
         found[counts.columns], counts.loc[table.spot_id], check_dtype=False, check_names=False
     )
+
+
+def test_labels_and_the_slides_picture_are_carried(own_two, cohort, tmp_path):
+    run(own_two, tmp_path / "plain")
+    with open(own_two, newline="") as file:
+        rows = [row | {"labels": {"P1S1": "labels.tsv"}.get(row["section_id"], "")} for row in csv.DictReader(file)]
+    labels = "x\ty\tlabel\n4.02\t4.98\tinvasive cancer\n5.1\t5\t\n99\t99\telsewhere\nNA\tNA\tlost\n"
+    (tmp_path / "cohort" / "labels.tsv").write_text(labels)
+    sheet = write_sheet(tmp_path / "cohort", rows)
+    report = run(sheet, tmp_path / "plain")
+    assert set(report.redone) == {"P1S1", "P2S1"}
+    entry = report.manifest.section("P1S1")
+    table = read_columns(str(tmp_path / "plain"), entry, ["array_col", "array_row", "label"]).to_pylist()
+    labelled = {(spot["array_col"], spot["array_row"]): spot["label"] for spot in table if spot["label"]}
+    assert labelled == {(4, 5): "invasive cancer"}
+    assert [entry.num_labelled, report.manifest.section("P2S1").num_labelled] == [1, 0]
+    picture = read_thumbnail(str(tmp_path / "plain"), entry)
+    with openslide.OpenSlide(str(Path(cohort).parent / "P1S1.tif")) as slide:
+        whole = np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
+    assert max(picture.shape) <= 1024
+    assert picture.shape[0] == pytest.approx(len(whole) / entry.thumbnail_scale, abs=1)
+    step = round(entry.thumbnail_scale)
+    assert np.abs(picture.astype(int) - whole[::step, ::step]).mean() < 10
+    (tmp_path / "cohort" / "labels.tsv").write_text("spot_id\tlabel\nAAACG-1\tinvasive cancer\n")
+    with pytest.raises(SourceError, match=r"P1S1.*labels.tsv: none of its 1 rows is of one of the section's"):
+        run(sheet, tmp_path / "plain")
 
 
 def test_manifest_describes_the_table(tiles, cohort):
@@ -475,7 +501,7 @@ def test_a_new_section_of_nearly_the_same_resolution_leaves_the_others_alone(coh
     run(sheet, tmp_path / "out")
     new = Path(copy_of(cohort, tmp_path / "new", ["P2S1"], mpp="0.995")).read_text()
     (row,) = csv.DictReader(new.splitlines())
-    for column in ("image", "expression", "positions"):
+    for column in ("image", "expression", "positions", "labels"):
         shutil.copy(tmp_path / "new" / row[column], tmp_path / "cohort")
     with open(sheet, "a", newline="") as file:
         csv.DictWriter(file, row.keys()).writerow(row)

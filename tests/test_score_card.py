@@ -4,13 +4,17 @@ import io
 import json
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 from rich.console import Console
 
-from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ORACLE, ScoreCard, SectionResult
+from mclstexp.data.genes import GenePanel
+from mclstexp.evaluation.measured import MeasuredSection
+from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ORACLE, ScoreCard
+from mclstexp.evaluation.section_file import SectionResult
 from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
 
 GENES = [f"G{index}" for index in range(8)]
@@ -41,9 +45,18 @@ def _card(model_noise: float, ridge_noise: float, protocol: str = "patient") -> 
                 own = of | {"num_spots": 30, "target": target, "method": method, "kind": kind}
                 rows.append(set_table(table, gene_sets(truth, MARKERS)).assign(**own))
                 genes.append(table.assign(**of, target=target, method=method, gene=GENES))
-    example = SectionResult("C1", rng.uniform(size=(30, 2)), truth, said[MODEL, MODEL])
+    example = _result(truth, said[MODEL, MODEL])
     tables = pd.concat(rows, ignore_index=True), pd.concat(genes, ignore_index=True)
-    return ScoreCard(protocol, TARGETS, "abc", ("trained on A1",), GENES, *tables, example)
+    return ScoreCard(protocol, TARGETS, "abc", ("trained on A1",), GENES, *tables, (example,))
+
+
+def _result(truth: np.ndarray, prediction: np.ndarray) -> SectionResult:
+    place = np.stack(np.meshgrid(np.arange(6.0), np.arange(5.0)), axis=-1).reshape(-1, 2)
+    spots = np.array([f"spot{index}" for index in range(30)], object)
+    label = np.array(["tumour"] * 20 + [None] * 10, object)
+    section = MeasuredSection("C1", "C", spots, 200 * place, 290 * place, label, truth, truth.sum(axis=1))
+    picture = np.full((20, 24, 3), 200, np.uint8)
+    return SectionResult(section, GenePanel.from_names(GENES), truth, prediction, picture, 80.0)
 
 
 def _with_scores(scores: dict[str, tuple[float, ...]]) -> ScoreCard:
@@ -125,6 +138,19 @@ def test_a_mixed_verdict_names_both_sides() -> None:
     )
 
 
+def test_a_verdict_has_the_interval_of_the_paired_difference() -> None:
+    card = _card(0.5, 2.0)
+    own = card.rows.query("target == 'per_spot' and gene_set == 'all'")
+    both = own.pivot(index=["section_id", "patient_id"], columns="method", values="pcc")
+    of_patients = (both["model"] - both["ridge on RGB"]).groupby("patient_id").mean()
+    reach = scipy.stats.t.ppf(0.975, 1) * of_patients.std() / np.sqrt(2)
+    assert f"ridge on RGB: PCC all {of_patients.mean():+.3f} ±{reach:.3f}, " in card.verdicts()[1]
+    errors = own.pivot(index=["section_id", "patient_id"], columns="method", values="mse").groupby("patient_id").mean()
+    floor, gap = errors["train mean"].mean(), errors["model"] - errors["train mean"]
+    reach = 100 / floor * scipy.stats.t.ppf(0.975, 1) * gap.std() / np.sqrt(2)
+    assert f"train mean: MSE {100 * gap.mean() / floor:+.1f}% ±{reach:.1f}%" in card.verdicts()[0]
+
+
 def test_a_model_without_correlations_loses_them() -> None:
     (verdict,) = _with_scores({MODEL: (NAN, NAN, NAN, 1.0, 1.0), "ridge on RGB": (0.1, 0.1, 0.1, 2.0, 2.0)}).verdicts()
     assert "the ridge on RGB WINS on the rest, the model stands at PCC all undefined" in verdict
@@ -145,7 +171,7 @@ def test_the_tables_name_protocol_units_patients_and_verdicts() -> None:
     assert others.startswith("target per_gene, log10(1 + y)")
     assert "patient" not in others
     assert "2 gene(s)" in markers
-    for expected in ("trained on A1", "mean over sections", "the model beats the ridge on RGB"):
+    for expected in ("trained on A1", "interval over sections", "the model beats the ridge on RGB"):
         assert expected in markers
 
 
@@ -189,9 +215,30 @@ def test_the_files_hold_the_same_numbers(tmp_path: Path) -> None:
     assert constant["pcc"] is None
     assert record["verdicts"] == card.verdicts()
     rows = pd.read_csv(tmp_path / "score_card.csv")
-    pd.testing.assert_frame_equal(rows, card.rows)
+    pd.testing.assert_frame_equal(rows.drop(columns="protocol"), card.rows)
+    for name in ("score_card", "per_gene", "gene_means"):
+        assert set(pd.read_csv(tmp_path / f"{name}.csv")["protocol"]) == {"reference"}
     assert len(pd.read_csv(tmp_path / "per_gene.csv")) == len(TARGETS) * len(SECTIONS) * 4 * len(GENES)
     assert (tmp_path / "score_card.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sections_file_opens_in_scanpys_layout(tmp_path: Path) -> None:
+    card = _card(0.5, 2.0, protocol="reference")
+    card.save(tmp_path)
+    (result,) = card.sections
+    assert json.loads((tmp_path / "score_card.json").read_text())["predictions"] == {"C1": "sections/C1.h5ad"}
+    data = anndata.read_h5ad(tmp_path / "sections" / "C1.h5ad")
+    np.testing.assert_array_equal(data.X, result.prediction.astype(np.float32))
+    np.testing.assert_array_equal(data.layers["measured"], result.truth.astype(np.float32))
+    np.testing.assert_array_equal(data.obsm["spatial"], result.section.place_px)
+    assert data.obs["label"].isna().tolist() == [False] * 20 + [True] * 10
+    assert list(data.var["symbol"]) == GENES
+    assert data.uns["result"]["protocol"] == "reference"
+    assert "may have trained" in data.uns["result"]["heading"]
+    slide = data.uns["spatial"]["C1"]
+    assert slide["images"]["hires"].shape == (20, 24, 3)
+    # a spot's place on the picture: level-0 pixels times the factor
+    assert data.obsm["spatial"][:, 0].max() * slide["scalefactors"]["tissue_hires_scalef"] == pytest.approx(1450 / 80)
 
 
 def test_metrics_and_tags_for_the_registry() -> None:

@@ -29,6 +29,9 @@ def _manifest(groups: dict[str, int], spots: int = 10) -> Manifest:
             fingerprint="",
             rejects_file="",
             rejected={},
+            num_labelled=0,
+            thumbnail_file="",
+            thumbnail_scale=1.0,
         )
         for name, count in groups.items()
     ]

@@ -36,6 +36,7 @@ def sentence(first, num_spots, section_id="S1", measured=True):
         "y_um": spots * 10.0,
         "image": images,
         "tissue_fraction": np.linspace(0, 1, num_spots).astype(np.float32),
+        "label": pa.nulls(num_spots, pa.string()),
         "crc": pa.array(map(tile_crc, images), pa.uint32()),
         "gene_index": genes if measured else pa.nulls(num_spots, pa.list_(pa.int32())),
         "count": [rng.integers(1, 100, 7).tolist() for _ in spots]
@@ -82,6 +83,9 @@ def make(tmp_path):
             fingerprint="x-y",
             rejects_file="rejects/S1.parquet",
             rejected={},
+            num_labelled=0,
+            thumbnail_file="",
+            thumbnail_scale=1.0,
         )
         write_manifest(root, entry)
         table._read_footer.cache_clear()

@@ -174,6 +174,13 @@ def upload(local: str | Path, uri: str) -> None:
         shutil.copyfileobj(source, target)
 
 
+def upload_folder(folder: str | Path, uri: str, last: str) -> None:
+    """Copies a local folder's files to below `uri`; the one named `last` comes last: it says that all are there."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name == last):
+        upload(path, join(uri, *path.relative_to(folder).parts))
+
+
 def download(uri: str, local: str | Path) -> None:
     """Copies an object to a local file.
 

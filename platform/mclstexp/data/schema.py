@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mclstexp import storage
 from mclstexp.errors import TableError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 TILE_SCHEMA = pa.schema(
@@ -32,6 +32,7 @@ TILE_SCHEMA = pa.schema(
         ("y_um", pa.float64()),
         ("image", pa.binary()),  # encoded tile
         ("tissue_fraction", pa.float32()),
+        ("label", pa.string()),  # a pathologist's; null where there is none
         ("crc", pa.uint32()),  # zlib.crc32 of image
         ("gene_index", pa.list_(pa.int32())),  # null on H&E-only slides; rows of the gene table, ascending
         ("count", pa.list_(pa.int32())),
@@ -88,6 +89,12 @@ class SectionEntry(_Record):
     rejects_file: str
     rejected: dict[str, int]
     """Rejected spots by reason."""
+    num_labelled: int
+    """Spots with a pathologist's label."""
+    thumbnail_file: str
+    """A small JPEG of the whole slide."""
+    thumbnail_scale: float
+    """Level-0 pixels along a pixel of the thumbnail."""
 
 
 class Manifest(_Record):

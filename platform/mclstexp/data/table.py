@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from mclstexp import storage
+from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import TILE_SCHEMA, RowGroup, SectionEntry, load_manifest
 from mclstexp.errors import StorageError, TableError
 
@@ -118,6 +119,16 @@ def read_counts(root: str, entry: SectionEntry, num_genes: int | None = None) ->
         if not np.array_equal(first, also_first) or not np.all((gene >= 0) & (gene < width)):
             raise TableError(f"its gene indices do not fit its counts or the {width} genes of the table")
     return csr_array((count, gene, first), shape=(entry.num_spots, width))
+
+
+def read_thumbnail(root: str, entry: SectionEntry) -> np.ndarray:
+    """Returns the small picture of a section's whole slide, uint8 (height, width, 3).
+
+    Raises:
+        TableError: the file is missing or damaged.
+    """
+    with _damage(entry, "thumbnail"):
+        return decode_tile(storage.read(storage.join(root, entry.thumbnail_file)))
 
 
 def tile_crc(image: bytes) -> int:

@@ -9,8 +9,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -29,7 +28,7 @@ from mclstexp.inference.model_version import ModelVersion
 from mclstexp.training import finish, trainer
 from mclstexp.training.progress import Metrics, ProgressBoard
 
-RECORD, SCORES = "study.json", "scores"
+RECORD, SCORES, FEATURES = "study.json", "scores", "features"
 RESULT, ROWS, PER_GENE = "score_card.json", "score_card.csv", "per_gene.csv"
 LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
 POLL_S = 1.0
@@ -174,7 +173,7 @@ def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
         place = storage.join(study.uri, fold.name, SCORES)
         records.append(json.loads(storage.read(storage.join(place, RESULT))))
         for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
-            parts.append(pd.read_csv(io.BytesIO(storage.read(storage.join(place, name)))))
+            parts.append(pd.read_csv(io.BytesIO(storage.read(storage.join(place, name)))).drop(columns="protocol"))
     genes = pd.concat(per_gene, ignore_index=True)
     shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
     leaks = any(note.startswith("LEAK") for record in records for note in record["notes"])
@@ -187,7 +186,12 @@ def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
         genes=sorted(genes["gene"].unique()),
         rows=pd.concat(rows, ignore_index=True),
         per_gene=genes,
-        example=None,
+        predictions={
+            name: f"{fold.name}/{SCORES}/{path}"
+            for fold, record in zip(folds, records, strict=True)
+            for name, path in record["predictions"].items()
+        },
+        training_runs={name: run_id for record in records for name, run_id in record["training_runs"].items()},
     )
 
 
@@ -227,12 +231,19 @@ def _both(metrics: tracking.MetricLog, board: ray.actor.ActorHandle, epochs: int
 def _score(run: trainer.Run, study: Study, metrics: tracking.MetricLog) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
-        card = evaluate(model, study.data, lambda *_: None, probe_weights=study.probe_weights, markers=study.markers)
+        card = evaluate(
+            model,
+            study.data,
+            lambda *_: None,
+            probe_weights=study.probe_weights,
+            markers=study.markers,
+            feature_cache=storage.join(study.uri, FEATURES),
+        )
+    card = replace(card, training_runs={run.name: run.mlflow_run_id})
     metrics.log(0, card.metrics())
     with tempfile.TemporaryDirectory() as folder:
         card.save(folder)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == RESULT):  # what says done comes last
-            storage.upload(path, storage.join(run.uri, SCORES, path.name))
+        storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RESULT)
 
 
 def _reason(reference: ray.ObjectRef) -> str:

@@ -13,14 +13,16 @@ import pandas as pd
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel, Normaliser, coverage
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.data.spots import make_reader
+from mclstexp.data.spots import SpotReader, make_reader
+from mclstexp.data.table import read_thumbnail
 from mclstexp.errors import ModelError, SplitError
 from mclstexp.evaluation import baselines
 from mclstexp.evaluation.ceiling import noise_ceiling
 from mclstexp.evaluation.floors import SEED, Floors, Show, embed_shown, floor_features
 from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.measured import MeasuredSection, read_measured, restate
-from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard, SectionResult
+from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard
+from mclstexp.evaluation.section_file import SectionResult
 from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
 from mclstexp.evaluation.targets import scored_targets
 from mclstexp.inference.bank import Bank
@@ -74,6 +76,7 @@ def evaluate(
     sections: Sequence[str] = (),
     probe_weights: str | None = None,
     markers: Mapping[str, GenePanel] | None = None,
+    feature_cache: str | None = None,
 ) -> ScoreCard:
     """Returns the score card of a model on held-out sections of a tile table that also has its training sections.
 
@@ -84,6 +87,7 @@ def evaluate(
         sections: what to score; default what the model held out.
         probe_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
         markers: sets of genes that are scored by name, see `markers.load_markers`.
+        feature_cache: as `floor_features` takes it.
 
     Raises:
         SplitError, TableError, ModelError: as `held_out`; or the table lacks genes of the panel, or its training spots
@@ -100,7 +104,7 @@ def evaluate(
     targets = scored_targets(reader.target)
     banks = _banks(model, reader.target, training, targets)
     embedded = embed_shown(reader, names, network_of(model), "model", show)
-    features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show)
+    features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show, feature_cache)
     marker_sets, lacking = marker_columns(markers or {}, model.panel)
     notes = _notes(model, manifest, names, lacking)
     rows, genes = [], []
@@ -121,7 +125,9 @@ def evaluate(
         genes=model.panel.names(),
         rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(genes, ignore_index=True),
-        example=_example(model, tested[0], reader.target, embedded[names[0]]["embedding"]),
+        sections=tuple(
+            _result(model, reader, section, embedded[section.section_id]["embedding"]) for section in tested
+        ),
     )
 
 
@@ -190,9 +196,16 @@ def _labelled(table: pd.DataFrame, labels: Labels) -> pd.DataFrame:
     return table.assign(**labels)[[*labels, *table.columns]]
 
 
-def _example(model: ModelVersion, section: MeasuredSection, own: Normaliser, queries: np.ndarray) -> SectionResult:
-    said = model.predict(queries).prediction
-    return SectionResult(section.section_id, section.place, section.expression(own), said)
+def _result(model: ModelVersion, reader: SpotReader, section: MeasuredSection, queries: np.ndarray) -> SectionResult:
+    entry = reader.manifest.section(section.section_id)
+    return SectionResult(
+        section=section,
+        panel=model.panel,
+        truth=section.expression(reader.target),
+        prediction=model.predict(queries).prediction,
+        thumbnail=read_thumbnail(reader.root, entry),
+        thumbnail_scale=entry.thumbnail_scale,
+    )
 
 
 def _notes(

@@ -4,11 +4,13 @@ Features are embedded once and serve every target, in which the floors are fitte
 all training tiles, which is the price of an honest comparison.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from mclstexp import storage
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.spots import SpotReader
 from mclstexp.data.stream import Batch
@@ -63,7 +65,12 @@ class Floors:
 
 
 def floor_features(
-    model: ModelVersion, reader: SpotReader, section_ids: Sequence[str], probe_weights: str | None, show: Show
+    model: ModelVersion,
+    reader: SpotReader,
+    section_ids: Sequence[str],
+    probe_weights: str | None,
+    show: Show,
+    feature_cache: str | None,
 ) -> Features:
     """Returns what ridges see: colour, and features of the model's encoder with random weights and as trained.
 
@@ -73,6 +80,8 @@ def floor_features(
         section_ids: all sections that features are needed of.
         probe_weights: `imagenet`, or a file: adds the pretrained encoder's features.
         show: told of progress.
+        feature_cache: folder (local or s3://) that keeps the features of encoders that were not trained here: they
+            are the same for all models of one encoder and tile table. None: nothing is kept.
 
     Raises:
         ConfigError, ModelError: the probe's weights cannot be had or do not fit.
@@ -84,10 +93,26 @@ def floor_features(
     features: Features = {}
     for word, network in networks.items():
         what = f"{word} {model.config.model.image_encoder}"
-        found = embed_shown(reader, section_ids, network, what, show)
+        if feature_cache is None or word == "trained":
+            found = embed_shown(reader, section_ids, network, what, show)
+        else:
+            found = _embed_once(reader, section_ids, network, what, show, storage.join(feature_cache, word))
         features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
         features[f"ridge on {what}"] = {name: arrays["embedding"] for name, arrays in found.items()}
     return features
+
+
+def _embed_once(
+    reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show, cache: str
+) -> dict[str, Batch]:
+    """Returns the same as `embed_shown`, read from where it is kept for the sections that are there."""
+    places = {name: storage.join(cache, f"{name}-{reader.manifest.section(name).sha256}.npz") for name in section_ids}
+    missing = [name for name, place in places.items() if not storage.exists(place)]
+    for name, arrays in embed_shown(reader, missing, network, what, show).items() if missing else ():
+        buffer = io.BytesIO()
+        np.savez(buffer, embedding=arrays["embedding"], rgb=arrays["rgb"])
+        storage.write(places[name], buffer.getvalue())
+    return {name: dict(np.load(io.BytesIO(storage.read(place)))) for name, place in places.items()}
 
 
 def embed_shown(

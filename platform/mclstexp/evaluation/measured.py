@@ -17,6 +17,8 @@ from mclstexp.errors import ModelError
 from mclstexp.evaluation.targets import normalise_section
 from mclstexp.inference.bank import Bank
 
+_PLACE, _PLACE_PX = ("x_um", "y_um"), ("x_px", "y_px")
+
 
 @dataclass(frozen=True)
 class MeasuredSection:
@@ -28,6 +30,10 @@ class MeasuredSection:
     """Strings, (N,)."""
     place: np.ndarray
     """Micrometres, (N, 2)."""
+    place_px: np.ndarray
+    """Pixels of slide level 0, (N, 2)."""
+    label: np.ndarray
+    """A pathologist's labels, object (N,) of str; None where there is none."""
     counts: np.ndarray
     """Raw counts of the panel's genes, float32 (N, G)."""
     totals: np.ndarray
@@ -44,13 +50,18 @@ class MeasuredSection:
 def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
     """Returns a measured section of the reader's tile table over the reader's panel."""
     entry = reader.manifest.section(section_id)
-    table = read_columns(reader.root, entry, ["spot_id", "x_um", "y_um", "gene_index", "count"])
+    table = read_columns(reader.root, entry, ["spot_id", *_PLACE, *_PLACE_PX, "label", "gene_index", "count"])
+    counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns)
+    place, place_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (_PLACE, _PLACE_PX))
     return MeasuredSection(
         section_id,
         entry.patient_id,
         np.array(table["spot_id"].to_pylist(), object),
-        np.stack([table[name].to_numpy() for name in ("x_um", "y_um")], axis=1),
-        *panel_counts(table["gene_index"], table["count"], reader.columns),
+        place,
+        place_px,
+        np.array(table["label"].to_pylist(), object),
+        counts,
+        totals,
     )
 
 

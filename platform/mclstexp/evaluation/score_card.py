@@ -7,39 +7,26 @@ sections are averaged first, or over sections as published where the protocol is
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Group
 
+from mclstexp.evaluation.section_file import SectionResult, section_path, write_section_result
 from mclstexp.evaluation.tables import ALL, AVERAGED, mean_intervals
+from mclstexp.evaluation.verdicts import verdict
 
 MODEL, FLOOR, LINE = "model", "floor", "reference line"
 ORACLE, CEILING = "library-size oracle", "noise ceiling"
 _COUNTED = ("undefined", "undefined_density_free")
 _OVER_ALL_GENES = ("pcc_density_free", "mse", "rmse", "mae", "undefined")
-_CORRELATIONS = {"pcc_all": "PCC all", "pcc_heg50": "PCC HEG50", "pcc_density_free": "PCC density-free"}
-_COMPARED = _CORRELATIONS | {"mse": "MSE", "mae": "MAE"}
 _PROTOCOLS = {
     "patient": "no patient of the training data is tested",
     "reference": "sections are left out as published; other sections of the tested patients may have trained",
 }
-
-
-@dataclass(frozen=True)
-class SectionResult:
-    """One held-out section: where its spots are, what was measured, and what the model said, in its own target."""
-
-    section_id: str
-    place: np.ndarray
-    """(N, 2) micrometres."""
-    truth: np.ndarray
-    """(N, G)."""
-    prediction: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -59,8 +46,12 @@ class ScoreCard:
     per_gene: pd.DataFrame
     """One row a section, target, method and gene: section_id, patient_id, target, method, gene, and the columns of
     `tables.gene_table`."""
-    example: SectionResult | None
-    """The section that is drawn, where one prediction is at hand."""
+    sections: tuple[SectionResult, ...] = ()
+    """The predictions, where they are at hand; the first is drawn."""
+    predictions: Mapping[str, str] = field(default_factory=dict)
+    """Where each section's prediction lies within the result folder, where it is not among `sections`."""
+    training_runs: Mapping[str, str] = field(default_factory=dict)
+    """MLflow runs of the trainings behind this card, by name."""
 
     @property
     def target(self) -> str:
@@ -109,9 +100,9 @@ class ScoreCard:
 
     def verdicts(self) -> list[str]:
         """Returns one sentence a floor: on which means in the model's own target it is beaten, and on which it wins."""
-        scores = self.scores()[self.target]
-        floors = self.rows.loc[self.rows["kind"] == FLOOR, "method"].unique()
-        return [_verdict(name, scores[MODEL], scores[name]) for name in floors]
+        own = self.rows[self.rows["target"] == self.target]
+        floors = own.loc[own["kind"] == FLOOR, "method"].unique()
+        return [verdict(own, MODEL, str(name), self.unit) for name in floors]
 
     def table(self) -> Group:
         """Returns the card for the terminal, 120 columns wide."""
@@ -120,7 +111,10 @@ class ScoreCard:
         return card_tables(self)
 
     def save(self, folder: str | Path) -> None:
-        """Writes score_card.json, .csv and .png, per_gene.csv and gene_means.csv into a local folder."""
+        """Writes score_card.json, .csv and .png, per_gene.csv, gene_means.csv and sections/*.h5ad into a local folder.
+
+        Every file names the protocol.
+        """
         from mclstexp.evaluation.score_plot import draw
 
         folder = Path(folder)
@@ -135,12 +129,22 @@ class ScoreCard:
             "means": _records(self.means()),
             "patients": _records(self.patients()),
             "sections": _records(self.rows),
+            "predictions": {**self.predictions, **{name: section_path(name) for name in self._own_sections()}},
+            "training_runs": dict(self.training_runs),
         }
         (folder / "score_card.json").write_text(json.dumps(record, indent=1, allow_nan=False))
-        self.rows.to_csv(folder / "score_card.csv", index=False)
-        self.per_gene.to_csv(folder / "per_gene.csv", index=False)
-        self.gene_means().to_csv(folder / "gene_means.csv", index=False)
+        tables = {"score_card": self.rows, "per_gene": self.per_gene, "gene_means": self.gene_means()}
+        for name, table in tables.items():
+            table.assign(protocol=self.protocol)[["protocol", *table.columns]].to_csv(
+                folder / f"{name}.csv", index=False
+            )
         draw(self, folder / "score_card.png")
+        facts = {"unit": self.targets[self.target], "protocol": self.protocol, "heading": self.heading()}
+        for result in self.sections:
+            write_section_result(folder, result, facts | {"model_digest": self.model_digest})
+
+    def _own_sections(self) -> list[str]:
+        return [result.section.section_id for result in self.sections]
 
     def tags(self) -> dict[str, str]:
         """Returns the model's means in its own target as short texts, for the registry."""
@@ -178,35 +182,3 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 def _plain(name: str) -> str:
     """Returns a name in the letters that MLflow takes."""
     return re.sub(r"[^\w/.:-]", "_", name)
-
-
-def _verdict(floor: str, model: dict[str, float], other: dict[str, float]) -> str:
-    """A score that only the floor lacks is not compared; one that only the model lacks is lost."""
-    compared = [name for name in _COMPARED if not math.isnan(other[name])]
-    won = [name for name in compared if _better(name, model[name], other[name])]
-    lost = [name for name in compared if name not in won]
-    if not lost:
-        return f"the model beats the {floor}: {_gaps(won, model, other)}"
-    if not won:
-        return f"the {floor} WINS; the model stands at {_gaps(lost, model, other)}"
-    return (
-        f"the model beats the {floor} on {_gaps(won, model, other)}; the {floor} WINS on the rest, the model stands at "
-        f"{_gaps(lost, model, other)}"
-    )
-
-
-def _better(name: str, model: float, other: float) -> bool:
-    return model > other if name in _CORRELATIONS else model < other
-
-
-def _gaps(names: list[str], model: dict[str, float], other: dict[str, float]) -> str:
-    """Returns the model's differences in words: absolute for correlations, in percent for errors."""
-    return ", ".join(f"{_COMPARED[name]} {_gap(name, model[name], other[name])}" for name in names)
-
-
-def _gap(name: str, model: float, other: float) -> str:
-    if math.isnan(model):
-        return "undefined"
-    if name in _CORRELATIONS or other == 0:
-        return f"{model - other:+.3f}"
-    return f"{model / other - 1:+.1%}"

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
 if TYPE_CHECKING:
-    from mclstexp.evaluation.score_card import ScoreCard, SectionResult
+    from mclstexp.evaluation.score_card import ScoreCard
+    from mclstexp.evaluation.section_file import SectionResult
 
 NUM_MAPS = 4
 LABEL_WIDTH, TITLE_WIDTH = 16, 150
@@ -20,11 +21,11 @@ LABEL_WIDTH, TITLE_WIDTH = 16, 150
 
 def draw(card: "ScoreCard", path: str | Path) -> None:
     """Writes the picture of a score card as PNG; no display or global state of matplotlib is used."""
-    figure = Figure(figsize=(4 * NUM_MAPS, 11 if card.example else 5), layout="constrained")
-    grid = figure.add_gridspec(3 if card.example else 1, NUM_MAPS)
+    figure = Figure(figsize=(4 * NUM_MAPS, 11 if card.sections else 5), layout="constrained")
+    grid = figure.add_gridspec(3 if card.sections else 1, NUM_MAPS)
     _draw_methods(card, figure.add_subplot(grid[0, :]))
-    if card.example:
-        _draw_maps(card, card.example, figure, grid)
+    if card.sections:
+        _draw_maps(card, card.sections[0], figure, grid)
     figure.savefig(path, dpi=90)
 
 
@@ -34,9 +35,10 @@ def _draw_maps(card: "ScoreCard", example: "SectionResult", figure: Figure, grid
         sides = {"measured": example.truth[:, gene], "predicted": example.prediction[:, gene]}
         for row, (word, values) in enumerate(sides.items(), start=1):
             axes = figure.add_subplot(grid[row, column])
-            points = axes.scatter(example.place[:, 0], example.place[:, 1], c=values, s=14, cmap="viridis")
+            x, y = example.section.place.T
+            points = axes.scatter(x, y, c=values, s=14, cmap="viridis")
             axes.set(xticks=[], yticks=[], aspect="equal")
-            axes.set_title(f"{card.genes[gene]}, {word} ({example.section_id})")
+            axes.set_title(f"{card.genes[gene]}, {word} ({example.section.section_id})")
             axes.invert_yaxis()
             figure.colorbar(points, ax=axes, shrink=0.7)
 
@@ -60,6 +62,7 @@ def draw_correlations(axes: Axes, per_gene: pd.DataFrame, title: str) -> None:
 
 def _best_genes(card: "ScoreCard", example: "SectionResult") -> np.ndarray:
     """Returns the columns of the genes that the model predicts best in the example section."""
-    mine = card.per_gene.query("method == 'model' and target == @card.target and section_id == @example.section_id")
+    mine = card.per_gene.query("method == 'model' and target == @card.target")
+    mine = mine[mine["section_id"] == example.section.section_id]
     order = np.argsort(-np.nan_to_num(mine["pcc"].to_numpy(), nan=-2.0), kind="stable")
     return order[:NUM_MAPS]

@@ -53,7 +53,7 @@ def card_tables(card: "ScoreCard") -> Group:
     if markers := _marker_columns(card):
         blocks += _block(card, [card.target], markers, [overall])
     unit = "patients" if card.unit == "patient_id" else "sections"
-    intervals = f"±: half of the 95 % interval of the mean over {unit}"
+    intervals = f"±: half of the 95 % interval over {unit}, of a mean or of a difference of model and floor"
     return Group(*blocks, Text("\n".join([_LEGEND, intervals, *card.notes, "", *card.verdicts()])))
 
 

@@ -1,0 +1,87 @@
+"""Who wins, in words: the model against each floor, score by score, with the interval of their difference.
+
+Model and floor are compared within each section, so that what makes a section hard for both cancels out. With few
+patients most intervals are wide; the words go by the mean, and the interval beside it says how sure that is.
+"""
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+
+from mclstexp.evaluation.tables import ALL, HEG, mean_intervals
+
+
+class _Score(NamedTuple):
+    title: str
+    gene_set: str
+    column: str
+
+    @property
+    def is_error(self) -> bool:
+        return self.column in ("mse", "mae")
+
+
+_COMPARED = (
+    _Score("PCC all", ALL, "pcc"),
+    _Score("PCC HEG50", HEG, "pcc"),
+    _Score("PCC density-free", ALL, "pcc_density_free"),
+    _Score("MSE", ALL, "mse"),
+    _Score("MAE", ALL, "mae"),
+)
+
+
+class _Difference(NamedTuple):
+    score: _Score
+    floor: float
+    """The floor's mean."""
+    difference: float
+    """The model's mean less the floor's; NaN where the model has none."""
+    reach: float
+    """Half of the difference's 95 % interval; NaN with fewer than two units."""
+
+    @property
+    def is_won(self) -> bool:
+        return self.difference < 0 if self.score.is_error else self.difference > 0
+
+    def __str__(self) -> str:
+        """In words: absolute for correlations, in percent of the floor for errors."""
+        if math.isnan(self.difference):
+            return f"{self.score.title} undefined"
+        percent = self.score.is_error and self.floor != 0
+        scale, digits, sign = (100 / self.floor, 1, "%") if percent else (1.0, 3, "")
+        reach = "" if math.isnan(self.reach) else f" ±{self.reach * scale:.{digits}f}{sign}"
+        return f"{self.score.title} {self.difference * scale:+.{digits}f}{sign}{reach}"
+
+
+def verdict(rows: pd.DataFrame, model: str, floor: str, unit: str) -> str:
+    """Returns a sentence on which means a model beats a floor, and on which the floor wins.
+
+    A score that only the floor lacks is not compared; one that only the model lacks is lost.
+
+    Args:
+        rows: as `ScoreCard.rows`, of one target.
+        model: the method that is judged.
+        floor: the method that it is held against.
+        unit: the column of what means are taken over.
+    """
+    compared = [found for score in _COMPARED if (found := _difference(rows, model, floor, unit, score)) is not None]
+    won = ", ".join(str(each) for each in compared if each.is_won)
+    lost = ", ".join(str(each) for each in compared if not each.is_won)
+    if not lost:
+        return f"the model beats the {floor}: {won}"
+    if not won:
+        return f"the {floor} WINS; the model stands at {lost}"
+    return f"the model beats the {floor} on {won}; the {floor} WINS on the rest, the model stands at {lost}"
+
+
+def _difference(rows: pd.DataFrame, model: str, floor: str, unit: str, score: _Score) -> _Difference | None:
+    both = rows[rows["gene_set"] == score.gene_set].set_index("section_id")
+    own, other = (both.loc[both["method"] == method, score.column] for method in (model, floor))
+    if other.isna().all():
+        return None
+    of_sections = both.loc[both["method"] == model, ["patient_id"]].assign(difference=own - other, floor=other)
+    of_sections = of_sections.reset_index().assign(score=score.title)
+    found = mean_intervals(of_sections, "difference", ["score"], unit).iloc[0]
+    mean = mean_intervals(of_sections, "floor", ["score"], unit).iloc[0]["mean"]
+    return _Difference(score, mean, found["mean"], found["high"] - found["mean"])

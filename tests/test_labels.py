@@ -1,0 +1,52 @@
+"""A pathologist's labels, joined by name or by place in the array."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ingest.expression import Spots
+from ingest.labels import read_labels
+from mclstexp.errors import SourceError
+
+SPOTS = Spots(
+    spot_id=np.array(["9x21", "9x14", "10x3"], object),
+    x_px=np.zeros(3),
+    y_px=np.zeros(3),
+    array_row=np.array([21.0, 14.0, 3.0]),
+    array_col=np.array([9.0, 9.0, 10.0]),
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Row.names\tx\ty\tlabel\n1x1\t9.02\t20.994\tcancer\n2x2\t9.018\t13.999\tfat\n3x3\t1\t1\tfat\n",
+        "spot_id,label\n9x14,fat\n9x21,cancer\n",
+        "Barcode,label\n9x14,fat\n9x21, cancer \n10x3,\n",
+    ],
+)
+def test_labels_are_joined_by_id_or_rounded_place(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labels.tsv"
+    path.write_text(text)
+    assert read_labels(str(path), SPOTS).tolist() == ["cancer", "fat", None]
+    path.write_bytes(gzip.compress(text.encode()))
+    assert read_labels(str(path), SPOTS).tolist() == ["cancer", "fat", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("spot_id,kind\n9x14,fat\n", "it has no column label; it has spot_id, kind"),
+        ("name,label\n9x14,fat\n", "neither spot_id or barcode nor x and y; it has name, label"),
+        ("x,y,label\n9,14,fat\n9.2,14,cancer\n", "spot appears more than once: 9x14"),
+        ("spot_id,label\n1x1,fat\n", r"none of its 1 rows is of one of the section's 3 spots \(such as 9x21"),
+        ("", "cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_labels_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(SourceError, match=rf"labels.csv.*{reason}"):
+        read_labels(str(path), SPOTS)
