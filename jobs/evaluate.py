@@ -6,7 +6,6 @@ With --protocol it trains and scores one model for each fold (`reference`: leave
 """
 
 import sys
-from pathlib import Path
 
 import _launch  # first: puts the project on the path
 from _cli import Argument, describe, parse, run

@@ -3,7 +3,6 @@
 The S3 server is SeaweedFS on loopback; MCLSTEXP_TEST_S3 (a URL, with AWS credentials beside it) names another one.
 """
 
-import json
 import os
 import secrets
 import socket
@@ -14,10 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
+
+if TYPE_CHECKING:
+    from mclstexp.evaluation.section_file import SectionResult
 
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = f"{ROOT / 'platform'}:{ROOT}:{ROOT / 'jobs'}"
@@ -139,70 +142,51 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
     from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
     from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
 
-    rng = np.random.default_rng(0)
-    rows, per_gene, predictions = [], [], {}
+    rows, per_gene, results = [], [], []
     for name, num_genes in {"S1": 8, "S-2": 7}.items():
-        ids = list(RESULT_GENES)[:num_genes]
-        place = np.indices((7, 8)).reshape(2, -1).T[:, ::-1] * 100.0 + 250
-        band = place[:, 0] > 550
-        truth = rng.gamma(2.0, size=(len(place), num_genes)) + 6.0 * band[:, None] * (np.arange(num_genes) % 2)
-        truth[:, 6] = 0.0
-        said = truth + np.linspace(0.1, 4.0, num_genes) * rng.normal(size=truth.shape)
-        labels = np.where(band, "cancer", "fat <&>").tolist() if name == "S1" else [None] * len(place)
-        predictions[name] = f"{name}/sections/{name}.h5ad"
-        _write_section(folder / predictions[name], name, ids, place, truth, said, labels, protocol)
-        methods = {(MODEL, MODEL): said, ("ridge on RGB", FLOOR): said + 3 * rng.normal(size=truth.shape)}
+        result = _section_result(name, list(RESULT_GENES)[:num_genes])
+        results.append(result)
+        noise = np.random.default_rng(1).normal(size=result.truth.shape)
+        methods = {(MODEL, MODEL): result.prediction, ("ridge on RGB", FLOOR): result.prediction + 3 * noise}
         for (method, kind), values in methods.items():
-            table = gene_table(truth, values, truth.sum(axis=1))
+            table = gene_table(result.truth, values, result.section.totals)
             of = {"section_id": name, "patient_id": name[0], "target": "per_spot", "method": method}
-            own = of | {"num_spots": len(place), "kind": kind}
-            rows.append(set_table(table, gene_sets(truth, {})).assign(**own))
-            per_gene.append(table.assign(**of, gene=[RESULT_GENES[gene] or gene for gene in ids]))
-    notes = ("LEAK that this protocol allows: <others> trained",) if protocol == "reference" else ()
-    tables = pd.concat(rows, ignore_index=True), pd.concat(per_gene, ignore_index=True)
-    genes = [symbol or gene for gene, symbol in RESULT_GENES.items()]
-    ScoreCard(protocol, {"per_spot": RESULT_UNIT}, "abc", (*notes, "a note & more"), genes, *tables, None).save(folder)
-    record = json.loads((folder / "score_card.json").read_text())
-    record |= {"predictions": predictions, "training_runs": training_runs or {}}
-    (folder / "score_card.json").write_text(json.dumps(record))
-    for name in ("score_card", "per_gene", "gene_means"):
-        table = pd.read_csv(folder / f"{name}.csv")
-        table.insert(0, "protocol", protocol)
-        table.to_csv(folder / f"{name}.csv", index=False)
+            own = of | {"num_spots": len(result.section), "kind": kind}
+            rows.append(set_table(table, gene_sets(result.truth, {})).assign(**own))
+            per_gene.append(table.assign(**of, gene=result.panel.names()))
+    leaks = ("LEAK that this protocol allows: <others> trained",) if protocol == "reference" else ()
+    ScoreCard(
+        protocol=protocol,
+        targets={"per_spot": RESULT_UNIT},
+        model_digest="abc",
+        notes=(*leaks, "a note & more"),
+        genes=results[0].panel.names(),
+        rows=pd.concat(rows, ignore_index=True),
+        per_gene=pd.concat(per_gene, ignore_index=True),
+        sections=tuple(results),
+        training_runs=training_runs or {},
+    ).save(folder)
     return folder
 
 
-def _write_section(
-    path: Path,
-    name: str,
-    ids: list[str],
-    place: np.ndarray,
-    truth: np.ndarray,
-    said: np.ndarray,
-    labels: list[str | None],
-    protocol: str,
-) -> None:
-    import anndata
+def _section_result(name: str, genes: list[str]) -> "SectionResult":
+    """56 spots in two bands that differ in every second gene; the prediction is worse from gene to gene."""
+    from mclstexp.data.genes import GenePanel
+    from mclstexp.evaluation.measured import MeasuredSection
+    from mclstexp.evaluation.section_file import SectionResult
 
-    obs = pd.DataFrame(
-        {"section_id": name, "patient_id": name[0], "label": pd.Categorical(labels)},
-        index=pd.Index([f"spot{index}" for index in range(len(place))], name="spot_id"),
-    )
-    obs[["x_px", "y_px"]], obs[["x_um", "y_um"]] = place, 2 * place
-    var = pd.DataFrame({"symbol": [RESULT_GENES[gene] for gene in ids], "ensembl_id": ids}, index=ids)
+    rng = np.random.default_rng(0)
+    place = np.indices((7, 8)).reshape(2, -1).T[:, ::-1] * 100.0 + 250
+    band = place[:, 0] > 550
+    truth = rng.gamma(2.0, size=(len(place), len(genes))) + 6.0 * band[:, None] * (np.arange(len(genes)) % 2)
+    truth[:, 6] = 0.0
+    said = truth + np.linspace(0.1, 4.0, len(genes)) * rng.normal(size=truth.shape)
+    labels = np.where(band, "cancer", "fat <&>").astype(object) if name == "S1" else np.full(len(place), None)
+    spots = np.array([f"spot{index}" for index in range(len(place))], object)
+    section = MeasuredSection(name, name[0], spots, 2 * place, place, labels, truth, truth.sum(axis=1))
+    panel = GenePanel(tuple(genes), tuple(RESULT_GENES[gene] for gene in genes), tuple(genes))
     slide = np.full((100, 120, 3), (230, 200, 220), np.uint8)
-    result = {"unit": RESULT_UNIT, "protocol": protocol, "heading": f"held out: {name}; protocol {protocol}"}
-    image = {"images": {"hires": slide}, "scalefactors": {"tissue_hires_scalef": 0.1, "spot_diameter_fullres": 55.0}}
-    data = anndata.AnnData(
-        said.astype(np.float32),
-        obs,
-        var.rename_axis("gene_id"),
-        layers={"measured": truth.astype(np.float32)},
-        obsm={"spatial": place},
-        uns={"result": result | {"model_digest": "abc"}, "spatial": {name: image}},
-    )
-    path.parent.mkdir(parents=True)
-    data.write_h5ad(path)
+    return SectionResult(section, panel, truth, said, slide, thumbnail_scale=10.0)
 
 
 def _seaweed(folder: Path, s3_port: int) -> list[str]:

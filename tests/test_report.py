@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from mclstexp import storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.errors import ConfigError, ResultError
-from mclstexp.report import page
+from mclstexp.report import map_data, page
+from mclstexp.report.results import open_result
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow
 NAMES = {
@@ -147,7 +148,7 @@ def test_the_last_line_says_where_the_page_lies(made: Made) -> None:
 
 @pytest.mark.parametrize("name", ["S1", "S-2"])
 def test_maps_decode_to_the_stored_expression(made: Made, name: str) -> None:
-    stored = anndata.read_h5ad(made.run / name / "sections" / f"{name}.h5ad")
+    stored = anndata.read_h5ad(made.run / "sections" / f"{name}.h5ad")
     genes = _slides(made.page)[name]["genes"]
     assert set(genes) == {NAMES[gene] for gene in stored.var_names}
     for column, gene_id in enumerate(stored.var_names):
@@ -163,7 +164,7 @@ def test_maps_decode_to_the_stored_expression(made: Made, name: str) -> None:
 
 
 def test_spots_lie_at_their_place_on_the_slide(made: Made) -> None:
-    stored = anndata.read_h5ad(made.run / "S1" / "sections" / "S1.h5ad")
+    stored = anndata.read_h5ad(made.run / "sections" / "S1.h5ad")
     slide = _slides(made.page)["S1"]
     np.testing.assert_allclose(np.stack([slide["x"], slide["y"]], axis=1), stored.obsm["spatial"] / 10, atol=0.05)
     assert (slide["width"], slide["height"]) == (120, 100)
@@ -326,11 +327,11 @@ def test_a_folder_without_a_result_is_refused_with_the_command_to_run(tmp_path: 
 def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Path], tmp_path: Path) -> None:
     make_result(tmp_path)
     record = json.loads((tmp_path / "score_card.json").read_text())
-    (tmp_path / "S1" / "sections" / "S1.h5ad").write_bytes(b"damaged")
+    (tmp_path / "sections" / "S1.h5ad").write_bytes(b"damaged")
     with pytest.raises(ResultError, match=r"the prediction of section S1, .*S1\.h5ad, is damaged or lacks something"):
         _main("--run", tmp_path)
-    (tmp_path / "S1" / "sections" / "S1.h5ad").unlink()
-    with pytest.raises(ResultError, match=r"lacks S1/sections/S1\.h5ad, which its score_card\.json names"):
+    (tmp_path / "sections" / "S1.h5ad").unlink()
+    with pytest.raises(ResultError, match=r"lacks sections/S1\.h5ad, which its score_card\.json names"):
         _main("--run", tmp_path)
     del record["predictions"]
     (tmp_path / "score_card.json").write_text(json.dumps(record))
@@ -361,3 +362,17 @@ def test_a_result_may_lie_in_object_storage(s3: str, make_result: Callable[..., 
     page = _Page(storage.read(f"{s3}/scores/report/report.html").decode())
     assert set(_slides(page)) == {"S1", "S-2"}
     assert storage.exists(f"{s3}/scores/report/genes_S1.png")
+
+
+def test_a_large_picture_of_a_slide_is_shrunk_and_spots_stay_on_it(
+    make_result: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_result(tmp_path) / "sections" / "S1.h5ad"
+    stored = anndata.read_h5ad(path)
+    slide = stored.uns["spatial"]["S1"]
+    slide["images"]["hires"] = np.zeros((1500, 1800, 3), np.uint8)
+    slide["scalefactors"]["tissue_hires_scalef"] = 1.5
+    stored.write_h5ad(path)
+    data = map_data.slide_data(open_result(str(tmp_path), tmp_path).section("S1"))
+    assert (data["width"], data["height"]) == (900, 750)
+    np.testing.assert_allclose(np.stack([data["x"], data["y"]], axis=1), 0.75 * stored.obsm["spatial"], atol=0.05)

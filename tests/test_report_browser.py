@@ -189,7 +189,7 @@ def _colours(browser: _Browser, canvas: str, places: np.ndarray) -> np.ndarray:
 
 
 def _pcc(run: Path, section: str, gene_id: str) -> str:
-    stored = anndata.read_h5ad(run / section / "sections" / f"{section}.h5ad")[:, gene_id]
+    stored = anndata.read_h5ad(run / "sections" / f"{section}.h5ad")[:, gene_id]
     return f"PCC {np.corrcoef(stored.X[:, 0], stored.layers['measured'][:, 0])[0, 1]:.3f}"
 
 
@@ -213,7 +213,7 @@ def test_the_page_opens_without_a_complaint_or_a_request(browser: _Browser, run:
 
 
 def test_maps_have_the_colours_of_their_values(browser: _Browser, run: Path) -> None:
-    stored = anndata.read_h5ad(run / "S1" / "sections" / "S1.h5ad")
+    stored = anndata.read_h5ad(run / "sections" / "S1.h5ad")
     _choose(browser, "gene", "GNAS")
     _choose(browser, "opacity", "100")
     values = {"measured": stored.layers["measured"][:, 0], "predicted": stored.X[:, 0]}

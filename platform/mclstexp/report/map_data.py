@@ -17,10 +17,9 @@ from mclstexp.evaluation.domains import spot_pitch
 from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.report.gene_maps import colour_limits
 from mclstexp.report.results import Result, Section
-from mclstexp.report.section_axes import SPOT_PITCHES, Thumbnail, window
+from mclstexp.report.section_axes import SPOT_PITCHES, window
 
 _LEVELS = 255
-_THUMBNAIL_PX = 900
 _JPEG_QUALITY = 78
 _BYTES_BESIDE = 120
 """What a gene's name, limits and correlation take beside its values."""
@@ -39,7 +38,7 @@ def slide_data(section: Section) -> dict[str, Any]:
     Keys: id, patient, unit; image, width, height; window (left, top, right, bottom of what is shown); x, y, and
     diameter of the spots.
     """
-    thumbnail = _shrunk(section.thumbnail)
+    thumbnail = section.thumbnail
     place = section.place_px / thumbnail.scale
     height, width = thumbnail.rgb.shape[:2]
     return {
@@ -92,14 +91,6 @@ def _gene(measured: np.ndarray, predicted: np.ndarray, pcc: float) -> dict[str, 
         "pcc": None if np.isnan(pcc) else pcc,
         "levels": base64.b64encode(levels.tobytes()).decode(),
     }
-
-
-def _shrunk(thumbnail: Thumbnail) -> Thumbnail:
-    """Returns the thumbnail with at most 900 px a side."""
-    image = Image.fromarray(thumbnail.rgb)
-    width = image.width
-    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    return Thumbnail(np.asarray(image), thumbnail.scale * width / image.width)
 
 
 def _jpeg(rgb: np.ndarray) -> str:

@@ -19,15 +19,18 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import read_elem
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ResultError
 from mclstexp.evaluation.score_card import MODEL
+from mclstexp.evaluation.section_file import MEASURED
 from mclstexp.report.section_axes import Thumbnail
 
 RECORD, PER_GENE, GENE_MEANS = "score_card.json", "per_gene.csv", "gene_means.csv"
+_THUMBNAIL_PX = 900
 _EVALUATE = "python jobs/evaluate.py --model MODEL --data TILES --out"
 Row = dict[str, Any]
 """One row of a table of scores; None where a score is not defined."""
@@ -131,9 +134,9 @@ class Result:
                 place_px=obs[["x_px", "y_px"]].to_numpy(np.float64),
                 place_um=obs[["x_um", "y_um"]].to_numpy(np.float64),
                 labels=obs["label"].to_numpy(object),
-                measured=np.asarray(data.layers["measured"], np.float32),
+                measured=np.asarray(data.layers[MEASURED], np.float32),
                 predicted=np.asarray(data.X, np.float32),
-                thumbnail=Thumbnail(image["images"]["hires"], 1 / float(image["scalefactors"]["tissue_hires_scalef"])),
+                thumbnail=_thumbnail(image["images"]["hires"], float(image["scalefactors"]["tissue_hires_scalef"])),
             )
 
     def _genes(self, name: str) -> pd.DataFrame:
@@ -215,6 +218,13 @@ def _fetch(uri: str, file: str, scratch: str | Path) -> Path:
     except FileNotFoundError:
         raise ResultError(f"{uri} lacks {file}, which its {RECORD} names; write it anew: {_EVALUATE} {uri}") from None
     return local
+
+
+def _thumbnail(rgb: np.ndarray, pixels_per_level_0: float) -> Thumbnail:
+    """Returns a slide's picture with at most 900 px a side, which is what a map on a page has."""
+    image = Image.fromarray(rgb)
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    return Thumbnail(np.asarray(image), rgb.shape[1] / image.width / pixels_per_level_0)
 
 
 def _panel(genes: pd.DataFrame) -> GenePanel:
