@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anndata
 import h5py
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel
@@ -51,7 +51,7 @@ class ScoreRecord(BaseModel):
     means: list[Row]
     patients: list[Row]
     sections: list[Row]
-    predictions: dict[str, str]
+    predictions: Annotated[dict[str, str], Field(min_length=1)]
     """File of each section's prediction, relative to the folder."""
     training_runs: dict[str, str]
     """MLflow run ids by name."""
