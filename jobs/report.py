@@ -17,7 +17,7 @@ ARGUMENTS = [
     Argument("out", "where report.html goes [RUN/report]", required=False),
     *MARKER_ARGUMENTS,
     Argument("genes", "genes to show before all others: A,B,... [none]", required=False, default=""),
-    Argument("page-mb", "megabytes that the page may have; gene maps that do not fit are left out", False, "40"),
+    Argument("page-mb", "megabytes that the page may have; gene maps that do not fit are left out [40]", False, "40"),
 ]
 SECTIONS = ("storage", "tracking")
 

@@ -376,3 +376,15 @@ def test_a_large_picture_of_a_slide_is_shrunk_and_spots_stay_on_it(
     data = map_data.slide_data(open_result(str(tmp_path), tmp_path).section("S1"))
     assert (data["width"], data["height"]) == (900, 750)
     np.testing.assert_allclose(np.stack([data["x"], data["y"]], axis=1), 0.75 * stored.obsm["spatial"], atol=0.05)
+
+
+def test_gene_maps_are_the_first_pictures_that_a_page_does_without(
+    make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page.pictures, "embedded", lambda path: "data:," + 9_994 * "x")
+    monkeypatch.setattr(page, "_PICTURES_SHARE", 1.0)
+    some = _report(make_result(tmp_path), "--page-mb", "0.035")
+    assert {path.name for path in some.out.glob("*.png") if f"({path.name})" in some.page.text} == {
+        *("pcc_by_method.png", "domains_S1_kmeans.png", "domains_S1_leiden.png")
+    }
+    assert "see genes_S1.png beside it" in some.page.text

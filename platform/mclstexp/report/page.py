@@ -59,11 +59,13 @@ class _Content:
     without_domains: dict[str, list[str]] = field(default_factory=dict)
     """Sections by why nothing can be said of their domains."""
 
-    def add_picture(self, path: Path, room: float) -> None:
-        """Puts a picture into the page if it has room beside those that are there."""
-        data = pictures.embedded(path)
-        if sum(map(len, self.images.values())) + len(data) <= room:
-            self.images[path.name] = data
+    def embed(self, paths: Sequence[Path], room: float) -> None:
+        """Puts pictures into the page as far as they have room; gene maps last, as the page draws those itself."""
+        for path in sorted(paths, key=lambda path: path.name.startswith("genes_")):
+            data = pictures.embedded(path)
+            if len(data) <= room:
+                self.images[path.name] = data
+                room -= len(data)
 
 
 def write_report(result: Result, wishes: Wishes, training: Training, folder: Path, show: Show) -> None:
@@ -77,13 +79,12 @@ def write_report(result: Result, wishes: Wishes, training: Training, folder: Pat
     order = biology.order_genes(result, ranked, wishes.markers, wishes.genes)
     ranked.to_csv(folder / SIGNIFICANT, index=False)
     content = _Content()
-    room = _PICTURES_SHARE * wishes.page_bytes
-    for path in _result_pictures(result, training, folder):
-        content.add_picture(path, room)
+    paths = _result_pictures(result, training, folder)
     for done, name in enumerate(result.files):
         show("sections drawn", done, len(result.files))
-        _add_section(content, result, result.section(name), order, folder, room)
+        paths += _add_section(content, result, result.section(name), order, folder)
     show("sections drawn", len(result.files), len(result.files))
+    content.embed(paths, _PICTURES_SHARE * wishes.page_bytes)
     domains = pd.concat(content.domains, ignore_index=True) if content.domains else pd.DataFrame()
     if len(domains):
         domains.to_csv(folder / DOMAINS, index=False)
@@ -100,10 +101,8 @@ def _result_pictures(result: Result, training: Training, folder: Path) -> list[P
     return paths
 
 
-def _add_section(
-    content: _Content, result: Result, section: Section, order: GeneOrder, folder: Path, room: float
-) -> None:
-    """Draws a section's pictures and finds its domains."""
+def _add_section(content: _Content, result: Result, section: Section, order: GeneOrder, folder: Path) -> list[Path]:
+    """Draws a section and finds its domains; returns its pictures."""
     name = section.section_id
     content.slides.append(map_data.slide_data(section))
     own = set(biology.section_names(result, section))
@@ -121,8 +120,7 @@ def _add_section(
         for way in WAYS:
             files.append(f"domains_{name}_{way}.png")
             pictures.draw_section_domains(folder / files[-1], result, section, found, way)
-    for file in files:
-        content.add_picture(folder / file, room)
+    return [folder / file for file in files]
 
 
 def _context(
