@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mclstexp.evaluation.score_card import LINE, MODEL
+from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL
 from mclstexp.evaluation.tables import ALL, HEG, HVG
 from mclstexp.report.results import Result, Row, ScoreRecord
 
@@ -79,9 +79,7 @@ def target_tables(record: ScoreRecord) -> list[TargetTables]:
 
 def best_floor(record: ScoreRecord) -> str | None:
     """Returns the floor of highest mean correlation over all genes in the model's own target, if one has any."""
-    rows = [
-        row for row in _of(record.means, target=record.target, gene_set=ALL, kind="floor") if row["pcc"] is not None
-    ]
+    rows = [row for row in _of(record.means, target=record.target, gene_set=ALL, kind=FLOOR) if row["pcc"] is not None]
     return str(max(rows, key=lambda row: row["pcc"])["method"]) if rows else None
 
 
