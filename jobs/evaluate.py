@@ -6,10 +6,11 @@ With --protocol it trains and scores one model for each fold (`reference`: leave
 """
 
 import sys
-from pathlib import Path
 
 import _launch  # first: puts the project on the path
 from _cli import Argument, describe, parse, run
+from _markers import ARGUMENTS as MARKER_ARGUMENTS
+from _markers import markers
 
 from mclstexp.errors import ConfigError
 
@@ -23,12 +24,8 @@ ARGUMENTS = [
     Argument("folds", "sections or patients to hold out in turn: A,B,... [all]", required=False, default=""),
     Argument("sections", "sections to score: A,B,... [those that the model held out]", required=False, default=""),
     Argument("probe-weights", "imagenet or a file: adds the ridge on that encoder's features [none]", required=False),
-    Argument(
-        "cohort", "adds the sets of marker genes that the markers file has for this cohort [none]", required=False
-    ),
-    Argument("markers", "YAML file of marker genes by cohort and set [jobs/configs/markers.yaml]", required=False),
+    *MARKER_ARGUMENTS,
 ]
-MARKERS = Path(__file__).parent / "configs" / "markers.yaml"
 SECTIONS = ("storage", "cluster", "tracking")
 STUDY_SECTIONS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval", "tracking")
 
@@ -56,7 +53,7 @@ def _evaluate(arguments, config) -> None:  # noqa: ANN001
     from mclstexp.inference.model_version import ModelVersion
     from mclstexp.model.encoders import require_weights
 
-    markers = _markers(arguments)
+    marker_sets = markers(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
     arguments.sections = [name for name in arguments.sections.split(",") if name]
@@ -69,12 +66,12 @@ def _evaluate(arguments, config) -> None:  # noqa: ANN001
         return
     _launch.connect(config)
     resources.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
-    card = _score(model, arguments, markers)
+    card = _score(model, arguments, marker_sets)
     _save(card, arguments, config)
     print(f"score card {storage.join(storage.absolute(arguments.out), 'score_card.json')}")
 
 
-def _score(model, arguments, markers):  # noqa: ANN001, ANN202
+def _score(model, arguments, marker_sets):  # noqa: ANN001, ANN202
     from rich.console import Console
     from rich.progress import Progress
 
@@ -88,17 +85,9 @@ def _score(model, arguments, markers):  # noqa: ANN001, ANN202
                 tasks[what] = bar.add_task(f"tiles through {what}")
             bar.update(tasks[what], completed=done, total=total)
 
-        card = evaluate(model, arguments.data, show, arguments.sections, arguments.probe_weights, markers)
+        card = evaluate(model, arguments.data, show, arguments.sections, arguments.probe_weights, marker_sets)
     Console(width=120).print(card.table())
     return card
-
-
-def _markers(arguments):  # noqa: ANN001, ANN202
-    from mclstexp.evaluation.markers import load_markers
-
-    if arguments.markers and not arguments.cohort:
-        raise ConfigError(f"--markers {arguments.markers} needs --cohort NAME: which of its cohorts is scored")
-    return load_markers(arguments.markers or MARKERS, arguments.cohort) if arguments.cohort else {}
 
 
 def _save(card, arguments, config) -> None:  # noqa: ANN001
@@ -167,7 +156,7 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
         config,
         lambda: tracking.start_run(config, name, tags),
         arguments.probe_weights,
-        _markers(arguments),
+        markers(arguments),
     )
     failed = _run_folds(folds, study)
     study_of.require_all(failed, folds, study)

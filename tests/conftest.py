@@ -1,4 +1,4 @@
-"""Shared real components: one local Ray, one S3 server, one synthetic cohort and its tile table a session.
+"""Shared real components: one local Ray, one S3 server, one synthetic cohort and its tile table, one kind of result.
 
 The S3 server is SeaweedFS on loopback; MCLSTEXP_TEST_S3 (a URL, with AWS credentials beside it) names another one.
 """
@@ -11,10 +11,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
 import pytest
+
+if TYPE_CHECKING:
+    from mclstexp.evaluation.section_file import SectionResult
 
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = f"{ROOT / 'platform'}:{ROOT}:{ROOT / 'jobs'}"
@@ -108,6 +114,79 @@ def tiles(cohort: str, ray_session: None, tmp_path_factory: pytest.TempPathFacto
     root = str(tmp_path_factory.mktemp("tiles") / "table")
     prepare(cohort, root, config, progress=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def make_result() -> Callable[..., Path]:
+    """Makes the result folder of an evaluation of two sections in a given folder: `make_result(folder, protocol)`.
+
+    S1 is labelled and predicted well in its first gene, S-2 has no labels and lacks the last gene; names are nasty.
+    """
+    return _make_result
+
+
+RESULT_GENES = {
+    "ENSG1": "GNAS",
+    "ENSG2": "</script><b>bold",
+    "ENSG3": "a \"quoted\" & 'odd' <name>",
+    "ENSG4": "",
+    "ENSG5": "TWICE",
+    "ENSG6": "TWICE",
+    "ENSG7": "FLAT",
+    "ENSG8": "ONLY-S1",
+}
+RESULT_UNIT = "ln(1 + x), <per spot> & more"
+
+
+def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[str, str] | None = None) -> Path:
+    from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
+    from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
+
+    rows, per_gene, results = [], [], []
+    for name, num_genes in {"S1": 8, "S-2": 7}.items():
+        result = _section_result(name, list(RESULT_GENES)[:num_genes])
+        results.append(result)
+        noise = np.random.default_rng(1).normal(size=result.truth.shape)
+        methods = {(MODEL, MODEL): result.prediction, ("ridge on RGB", FLOOR): result.prediction + 3 * noise}
+        for (method, kind), values in methods.items():
+            table = gene_table(result.truth, values, result.section.totals)
+            of = {"section_id": name, "patient_id": name[0], "target": "per_spot", "method": method}
+            own = of | {"num_spots": len(result.section), "kind": kind}
+            rows.append(set_table(table, gene_sets(result.truth, {})).assign(**own))
+            per_gene.append(table.assign(**of, gene=result.panel.names()))
+    leaks = ("LEAK that this protocol allows: <others> trained",) if protocol == "reference" else ()
+    ScoreCard(
+        protocol=protocol,
+        targets={"per_spot": RESULT_UNIT},
+        model_digest="abc",
+        notes=(*leaks, "a note & more"),
+        genes=results[0].panel.names(),
+        rows=pd.concat(rows, ignore_index=True),
+        per_gene=pd.concat(per_gene, ignore_index=True),
+        sections=tuple(results),
+        training_runs=training_runs or {},
+    ).save(folder)
+    return folder
+
+
+def _section_result(name: str, genes: list[str]) -> "SectionResult":
+    """56 spots in two bands that differ in every second gene; the prediction is worse from gene to gene."""
+    from mclstexp.data.genes import GenePanel
+    from mclstexp.evaluation.measured import MeasuredSection
+    from mclstexp.evaluation.section_file import SectionResult
+
+    rng = np.random.default_rng(0)
+    place = np.indices((7, 8)).reshape(2, -1).T[:, ::-1] * 100.0 + 250
+    band = place[:, 0] > 550
+    truth = rng.gamma(2.0, size=(len(place), len(genes))) + 6.0 * band[:, None] * (np.arange(len(genes)) % 2)
+    truth[:, 6] = 0.0
+    said = truth + np.linspace(0.1, 4.0, len(genes)) * rng.normal(size=truth.shape)
+    labels = np.where(band, "cancer", "fat <&>").astype(object) if name == "S1" else np.full(len(place), None)
+    spots = np.array([f"spot{index}" for index in range(len(place))], object)
+    section = MeasuredSection(name, name[0], spots, 2 * place, place, labels, truth, truth.sum(axis=1))
+    panel = GenePanel(tuple(genes), tuple(RESULT_GENES[gene] for gene in genes), tuple(genes))
+    slide = np.full((100, 120, 3), (230, 200, 220), np.uint8)
+    return SectionResult(section, panel, truth, said, slide, thumbnail_scale=10.0)
 
 
 def _seaweed(folder: Path, s3_port: int) -> list[str]:

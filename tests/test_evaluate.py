@@ -25,11 +25,13 @@ from mclstexp.data.spots import make_reader
 from mclstexp.data.table import read_columns, read_counts
 from mclstexp.errors import ConfigError, ModelError, SplitError, TableError, UserError
 from mclstexp.evaluation.evaluate import evaluate, held_out
+from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.evaluation.targets import TARGETS, scored_targets
 from mclstexp.inference.bank import build_bank
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.model.build import build_network
 from mclstexp.model.towers import TwoTowers
+from mclstexp.report.results import model_rows, open_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")]  # MLflow
 TEST = "P3S1"
@@ -232,6 +234,17 @@ def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersio
 
 
 @pytest.mark.slow
+def test_the_report_reads_what_the_job_wrote(version: ModelVersion, scored: Scored, tmp_path: Path) -> None:
+    result = open_result(str(scored.folder / "scores"), tmp_path)
+    assert list(result.files) == [TEST]
+    section = result.section(TEST)
+    assert section.panel == result.panel == version.panel
+    pcc = model_rows(result.per_gene).set_index("gene")["pcc"]
+    own = pearson_per_gene(section.measured, section.predicted)
+    np.testing.assert_allclose(own, pcc[version.panel.names()], atol=1e-4)
+    assert result.heading(section).endswith("LEAK that this protocol allows: other sections of patients P3 trained")
+
+
 def test_a_direct_regression_is_right_in_its_own_unit_alone(tiles: str) -> None:
     version = _version(tiles, **{"model.predictor": "regression", "split.test_patients": ["P3"]})
     card = evaluate(version, tiles, lambda *_: None, ["P3S1"])

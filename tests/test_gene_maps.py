@@ -70,7 +70,7 @@ def test_measured_and_predicted_share_one_colour_scale(tmp_path: Path) -> None:
     left, right = {}, {}
     for name, predicted in {"half": measured / 2, "equal": measured}.items():
         path = tmp_path / f"{name}.png"
-        draw_gene_maps(path, place, ["GNAS"], {"measured": measured, "predicted": predicted}, "ln(1 + 1e4 share)")
+        draw_gene_maps(path, place, ["GNAS"], {"measured": measured, "predicted": predicted}, "ln(1 + 1e4 share)", "")
         pixels = _pixels(path)[60:-10]
         left[name], right[name] = pixels[:, : 36 * 9], pixels[:, 37 * 9 : 67 * 9]
     assert _has(left["half"], top)
@@ -85,7 +85,7 @@ def test_each_gene_has_a_row_and_a_scale_of_its_own(tmp_path: Path) -> None:
     for count in (1, 3):
         path = tmp_path / f"{count}.png"
         maps = {"measured": measured[:, :count], "predicted": measured[:, :count]}
-        draw_gene_maps(path, place, ["GNAS", "FASN", "zero"][:count], maps, "unit", _thumbnail())
+        draw_gene_maps(path, place, ["GNAS", "FASN", "zero"][:count], maps, "unit", "", _thumbnail())
         heights.append(Image.open(path).height)
     assert heights[1] == 3 * heights[0]
 
@@ -100,7 +100,7 @@ def test_one_spot_does_not_take_the_whole_scale_unless_it_is_all_there_is() -> N
 
 def test_columns_that_are_not_the_genes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        draw_gene_maps(tmp_path / "a.png", _place(), ["GNAS"], {"measured": np.zeros((SIDE**2, 2))}, "unit")
+        draw_gene_maps(tmp_path / "a.png", _place(), ["GNAS"], {"measured": np.zeros((SIDE**2, 2))}, "unit", "")
 
 
 def test_domains_take_the_numbers_of_the_labels_that_they_cover() -> None:
@@ -134,9 +134,25 @@ def test_domain_maps_do_not_depend_on_how_domains_are_numbered(tmp_path: Path) -
     found = {name: order[numbers] for name, order in {"a": np.array([0, 1, 2]), "b": np.array([2, 0, 1])}.items()}
     for name, domains in found.items():
         draw_domain_maps(
-            tmp_path / f"{name}.png", place, labels, {"measured": domains, "predicted": domains}, _thumbnail()
+            tmp_path / f"{name}.png", place, labels, {"measured": domains, "predicted": domains}, "", _thumbnail()
         )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     pixels = _pixels(tmp_path / "a.png")[60:-120]
     assert _has(pixels[:, : pixels.shape[1] // 3], (0.75, 0.75, 0.75))
     assert not _has(pixels[:, pixels.shape[1] // 3 :], (0.75, 0.75, 0.75))
+
+
+@pytest.mark.parametrize("heading", ["protocol reference: LEAK", "held out: C2; " * 20 + "\nLEAK"])
+def test_a_heading_stands_above_the_maps_and_takes_no_room_from_them(tmp_path: Path, heading: str) -> None:
+    place, values = _place(), np.zeros((SIDE**2, 1))
+    seen = {}
+    for name, text in {"without": "", "with": heading}.items():
+        draw_gene_maps(tmp_path / f"{name}.png", place, ["GNAS"], {"measured": values}, "unit", text)
+        seen[name] = _pixels(tmp_path / f"{name}.png")
+    more = seen["with"].shape[0] - seen["without"].shape[0]
+    assert more > 10
+    above = seen["with"][:more]
+    assert (above < 128).any()
+    assert (above[:, [0, -1]] == 255).all(), "the heading must fit"
+    left = np.abs(seen["with"][more + 40 :].mean() - seen["without"][40:].mean())
+    assert left < 3

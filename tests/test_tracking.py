@@ -273,3 +273,24 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(setting: str) -> N
         override(Config(), {setting: "https://me:hunter2@server.example"})
     assert "hunter2" not in str(refused.value)
     assert override(Config(), {"tracking.uri": "https://server.example:5000"}).tracking.uri.endswith(":5000")
+
+
+def test_curves_are_what_was_logged_by_step(place: tuple[Config, Path]) -> None:
+    config, _ = place
+    run_id = tracking.start_run(config, "curves", {})
+    metrics = tracking.MetricLog(config.tracking, run_id)
+    for step in (10, 5, 20):
+        metrics.log(step, {"loss": 1.0 / step, "epoch": 0.0} | ({"spots_per_s": 3.0} if step > 5 else {}))
+    metrics.close()
+    curves = tracking.curves(config.tracking, run_id).sort_values("step")
+    assert curves["step"].tolist() == [5, 10, 20]
+    assert curves["loss"].tolist() == [0.2, 0.1, 0.05]
+    np.testing.assert_array_equal(curves["spots_per_s"], [np.nan, 3.0, 3.0])
+    assert tracking.curves(config.tracking, "0" * 32).empty
+
+
+def test_curves_make_no_database_and_name_the_one_that_is_lacking(tmp_path: Path) -> None:
+    config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/none.db"})
+    with pytest.raises(UserError, match=r"no run abc: tracking.uri=.*none.db names no file"):
+        tracking.curves(config.tracking, "abc")
+    assert list(tmp_path.iterdir()) == []

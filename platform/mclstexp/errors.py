@@ -47,3 +47,7 @@ class ModelError(UserError):
 
 class RunError(UserError):
     """A run name is in use with another configuration."""
+
+
+class ResultError(UserError):
+    """A result folder is missing, incomplete or of an older version."""

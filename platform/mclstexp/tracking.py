@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import Metric, Param
@@ -76,6 +77,19 @@ def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_pat
     """
     with _reachable(config):
         _client(config).log_artifacts(run_id, folder, artifact_path)
+
+
+def curves(config: TrackingConfig, run_id: str) -> pd.DataFrame:
+    """Returns a training run's step, loss and spots_per_s, a row a step that was logged; none of an unknown run.
+
+    Raises:
+        UserError: the tracking server cannot be reached.
+    """
+    _require_file(config, f"run {run_id}")
+    with _reachable(config):
+        history = {name: _client(config).get_metric_history(run_id, name) for name in ("loss", "spots_per_s")}
+    found = {name: {metric.step: metric.value for metric in metrics} for name, metrics in history.items()}
+    return pd.DataFrame(found, dtype=float).rename_axis("step").reset_index()
 
 
 class MetricLog:
@@ -252,9 +266,7 @@ def _save_pyfunc(target: str, version: str) -> None:
 
 
 def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_registry.ModelVersion:
-    file = Path(config.uri.removeprefix("sqlite:///"))
-    if config.uri.startswith("sqlite:///") and not file.is_file():
-        raise ModelError(f"there is no {model_uri}: tracking.uri={config.uri} names no file; name the one of training")
+    _require_file(config, model_uri)
     client, path = _client(config), model_uri.removeprefix("models:/")
     name, at, alias = path.partition("@")
     try:
@@ -266,6 +278,11 @@ def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_regis
         with _reachable(config):
             existing = _existing(client, name)
         raise ModelError(f"there is no {model_uri} at tracking.uri={config.uri}; {existing}") from error
+
+
+def _require_file(config: TrackingConfig, what: str) -> None:
+    if config.uri.startswith("sqlite:///") and not Path(config.uri.removeprefix("sqlite:///")).is_file():
+        raise ModelError(f"there is no {what}: tracking.uri={config.uri} names no file; name the one of training")
 
 
 def _existing(client: MlflowClient, name: str) -> str:

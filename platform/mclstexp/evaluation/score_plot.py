@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
@@ -43,15 +44,20 @@ def _draw_maps(card: "ScoreCard", example: "SectionResult", figure: Figure, grid
 
 
 def _draw_methods(card: "ScoreCard", axes: Axes) -> None:
-    """Draws each method's correlations over all sections and genes in the model's own target, or that it has none."""
-    own = card.per_gene[card.per_gene["target"] == card.target]
-    defined = own.groupby("method", sort=False)["pcc"].apply(lambda pcc: pcc.dropna().to_numpy())
+    """Draws each method's correlations over all sections and genes in the model's own target."""
+    title = f"{textwrap.fill(card.heading(), TITLE_WIDTH)}\ntarget {card.target}: {card.targets[card.target]}"
+    draw_correlations(axes, card.per_gene[card.per_gene["target"] == card.target], title)
+
+
+def draw_correlations(axes: Axes, per_gene: pd.DataFrame, title: str) -> None:
+    """Draws each method's correlations (columns method and pcc, a row a section and gene), or that it has none."""
+    defined = per_gene.groupby("method", sort=False)["pcc"].apply(lambda pcc: pcc.dropna().to_numpy())
     names = {method: textwrap.fill(str(method), LABEL_WIDTH) for method in defined.index}
     labels = [names[method] if len(pcc) else f"{names[method]}\n(undefined)" for method, pcc in defined.items()]
     axes.boxplot(list(defined), tick_labels=labels, showfliers=False)
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_ylabel("Pearson correlation of a gene")
-    axes.set_title(f"{textwrap.fill(card.heading(), TITLE_WIDTH)}\ntarget {card.target}: {card.targets[card.target]}")
+    axes.set_title(title)
 
 
 def _best_genes(card: "ScoreCard", example: "SectionResult") -> np.ndarray:

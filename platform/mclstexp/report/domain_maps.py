@@ -10,12 +10,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy.optimize import linear_sum_assignment
 
 from mclstexp.evaluation.domains import NO_DOMAIN, is_labelled
-from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in
+from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in, new_figure
 
 _LEGEND_IN = 1.1
 _LEGEND = "found domains take the colour of the label that they cover best;\nother colours: no label is left for them"
@@ -28,6 +27,7 @@ def draw_domain_maps(
     place_px: np.ndarray,
     labels: Sequence[str | None],
     found: Mapping[str, np.ndarray],
+    heading: str,
     thumbnail: Thumbnail | None = None,
 ) -> None:
     """Writes a PNG with the labels' map and one map for each way to find domains.
@@ -37,12 +37,13 @@ def draw_domain_maps(
         place_px: float (N, 2), spot centres in level-0 pixels.
         labels: a label of each spot; grey where there is none (see `is_labelled`).
         found: int (N,) domains by title ("measured", "predicted"); NO_DOMAIN is grey.
+        heading: what every picture says: what was held out, the protocol and its leaks.
         thumbnail: the slide, drawn beneath.
     """
     names, numbers = number_labels(labels)
     maps = {"labels": numbers} | {title: match_labels(numbers, domains) for title, domains in found.items()}
     width, height = map_size_in(place_px)
-    figure = Figure(figsize=(width * len(maps), height + _LEGEND_IN), layout="constrained")
+    figure = new_figure(width * len(maps), height + _LEGEND_IN, heading)
     for axes, (title, domains) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         _draw(axes, title, domains, place_px, thumbnail)
     numbered = dict(enumerate(names)) | ({NO_DOMAIN: "none"} if NO_DOMAIN in numbers else {})

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in
+from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in, new_figure
 
 _COLOUR_BAR_IN = 1.0
 _SHARES = (0.01, 0.99)
@@ -23,6 +22,7 @@ def draw_gene_maps(
     genes: Sequence[str],
     maps: Mapping[str, np.ndarray],
     unit: str,
+    heading: str,
     thumbnail: Thumbnail | None = None,
 ) -> None:
     """Writes a PNG with one row of maps a gene; no display or global state of matplotlib is used.
@@ -33,11 +33,12 @@ def draw_gene_maps(
         genes: names of the columns that are drawn.
         maps: (N, len(genes)) by title, in the order of the columns: "measured", "predicted".
         unit: unit of all values, for the colour bar.
+        heading: what every picture says: what was held out, the protocol and its leaks.
         thumbnail: the slide, drawn beneath.
     """
     assert all(matrix.shape == (len(place_px), len(genes)) for matrix in maps.values())
     width, height = map_size_in(place_px)
-    figure = Figure(figsize=(width * len(maps) + _COLOUR_BAR_IN, height * len(genes)), layout="constrained")
+    figure = new_figure(width * len(maps) + _COLOUR_BAR_IN, height * len(genes), heading)
     grid = figure.subplots(len(genes), len(maps), squeeze=False)
     for column, (gene, row) in enumerate(zip(genes, grid, strict=True)):
         values = {title: matrix[:, column] for title, matrix in maps.items()}

@@ -3,19 +3,24 @@
 All coordinates are level-0 pixels of the slide, y downwards.
 """
 
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
+from matplotlib.figure import Figure
 
 from mclstexp.evaluation.domains import spot_pitch
 
-_SPOT_PITCHES = 0.8
+SPOT_PITCHES = 0.8
+"""How wide a spot is drawn."""
 _THUMBNAIL_ALPHA = 0.6
 _MARGIN_PITCHES = 1.5
 _MAP_WIDTH_IN = 3.6
 _TITLE_IN = 0.4
+_HEADING_PT = 9
+_HEADING_LINE_IN, _HEADING_LETTER_IN = 0.17, 0.075
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,18 @@ class Thumbnail:
 
 def map_size_in(place_px: np.ndarray) -> tuple[float, float]:
     """Returns width and height in inches of one map of the spots (N, 2) with its title."""
-    (left, top), (right, bottom) = _window(place_px)
+    (left, top), (right, bottom) = window(place_px)
     return _MAP_WIDTH_IN, _MAP_WIDTH_IN * (bottom - top) / (right - left) + _TITLE_IN
+
+
+def new_figure(width_in: float, height_in: float, heading: str) -> Figure:
+    """Returns a figure with its heading above, broken into lines that fit; the heading's height comes on top."""
+    num_letters = int(width_in / _HEADING_LETTER_IN)
+    lines = [line for part in heading.splitlines() for line in textwrap.wrap(part, num_letters)]
+    figure = Figure(figsize=(width_in, height_in + _HEADING_LINE_IN * len(lines)), layout="constrained")
+    if lines:
+        figure.suptitle("\n".join(lines), fontsize=_HEADING_PT)
+    return figure
 
 
 def draw_spots(axes: Axes, place_px: np.ndarray, thumbnail: Thumbnail | None) -> EllipseCollection:
@@ -42,17 +57,17 @@ def draw_spots(axes: Axes, place_px: np.ndarray, thumbnail: Thumbnail | None) ->
     if thumbnail is not None:
         height, width = (side * thumbnail.scale for side in thumbnail.rgb.shape[:2])
         axes.imshow(thumbnail.rgb, extent=(0, width, height, 0), alpha=_THUMBNAIL_ALPHA)
-    diameter = np.full(len(place_px), _SPOT_PITCHES * spot_pitch(place_px))
+    diameter = np.full(len(place_px), SPOT_PITCHES * spot_pitch(place_px))
     spots = EllipseCollection(
         diameter, diameter, np.zeros(len(place_px)), units="xy", offsets=place_px, offset_transform=axes.transData
     )
     axes.add_collection(spots)
-    (left, top), (right, bottom) = _window(place_px)
+    (left, top), (right, bottom) = window(place_px)
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     return spots
 
 
-def _window(place_px: np.ndarray) -> np.ndarray:
+def window(place_px: np.ndarray) -> np.ndarray:
     """Returns the upper left and the lower right corner of what is drawn, (2, 2)."""
     margin = _MARGIN_PITCHES * spot_pitch(place_px)
     return np.stack([place_px.min(axis=0) - margin, place_px.max(axis=0) + margin])

@@ -1,0 +1,126 @@
+"""What a result says about biology: which genes are predicted best, which to look at first, and spatial domains."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mclstexp.data.genes import GenePanel
+from mclstexp.errors import ConfigError
+from mclstexp.evaluation.domains import DomainComparison, compare_domains
+from mclstexp.evaluation.markers import marker_columns
+from mclstexp.evaluation.significance import rank_genes, section_significance
+from mclstexp.report.domain_maps import number_labels
+from mclstexp.report.results import Result, Section, model_rows
+
+CHOSEN = "chosen"
+PREDICTED = "predicted"
+WAYS = {"kmeans": "k-means", "leiden": "Leiden"}
+"""Names of the ways to find domains, by field of `domains.Domains`."""
+_DRAWN_OF_SET, _DRAWN_WITHOUT_SETS = 4, 8
+
+
+@dataclass(frozen=True)
+class GeneOrder:
+    """The genes of a result by the names that people choose them by, those to look at first in front."""
+
+    names: list[str]
+    sets: dict[str, list[str]]
+    """Names by set, `chosen` first where there is one."""
+    drawn: list[str]
+    """Those that each section's picture shows."""
+    lacking: dict[str, list[str]]
+    """Genes of the sets that no section's panel has."""
+
+
+def significant_genes(result: Result) -> pd.DataFrame:
+    """Returns `significance.rank_genes` of the model in its own target, with a first column protocol."""
+    sections = model_rows(result.per_gene).groupby("section_id", sort=False)
+    tables = [
+        section_significance(str(name), rows["gene"].tolist(), rows["pcc"].to_numpy(), result.num_spots[str(name)])
+        for name, rows in sections
+    ]
+    ranked = rank_genes(pd.concat(tables))
+    ranked.insert(0, "protocol", result.record.protocol)
+    return ranked
+
+
+def unique_names(panel: GenePanel) -> list[str]:
+    """Returns the panel's names, with the id behind those that several genes have."""
+    names = panel.names()
+    repeated = pd.Series(names).duplicated(keep=False)
+    parts = zip(names, panel.gene_id, repeated, strict=True)
+    return [f"{name} ({gene_id})" if is_repeated else name for name, gene_id, is_repeated in parts]
+
+
+def section_names(result: Result, section: Section) -> list[str]:
+    """Returns the names of a section's genes as the whole result names them."""
+    named = dict(zip(result.panel.gene_id, unique_names(result.panel), strict=True))
+    return [named[gene_id] for gene_id in section.panel.gene_id]
+
+
+def order_genes(
+    result: Result, ranked: pd.DataFrame, markers: Mapping[str, GenePanel], chosen: Sequence[str]
+) -> GeneOrder:
+    """Returns the order in which genes are shown: chosen, marker sets, then most significant and highest in turn.
+
+    Raises:
+        ConfigError: a chosen gene is in no section's panel.
+    """
+    asked = ({CHOSEN: GenePanel.from_names(chosen)} if chosen else {}) | dict(markers)
+    columns, lacking = marker_columns(asked, result.panel)
+    if lacking.get(CHOSEN):
+        raise ConfigError(
+            f"--genes: {', '.join(lacking[CHOSEN])} not among the {len(result.panel)} genes of {result.uri}; its "
+            "per_gene.csv lists them"
+        )
+    names = unique_names(result.panel)
+    sets = {name: [names[column] for column in found] for name, found in columns.items()}
+    rest = [names[column] for column in _by_interest(result, ranked)]
+    ordered = list(dict.fromkeys([name for genes in sets.values() for name in genes] + rest))
+    return GeneOrder(
+        ordered, sets, _drawn(sets, rest, ranked), {name: genes for name, genes in lacking.items() if genes}
+    )
+
+
+def why_no_domains(section: Section) -> str | None:
+    """Returns why a section's labels say nothing about domains, or None where they do."""
+    kinds = len(number_labels(section.labels.tolist())[0])
+    if kinds == 0:
+        return "no spot has a label"
+    return "all labels are the same" if kinds == 1 else None
+
+
+def section_domains(section: Section) -> DomainComparison:
+    """Returns the domains of a labelled section by measured, smoothed measured and predicted expression."""
+    labels = section.labels.tolist()
+    return compare_domains(labels, section.place_um, section.measured, {PREDICTED: section.predicted})
+
+
+def domain_table(protocol: str, section_id: str, found: DomainComparison) -> pd.DataFrame:
+    """Returns a section's `DomainComparison.table` with columns that say what it is of."""
+    of = {"protocol": protocol, "section_id": section_id}
+    smoothing = {"smoothing_radius_um": found.smoothing_radius_um, "smoothing_neighbours": found.smoothing_neighbours}
+    return found.table.assign(**of, **smoothing)[[*of, *found.table.columns, *smoothing]]
+
+
+def _by_interest(result: Result, ranked: pd.DataFrame) -> np.ndarray:
+    """Returns the panel's columns by the better of two ranks: significance, and mean measured expression."""
+    significance = ranked.set_index("gene")["rank"]
+    height = model_rows(result.per_gene).groupby("gene")["truth_mean"].mean().rank(ascending=False)
+    best = pd.concat([significance, height], axis=1).min(axis=1)
+    return np.argsort(best.reindex(result.panel.names()).to_numpy(), kind="stable")
+
+
+def _drawn(sets: Mapping[str, list[str]], rest: list[str], ranked: pd.DataFrame) -> list[str]:
+    """Returns all chosen genes and the most significant of each set, or of all where there is no set."""
+    rank = ranked.set_index("gene")["rank"].to_dict()
+    significant = sorted(rest, key=lambda name: rank.get(name, len(rank)))
+    if not sets:
+        return significant[:_DRAWN_WITHOUT_SETS]
+    parts = [
+        genes if name == CHOSEN else [gene for gene in significant if gene in genes][:_DRAWN_OF_SET]
+        for name, genes in sets.items()
+    ]
+    return list(dict.fromkeys(gene for part in parts for gene in part))

@@ -1,0 +1,191 @@
+"""The HTML page of a result, with pictures and tables beside it: one file that needs no network and no other file.
+
+Sections are opened one at a time, twice: for pictures and domains first, so that it is known how much room is left for
+gene maps, then for those. What does not fit into the page's size is left out in words.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+from mclstexp.data.genes import GenePanel
+from mclstexp.report import biology, map_data, pictures, score_view
+from mclstexp.report.biology import WAYS, GeneOrder
+from mclstexp.report.results import Result, Section
+
+PAGE, DOMAINS, SIGNIFICANT = "report.html", "domains.csv", "significant_genes.csv"
+_PICTURES_SHARE = 0.4
+_SHOWN_SIGNIFICANT = 50
+Show = Callable[[str, int, int], None]
+"""Told of progress: (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the page is asked to show, beside what every page has."""
+
+    markers: dict[str, GenePanel]
+    """Sets of marker genes, see `markers.load_markers`."""
+    genes: list[str]
+    """Genes that come before them."""
+    page_bytes: int
+    """How large the page may become."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The curves of the result's training runs, and why some are lacking."""
+
+    curves: dict[str, pd.DataFrame]
+    """`tracking.curves` by the run's name."""
+    lacking: list[str]
+
+
+@dataclass
+class _Content:
+    """What the page shows of its sections, gathered one by one."""
+
+    slides: list[dict[str, Any]] = field(default_factory=list)
+    images: dict[str, str] = field(default_factory=dict)
+    """Pictures within the page by file name."""
+    drawn: dict[str, list[str]] = field(default_factory=dict)
+    """Files of gene maps and of domain maps by section."""
+    domains: list[pd.DataFrame] = field(default_factory=list)
+    without_domains: dict[str, list[str]] = field(default_factory=dict)
+    """Sections by why nothing can be said of their domains."""
+
+    def embed(self, paths: Sequence[Path], room: float) -> None:
+        """Puts pictures into the page as far as they have room; gene maps last, as the page draws those itself."""
+        for path in sorted(paths, key=lambda path: path.name.startswith("genes_")):
+            data = pictures.embedded(path)
+            if len(data) <= room:
+                self.images[path.name] = data
+                room -= len(data)
+
+
+def write_report(result: Result, wishes: Wishes, training: Training, folder: Path, show: Show) -> None:
+    """Writes the page (`report.html`), its pictures, domains.csv and significant_genes.csv into a local folder.
+
+    Raises:
+        ResultError: a section's prediction is damaged.
+        ConfigError: a gene that is wished for is in no panel.
+    """
+    ranked = biology.significant_genes(result)
+    order = biology.order_genes(result, ranked, wishes.markers, wishes.genes)
+    ranked.to_csv(folder / SIGNIFICANT, index=False)
+    content = _Content()
+    paths = _result_pictures(result, training, folder)
+    for done, name in enumerate(result.files):
+        show("sections drawn", done, len(result.files))
+        paths += _add_section(content, result, result.section(name), order, folder)
+    show("sections drawn", len(result.files), len(result.files))
+    content.embed(paths, _PICTURES_SHARE * wishes.page_bytes)
+    domains = pd.concat(content.domains, ignore_index=True) if content.domains else pd.DataFrame()
+    if len(domains):
+        domains.to_csv(folder / DOMAINS, index=False)
+    context = _context(result, order, ranked, training, content, domains)
+    (folder / PAGE).write_text(_with_maps(result, order, context, wishes.page_bytes, show), encoding="utf-8")
+
+
+def _result_pictures(result: Result, training: Training, folder: Path) -> list[Path]:
+    paths = [folder / "pcc_by_method.png"]
+    pictures.draw_distribution(paths[0], result)
+    if training.curves:
+        paths.append(folder / "training_curves.png")
+        pictures.draw_curves(paths[1], training.curves, result.heading())
+    return paths
+
+
+def _add_section(content: _Content, result: Result, section: Section, order: GeneOrder, folder: Path) -> list[Path]:
+    """Draws a section and finds its domains; returns its pictures."""
+    name = section.section_id
+    content.slides.append(map_data.slide_data(section))
+    own = set(biology.section_names(result, section))
+    files = content.drawn[name] = []
+    genes = [gene for gene in order.drawn if gene in own]
+    if genes:
+        files.append(f"genes_{name}.png")
+        pictures.draw_section_genes(folder / files[-1], result, section, genes)
+    why = biology.why_no_domains(section)
+    if why:
+        content.without_domains.setdefault(why, []).append(name)
+    else:
+        found = biology.section_domains(section)
+        content.domains.append(biology.domain_table(result.record.protocol, name, found))
+        for way in WAYS:
+            files.append(f"domains_{name}_{way}.png")
+            pictures.draw_section_domains(folder / files[-1], result, section, found, way)
+    return [folder / file for file in files]
+
+
+def _context(
+    result: Result,
+    order: GeneOrder,
+    ranked: pd.DataFrame,
+    training: Training,
+    content: _Content,
+    domains: pd.DataFrame,
+) -> dict[str, Any]:
+    """Returns what the template shows, but for the gene maps."""
+    return {
+        "record": result.record,
+        "tables": score_view.target_tables(result.record),
+        "best_floor": score_view.best_floor(result.record),
+        "genes": score_view.gene_lines(result),
+        "sets_of": _sets_of(order),
+        "order": order,
+        "ranked": ranked.head(_SHOWN_SIGNIFICANT).to_dict("records"),
+        "num_ranked": len(ranked),
+        "domains": domains.to_dict("records"),
+        "ways": WAYS,
+        "training": training,
+        "content": content,
+        "colours": map_data.colours(),
+        "number": score_view.number,
+        "style": _asset("page.css"),
+        "script": _asset("page.js"),
+    }
+
+
+def _sets_of(order: GeneOrder) -> dict[str, str]:
+    """Returns the sets of each gene that is in one, as a text."""
+    sets: dict[str, list[str]] = {}
+    for name, genes in order.sets.items():
+        for gene in genes:
+            sets.setdefault(gene, []).append(name)
+    return {gene: ", ".join(names) for gene, names in sets.items()}
+
+
+def _with_maps(result: Result, order: GeneOrder, context: Mapping[str, Any], page_bytes: int, show: Show) -> str:
+    """Returns the page with the maps of as many genes as have room."""
+    slides = context["content"].slides
+    empty = [slide | {"genes": {}} for slide in slides]
+    room = page_bytes - len(_render(context, [], order, empty).encode())
+    shown = map_data.genes_that_fit(result, order.names, room)
+    wanted, filled = set(shown), []
+    for done, slide in enumerate(slides):
+        show("maps packed", done, len(slides))
+        section = result.section(slide["id"])
+        genes = map_data.gene_data(section, biology.section_names(result, section), wanted)
+        filled.append(slide | {"genes": genes})
+    show("maps packed", len(slides), len(slides))
+    return _render(context, shown, order, filled)
+
+
+def _render(context: Mapping[str, Any], shown: Sequence[str], order: GeneOrder, slides: list[dict[str, Any]]) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    wanted = set(shown)
+    sets = [(name, [gene for gene in genes if gene in wanted]) for name, genes in order.sets.items()]
+    choice = {"sets": sets, "genes": sorted(shown, key=str.casefold), "colours": context["colours"]}
+    template = environment.from_string(_asset("page.html.j2"))
+    return template.render(**context, shown=shown, choice=choice, slides=slides)
+
+
+def _asset(name: str) -> str:
+    return resources.files("mclstexp.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,390 @@
+"""The report: what the page holds, decoded again, against the result folder that it was made from."""
+
+import base64
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import report as job
+from matplotlib.figure import Figure
+
+from mclstexp import storage, tracking
+from mclstexp.config import Config, override
+from mclstexp.errors import ConfigError, ResultError
+from mclstexp.report import map_data, page
+from mclstexp.report.results import open_result
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow
+NAMES = {
+    "ENSG1": "GNAS",
+    "ENSG2": "</script><b>bold",
+    "ENSG3": "a \"quoted\" & 'odd' <name>",
+    "ENSG4": "ENSG4",
+    "ENSG5": "TWICE (ENSG5)",
+    "ENSG6": "TWICE (ENSG6)",
+    "ENSG7": "FLAT",
+    "ENSG8": "ONLY-S1",
+}
+SPOTS = 56
+
+
+class _Page(HTMLParser):
+    """A page taken apart: every tag, the texts of tables' cells, what is visible, and the data in scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.best: list[str] = []
+        self.seen: list[str] = []
+        self.data: dict[str, Any] = {}
+        self._open: list[str] = []
+        self._cell: list[str] | None = None
+        self._is_best = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell, self._is_best = [], "best" in (dict(attrs).get("class") or "").split()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self.tables[-1][-1].append(" ".join("".join(self._cell).split()))
+            self.best += self.tables[-1][-1][-1:] if self._is_best else []
+            self._cell = None
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        inside = self._open[-1] if self._open else ""
+        if inside == "script" and self.tags[-1][1].get("type") == "application/json":
+            self.data[str(self.tags[-1][1]["id"])] = json.loads(data)
+        elif inside not in ("script", "style"):
+            self.seen.append(data)
+            if self._cell is not None:
+                self._cell.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.seen).split())
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report and the result that it is of."""
+
+    run: Path
+    out: Path
+    html: str
+    page: _Page
+    printed: str
+    headings: list[str]
+    """What stands above the pictures."""
+
+
+def _main(*argv: object) -> str:
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["report.py", *map(str, argv)])
+        job.main()
+    return printed.getvalue()
+
+
+def _report(run: Path, *argv: object) -> Made:
+    headings: list[str] = []
+    suptitle = Figure.suptitle
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "suptitle", lambda self, t, **keys: (headings.append(t), suptitle(self, t, **keys))[1])
+        printed = _main("--run", run, "--tracking.uri", f"sqlite:///{run}/mlflow.db", *argv)
+    html = (run / "report" / "report.html").read_text()
+    return Made(run, run / "report", html, _Page(html), printed, headings)
+
+
+@pytest.fixture(scope="module")
+def made(make_result: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The report of a leaking result, with a training run that MLflow knows and one that it does not."""
+    folder = tmp_path_factory.mktemp("report")
+    config = override(Config(), {"tracking.uri": f"sqlite:///{folder}/mlflow.db"})
+    run_id = tracking.start_run(config, "known", {})
+    metrics = tracking.MetricLog(config.tracking, run_id)
+    for step in range(5):
+        metrics.log(step, {"loss": 5.0 - step, "spots_per_s": 100.0})
+    metrics.close()
+    make_result(folder, training_runs={"known": run_id, "unknown": "0" * 32})
+    (folder / "mine.yaml").write_text("tiny: {two: [ENSG3, ABSENT], one: [GNAS]}")
+    return _report(folder, "--cohort", "tiny", "--markers", folder / "mine.yaml", "--genes", "ENSG4")
+
+
+def _slides(page: _Page) -> dict[str, dict[str, Any]]:
+    return {value["id"]: value for name, value in page.data.items() if name.startswith("section-")}
+
+
+def _values(gene: dict[str, Any]) -> np.ndarray:
+    levels = np.frombuffer(base64.b64decode(gene["levels"]), np.uint8)
+    return gene["low"] + levels.reshape(2, -1) / 255 * (gene["high"] - gene["low"])
+
+
+def test_the_last_line_says_where_the_page_lies(made: Made) -> None:
+    assert made.printed.splitlines()[-1] == f"page {made.out / 'report.html'}"
+
+
+@pytest.mark.parametrize("name", ["S1", "S-2"])
+def test_maps_decode_to_the_stored_expression(made: Made, name: str) -> None:
+    stored = anndata.read_h5ad(made.run / "sections" / f"{name}.h5ad")
+    genes = _slides(made.page)[name]["genes"]
+    assert set(genes) == {NAMES[gene] for gene in stored.var_names}
+    for column, gene_id in enumerate(stored.var_names):
+        gene = genes[NAMES[gene_id]]
+        both = np.stack([stored.layers["measured"][:, column], stored.X[:, column]]).astype(float)
+        low, high = np.percentile(both, [1, 99])
+        assert (gene["low"], gene["high"]) == pytest.approx((low, high))
+        np.testing.assert_allclose(_values(gene), both.clip(low, high), atol=(high - low) / 255 / 2 + 1e-9)
+        if both[0].std() == 0:
+            assert gene["pcc"] is None
+        else:
+            assert gene["pcc"] == pytest.approx(np.corrcoef(both)[0, 1], abs=1e-5)
+
+
+def test_spots_lie_at_their_place_on_the_slide(made: Made) -> None:
+    stored = anndata.read_h5ad(made.run / "sections" / "S1.h5ad")
+    slide = _slides(made.page)["S1"]
+    np.testing.assert_allclose(np.stack([slide["x"], slide["y"]], axis=1), stored.obsm["spatial"] / 10, atol=0.05)
+    assert (slide["width"], slide["height"]) == (120, 100)
+    left, top, right, bottom = slide["window"]
+    assert left < min(slide["x"]) < max(slide["x"]) < right
+    assert top < min(slide["y"]) < max(slide["y"]) < bottom
+    assert base64.b64decode(slide["image"].partition(",")[2]).startswith(b"\xff\xd8")
+
+
+def test_every_gene_of_the_panel_can_be_chosen_those_of_sets_first(made: Made) -> None:
+    choice = made.page.data["choice"]
+    assert sorted(choice["genes"]) == sorted(NAMES.values())
+    assert choice["sets"] == [["chosen", ["ENSG4"]], ["two", [NAMES["ENSG3"]]], ["one", ["GNAS"]]]
+    assert "Set two: the panel lacks ABSENT." in made.page.text
+    assert "All 8 genes are in this page." in made.page.text
+
+
+def test_the_colour_scale_is_viridis(made: Made) -> None:
+    rgb = np.frombuffer(base64.b64decode(made.page.data["choice"]["colours"]), np.uint8).reshape(256, 3)
+    assert rgb[[0, 255]].tolist() == [[68, 1, 84], [253, 231, 36]]  # van der Walt and Smith 2015
+
+
+def test_a_leak_stands_on_the_page_and_on_every_picture(made: Made) -> None:
+    assert made.page.text.count("LEAK that this protocol allows: <others> trained") >= 2
+    assert "protocol reference: LEAK" in made.page.text
+    pictures = list(made.out.glob("*.png"))
+    assert {path.name for path in pictures} == {
+        *("pcc_by_method.png", "training_curves.png", "genes_S1.png", "genes_S-2.png"),
+        *("domains_S1_kmeans.png", "domains_S1_leiden.png"),
+    }
+    assert len(made.headings) == len(pictures)
+    for heading in made.headings:
+        assert "protocol reference" in heading
+        assert "LEAK that this protocol allows" in " ".join(heading.split())
+
+
+def test_an_honest_result_speaks_of_no_leak(make_result: Callable[..., Path], tmp_path: Path) -> None:
+    honest = _report(make_result(tmp_path, "patient"))
+    assert "protocol patient" in honest.page.text
+    assert "LEAK" not in honest.html
+    assert all("protocol patient" in heading for heading in honest.headings)
+    assert "The result names no training run." in honest.page.text
+
+
+def test_the_page_needs_nothing_but_itself(made: Made) -> None:
+    for _, attributes in made.page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("#", "data:")), address
+    outside = re.compile(r"@import|url\(|https?://|\bfetch\(|XMLHttpRequest|\bimport\b|WebSocket")
+    assert not outside.search(re.sub(r'"data:[^"]*"', "", made.html))
+
+
+def test_names_stay_texts_wherever_they_stand(made: Made) -> None:
+    tags = {tag for tag, _ in made.page.tags}
+    assert not tags & {"b", "name", "others", "per"}
+    assert made.html.lower().count("</script") == made.html.lower().count("<script")
+    gene_table = next(table for table in made.page.tables if table[0][0] == "gene")
+    shown = {row[0] for row in gene_table[1:]}
+    assert {NAMES["ENSG2"], NAMES["ENSG3"], "ENSG4", "TWICE"} <= shown
+    assert "ln(1 + x), <per spot> & more" in made.page.text
+
+
+def test_score_tables_say_what_the_card_says(made: Made) -> None:
+    record = json.loads((made.run / "score_card.json").read_text())
+    (mean,) = (row for row in record["means"] if (row["method"], row["gene_set"]) == ("model", "all"))
+    table = made.page.tables[0]
+    cells = dict(zip(table[0], table[1], strict=True))
+    assert cells["method"] == "model"
+    for column, score in {"PCC all": "pcc", "PCC density-free": "pcc_density_free", "RMSE": "rmse"}.items():
+        low, high = (f"{mean[f'{score}_{end}']:.3f}".replace("-", "−") for end in ("low", "high"))
+        assert cells[column] == f"{mean[score]:.3f}{low} to {high}"
+    assert cells["undefined"] == "2"
+    values = {row["method"]: row for row in record["means"] if row["gene_set"] == "all"}
+    assert values["model"]["mse"] < values["ridge on RGB"]["mse"]
+    for score, best in {"pcc": "model", "mse": "model"}.items():
+        marked = [
+            method for method, row in values.items() if any(cell[:5] == f"{row[score]:.3f}" for cell in made.page.best)
+        ]
+        assert marked == [best]
+    assert all(verdict in made.page.text for verdict in record["verdicts"])
+    assert "Each section (2)" in made.page.text
+
+
+def test_genes_stand_beside_the_best_floor(made: Made) -> None:
+    means = pd.read_csv(made.run / "gene_means.csv").set_index(["method", "gene"])["mean"]
+    table = next(table for table in made.page.tables if table[0][0] == "gene")
+    row = next(row for row in table[1:] if row[0] == "GNAS")
+    model, floor = means["model", "GNAS"], means["ridge on RGB", "GNAS"]
+    assert table[0][5] == "ridge on RGB"
+    assert [row[2], row[5], row[6]] == [f"{value:.3f}".replace("-", "−") for value in (model, floor, model - floor)]
+    assert row[1] == "one"
+
+
+def test_significant_genes_are_ranked_with_their_caveat(made: Made) -> None:
+    ranked = pd.read_csv(made.out / "significant_genes.csv")
+    assert list(ranked.columns[:3]) == ["protocol", "rank", "gene"]
+    assert set(ranked["protocol"]) == {"reference"}
+    first = _slides(made.page)["S1"]["genes"][ranked["gene"][0]]
+    assert first["pcc"] > 0.9
+    assert ranked.set_index("gene").loc["FLAT", "undefined"] == 2
+    assert "These p-values are too small" in made.page.text
+
+
+def test_domains_are_compared_where_there_are_labels(made: Made) -> None:
+    table = pd.read_csv(made.out / "domains.csv").set_index("method")
+    assert list(table.index) == ["measured", "smoothed measured", "predicted"]
+    assert set(table["protocol"]) == {"reference"}
+    assert set(table["section_id"]) == {"S1"}
+    assert table.loc["measured", "kmeans_ari"] > 0.8  # the bands differ in every second gene
+    assert (table["spots_used"] == SPOTS).all()
+    assert "No domains to compare, because no spot has a label: section S-2." in made.page.text
+    assert "The measure rewards smoothness" in made.page.text
+
+
+def test_training_curves_are_drawn_and_an_unknown_run_is_named(made: Made) -> None:
+    assert f"Run unknown: tracking.uri=sqlite:///{made.run}/mlflow.db has no loss of {'0' * 32}." in made.page.text
+    assert (made.out / "training_curves.png").is_file()
+
+
+def test_without_mlflow_there_is_a_page_that_says_why(make_result: Callable[..., Path], tmp_path: Path) -> None:
+    alone = _report(make_result(tmp_path, "patient", {"fold": "abc"}))
+    assert "No training curves: there is no run abc: tracking.uri=" in alone.page.text
+    assert not (alone.out / "training_curves.png").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_page_that_would_become_too_large_says_what_it_leaves_out(
+    make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_result(tmp_path)
+    least = _report(run, "--genes", "FLAT", "--page-mb", "0.001")
+    assert "0 of 8 genes are in this page" in least.page.text
+    assert "by method: not in the page, which would become too large; see pcc_by_method.png" in least.page.text
+    monkeypatch.setattr(page, "_PICTURES_SHARE", 0.0)
+    a_map = 2 * 2 * SPOTS * 4 / 3 + 2 * 120
+    room = len(least.html.encode()) + 4.5 * a_map
+    some = _report(run, "--genes", "FLAT", "--page-mb", f"{room / 1e6:.6f}")
+    shown = some.page.data["choice"]["genes"]
+    assert 1 < len(shown) < len(NAMES)
+    assert "FLAT" in shown
+    assert f"{len(shown)} of 8 genes are in this page" in some.page.text
+    assert all(set(slide["genes"]) <= set(shown) for slide in _slides(some.page).values())
+    assert len(some.html.encode()) < 1.1 * room
+
+
+def test_a_dry_run_says_what_would_be_drawn(made: Made, tmp_path: Path) -> None:
+    printed = _main("--run", made.run, "--out", tmp_path / "out", "--dry-run")
+    assert "would draw 2 section(s), S1, S-2" in printed
+    assert "training curves of: known, unknown" in printed
+    assert f"into {tmp_path}/out" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_result_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match=rf"{tmp_path} has no score_card\.json.*python jobs/evaluate\.py .*--out"):
+        _main("--run", tmp_path)
+
+
+def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Path], tmp_path: Path) -> None:
+    make_result(tmp_path)
+    record = json.loads((tmp_path / "score_card.json").read_text())
+    (tmp_path / "sections" / "S1.h5ad").write_bytes(b"damaged")
+    with pytest.raises(ResultError, match=r"the prediction of section S1, .*S1\.h5ad, is damaged or lacks something"):
+        _main("--run", tmp_path)
+    (tmp_path / "sections" / "S1.h5ad").unlink()
+    with pytest.raises(ResultError, match=r"lacks sections/S1\.h5ad, which its score_card\.json names"):
+        _main("--run", tmp_path)
+    del record["predictions"]
+    (tmp_path / "score_card.json").write_text(json.dumps(record))
+    with pytest.raises(ResultError, match=r"older version \(predictions: Field required\)"):
+        _main("--run", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--genes", "GNAS,NOPE"), "--genes: NOPE not among the 8 genes"),
+        (("--markers", "mine.yaml"), "needs --cohort"),
+        (("--page-mb", "big"), "--page-mb big is no number of megabytes above 0"),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_do(made: Made, argv: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        _main("--run", made.run, *argv)
+
+
+@pytest.mark.slow
+def test_a_result_may_lie_in_object_storage(s3: str, make_result: Callable[..., Path], tmp_path: Path) -> None:
+    make_result(tmp_path, "patient")
+    for path in storage.list_files(str(tmp_path)):
+        storage.upload(path, f"{s3}/scores/{Path(path).relative_to(tmp_path)}")
+    printed = _main("--run", f"{s3}/scores")
+    assert printed.splitlines()[-1] == f"page {s3}/scores/report/report.html"
+    page = _Page(storage.read(f"{s3}/scores/report/report.html").decode())
+    assert set(_slides(page)) == {"S1", "S-2"}
+    assert storage.exists(f"{s3}/scores/report/genes_S1.png")
+
+
+def test_a_large_picture_of_a_slide_is_shrunk_and_spots_stay_on_it(
+    make_result: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_result(tmp_path) / "sections" / "S1.h5ad"
+    stored = anndata.read_h5ad(path)
+    slide = stored.uns["spatial"]["S1"]
+    slide["images"]["hires"] = np.zeros((1500, 1800, 3), np.uint8)
+    slide["scalefactors"]["tissue_hires_scalef"] = 1.5
+    stored.write_h5ad(path)
+    data = map_data.slide_data(open_result(str(tmp_path), tmp_path).section("S1"))
+    assert (data["width"], data["height"]) == (900, 750)
+    np.testing.assert_allclose(np.stack([data["x"], data["y"]], axis=1), 0.75 * stored.obsm["spatial"], atol=0.05)
+
+
+def test_gene_maps_are_the_first_pictures_that_a_page_does_without(
+    make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page.pictures, "embedded", lambda path: "data:," + 9_994 * "x")
+    monkeypatch.setattr(page, "_PICTURES_SHARE", 1.0)
+    some = _report(make_result(tmp_path), "--page-mb", "0.035")
+    assert {path.name for path in some.out.glob("*.png") if f"({path.name})" in some.page.text} == {
+        *("pcc_by_method.png", "domains_S1_kmeans.png", "domains_S1_leiden.png")
+    }
+    assert "see genes_S1.png beside it" in some.page.text
