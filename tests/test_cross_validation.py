@@ -75,6 +75,19 @@ def _assert_same_floors_without_the_cache(study: Study, tiles: str) -> None:
     pd.testing.assert_frame_equal(cached, fresh.rows)
 
 
+def test_names_that_look_like_numbers_or_gaps_stay_names(tmp_path: Path) -> None:
+    rows = [("reference", "007", "NA", "nan", "0.5"), ("reference", "151507", "01", "MARCH1", "")]
+    columns = ["protocol", "section_id", "patient_id", "gene", "pcc"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "per_gene.csv", index=False)
+    table = cross_validation._read_table(str(tmp_path / "per_gene.csv"))
+    assert table[["section_id", "patient_id", "gene"]].to_numpy().tolist() == [
+        ["007", "NA", "nan"],
+        ["151507", "01", "MARCH1"],
+    ]
+    assert table["pcc"].iloc[0] == 0.5
+    assert pd.isna(table["pcc"].iloc[1])
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from mclstexp.errors import ModelError
 from mclstexp.inference import retrieval
 from mclstexp.inference.bank import Bank
+from mclstexp.inference.retrieval import ValidationSection
 from mclstexp.settings import RetrievalConfig
 
 
@@ -107,6 +108,33 @@ def test_choice_finds_the_settings_that_predict_best() -> None:
     bank = _bank(500)
     queries = rng.normal(size=(200, 8)).astype(np.float32)
     truth = retrieval.retrieve(queries, bank, RetrievalConfig(k=10, temperature=0.5)).prediction
-    chosen = retrieval.choose(queries, truth, bank, RetrievalConfig())
+    sections = [ValidationSection("P", queries, truth)]
+    chosen = retrieval.choose(sections, bank, RetrievalConfig())
     assert (chosen.k, chosen.temperature) == (10, 0.5)
-    assert retrieval.choose(queries, truth, bank, RetrievalConfig(k=3)).k == 3
+    assert retrieval.choose(sections, bank, RetrievalConfig(k=3)).k == 3
+
+
+def test_choice_looks_within_sections_and_weighs_patients_alike() -> None:
+    """One large section of P likes few neighbours, two small ones of Q many; a level of its own tells nothing."""
+    rng = np.random.default_rng(3)
+    bank = _bank(500)
+    likes = [("P", 300, 10, 0.0), ("Q", 60, 400, 50.0), ("Q", 60, 400, 90.0), ("R", 60, 400, 0.0)]
+    sections = []
+    for patient, num, k, level in likes:
+        queries = rng.normal(size=(num, 8)).astype(np.float32)
+        said = retrieval.retrieve(queries, bank, RetrievalConfig(k=k, temperature=0.5)).prediction
+        sections.append(ValidationSection(patient, queries, said + level))
+    best = {}
+    for k in (10, 400):
+        config, of_patients = RetrievalConfig(k=k, temperature=0.5), {}
+        for section in sections:
+            said = retrieval.retrieve(section.queries, bank, config).prediction
+            genes = np.argsort(-section.truth.mean(axis=0))[:50]
+            pcc = [np.corrcoef(section.truth[:, gene], said[:, gene])[0, 1] for gene in genes]
+            of_patients.setdefault(section.patient_id, []).append(np.mean(pcc))
+        best[k] = np.mean([np.mean(values) for values in of_patients.values()])
+    assert abs(best[10] - best[400]) > 0.02, "the choice must not be a toss-up"
+    config = RetrievalConfig(temperature=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "TRIED_K", (10, 400))
+        assert retrieval.choose(sections, bank, config).k == max(best, key=best.__getitem__)

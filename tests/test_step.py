@@ -57,7 +57,13 @@ def _batch(num_spots: int = SENTENCES * LENGTH) -> Batch:
     "changes",
     [
         {},
-        {"train__positives": "soft"},
+        {
+            "train__positives": "soft",
+            "model__l2_normalise": False,
+            "model__temperature": 1.0,
+            "model__learn_temperature": False,
+            "retrieval__weighting": "mean",
+        },
         {"model__freeze_encoder": True},
         {"model__predictor": "regression"},
         {"train__batching": "random_spots", "train__batch_spots": 16, "model__position": "none"},

@@ -60,6 +60,11 @@ class Config(Section):
                 "model.position=sinusoidal measures from the centre of a neighbourhood, which "
                 "train.batching=random_spots has not; use table or none"
             )
+        if train.positives == "soft" and model.l2_normalise:
+            raise ValueError(
+                "train.positives=soft needs model.l2_normalise=false: similarities of unit vectors make a target that "
+                "is all but uniform, which collapsed embeddings meet best"
+            )
         if self.retrieval.weighting == "softmax" and not model.l2_normalise:
             raise ValueError("retrieval.weighting=softmax needs model.l2_normalise=true; use inverse_square or mean")
         if model.predictor == "regression" and self.genes.input != self.genes.target:

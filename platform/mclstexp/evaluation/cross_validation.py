@@ -31,6 +31,8 @@ from mclstexp.training.progress import Metrics, ProgressBoard
 RECORD, SCORES, FEATURES = "study.json", "scores", "features"
 RESULT, ROWS, PER_GENE = "score_card.json", "score_card.csv", "per_gene.csv"
 LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
+NAMES = ("section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
+"""Columns of saved tables that hold names; all others hold numbers."""
 POLL_S = 1.0
 Show = Callable[[str, float], None]
 """Called with (fold, share of its training that is done)."""
@@ -165,7 +167,7 @@ def is_scored(study: Study, fold: Fold) -> bool:
 
 
 def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
-    """Returns one score card over all folds' sections, with what their notes have in common."""
+    """Returns one score card over all folds' sections; what only some folds note stands under their names."""
     records: list[dict[str, Any]] = []
     rows: list[pd.DataFrame] = []
     per_gene: list[pd.DataFrame] = []
@@ -173,16 +175,22 @@ def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
         place = storage.join(study.uri, fold.name, SCORES)
         records.append(json.loads(storage.read(storage.join(place, RESULT))))
         for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
-            parts.append(pd.read_csv(io.BytesIO(storage.read(storage.join(place, name)))).drop(columns="protocol"))
+            parts.append(_read_table(storage.join(place, name)))
     genes = pd.concat(per_gene, ignore_index=True)
     shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
+    own = [
+        f"fold {fold.name}: {note}"
+        for fold, record in zip(folds, records, strict=True)
+        for note in record["notes"]
+        if note not in shared and not note.startswith("LEAK")
+    ]
     leaks = any(note.startswith("LEAK") for record in records for note in record["notes"])
     digests = [record["model_digest"] for record in records]
     return ScoreCard(
         protocol=study.protocol,
         targets=records[0]["targets"],
         model_digest=digests[0] if len(folds) == 1 else f"{digests[0]} to {digests[-1]} ({len(folds)} folds)",
-        notes=(*([LEAK] if leaks else []), "each fold has a model, a panel and floors of its own", *shared),
+        notes=(*([LEAK] if leaks else []), "each fold has a model, a panel and floors of its own", *shared, *own),
         genes=sorted(genes["gene"].unique()),
         rows=pd.concat(rows, ignore_index=True),
         per_gene=genes,
@@ -193,6 +201,14 @@ def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
         },
         training_runs={name: run_id for record in records for name, run_id in record["training_runs"].items()},
     )
+
+
+def _read_table(uri: str) -> pd.DataFrame:
+    """Returns a saved table as it was: names stay texts, a patient NA and a section 007 too."""
+    text = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False).drop(columns="protocol")
+    for name in text.columns.difference(list(NAMES)):
+        text[name] = pd.to_numeric(text[name].replace("", None))
+    return text
 
 
 def _run_guarded(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> str:

@@ -6,6 +6,7 @@ on which other queries are asked nor on how they are batched; the price is a lit
 Shapes: Q queries, N keys, D embedding, G genes, k neighbours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -93,26 +94,47 @@ def weights(
     return raw / raw.sum(axis=1, keepdims=True)
 
 
-def choose(queries: np.ndarray, truth: np.ndarray, bank: Bank, config: RetrievalConfig) -> RetrievalConfig:
+@dataclass(frozen=True)
+class ValidationSection:
+    """A section of a validation patient."""
+
+    patient_id: str
+    queries: np.ndarray
+    """Image embeddings, float32 (Q, D)."""
+    truth: np.ndarray
+    """Measured expression in the bank's unit, (Q, G)."""
+
+
+def choose(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> RetrievalConfig:
     """Returns the settings with the `k` and `temperature` of the highest mean PCC over the 50 highest genes.
 
-    Only what the configuration leaves open is chosen; `queries` (Q, D) and `truth` (Q, G) are of validation patients.
+    As on the score card, correlations are taken within a section over its own highest genes, and averaged by patient.
+    Only what the configuration leaves open is chosen.
     """
     fixed = resolve(config, len(bank))
     all_k = [config.k] if config.k else [k for k in TRIED_K if k <= len(bank)] or [len(bank)]
     open_temperature = config.weighting == "softmax" and config.temperature is None
     temperatures = TRIED_TEMPERATURES if open_temperature else (fixed.temperature,)
-    ids, scores = nearest(queries, bank.keys, max(all_k))
-    genes = highest_genes(truth)
-    payload = bank.payload[:, genes]
-    best, best_pcc = fixed, -np.inf
-    for k, temperature in product(all_k, temperatures):
-        tried = fixed.model_copy(update={"k": k, "temperature": temperature})
-        share = weights(queries, bank.keys, ids[:, :k], scores[:, :k], tried)
-        pcc = np.nan_to_num(pearson_per_gene(truth[:, genes], _mixed(share, payload, ids[:, :k]))).mean()
-        if pcc > best_pcc:
-            best, best_pcc = tried, pcc
-    return best
+    tried = [
+        fixed.model_copy(update={"k": k, "temperature": temperature}) for k, temperature in product(all_k, temperatures)
+    ]
+    of_patients: dict[str, list[list[float]]] = {}
+    for section in sections:
+        of_patients.setdefault(section.patient_id, []).append(_scores(section, bank, tried, max(all_k)))
+    means = np.mean([np.mean(of_sections, axis=0) for of_sections in of_patients.values()], axis=0)
+    return tried[int(means.argmax())]
+
+
+def _scores(section: ValidationSection, bank: Bank, tried: Sequence[RetrievalConfig], most: int) -> list[float]:
+    """Returns the mean PCC over a section's own highest genes under each of the tried settings."""
+    ids, cosines = nearest(section.queries, bank.keys, most)
+    genes = highest_genes(section.truth)
+    payload, found = bank.payload[:, genes], []
+    for config in tried:
+        share = weights(section.queries, bank.keys, ids[:, : config.k], cosines[:, : config.k], config)
+        said = _mixed(share, payload, ids[:, : config.k])
+        found.append(float(np.nan_to_num(pearson_per_gene(section.truth[:, genes], said)).mean()))
+    return found
 
 
 def _nearest_in_block(block: torch.Tensor, unit_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from mclstexp.settings import ModelConfig
 
-SHORTEST_UM, LONGEST_UM = 100.0, 20_000.0
+SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
 
 
 class SpotTower(nn.Module):
@@ -96,8 +96,9 @@ class PositionTables(nn.Module):
 class Sinusoid(nn.Module):
     """Sines and cosines of micrometres from the sentence's centre at geometric wavelengths, then a linear map.
 
-    Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) in two dimensions; wavelengths run from one spot's
-    diameter (100 um) to a section's (20 mm), so that neighbours differ and a whole neighbourhood is unambiguous.
+    Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) in two dimensions; wavelengths run from twice Visium's
+    pitch of 100 um (shorter ones alias) to a section's size (20 mm), so that neighbours differ and a whole
+    neighbourhood is unambiguous.
     """
 
     frequencies: torch.Tensor

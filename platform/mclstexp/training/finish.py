@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
@@ -12,7 +11,7 @@ from mclstexp import storage
 from mclstexp.inference.bank import Bank, build_bank
 from mclstexp.inference.embed import embed_sections, network_of
 from mclstexp.inference.model_version import FILES, ModelVersion, TrainingRecord
-from mclstexp.inference.retrieval import choose, resolve
+from mclstexp.inference.retrieval import ValidationSection, choose, resolve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import WEIGHTS
@@ -77,9 +76,13 @@ def _retrieval(run: Run, version: ModelVersion, bank: Bank) -> RetrievalConfig:
     if not names or (config.k and (config.temperature or config.weighting != "softmax")):
         return resolve(config, len(bank))
     embedded = embed_sections(run.reader.root, run.manifest, names, network_of(version), lambda spots: None)
-    queries = np.concatenate([arrays["embedding"] for _, arrays in embedded])
-    truth = np.concatenate([run.reader.read_section(name)["payload"] for name in names])
-    return choose(queries, truth, bank, config)
+    sections = [
+        ValidationSection(
+            run.manifest.section(name).patient_id, arrays["embedding"], run.reader.read_section(name)["payload"]
+        )
+        for name, arrays in embedded
+    ]
+    return choose(sections, bank, config)
 
 
 def _record(run: Run) -> TrainingRecord:
