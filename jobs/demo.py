@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs the main job end to end on this machine: cohort, tiles, training, score card, prediction.
+"""Runs the main job end to end on this machine: cohort, tiles, training, score card, report, prediction.
 
 Every step is a command that you can run yourself; each is printed before it runs.
 """
@@ -26,7 +26,7 @@ JOBS = Path(__file__).parent
 
 
 def main() -> None:
-    """Parses and runs the five steps."""
+    """Parses and runs the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", help="a sample sheet of real sections [a synthetic cohort is made]")
     parser.add_argument("--weights", help="ImageNet weights of DenseNet-121, a file [random weights]")
@@ -57,7 +57,7 @@ class Steps:
     def run_all(self, arguments: argparse.Namespace) -> None:
         """Runs all steps and prints where everything lies."""
         out, tracking = self._out, ["--tracking.uri", f"sqlite:///{self._out}/mlflow.db"]
-        self._say("1/5 cohort")
+        self._say("1/6 cohort")
         sheet = arguments.samples or make_cohort(out / "cohort", CohortSpec.demo())
         rows = read_sheet(sheet)
         patient = arguments.test_patient or last_patient(rows)
@@ -65,17 +65,18 @@ class Steps:
         config = ["--config", str(JOBS / "configs" / name)]
         changed = ["--split.test_patients", patient]
         changed += ["--model.image_weights", str(Path(arguments.weights).absolute())] if arguments.weights else []
-        self._run("2/5 tiles", "prepare.py", *config, "--samples", storage.absolute(sheet), "--out", f"{out}/tiles")
+        self._run("2/6 tiles", "prepare.py", *config, "--samples", storage.absolute(sheet), "--out", f"{out}/tiles")
         data = ["--data", f"{out}/tiles"]
         runs = ["--out", f"{out}/runs", "--name", "demo"]
-        self._run("3/5 training", "train.py", *config, *changed, *data, *runs, *tracking)
+        self._run("3/6 training", "train.py", *config, *changed, *data, *runs, *tracking)
         model = ["--model", "models:/mclstexp@champion"]  # the first version of a name is its champion
-        self._run("4/5 score card", "evaluate.py", *model, *data, "--out", f"{out}/scores", *tracking)
+        self._run("4/6 score card", "evaluate.py", *model, *data, "--out", f"{out}/scores", *tracking)
+        self._run("5/6 report", "report.py", "--run", f"{out}/scores", *tracking)
         slides = write_slide_sheet(out / "slides.csv", rows, patient)
         predictions = ["--samples", slides, "--out", f"{out}/predictions"]
-        self._run("5/5 prediction of H&E slides", "predict.py", *model, *predictions, *tracking)
+        self._run("6/6 prediction of H&E slides", "predict.py", *model, *predictions, *tracking)
         self._say("done")
-        print(f"tiles        {out}/tiles\ncheckpoints  {out}/runs\nscore card   {out}/scores/score_card.png")
+        print(f"tiles        {out}/tiles\ncheckpoints  {out}/runs\nreport       {out}/scores/report/report.html")
         print(f"runs         mlflow ui --backend-store-uri sqlite:///{out}/mlflow.db")
         print(f"predictions  {out}/predictions")
 

@@ -70,8 +70,7 @@ def _write(arguments, config, record, sets, page_bytes: int, out: str) -> None: 
 
         result = open_result(arguments.run, scratch)
         write_report(result, wishes, _training(config.tracking, record.training_runs), Path(folder), show)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == PAGE):
-            storage.upload(path, storage.join(out, path.name))
+        storage.upload_folder(folder, out, last=PAGE)
 
 
 def _training(tracking_config, runs):  # noqa: ANN001, ANN202
