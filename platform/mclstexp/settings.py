@@ -223,11 +223,11 @@ class RetrievalConfig(Section):
     """How a query's expression is read from the bank."""
 
     k: int | None = Field(None, ge=1)
-    """Nearest keys that vote; empty: chosen on the validation patients, else 50."""
+    """Nearest keys that vote; empty: chosen on the validation patients, else 200."""
     weighting: Literal["softmax", "inverse_square", "mean"] = "softmax"
     """Softmax of cosine over `temperature`, 1/d^2 of un-normalised vectors (as published), or equal weights."""
     temperature: float | None = Field(None, gt=0)
-    """Temperature of the softmax; empty: chosen on the validation patients, else 0.05."""
+    """Temperature of the softmax; empty: chosen on the validation patients, else 0.1."""
     distance: Literal["l1", "l2"] = "l2"
     """Distance d of `inverse_square`."""
 

@@ -20,7 +20,7 @@ from mclstexp.inference.bank import Bank
 from mclstexp.settings import RetrievalConfig
 
 QUERY_BLOCK, KEY_BLOCK = 256, 65_536
-DEFAULT_K, DEFAULT_TEMPERATURE = 50, 0.05
+DEFAULT_K, DEFAULT_TEMPERATURE = 200, 0.1
 TRIED_K = (10, 20, 50, 100, 200, 400)
 TRIED_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _SMALLEST_DISTANCE = 1e-12
