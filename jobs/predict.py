@@ -1,86 +1,141 @@
 #!/usr/bin/env python
-"""Predicts expression for the tiles of H&E slides with a registered model version."""
+"""Predicts expression for a cohort of H&E slides with a registered model version.
+
+Run the same command again after an interruption: it does what is left. Slides that cannot be read are set aside with
+the reason and do not stop the others.
+"""
 
 import _launch  # first: puts the project on the path
 from _cli import Argument, describe, parse, run
 
-from mclstexp.config import Config, override
-from mclstexp.errors import ConfigError
-from mclstexp.settings import TilesConfig
+from mclstexp.config import Config
+from mclstexp.errors import ConfigError, PredictError
 
-EXAMPLE = "python jobs/predict.py --model models:/mclstexp@champion --samples slides.csv --out s3://bucket/predictions"
+EXAMPLE = "python jobs/predict.py --model models:/mclstexp@champion --samples slides/ --out s3://bucket/predictions"
 ARGUMENTS = [
     Argument("model", "models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder"),
-    Argument("samples", "a sample sheet (.csv) of slides, or a tile table (folder or s3:// URI)"),
-    Argument("out", "where SECTION.parquet and SECTION.h5ad go"),
+    Argument("samples", "slides: a sample sheet (.csv), a folder or an s3:// prefix"),
+    Argument("out", "where SLIDE.parquet, SLIDE.h5ad, previews and overviews go"),
+    Argument("genes", "A,B,...: genes drawn over the slide and written as GeoJSON [the panel's first, drawn]", False),
+    Argument("spots", "CSV of section_id, x_px, y_px: tile centres instead of a grid", required=False),
+    Argument("assume-mpp", "um/px of slides where neither file nor sheet says it", required=False),
+    Argument("explain", "SLIDE,X,Y: lists the reference spots that the tile there was read from", required=False),
 ]
-SECTIONS = ("storage", "cluster", "tiles", "tracking")
-FREE_TILES = ("allow_upsampling", "min_tissue")
+SECTIONS = ("storage", "cluster", "predict", "tracking")
+MIN_CPUS = 3
 
 
 def main() -> None:
-    """Parses, fetches the version, prepares slides where a sheet is given, predicts."""
+    """Parses, fetches the version, and plans, explains or predicts."""
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
     import tempfile
 
-    from mclstexp import resources, storage, tracking
+    from ingest.open_cohort import open_cohort
+    from mclstexp import tracking
     from mclstexp.inference.model_version import ModelVersion
 
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
-    is_sheet = arguments.samples.endswith(".csv")
-    tiles = storage.join(arguments.out, "tiles") if is_sheet else arguments.samples
-    if arguments.dry_run:
-        print(describe(config, SECTIONS))
-        print(_plan(arguments, tiles, is_sheet, model, config))
-        return
-    _launch.connect(config)
-    resources.require_shared(config, [f"--samples {arguments.samples}", f"--out {arguments.out}"])
-    if is_sheet:
-        from ingest.prepare import prepare
-
-        prepare(arguments.samples, tiles, _tiles_config(config, model))
-    _predict(model, tiles, arguments.out)
+    mpp = _positive(arguments.assume_mpp)
+    cohort = open_cohort(arguments.samples, model, arguments.out, config.predict, arguments.spots, mpp)
+    genes = [name for name in (arguments.genes or "").split(",") if name]
+    if arguments.explain:
+        _explain(arguments, model, cohort, genes)
+    elif arguments.dry_run:
+        _plan(model, cohort, config)
+    else:
+        _predict(arguments, model, cohort, genes, config)
 
 
-def _predict(model, tiles: str, out: str) -> None:  # noqa: ANN001
-    from rich.progress import Progress
-
-    from mclstexp.inference.predict import predict_table
-
-    with Progress() as bar:
-        task = bar.add_task("predict: tiles", total=None)
-        report = predict_table(model, tiles, out, lambda done, total: bar.update(task, completed=done, total=total))
-    print(f"{len(report.predicted)} sections predicted ({report.num_spots} tiles), {len(report.skipped)} done before")
-    if report.empty:
-        print(f"no tiles, so nothing to predict: {', '.join(report.empty)}")
-    print(f"predictions {out}")
+def _positive(text: str | None) -> float | None:
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = -1.0
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"--assume-mpp {text} is no resolution; give micrometres per pixel, such as 0.5")
+    return value
 
 
-def _plan(arguments, tiles: str, is_sheet: bool, model, config: Config) -> str:  # noqa: ANN001
-    from mclstexp.data.schema import load_manifest
-    from mclstexp.inference.predict import plan
+def _plan(model, cohort, config: Config) -> None:  # noqa: ANN001
+    import os
 
-    if is_sheet:
-        from ingest.prepare import plan as prepare_plan
+    from ingest.forecast import forecast
+    from mclstexp.inference.predict_stage import stages
 
-        return prepare_plan(arguments.samples, tiles, _tiles_config(config, model))
-    return plan(load_manifest(tiles), model, arguments.out)
+    print(describe(config, SECTIONS))
+    num_cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS)
+    print(forecast(cohort, model, stages(num_cpus, 0)))
 
 
-def _tiles_config(config: Config, model) -> Config:  # noqa: ANN001
-    """Returns the settings under which slides are cut as the model's training tiles were.
+def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN001
+    from rich.console import Console
+    from rich.table import Table
 
-    Raises:
-        ConfigError: a setting that the model fixes was set to something else; names both values.
-    """
-    own, asked, default = model.config.tiles, config.tiles, TilesConfig()
-    for name in set(TilesConfig.model_fields) - set(FREE_TILES):
-        value, fixed = getattr(asked, name), getattr(own, name)
-        if value not in (fixed, getattr(default, name)):
-            raise ConfigError(f"the model's tiles have tiles.{name}={fixed}, got {value}; leave it out")
-    free = {f"tiles.{name}": getattr(asked, name) for name in FREE_TILES}
-    return override(config.model_copy(update={"tiles": own}), free)
+    from ingest.explain_tile import explain_tile
+    from mclstexp import storage
+
+    slide_id, *place = arguments.explain.split(",")
+    try:
+        x_px, y_px = map(float, place)
+    except ValueError:
+        raise ConfigError(f"--explain {arguments.explain} is not SLIDE,X,Y with level-0 pixels") from None
+    spot_id, votes = explain_tile(cohort, model, slide_id, x_px, y_px, genes)
+    table = Table(*votes.columns, title=f"{slide_id}, tile {spot_id}: the 20 votes of most weight of {len(votes)}")
+    for row in votes.head(20).itertuples(index=False):
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    Console(width=120).print(table)
+    target = storage.join(storage.absolute(arguments.out), "explained", f"{slide_id}-{spot_id}.csv")
+    storage.write(target, votes.to_csv(index=False).encode())
+    print(f"all votes {target}")
+
+
+def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None:  # noqa: ANN001
+    import time
+
+    from mclstexp import resources
+    from mclstexp.inference.predict import predict_cohort
+
+    _launch.connect(config, MIN_CPUS)
+    places = [f"--samples {arguments.samples}", f"--out {arguments.out}"]
+    places += [f"--spots {arguments.spots}"] if arguments.spots else []
+    resources.require_shared(config, places)
+    started = time.monotonic()
+    with _bars() as show:
+        report = predict_cohort(model, cohort.keyed, arguments.out, genes, show, config.predict)
+    _say(report, time.monotonic() - started, arguments.out)
+
+
+def _bars():  # noqa: ANN202
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    @contextmanager
+    def shown():  # noqa: ANN202
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[tiles]:,} tiles"), TimeElapsedColumn())
+        with Progress(TextColumn("predict: slides"), *columns) as bar:
+            task = bar.add_task("slides", total=None, tiles=0)
+            yield lambda report, total: bar.update(
+                task, total=total, completed=len(report.entries), tiles=report.num_tiles
+            )
+
+    return shown()
+
+
+def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
+    """Prints what was done; ends with an error where slides have no prediction."""
+    counts = report.counts()
+    words = ", ".join(f"{counts[state]} {state}" for state in ("done", "empty", "skipped", "quarantined", "failed"))
+    print(f"{words} of {sum(counts.values())} slides; {report.num_tiles:,} tiles in {seconds:.0f} s", end="")
+    if counts["done"]:
+        hours = seconds / 3600 / counts["done"] * 1000
+        print(f" ({report.num_tiles / seconds:.1f} tiles/s, {hours:.1f} h for 1,000 such slides)", end="")
+    print(f"\nsummary {report.summary}\npredictions {out}")
+    faults = [f"{name}: {reason}" for name, reason in report.faults().items()]
+    if faults:
+        listed = "\n  ".join(faults)
+        raise PredictError(f"{len(faults)} slide(s) could not be predicted, the others are in {out}:\n  {listed}")
 
 
 if __name__ == "__main__":

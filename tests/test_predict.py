@@ -1,35 +1,42 @@
-"""Prediction of real tile tables: rows, confidence, files, and what a second run does."""
+"""Prediction of a cohort of real slide files: rows, faults, files, kills, and what a second run does."""
 
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import anndata
 import numpy as np
-import pandas as pd
+import psutil
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
+from PIL import Image
 
-from mclstexp import storage
+from ingest.open_cohort import open_cohort
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel, fit_panel
-from mclstexp.data.images import decode_tile
+from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.schema import load_manifest
-from mclstexp.data.table import read_columns
-from mclstexp.errors import ModelError
+from mclstexp.errors import ConfigError, PredictError
 from mclstexp.inference import predict
 from mclstexp.inference.bank import Bank
-from mclstexp.inference.embed import embed_sections, network_of
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.inference.retrieval import Retrieved, retrieve
+from mclstexp.inference.predict import Cohort, Report, predict_cohort
+from mclstexp.inference.retrieval import retrieve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training.trainer import recorded_tiles
 
 ROOT = Path(__file__).parents[1]
+TILE_PX, BIG_PX = 32, 800
 SETTINGS = {
     "genes.num_genes": 10,
     "model.image_encoder": "small_cnn",
@@ -40,6 +47,7 @@ SETTINGS = {
     "retrieval.temperature": 0.1,
     "train.precision": "fp32",
 }
+GOOD = ("big1", "big2", "small")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -66,168 +74,242 @@ def model(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
     weights = TwoTowers(config.model, len(panel), 0, manifest.tile_size_px).state_dict()
     geometry = (manifest.tile_size_px, manifest.mpp)
     version = ModelVersion(config, panel, geometry, 0, record, weights, Bank(keys, payload, names, names, names))
-    folder = tmp_path_factory.mktemp("version")
+    folder = tmp_path_factory.mktemp("version") / "model"
+    folder.mkdir()
     version.save(folder)
     return ModelVersion.load(folder)
 
 
 @pytest.fixture(scope="module")
-def predicted(model: ModelVersion, tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all sections predicted."""
-    out, shown = tmp_path_factory.mktemp("predicted"), []
-    report = predict.predict_table(model, tiles, str(out), lambda done, total: shown.append((done, total)))
-    spots = sum(entry.num_spots for entry in load_manifest(tiles).sections)
-    assert shown[-1] == (spots, spots)
-    assert (report.num_spots, report.skipped) == (spots, [])
+def slides(cohort: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two slides of several parts, one of a single part, a blank one and a truncated one."""
+    folder = tmp_path_factory.mktemp("slides")
+    texture = tifffile.imread(Path(cohort).parent / "P4S1.tif")
+    times = -(-BIG_PX // texture.shape[0])
+    large = np.tile(texture, (times, times, 1))[:BIG_PX, :BIG_PX]
+    for name, image in (("big1", large), ("big2", large[::-1]), ("small", texture)):
+        _write_slide(folder / f"{name}.tif", image)
+    _write_slide(folder / "blank.tif", np.full_like(texture, 244))
+    _write_slide(folder / "broken.tif", texture)
+    whole = (folder / "broken.tif").read_bytes()
+    (folder / "broken.tif").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def _write_slide(path: Path, image: np.ndarray) -> None:
+    """A tiled TIFF at 1 um/px, of the kind that OpenSlide reads."""
+    with tifffile.TiffWriter(path) as file:
+        file.write(
+            image,
+            tile=(256, 256),
+            photometric="rgb",
+            compression="jpeg",
+            compressionargs={"level": 95},
+            resolution=(10_000, 10_000),
+            resolutionunit="CENTIMETER",
+        )
+
+
+def _open(model: ModelVersion, slides: Path, out: Path, **settings: object) -> Cohort:
+    config = override(Config(), {f"predict.{name}": value for name, value in settings.items()})
+    return open_cohort(str(slides), model, str(out), config.predict)
+
+
+def _predict(model: ModelVersion, cohort: Cohort, out: Path, genes: tuple[str, ...] = ()) -> Report:
+    return predict_cohort(model, cohort, str(out), genes, lambda report, total: None)
+
+
+@pytest.fixture(scope="module")
+def predicted(model: ModelVersion, slides: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All slides predicted in one calm run."""
+    out = tmp_path_factory.mktemp("predicted")
+    report = _predict(model, _open(model, slides, out), out, (model.panel.names()[2],))
+    assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
     return out
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """What was published: all but the ledger, which says when, and what is left of staging."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    kept = [path for path in files if path.parts[0] not in ("ledger", "staging")]
+    return {str(path): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in kept}
 
 
-def _expected(model: ModelVersion, tiles: str, name: str) -> Retrieved:
-    """Embeds a section's tiles with the towers themselves, sentence by sentence, and asks the bank."""
-    entry = load_manifest(tiles).section(name)
-    images = [decode_tile(tile) for tile in read_columns(tiles, entry, ["image"])["image"].to_pylist()]
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+def _ledger(out: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (out / "ledger").glob("*.json")}
+
+
+def _crop(slide: Path, x_px: float, y_px: float) -> np.ndarray:
+    import openslide
+
+    corner = (int(x_px) - TILE_PX // 2, int(y_px) - TILE_PX // 2)
+    return np.asarray(openslide.OpenSlide(slide).read_region(corner, 0, (TILE_PX, TILE_PX)).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_tile_gets_what_the_model_says_of_its_pixels(
+    model: ModelVersion, slides: Path, predicted: Path, name: str
+) -> None:
+    """Crops of some tiles, encoded as training tiles were, through the towers themselves."""
+    table = pq.read_table(predicted / f"{name}.parquet")
+    picked = np.linspace(0, table.num_rows - 1, 25).astype(int)
+    places = [(table["x_px"][row].as_py(), table["y_px"][row].as_py()) for row in picked.tolist()]
+    tiles = [encode_tile(_crop(slides / f"{name}.tif", *place), "jpeg", model.config.tiles.jpeg_quality) for place in places]
+    batch = torch.from_numpy(np.stack([decode_tile(tile) for tile in tiles])).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
         queries = model.towers().embed_images(batch).numpy()
-    return retrieve(queries, model.bank, model.config.retrieval)
+    expected = retrieve(queries, model.bank, model.config.retrieval)
+    found = np.stack([table[gene].to_numpy()[picked] for gene in model.panel.gene_id], axis=1)
+    assert found == pytest.approx(expected.prediction, abs=1e-3)
+    assert table["similarity"].to_numpy()[picked] == pytest.approx(expected.similarity, abs=1e-3)
+    assert len(np.unique(found.round(4), axis=0)) > 12, "tiles must differ for this to mean anything"
 
 
-def test_every_tile_of_every_section_is_predicted_in_stored_order(
-    model: ModelVersion, tiles: str, predicted: Path
-) -> None:
-    for entry in load_manifest(tiles).sections:
-        table = pq.read_table(predicted / f"{entry.section_id}.parquet")
-        stored = read_columns(tiles, entry, ["spot_id", "x_um"])
-        assert table["spot_id"].to_pylist() == stored["spot_id"].to_pylist()
-        assert table["x_um"].to_pylist() == stored["x_um"].to_pylist()
-        expected = _expected(model, tiles, entry.section_id)
-        found = np.stack([table[gene].to_numpy() for gene in model.panel.gene_id], axis=1)
-        assert found.dtype == np.float32
-        assert found == pytest.approx(expected.prediction, abs=1e-3)
-        for column in ("similarity", "effective_donors", "donor_share"):
-            assert table[column].to_numpy() == pytest.approx(getattr(expected, column), abs=1e-3), column
-        assert len(np.unique(found.round(4), axis=0)) > len(found) // 2, "tiles must differ for this to mean anything"
+def test_every_whole_tile_on_tissue_is_there_once(predicted: Path) -> None:
+    table = pq.read_table(predicted / "big1.parquet")
+    spots = table["spot_id"].to_pylist()
+    assert len(set(spots)) == len(spots) > 256, "several parts"
+    assert len(spots) <= (BIG_PX // TILE_PX) ** 2
+    data = anndata.read_h5ad(predicted / "big1.h5ad")
+    assert list(data.obs_names) == spots
+    assert Image.open(predicted / "overviews" / "big1.png").size[0] > 100
+    assert (predicted / "geojson" / "big1.geojson").is_file()
 
 
-def test_both_files_say_the_same_and_name_unit_and_origin(model: ModelVersion, tiles: str, predicted: Path) -> None:
-    entry = load_manifest(tiles).sections[0]
-    table = pq.read_table(predicted / f"{entry.section_id}.parquet")
-    data = anndata.read_h5ad(predicted / f"{entry.section_id}.h5ad")
-    frame = table.to_pandas()
-    assert np.array_equal(data.X, frame[list(model.panel.gene_id)].to_numpy())
-    assert data.X.dtype == np.float32
-    assert list(data.obs_names) == frame["spot_id"].tolist()
-    assert np.array_equal(data.obsm["spatial"], frame[["x_px", "y_px"]].to_numpy())
-    assert data.var["symbol"].tolist() == list(model.panel.symbol)
-    assert np.array_equal(data.obs["similarity"].to_numpy(), frame["similarity"].to_numpy())
-    origin = dict(data.uns["prediction"])
-    assert origin["unit"] == "ln(1 + 10000 * count / spot total over all genes)"
-    assert (origin["model_digest"], origin["section_sha256"]) == (model.digest, entry.sha256)
-    in_parquet = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    assert {key: in_parquet[key] for key in origin if key != "spatial_unit"} == {
-        key: value for key, value in origin.items() if key != "spatial_unit"
+def test_faulty_slides_are_set_aside_with_the_reason_and_blank_ones_are_empty(predicted: Path) -> None:
+    found = _ledger(predicted)
+    assert {name: entry["state"] for name, entry in found.items()} == {
+        **dict.fromkeys(GOOD, "done"),
+        "blank": "empty",
+        "broken": "quarantined",
     }
-    assert in_parquet["genes"].split(",") == list(model.panel.gene_id)
+    assert "broken.tif" in found["broken"]["reason"]
+    assert found["big1"]["num_tiles"] == pq.read_metadata(predicted / "big1.parquet").num_rows
+    assert {path.stem for path in predicted.glob("*.parquet")} == set(GOOD)
+    assert not [path for path in (predicted / "staging").rglob("*") if path.is_file() and "broken" not in str(path)]
 
 
-def test_a_second_run_does_nothing(
-    model: ModelVersion, tiles: str, predicted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(predict, "embed_sections", None)  # embedding anything would fail
+def test_a_second_run_does_nothing(model: ModelVersion, slides: Path, predicted: Path) -> None:
+    cohort = _open(model, slides, predicted)
+    idle = Cohort(cohort.keys, cohort.unreadable, cohort.settings, tile_batches=None)
     before = _digests(predicted)
-    report = predict.predict_table(model, tiles, str(predicted), lambda done, total: None)
-    assert report.predicted == []
-    assert len(report.skipped) == len(load_manifest(tiles).sections)
+    report = _predict(model, idle, predicted)
+    assert (report.counts(), set(report.faults())) == ({"skipped": 5}, {"broken"})
     assert _digests(predicted) == before
 
 
-def test_what_is_lost_or_of_another_model_is_done_again_to_the_same_bytes(
-    model: ModelVersion, tiles: str, predicted: Path
+def test_a_replaced_slide_is_done_again_and_no_other(
+    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
+) -> None:
+    for name in ("small", "blank"):
+        (tmp_path / f"{name}.tif").write_bytes((slides / f"{name}.tif").read_bytes())
+    out = tmp_path / "out"
+    assert _predict(model, _open(model, tmp_path, out), out).counts() == {"done": 1, "empty": 1}
+    first = _digests(out)
+    image = tifffile.imread(tmp_path / "small.tif")
+    _write_slide(tmp_path / "small.tif", image[::-1])
+    (tmp_path / "gone.tif").symlink_to(tmp_path / "nowhere.tif")
+    report = _predict(model, _open(model, tmp_path, out), out)
+    assert report.counts() == {"done": 1, "failed": 1, "skipped": 1}
+    assert list(report.faults()) == ["gone"]
+    assert _digests(out)["small.parquet"] != first["small.parquet"]
+
+
+def test_an_output_belongs_to_one_model_and_one_way_of_cutting(
+    model: ModelVersion, slides: Path, predicted: Path
 ) -> None:
     before = _digests(predicted)
-    first, second = (entry.section_id for entry in load_manifest(tiles).sections[:2])
-    (predicted / "ledger" / f"{first}.json").unlink()
-    other = json.loads((predicted / "ledger" / f"{second}.json").read_text()) | {"model": "of another model"}
-    (predicted / "ledger" / f"{second}.json").write_text(json.dumps(other))
-    (predicted / f"{first}.parquet").write_bytes(b"half a file")
-    report = predict.predict_table(model, tiles, str(predicted), lambda done, total: None)
-    assert report.predicted == [first, second]
+    with pytest.raises(PredictError, match=r"holds predictions by .* overlap=0.0.*, asked for .*overlap=0.5"):
+        _predict(model, _open(model, slides, predicted, overlap=0.5), predicted)
+    with pytest.raises(ConfigError, match="panel"):
+        _predict(model, _open(model, slides, predicted), predicted, ("NOGENE",))
     assert _digests(predicted) == before
 
 
-def test_a_section_that_is_being_replaced_counts_as_undone(
-    model: ModelVersion, tiles: str, predicted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def _processes(word: str) -> list[psutil.Process]:
+    """This session's Ray workers with a word in their title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _when(condition: Callable[[], object], act: Callable[[], None]) -> threading.Thread:
+    """Does something as soon as a condition holds, meanwhile."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 300
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("stage", ["_Predict", "_Read"])
+def test_a_killed_worker_changes_nothing(
+    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path, stage: str
 ) -> None:
-    """Killed between the files of a second model, the first model's entry must not vouch for them."""
-    entry = load_manifest(tiles).sections[0]
-    ledger = predicted / "ledger" / f"{entry.section_id}.json"
-    before = ledger.read_bytes()
+    killed: list[int] = []
 
-    def broken(*arguments: object) -> None:
-        raise KeyboardInterrupt
+    def kill() -> None:
+        for process in _processes(stage):
+            process.kill()
+            killed.append(process.pid)
 
-    monkeypatch.setattr(predict, "write_h5ad", broken)
-    found = _expected(model, tiles, entry.section_id)
-    with pytest.raises(KeyboardInterrupt):
-        predict._publish(str(predicted), tiles, entry, model, found)
-    assert not predict.is_done(str(predicted), entry, model)
-    ledger.write_bytes(before)
-
-
-def test_a_table_of_another_geometry_is_refused(model: ModelVersion, tiles: str, tmp_path: Path) -> None:
-    manifest = load_manifest(tiles)
-    coarser = manifest.model_copy(update={"mpp": manifest.mpp * 1.03})
-    storage.write(str(tmp_path / "manifest.json"), coarser.encode())
-    with pytest.raises(ModelError, match=r"the model takes tiles of .* um/px, the table has"):
-        predict.predict_table(model, str(tmp_path), str(tmp_path / "out"), lambda done, total: None)
-    assert not (tmp_path / "out").exists()
+    killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
+    report = _predict(model, _open(model, slides, tmp_path), tmp_path, (model.panel.names()[2],))
+    killer.join()
+    assert killed, "the fault must have hit"
+    assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
+    assert _digests(tmp_path) == _digests(predicted)
 
 
-def test_sections_are_embedded_in_the_order_asked_for_with_their_colours(model: ModelVersion, tiles: str) -> None:
-    manifest, counted = load_manifest(tiles), []
-    names = [entry.section_id for entry in manifest.sections][:3][::-1]
-    embedded = dict(embed_sections(tiles, manifest, names, network_of(model), counted.append))
-    assert list(embedded) == names
-    assert sum(counted) == sum(manifest.section(name).num_spots for name in names)
-    for name, arrays in embedded.items():
-        stored = read_columns(tiles, manifest.section(name), ["image"])["image"].to_pylist()
-        pixels = np.stack([decode_tile(tile) for tile in stored]) / 255
-        expected = np.concatenate([pixels.mean(axis=(1, 2)), pixels.std(axis=(1, 2))], axis=1)
-        assert arrays["rgb"] == pytest.approx(expected, abs=1e-4)
-        norms = np.linalg.norm(arrays["embedding"], axis=1)
-        assert norms == pytest.approx(np.ones(len(stored)), abs=1e-4)
-
-
-def test_the_job_takes_a_sheet_of_slides(
-    model: ModelVersion, cohort: str, tiles: str, predicted: Path, tmp_path: Path
-) -> None:
-    """The H&E-only slide, from its image to the same prediction as from the prepared table."""
-    sheet = pd.read_csv(cohort, dtype=str, keep_default_na=False)
-    slide = sheet[sheet["format"] == "slide"].copy()
-    for column in ("image",):
-        slide[column] = [str(Path(cohort).parent / value) for value in slide[column]]
-    slide.to_csv(tmp_path / "slides.csv", index=False)
-    (tmp_path / "model").mkdir()
-    model.save(tmp_path / "model")
-    command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", "model", "--samples", "slides.csv"]
-    command += ["--out", "out", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--cluster.object_store_mb", "256"]
+def _job(folder: Path, model: ModelVersion, slides: Path, *arguments: str) -> tuple[list[str], dict]:
+    (folder / "model").mkdir(exist_ok=True)
+    if not list((folder / "model").iterdir()):
+        model.save(folder / "model")
+    command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", "model", "--samples", str(slides)]
+    command += ["--out", "out", "--tracking.uri", f"sqlite:///{folder}/mlflow.db", "--cluster.object_store_mb", "256"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    planned = subprocess.run([*command, "--dry-run"], cwd=tmp_path, env=environment, text=True, capture_output=True)
-    assert planned.returncode == 0, planned.stderr
+    options = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return [*command, *arguments], options
+
+
+def test_a_killed_job_goes_on_even_where_two_go_on_at_once(
+    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
+) -> None:
+    command, options = _job(tmp_path, model, slides, "--genes", model.panel.names()[2])
+    first = subprocess.Popen(command, start_new_session=True, **options)
+    killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), lambda: os.killpg(first.pid, signal.SIGKILL))
+    killer.join()
+    first.wait()
+    assert not (tmp_path / "out" / "ledger" / "big2.json").exists(), "it must have been killed midway"
+    jobs = [subprocess.Popen(command, **options) for _ in range(2)]
+    for job in jobs:
+        said, _ = job.communicate(timeout=600)
+        assert job.returncode == 2, said
+        assert "1 slide(s) could not be predicted" in said
+        assert "broken: " in said
+    assert _digests(tmp_path / "out") == _digests(predicted)
+
+
+def test_the_job_plans_and_explains(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
+    command, options = _job(tmp_path, model, slides)
+    planned = subprocess.run([*command, "--dry-run"], check=False, timeout=300, **options)
+    assert planned.returncode == 0, planned.stdout
+    assert "5 slides" in planned.stdout
     assert not (tmp_path / "out").exists()
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "predictions out"
-    name = slide["section_id"].iloc[0]
-    table = pq.read_table(tmp_path / "out" / f"{name}.parquet")
-    reference = pq.read_table(predicted / f"{name}.parquet")
-    assert table["spot_id"].equals(reference["spot_id"])
-    found, expected = (
-        np.stack([one[gene].to_numpy() for gene in model.panel.gene_id], axis=1) for one in (table, reference)
-    )
-    assert found == pytest.approx(expected, abs=1e-4)
+    row = pq.read_table(predicted / "small.parquet").slice(5, 1).to_pylist()[0]
+    asked = f"small,{row['x_px'] + 3},{row['y_px'] - 3}"
+    gene = model.panel.names()[2]
+    explained = subprocess.run([*command, "--explain", asked, "--genes", gene], check=False, timeout=300, **options)
+    assert explained.returncode == 0, explained.stdout
+    votes = np.genfromtxt(tmp_path / "out" / "explained" / f"small-{row['spot_id']}.csv", delimiter=",", names=True, dtype=None, encoding=None)
+    assert len(votes) == model.config.retrieval.k
+    assert votes["weight"].sum() == pytest.approx(1, abs=1e-5)
+    assert votes["weight"] @ votes[gene] == pytest.approx(row[model.panel.gene_id[2]], abs=1e-3)

@@ -49,5 +49,9 @@ class RunError(UserError):
     """A run name is in use with another configuration."""
 
 
+class PredictError(UserError):
+    """An output holds other predictions, or slides of a cohort could not be predicted; names each with its reason."""
+
+
 class ResultError(UserError):
     """A result folder is missing, incomplete or of an older version."""

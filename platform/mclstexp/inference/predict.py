@@ -1,105 +1,254 @@
-"""Prediction of a tile table: embed, retrieve, write, one section after the other, resumable.
+"""Prediction of a cohort of slides: resumable, exactly once, and no slide stops another.
 
-A section is done when its ledger entry says so, which is written after its files; the entry names the model and
-the section's bytes, so that a run that is started again does what is left or changed and nothing else.
+Slides stream through Ray Data part by part; a part is written to the slide's staging folder as soon as it is there, and
+the slide is published when all its parts are. Whatever dies meanwhile, the same command does what is left: settled
+slides are known from the ledger, written parts from the staging folder. A slide's files are replaced one by one, so
+that a reader should go by the ledger, which is written last.
 """
 
-import json
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+from ray.data import Dataset
 
 from mclstexp import storage
-from mclstexp.data.schema import Manifest, SectionEntry, load_manifest
-from mclstexp.data.table import read_columns
-from mclstexp.inference.embed import embed_sections, network_of
+from mclstexp.data.stream import MAX_RETRIES
+from mclstexp.errors import ConflictError, UserError
+from mclstexp.inference import ledger
+from mclstexp.inference.ledger import Entry, Owner
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.retrieval import Retrieved
-from mclstexp.inference.writers import SPOT_COLUMNS, provenance, write_h5ad, write_parquet
+from mclstexp.inference.model_facts import ModelFacts, choose_genes
+from mclstexp.inference.predict_stage import TILES, Stages, facts_of, predicted_parts, stages
+from mclstexp.inference.publish import publish_slide
+from mclstexp.inference.slide_record import SlideRecord
+from mclstexp.settings import PredictConfig
 
-LEDGER = "ledger"
+MAX_TRIES = 3
+"""Times that a slide is tried in one run."""
+MAX_PUBLISHING = 4
+"""Slides that are put together at once."""
+_DIED = f"the process that read or embedded it died in each of {MAX_TRIES} tries"
 
 
 @dataclass(frozen=True)
-class PredictReport:
+class Cohort:
+    """Slides to predict, and how their tiles are come by."""
+
+    answer_keys: Mapping[str, Sequence[str]]
+    """By slide: the keys of an answer that is what this run would give (see `ledger.Entry.key`)."""
+    attempt_keys: Mapping[str, str]
+    """By slide: the key of an attempt that would end as this run's would."""
+    unreadable: Mapping[str, str]
+    """Slides that are not there or cannot be reached, with the reason."""
+    settings: Mapping[str, object]
+    """How slides are cut, beyond what the model fixes."""
+    tile_batches: Callable[[Sequence[str]], Dataset]
+    """Makes the Dataset of the parts that slides still lack, see `predict_stage.predicted_parts`."""
+
+
+@dataclass
+class Report:
     """What a run did."""
 
-    predicted: list[str]
-    skipped: list[str]
-    """Sections that were done before."""
-    empty: list[str]
-    """Sections without a tile, of which nothing is written."""
-    num_spots: int
+    entries: dict[str, Entry] = field(default_factory=dict)
+    """All slides that were tried."""
+    skipped: dict[str, Entry] = field(default_factory=dict)
+    """Slides that were settled before."""
+    num_tiles: int = 0
+    """Tiles that were embedded in this run."""
+    summary: str = ""
+    """URI of a table with a row a slide."""
+
+    def counts(self) -> Counter[str]:
+        """Returns the number of slides in each state, with `skipped` for those that were settled before."""
+        return Counter([entry.state for entry in self.entries.values()] + ["skipped"] * len(self.skipped))
+
+    def faults(self) -> dict[str, str]:
+        """Returns the slides without a prediction, with the reason; those of earlier runs too."""
+        return {
+            name: entry.reason
+            for name, entry in sorted({**self.skipped, **self.entries}.items())
+            if entry.state in ("quarantined", "failed")
+        }
 
 
-def predict_table(model: ModelVersion, tiles: str, out: str, show: Callable[[int, int], None]) -> PredictReport:
-    """Predicts all sections of a tile table that `out` does not hold yet.
+Show = Callable[[Report, int], None]
+"""Called with what was done so far and the number of slides to do."""
+
+
+def predict_cohort(
+    model: ModelVersion,
+    make_cohort: Callable[[int], Cohort],
+    out: str,
+    genes: Sequence[str],
+    show: Show,
+    config: PredictConfig,
+) -> Report:
+    """Predicts all slides that `out` does not hold yet. Ray must be connected.
 
     Args:
         model: the version to predict with.
-        tiles: root of the tile table.
-        out: where SECTION.parquet, SECTION.h5ad and the ledger go.
-        show: called with (spots done, spots in all) as they are embedded.
+        make_cohort: gives the slides, to be read by that many actors.
+        out: where predictions, ledger and staging go.
+        genes: names of genes that are drawn and written as GeoJSON; none: the panel's first are drawn.
+        show: told of progress.
+        config: how slides are cut and the bank is held.
 
     Raises:
-        ModelError: the table was cut at another size or resolution than the model's tiles.
+        PredictError: `out` holds predictions by another model, or cut otherwise.
+        ConfigError: the panel lacks one of `genes`.
+        ResourceError: the cluster is too small.
     """
-    root, out = storage.absolute(tiles), storage.absolute(out)
-    manifest = load_manifest(root)
-    model.require_table(manifest)
-    left = _left(manifest, out, model)
-    total, embedded = sum(entry.num_spots for entry in left), 0
+    out, facts = storage.absolute(out), facts_of(model)
+    choose_genes(facts.panel, genes)
+    dealt = stages(*_cluster())
+    cohort = make_cohort(dealt.num_readers)
+    storage.require_conditional_puts(out)
+    ledger.claim(out, Owner(model_digest=model.digest, settings=dict(cohort.settings)))
+    there = ledger.entries(out, [*cohort.attempt_keys, *cohort.unreadable])
+    report = Report(skipped=_settled(there, cohort, config.retry_quarantined))
+    left = [name for name in cohort.attempt_keys if name not in report.skipped]
+    for name in there.keys() & set(left):
+        ledger.forget(out, name)  # its files are about to be replaced
+    total = len(left) + len(cohort.unreadable)
+    run = _Run(_Work(model, cohort, out, facts, tuple(genes), dealt, config.bank_shards), report, lambda: show(report, total))
+    for name, reason in cohort.unreadable.items():
+        run.settle(name, "failed", reason)
+    run.run(left)
+    report.summary = ledger.summarise(out, {**report.skipped, **report.entries})
+    return report
 
-    def advance(num_spots: int) -> None:
-        nonlocal embedded
-        embedded += num_spots
-        show(embedded, total)
 
-    names = [entry.section_id for entry in left]
-    network = network_of(model)
-    for name, arrays in embed_sections(root, manifest, names, network, advance) if names else ():
-        _publish(out, root, manifest.section(name), model, model.predict(arrays["embedding"]))
-    skipped = [entry.section_id for entry in manifest.sections if entry.num_spots and entry.section_id not in names]
-    empty = [entry.section_id for entry in manifest.sections if not entry.num_spots]
-    return PredictReport(names, skipped, empty, total)
+def _cluster() -> tuple[int, int]:
+    resources = ray.cluster_resources()
+    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
 
 
-def is_done(out: str, entry: SectionEntry, model: ModelVersion) -> bool:
-    """Tells whether `out` holds this section's prediction by this model from these bytes."""
+def _settled(there: Mapping[str, Entry], cohort: Cohort, retry_quarantined: bool) -> dict[str, Entry]:
+    """Returns the entries of slides that running again would not change."""
+    return {name: entry for name, entry in there.items() if _stands(entry, cohort, retry_quarantined)}
+
+
+def _stands(entry: Entry, cohort: Cohort, retry_quarantined: bool) -> bool:
+    if entry.state in ("done", "empty"):
+        return entry.key in cohort.answer_keys.get(entry.slide_id, ())
+    return (
+        entry.state == "quarantined"
+        and not retry_quarantined
+        and entry.key == cohort.attempt_keys.get(entry.slide_id)
+    )
+
+
+def _entry(slide_id: str, key: str, state: ledger.State, reason: str = "", record: SlideRecord | None = None) -> Entry:
+    names = ("num_tiles", "missing_tiles", "tile_area_mm2", "tissue_area_mm2")
+    found = {name: getattr(record, name) for name in names} if record else {}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Entry(slide_id=slide_id, key=key, state=state, reason=reason, finished=now, **found)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a run works with."""
+
+    model: ModelVersion
+    cohort: Cohort
+    out: str
+    facts: ModelFacts
+    genes: tuple[str, ...]
+    dealt: Stages
+    bank_shards: int
+
+
+class _Run:
+    """One run's slides on their way: parts that are awaited, slides that are being published."""
+
+    def __init__(self, work: _Work, report: Report, show: Callable[[], None]) -> None:
+        self._work, self._report, self._show = work, report, show
+        self._publish = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_publish_guarded)
+        self._publishing: dict[ray.ObjectRef, tuple[str, str]] = {}
+        self._parts: Counter[str] = Counter()
+        self._faults: dict[str, str] = {}
+        """Why slides of the current try are not done, where something said so."""
+
+    def run(self, slide_ids: Sequence[str]) -> None:
+        """Tries all slides, and those that failed again."""
+        left = list(slide_ids)
+        for _ in range(MAX_TRIES):
+            if not left:
+                return
+            self._parts.clear()
+            self._faults.clear()
+            self._try(left)
+            left = [name for name in left if name not in self._report.entries]
+        for name in left:
+            reason = self._faults.get(name)
+            self.settle(name, "failed" if reason else "quarantined", reason or _DIED)
+
+    def _try(self, slide_ids: Sequence[str]) -> None:
+        work = self._work
+        tiles = work.cohort.tile_batches(slide_ids)
+        parts = predicted_parts(tiles, work.model, work.dealt, work.bank_shards)
+        for row in parts.iter_rows(prefetch_batches=0):
+            self._take(row)
+            self._published(wait=len(self._publishing) >= MAX_PUBLISHING)
+        while self._publishing:
+            self._published(wait=True)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        name = str(row["slide_id"])
+        if row["state"] == "quarantined":
+            self.settle(name, "quarantined", str(row["reason"]))
+        elif row["state"] == "failed":
+            self._faults[name] = str(row["reason"])
+        else:
+            self._parts[name] += 1
+            if row["state"] == TILES:
+                self._report.num_tiles += int(row["num_tiles"])
+            if row["state"] != TILES or self._parts[name] == int(row["num_left"]):
+                self._begin_publishing(name, str(row["staging"]))
+        self._show()
+
+    def _begin_publishing(self, name: str, staging: str) -> None:
+        work = self._work
+        self._publishing[self._publish.remote(staging, work.out, work.facts, work.genes)] = (name, staging)
+
+    def _published(self, wait: bool) -> None:
+        """Settles slides whose files are there; waits for one where asked to."""
+        done, _ = ray.wait(list(self._publishing), timeout=None if wait else 0) if self._publishing else ([], [])
+        for reference in done:
+            name, staging = self._publishing.pop(reference)
+            try:
+                record = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                record = f"putting its files together failed: {error}"
+            if isinstance(record, str):
+                self._faults[name] = record
+                continue
+            key = staging.rpartition("-")[2]
+            self.settle(name, "done" if record.num_tiles else "empty", key=key, record=record)
+            for uri in storage.list_files(staging):
+                storage.delete(uri)
+
+    def settle(
+        self, name: str, state: ledger.State, reason: str = "", key: str = "", record: SlideRecord | None = None
+    ) -> None:
+        """Writes what became of a slide, unless another run on the same output was first."""
+        entry = _entry(name, key or self._work.cohort.attempt_keys.get(name, ""), state, reason, record)
+        self._report.entries[name] = entry
+        try:
+            ledger.record(self._work.out, entry)
+        except ConflictError:
+            self._report.entries[name] = ledger.entries(self._work.out, [name]).get(name, entry)
+        self._show()
+
+
+def _publish_guarded(staging: str, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> SlideRecord | str:
+    """Publishes a slide; returns a user's error as text, for raised it would be wrapped into a traceback."""
     try:
-        return json.loads(storage.read(_ledger(out, entry))) == _entry(entry, model)
-    except FileNotFoundError:
-        return False
-
-
-def plan(manifest: Manifest, model: ModelVersion, out: str) -> str:
-    """Returns what a run would do, in words."""
-    left = _left(manifest, storage.absolute(out), model)
-    spots = sum(entry.num_spots for entry in left)
-    return f"{len(left)} of {len(manifest.sections)} sections to predict, {spots} tiles, {len(model.panel)} genes"
-
-
-def _left(manifest: Manifest, out: str, model: ModelVersion) -> list[SectionEntry]:
-    """Returns the sections to predict; one without tiles (a blank slide) has nothing to write."""
-    return [entry for entry in manifest.sections if entry.num_spots and not is_done(out, entry, model)]
-
-
-def _publish(out: str, root: str, entry: SectionEntry, model: ModelVersion, found: Retrieved) -> None:
-    storage.delete(_ledger(out, entry))  # killed halfway, an earlier entry must not vouch for mixed files
-    spots = read_columns(root, entry, SPOT_COLUMNS)
-    origin = provenance(model, entry.sha256)
-    with tempfile.TemporaryDirectory() as scratch:
-        for suffix, write in (("parquet", write_parquet), ("h5ad", write_h5ad)):
-            path = Path(scratch, f"{entry.section_id}.{suffix}")
-            write(path, spots, found, model.panel, origin)
-            storage.upload(path, storage.join(out, path.name))
-    storage.write(_ledger(out, entry), json.dumps(_entry(entry, model)).encode())
-
-
-def _ledger(out: str, entry: SectionEntry) -> str:
-    return storage.join(out, LEDGER, f"{entry.section_id}.json")
-
-
-def _entry(entry: SectionEntry, model: ModelVersion) -> dict[str, str | int]:
-    return {"model": model.digest, "section_sha256": entry.sha256, "spots": entry.num_spots}
+        return publish_slide(staging, out, facts, genes)
+    except UserError as error:
+        return str(error)

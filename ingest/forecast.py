@@ -1,0 +1,129 @@
+"""What predicting a cohort will take, before anything is spent: slides looked at, a few tiles timed.
+
+Tissue tiles are counted as a run would count them; of a large cohort some slides, spread evenly, stand for the others.
+Reading and embedding are timed on this machine by a few tiles; a cluster's other machines are taken to be alike.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ingest.cohort import as_stored
+from ingest.cohort_plan import SlideSource
+from ingest.inspect_slide import Inspection, inspect, read_grid
+from ingest.open_cohort import SlideCohort
+from ingest.slides import open_slide
+from ingest.staging import staged
+from mclstexp.errors import SourceError, UserError
+from mclstexp.inference.embed import network_of
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.predict_stage import MICRO_BATCH, Stages
+from mclstexp.inference.slide_record import PART_TILES
+
+MAX_LOOKED = 24
+"""Slides that are opened."""
+_TIMED_TILES = 32
+_BYTES_A_VALUE = 8  # float32 in Parquet and in .h5ad, before compression
+_PARTS_IN_FLIGHT = 4  # for each reader: Ray stops one that is two ahead, others are on their way
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds that a tile takes a process."""
+
+    read_s: float
+    embed_s: float
+
+
+def forecast(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str:
+    """Returns the plan in words: slides, tiles, time, memory, disk, size of the output.
+
+    Raises:
+        UserError: none of the slides that were looked at can be predicted; gives the first reason.
+    """
+    picked = [cohort.sources[place] for place in _spread(len(cohort.sources), MAX_LOOKED)]
+    with tempfile.TemporaryDirectory() as scratch:
+        local = SlideCohort(picked, replace(cohort.plan, out=scratch))
+        found, faults = _looked(local)
+        if not found:
+            raise UserError(f"none of the {len(picked)} slides that were looked at can be predicted: {faults[0]}")
+        rates = _timed(local, found, model)
+    return _words(cohort, model, dealt, found, faults, rates)
+
+
+def _spread(number: int, most: int) -> list[int]:
+    return sorted(set(np.linspace(0, number - 1, min(number, most)).astype(int).tolist()))
+
+
+def _looked(cohort: SlideCohort) -> tuple[list[tuple[SlideSource, Inspection]], list[str]]:
+    found, faults = [], []
+    for source in cohort.sources:
+        try:
+            found.append((source, inspect(source, cohort.plan)))
+        except (UserError, FileNotFoundError) as error:
+            faults.append(f"{source.slide_id}: {error}")
+    return found, faults
+
+
+def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]], model: ModelVersion) -> _Rates:
+    """Reads and embeds some tiles of the slide that has most."""
+    plan = cohort.plan
+    source, inspection = max(found, key=lambda one: one[1].record.num_tiles)
+    left, top, scale = read_grid(inspection.staging, plan.tiles.size_px)
+    number = min(_TIMED_TILES, len(left))
+    with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path, open_slide(path) as slide:
+        started = time.perf_counter()
+        read = [slide.read_tile(x, y, plan.tiles.size_px, scale) for x, y in zip(left[:number], top[:number], strict=True)]
+        tiles = [as_stored(tile, plan.tiles) for tile in read if tile is not None]
+        read_s = time.perf_counter() - started
+    if not tiles:
+        raise SourceError(f"slide {source.slide_id} has no pixels where its tissue is")
+    torch.set_num_threads(1)  # as each actor has one CPU
+    embed = network_of(model).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    batch = np.stack((tiles * MICRO_BATCH)[: min(MICRO_BATCH, _TIMED_TILES)])
+    embed(batch[:1])
+    started = time.perf_counter()
+    embed(batch)
+    return _Rates(read_s / number, (time.perf_counter() - started) / len(batch))
+
+
+def _words(
+    cohort: SlideCohort,
+    model: ModelVersion,
+    dealt: Stages,
+    found: Sequence[tuple[SlideSource, Inspection]],
+    faults: Sequence[str],
+    rates: _Rates,
+) -> str:
+    tiles = [inspection.record.num_tiles for _, inspection in found]
+    share = len(found) / (len(found) + len(faults))
+    total = round(float(np.mean(tiles)) * len(cohort.sources) * share)
+    seconds = total * max(rates.read_s / dealt.num_readers, rates.embed_s / dealt.num_embedders)
+    part_bytes = PART_TILES * model.tile_size_px**2 * 3
+    bank_bytes = 0 if model.bank is None else model.bank.keys.nbytes * 2 + model.bank.payload.nbytes
+    in_flight = part_bytes * (_PARTS_IN_FLIGHT * dealt.num_readers + 2 * dealt.num_embedders)
+    looked = f"{len(found) + len(faults)} of them looked at"
+    lines = [
+        f"slides     {len(cohort.sources)} slides, {looked}: {len(faults)} cannot be predicted",
+        *(f"  {fault}" for fault in faults),
+        f"tiles      {total:,} ({min(tiles):,} to {max(tiles):,} a slide) of {model.tile_size_px} px at "
+        f"{model.mpp:.4g} um/px, {sum(i.record.tile_area_mm2 for _, i in found):.4g} mm2 in the slides looked at",
+        f"workers    {dealt.num_readers} read ({1 / rates.read_s:.3g} tiles/s each), {dealt.num_embedders} embed on "
+        f"{'GPUs' if dealt.uses_gpu else 'CPUs'} ({1 / rates.embed_s:.3g} tiles/s each)",
+        f"time       about {_duration(seconds)}, {_duration(seconds / len(cohort.sources) * 1000)} for 1,000 such slides",
+        f"memory     about {(in_flight + bank_bytes) / 2**30:.2g} GiB of object store, whatever the slides' sizes",
+        f"scratch    at most {cohort.plan.scratch_budget_bytes / 1e9:.3g} GB on each node, for remote slides",
+        f"output     at most {total * len(model.panel) * _BYTES_A_VALUE / 1e9:.3g} GB before compression "
+        f"({len(model.panel)} genes)",
+    ]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

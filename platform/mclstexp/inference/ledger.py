@@ -1,0 +1,123 @@
+"""What became of each slide of a cohort: one small object a slide, written once its files are there.
+
+An entry names everything that the answer depends on (its key), so that a run that is started again does what is left
+or changed and nothing else. Entries are exchanged conditionally: of two runs on one output the later one sees what the
+earlier one wrote and leaves it. The price is one request a slide at the start of a run.
+"""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mclstexp import storage
+from mclstexp.errors import ConflictError, PredictError
+
+FOLDER, OWNER, SUMMARY = "ledger", "prediction.json", "summary.csv"
+_READERS = 32
+State = Literal["done", "empty", "quarantined", "failed"]
+"""`empty`: no tissue, so nothing is written. `quarantined`: the slide itself is at fault. `failed`: a fault that may pass.
+"""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Entry(_Record):
+    """What became of one slide."""
+
+    slide_id: str
+    key: str
+    """Of everything that the answer depends on; where there is none, of what the attempt depended on."""
+    state: State
+    reason: str = ""
+    num_tiles: int = 0
+    missing_tiles: int = 0
+    """Tiles that the slide has no pixels of."""
+    tile_area_mm2: float = 0.0
+    tissue_area_mm2: float = 0.0
+    finished: str = ""
+    """When, ISO 8601 in UTC. The predictions themselves hold no time."""
+
+
+class Owner(_Record):
+    """Whose predictions a folder holds."""
+
+    model_digest: str
+    settings: dict[str, object]
+    """How slides are cut, beyond what the model fixes."""
+
+
+def claim(out: str, owner: Owner) -> None:
+    """Reserves an output for one model and one way of cutting slides.
+
+    Raises:
+        PredictError: it holds predictions by another model or under other settings; names both.
+    """
+    place = storage.join(out, OWNER)
+    try:
+        storage.publish(place, owner.model_dump_json(indent=1).encode(), previous=None)
+    except ConflictError:
+        there = Owner.model_validate_json(storage.read(place))
+        if there != owner:
+            raise PredictError(f"{out} holds predictions by {_words(there)}, asked for {_words(owner)}; give another --out") from None
+
+
+def entries(out: str, slide_ids: Iterable[str]) -> dict[str, Entry]:
+    """Returns the entries that slides have, by slide.
+
+    Raises:
+        PredictError: an entry cannot be read.
+    """
+    names = list(slide_ids)
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda name: _read(out, name), names)
+        return {entry.slide_id: entry for entry in found if entry is not None}
+
+
+def record(out: str, entry: Entry) -> None:
+    """Writes a slide's entry; a prediction that is there is not called undone by a slide that cannot be read any more.
+
+    Raises:
+        ConflictError: another run keeps writing this slide's entry.
+    """
+    place = _place(out, entry.slide_id)
+    previous = storage.version(place)
+    there = _read(out, entry.slide_id)
+    if there is not None and there.state == "done" and entry.state == "failed":
+        return
+    storage.publish(place, entry.model_dump_json(indent=1).encode(), previous)
+
+
+def summarise(out: str, found: Mapping[str, Entry]) -> str:
+    """Writes a table with a row a slide, whatever became of it, and returns its URI."""
+    place = storage.join(out, SUMMARY)
+    rows = [found[name].model_dump() for name in sorted(found)]
+    storage.write(place, pd.DataFrame(rows, columns=list(Entry.model_fields)).to_csv(index=False).encode())
+    return place
+
+
+def forget(out: str, slide_id: str) -> None:
+    """Removes a slide's entry: while its files are being replaced it must not vouch for them."""
+    storage.delete(_place(out, slide_id))
+
+
+def _place(out: str, slide_id: str) -> str:
+    return storage.join(out, FOLDER, f"{slide_id}.json")
+
+
+def _read(out: str, slide_id: str) -> Entry | None:
+    try:
+        return Entry.model_validate_json(storage.read(_place(out, slide_id)))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise PredictError(f"{_place(out, slide_id)} is no ledger entry of this version: {error}; remove it") from None
+
+
+def _words(owner: Owner) -> str:
+    settings = ", ".join(f"{name}={value}" for name, value in owner.settings.items())
+    return f"the model {owner.model_digest} with {settings}"

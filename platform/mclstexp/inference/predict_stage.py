@@ -1,0 +1,106 @@
+"""The stage of bulk prediction that knows the model: tiles in, written parts out.
+
+A batch is one part of one slide, whatever else is under way, so that its answer depends on nothing but the slide and
+the model. The part is written here, where it was made: only a few numbers travel on to the driver.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy, Dataset
+
+from mclstexp.data.stream import MAX_RETRIES, Batch
+from mclstexp.errors import ResourceError, UserError
+from mclstexp.inference.bank import Bank
+from mclstexp.inference.embed import ImageNetwork, network_of
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.parts import write_part
+from mclstexp.inference.retrieval import Retrieved, regressed, retrieve
+from mclstexp.inference.shards import ShardedBank, split_bank
+from mclstexp.settings import RetrievalConfig
+
+MICRO_BATCH = 64
+"""Tiles that go through the encoder at once; fixed, for other sizes may round otherwise."""
+TILES, FAILED = "tiles", "failed"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Actors of each stage that the cluster has room for."""
+
+    num_readers: int
+    num_embedders: int
+    uses_gpu: bool
+
+
+def stages(num_cpus: int, num_gpus: int) -> Stages:
+    """Returns how a cluster is dealt out: a CPU to look at slides, the rest to reading and, without GPUs, embedding.
+
+    Raises:
+        ResourceError: there are too few CPUs for one of each, where the run would wait for ever.
+    """
+    needed = 2 if num_gpus else 3
+    if num_cpus < needed:
+        raise ResourceError(
+            f"prediction needs {needed} CPU(s) ({'' if num_gpus else 'one to embed tiles, '}one to read them, one to look "
+            f"at slides), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or add a node"
+        )
+    embedders = num_gpus or max(1, (num_cpus - 1) // 2)
+    return Stages(num_cpus - 1 - (0 if num_gpus else embedders), embedders, bool(num_gpus))
+
+
+def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_shards: int) -> Dataset:
+    """Returns what became of each part: the rows of `tiles` without their images, after each part was written.
+
+    Args:
+        tiles: one row a part, as `ingest.cohort.tile_batches` makes them; rows of another state than `tiles` pass.
+        model: the version to predict with.
+        dealt: as `stages` returns it.
+        bank_shards: actors that hold the bank's keys between them; 1: every node holds all of it once.
+    """
+    bank = model.bank
+    held = ray.put(bank) if bank is None or bank_shards == 1 else split_bank(bank, bank_shards)
+    return tiles.map_batches(
+        _Predict,
+        fn_constructor_args=(ray.put(network_of(model)), [held], model.config.retrieval),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=dealt.num_embedders),
+        num_gpus=1 if dealt.uses_gpu else None,
+        num_cpus=0 if dealt.uses_gpu else 1,
+        max_restarts=MAX_RETRIES,
+        max_task_retries=MAX_RETRIES,
+    )
+
+
+class _Predict:
+    """Embeds a part's tiles, asks the bank and writes the part."""
+
+    def __init__(self, network: ray.ObjectRef, held: list[Any], config: RetrievalConfig) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        built: ImageNetwork = ray.get(network)
+        self._embed = built.build(device)
+        self._bank: Bank | ShardedBank | None = ray.get(held[0]) if isinstance(held[0], ray.ObjectRef) else held[0]
+        self._config = config
+
+    def __call__(self, batch: Batch) -> Batch:
+        row = {name: values[0] for name, values in batch.items()}
+        image, complete = row.pop("image"), row.pop("complete")
+        if row["state"] == TILES:
+            num_tiles = int(row["num_tiles"])
+            try:
+                found = self.answer(image[:num_tiles])
+                write_part(str(row["staging"]), int(row["part"]), found, complete[:num_tiles])
+            except UserError as error:  # the store may be back when the slide is tried again
+                row |= {"state": FAILED, "reason": str(error)}
+        return {name: np.array([value]) for name, value in row.items()}
+
+    def answer(self, tiles: np.ndarray) -> Retrieved:
+        """Returns what the model says of tiles, uint8 (n, size, size, 3)."""
+        starts = range(0, len(tiles), MICRO_BATCH)
+        queries = np.concatenate([self._embed(tiles[start : start + MICRO_BATCH]) for start in starts])
+        if self._bank is None:
+            return regressed(queries)
+        return retrieve(queries, cast(Bank, self._bank), self._config)
