@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from ingest.expression import Reject, Spots, require_places
 from ingest.slides import Slide
-from ingest.tiling import grid, inside, tile_corner
+from ingest.tiling import grid, inside, tile_corner, tile_names
 from ingest.tissue import find_tissue
 from mclstexp.errors import SourceError
 
@@ -21,8 +21,7 @@ _LEAST_FOR_PITCH = 16  # spots
 def grid_spots(slide: Slide, size_px: int, scale: float) -> Spots:
     """Returns all whole tiles of a slide as spots named `{column}x{row}`."""
     column, row, x, y = grid(slide.width, slide.height, size_px, scale)
-    names = np.array([f"{c}x{r}" for c, r in zip(column.tolist(), row.tolist(), strict=True)], object)
-    spots = Spots(names, x, y, array_row=row.astype(np.float64), array_col=column.astype(np.float64))
+    spots = Spots(tile_names(column, row), x, y, array_row=row.astype(np.float64), array_col=column.astype(np.float64))
     require_places(spots)
     return spots
 

@@ -19,6 +19,7 @@ from scipy.sparse import csr_array
 
 from ingest.expression import Expression, Reject, Spots
 from ingest.labels import read_labels
+from ingest.pictures import encode_picture, small_picture
 from ingest.readers import read_expression
 from ingest.screen import grid_spots, require_pitch, screen
 from ingest.sheet import SectionRow
@@ -31,8 +32,6 @@ from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
 from mclstexp.settings import TilesConfig
 
-THUMBNAIL_PX, THUMBNAIL_QUALITY = 1024, 85
-"""Longer edge of a slide's small picture, and its JPEG quality."""
 _SOURCES_AGREE = 1.05  # ratio of the mpp that the sheet, the image and the array say
 
 
@@ -86,8 +85,8 @@ def cut_section(
             labels = _labels(row, spots, scratch)
             written = write_section(local, cut.sentences(spots, labels, share, rejected))
             num_labelled = pq.read_table(local, columns=["label"])["label"].drop_null().length()
-            scale = max(1.0, max(slide.width, slide.height) / THUMBNAIL_PX)
-            thumbnail = encode_tile(slide.thumbnail(scale), "jpeg", THUMBNAIL_QUALITY)
+            small, scale = small_picture(slide)
+            thumbnail = encode_picture(small)
         storage.upload(local, storage.join(root, "tiles", name))
         storage.write(storage.join(root, "thumbnails", picture), thumbnail)
         _write_rejects(local, row, rejected)

@@ -29,15 +29,27 @@ def inside(left: np.ndarray, top: np.ndarray, edge_px: float, width: int, height
     return (left >= 0) & (top >= 0) & (left + edge_px <= width) & (top + edge_px <= height)
 
 
-def grid(width: int, height: int, size_px: int, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all whole tiles of a slide, edge to edge: column, row (int32) and centre x, y in level-0 pixels (n,)."""
+def grid(
+    width: int, height: int, size_px: int, scale: float, overlap: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns all whole tiles of a slide: column, row (int32) and centre x, y in level-0 pixels (n,).
+
+    Neighbours share `overlap` of their edge, 0 <= overlap < 1; 0 sets them edge to edge. They lie at least one pixel
+    apart.
+    """
     edge = size_px * scale
-    places = [np.arange(int(length // edge), dtype=np.int32) for length in (width, height)]
+    step = edge if overlap == 0 else max(1.0, edge * (1 - overlap))
+    places = [np.arange(max(0, int((length - edge) // step) + 1), dtype=np.int32) for length in (width, height)]
     column, row = (axis.ravel() for axis in np.meshgrid(*places))
     half = size_px // 2 if scale == 1 else edge / 2
-    x, y = (np.ceil(place * edge + half) for place in (column, row))
+    x, y = (np.ceil(place * step + half) for place in (column, row))
     whole = inside(tile_corner(x, size_px, scale), tile_corner(y, size_px, scale), edge, width, height)
     return column[whole], row[whole], x[whole], y[whole]
+
+
+def tile_names(column: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Returns the names `{column}x{row}` of a grid's tiles, object (n,)."""
+    return np.array([f"{c}x{r}" for c, r in zip(column.tolist(), row.tolist(), strict=True)], object)
 
 
 def curve_order(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -51,10 +51,19 @@ def find_tissue(slide: Slide, mpp: float) -> TissueMask:
     Raises:
         SourceError: the slide is damaged, or greyscale.
     """
+    return find_tissue_on_thumbnail(slide, mpp)[0]
+
+
+def find_tissue_on_thumbnail(slide: Slide, mpp: float) -> tuple[TissueMask, np.ndarray]:
+    """Returns what `find_tissue` does, and the thumbnail that it was found on, uint8 (h, w, 3).
+
+    Raises:
+        SourceError: the slide is damaged, or greyscale.
+    """
     scale = max(1.0, PIXEL_UM / mpp, max(slide.width, slide.height) / _MAX_MASK_PX)
     thumbnail = slide.thumbnail(scale)
     _require_colour(thumbnail)
-    return TissueMask(tissue_mask(thumbnail, scale * mpp), scale)
+    return TissueMask(tissue_mask(thumbnail, scale * mpp), scale), thumbnail
 
 
 def tissue_mask(thumbnail: np.ndarray, pixel_um: float) -> np.ndarray:

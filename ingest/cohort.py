@@ -1,0 +1,207 @@
+"""From slides to a Ray Dataset of tile batches: inspect, cut into stretches, read; one row a part, as it comes.
+
+A stretch is what one task reads: long enough to pay for opening a slide, short enough that several readers share a
+large one. Every row is a block of its own, and Ray stops a reader that is two blocks ahead, so that memory is bounded
+by the number of readers and not by a slide's size. Rows come in any order and say where they belong; what a slide does
+wrong is a row too. A process that dies is started again a few times; then its parts stay missing, for the caller to
+see.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from ingest.cohort_plan import CohortPlan, SlideSource
+from ingest.inspect_slide import corners, inspect
+from ingest.slides import Slide, open_slide
+from ingest.staging import staged
+from mclstexp import storage
+from mclstexp.data.images import decode_tile, encode_tile
+from mclstexp.data.stream import MAX_RETRIES, Batch, ordered
+from mclstexp.errors import ResourceError, SourceError, StorageError
+from mclstexp.inference.slide_record import GRID, PART_TILES, PARTS, RECORD, SlideRecord, num_parts
+
+STRETCH_PARTS = 16
+"""Most parts that one task reads: 4,096 tiles."""
+TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
+"""States of a row: a part's tiles; all parts are there; the slide's own fault, with its reason; a passing fault."""
+_NO_PART = -1
+_PART = re.compile(r"(\d{5})\.safetensors")
+_LEAST_ERRORS, _ERRORS_PER_SLIDE = 10, 0.1
+
+
+def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.Dataset:
+    """Returns the tiles of all parts that the slides' staging folders lack, one row a part, in any order.
+
+    Columns: slide_id; staging (URI of the folder, empty where there is none yet); part and num_parts; image uint8
+    (256, size, size, 3), zero where there is no tile; complete bool (256,), False where the slide has no pixels or the
+    part is over; num_tiles, the tiles of the part; state; reason. Tiles went through the encoding of the model's own.
+    Rows of a state other than `tiles` have part -1 and no tile.
+    """
+    rows = [asdict(source) | {"mpp": np.nan if source.mpp is None else source.mpp} for source in sources]
+    max_errors = max(_LEAST_ERRORS, int(_ERRORS_PER_SLIDE * len(rows)))
+    with _row_a_block(max_errors):
+        return (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(cast(Any, _Inspect(plan)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
+            .repartition(target_num_rows_per_block=1)  # keeps inspection and reading from becoming one task
+            .map_batches(
+                _Read,
+                fn_constructor_args=(plan,),
+                batch_size=1,
+                compute=ActorPoolStrategy(size=plan.num_readers),
+                num_cpus=1,
+                # A deadly slide takes a reader with it at each try; readers outlast all that the run puts up with.
+                max_restarts=(MAX_RETRIES + 1) * (max_errors + 1),
+                max_task_retries=MAX_RETRIES,
+            )
+        )
+
+
+@contextmanager
+def _row_a_block(max_errors: int) -> Iterator[None]:
+    """Datasets made inside stream rows one by one in any order, and bear the loss of `max_errors` blocks."""
+    with ordered():
+        context = DataContext.get_current()
+        context.execution_options.preserve_order = False
+        context.target_max_block_size = 1  # byte: a block is closed after each row
+        context.max_errored_blocks = max_errors
+        yield
+
+
+@dataclass(frozen=True)
+class _Inspect:
+    """The task over one slide: yields its stretches, or one row that says why there is none."""
+
+    plan: CohortPlan
+
+    def __call__(self, rows: Batch) -> Iterator[Batch]:
+        fields = {name: values.tolist()[0] for name, values in rows.items()}
+        source = SlideSource(**fields | {"mpp": None if np.isnan(fields["mpp"]) else fields["mpp"]})
+        try:
+            inspection = inspect(source, self.plan)
+            total = num_parts(inspection.record.num_tiles)
+            missing = _missing_parts(inspection.staging, total)
+        except _FAULTS as error:
+            yield _stretch(source, "", [], 0, _state(error, source.image), str(error))
+            return
+        if not missing:
+            yield _stretch(source, inspection.staging, [], total, NOTHING_LEFT, "")
+        for start in range(0, len(missing), STRETCH_PARTS):
+            yield _stretch(source, inspection.staging, missing[start : start + STRETCH_PARTS], total, TILES, "")
+
+
+class _Read:
+    """The actor that reads stretches; it keeps the last local slide open. Remote ones it lets go after each stretch,
+    since a node's scratch folder waits for its holders.
+    """
+
+    def __init__(self, plan: CohortPlan) -> None:
+        self._plan = plan
+        self._held = ExitStack()
+        self._image: str | None = None
+        self._slide: Slide | None = None
+
+    def __call__(self, rows: Batch) -> Iterator[Batch]:
+        stretch = {name: values.tolist()[0] for name, values in rows.items()}
+        if stretch["state"] != TILES:
+            yield self._row(stretch, _NO_PART, [], stretch["state"], stretch["reason"])
+            return
+        try:
+            left, top, scale = self._places(stretch["staging"])
+            for part in stretch["parts"]:
+                if part != _NO_PART:
+                    rows_of = slice(part * PART_TILES, (part + 1) * PART_TILES)
+                    tiles = self._tiles(stretch["image"], left[rows_of], top[rows_of], scale)
+                    yield self._row(stretch, part, tiles, TILES, "")
+        except _FAULTS as error:
+            self._release()
+            yield self._row(stretch, _NO_PART, [], _state(error, stretch["image"]), str(error))
+        finally:
+            if storage.is_s3(stretch["image"]):
+                self._release()
+
+    def _places(self, staging: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """Returns the tiles' left and top edges, (n,) each, and their scale."""
+        record = SlideRecord.model_validate_json(storage.read(storage.join(staging, RECORD)))
+        data = storage.read(storage.join(staging, GRID))
+        table = pq.read_table(pa.BufferReader(data), columns=["x_px", "y_px"])
+        return *corners(table, self._plan.tiles.size_px, record.scale), record.scale
+
+    def _tiles(self, image: str, left: np.ndarray, top: np.ndarray, scale: float) -> list[np.ndarray | None]:
+        return [self._tile(image, x, y, scale) for x, y in zip(left.tolist(), top.tolist(), strict=True)]
+
+    def _tile(self, image: str, left: float, top: float, scale: float) -> np.ndarray | None:
+        size_px = self._plan.tiles.size_px
+        try:
+            tile = self._open(image).read_tile(left, top, size_px, scale)
+        except SourceError:  # OpenSlide repeats its first error for ever: only a new handle tells whether it passed
+            self._release()
+            tile = self._open(image).read_tile(left, top, size_px, scale)
+        return None if tile is None else self._as_stored(tile)
+
+    def _as_stored(self, tile: np.ndarray) -> np.ndarray:
+        tiles = self._plan.tiles
+        if tiles.encoding == "png":  # exact
+            return tile
+        return decode_tile(encode_tile(tile, tiles.encoding, tiles.jpeg_quality))
+
+    def _open(self, image: str) -> Slide:
+        if self._slide is None or self._image != image:
+            self._release()
+            path = self._held.enter_context(staged(image, self._plan.scratch, self._plan.scratch_budget_bytes))
+            self._slide, self._image = self._held.enter_context(open_slide(path)), image
+        return self._slide
+
+    def _release(self) -> None:
+        self._slide = None
+        self._held.close()
+
+    def _row(
+        self, stretch: dict[str, Any], part: int, tiles: list[np.ndarray | None], state: str, reason: str
+    ) -> Batch:
+        size_px = self._plan.tiles.size_px
+        image, complete = np.zeros((1, PART_TILES, size_px, size_px, 3), np.uint8), np.zeros((1, PART_TILES), bool)
+        for place, tile in enumerate(tiles):
+            if tile is not None:
+                image[0, place], complete[0, place] = tile, True
+        return {
+            **{name: np.array([stretch[name]], object) for name in ("slide_id", "staging")},
+            "part": np.array([part]),
+            "num_parts": np.array([stretch["num_parts"]]),
+            "image": image,
+            "complete": complete,
+            "num_tiles": np.array([len(tiles)]),
+            "state": np.array([state], object),
+            "reason": np.array([reason], object),
+        }
+
+
+_FAULTS = (SourceError, StorageError, ResourceError, FileNotFoundError)
+
+
+def _state(error: Exception, image: str) -> str:
+    """Returns whether a fault is the slide's own, or may pass: what a store does not give now, it may give later."""
+    its_own = isinstance(error, SourceError) or (isinstance(error, FileNotFoundError) and not storage.is_s3(image))
+    return QUARANTINED if its_own else FAILED
+
+
+def _missing_parts(staging: str, total: int) -> list[int]:
+    names = (uri.rsplit("/", 1)[1] for uri in storage.list_files(storage.join(staging, PARTS)))
+    there = {int(match[1]) for name in names if (match := _PART.fullmatch(name))}
+    return [part for part in range(total) if part not in there]
+
+
+def _stretch(source: SlideSource, staging: str, parts: list[int], total: int, state: str, reason: str) -> Batch:
+    filled = [*parts, *[_NO_PART] * (STRETCH_PARTS - len(parts))]
+    texts = {"slide_id": source.slide_id, "image": source.image, "staging": staging, "state": state, "reason": reason}
+    numbers = {"parts": np.array([filled]), "num_parts": np.array([total])}
+    return {name: np.array([text], object) for name, text in texts.items()} | numbers

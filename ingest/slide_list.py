@@ -1,0 +1,149 @@
+"""The slides of a run: from a sample sheet, or from all images in a folder or under an `s3://` prefix.
+
+A folder says nothing of patients or resolutions, so that each of its images is its own patient; formats whose slide is
+many files (.mrxs, .vms, .vmu, several .dcm) are listed by the file that OpenSlide opens, their companions with another
+image extension must lie elsewhere.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from ingest.cohort_plan import SlideSource
+from ingest.sheet import read_sheet
+from mclstexp import storage
+from mclstexp.errors import SheetError
+
+EXTENSIONS = (
+    *("svs", "tif", "tiff", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif", "dcm"),
+    *("jpg", "jpeg", "png"),
+)
+"""What OpenSlide or Pillow reads."""
+_MAX_ID = 128
+_MOST_NAMED = 20
+POSITION_SCHEMA = pa.schema([("spot_id", pa.string()), ("x_px", pa.float64()), ("y_px", pa.float64())])
+"""Given tile centres of a slide, in level-0 pixels."""
+
+
+def list_slides(samples: str) -> list[SlideSource]:
+    """Returns the slides of a sample sheet (.csv; rows of every format), a local folder or an `s3://` prefix.
+
+    In a folder, at any depth, every file with one of `EXTENSIONS` is a slide; its id is the file's name without
+    extension, with `_` for what is not in A-Z a-z 0-9 . _ -. Hidden files are left out.
+
+    Raises:
+        SheetError: the sheet has faults, there is no slide, or two files give the same id.
+    """
+    if samples.lower().endswith(".csv"):
+        return [
+            SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in read_sheet(samples)
+        ]
+    uris = [uri for uri in storage.list_files(samples) if _is_slide(uri)]
+    if not uris:
+        raise SheetError(
+            f"there is no slide under {samples}: give a sample sheet (.csv), or a folder or s3:// prefix that holds "
+            f"files with one of the extensions {', '.join(EXTENSIONS)}"
+        )
+    slides = [SlideSource(name, name, "", uri, None) for uri in uris for name in [_slide_id(uri)]]
+    _require_unique(samples, slides)
+    return slides
+
+
+def read_positions(uri: str) -> dict[str, pa.Table]:
+    """Returns given tile centres (POSITION_SCHEMA) by slide, from a CSV of section_id, x_px, y_px and maybe spot_id.
+
+    Without spot_id a slide's spots are numbered from 0 in the file's order.
+
+    Raises:
+        SheetError: lists every fault of the file with its row (the first 20 of many).
+    """
+    table = _read_csv(uri)
+    faults = list(_column_faults(table.columns))
+    if not faults:
+        if "spot_id" not in table:
+            table["spot_id"] = table.groupby("section_id").cumcount().astype(str)
+        numbers = table[["x_px", "y_px"]].apply(pd.to_numeric, errors="coerce").astype("float64")
+        faults = list(_row_faults(table, numbers))
+    if faults:
+        rest = [f"and {len(faults) - _MOST_NAMED} more"] if len(faults) > _MOST_NAMED else []
+        listed = "\n  ".join([*faults[:_MOST_NAMED], *rest])
+        raise SheetError(f"the table of spots {uri} has {len(faults)} fault(s):\n  {listed}")
+    table[["x_px", "y_px"]] = numbers
+    return {
+        str(name): pa.Table.from_pandas(rows[POSITION_SCHEMA.names], POSITION_SCHEMA, preserve_index=False)
+        for name, rows in table.groupby("section_id", sort=False)
+    }
+
+
+def require_positions(sources: Iterable[SlideSource], positions: Mapping[str, object]) -> None:
+    """Checks that given spots and slides name each other: all slides are predicted at given spots, or none is.
+
+    Raises:
+        SheetError: a slide has no spots, or spots are of no slide; names them.
+    """
+    slides = {source.slide_id for source in sources}
+    for what, names in (
+        ("slides have no row in the table of spots", slides - set(positions)),
+        ("sections of the table of spots are no slide of this run", set(positions) - slides),
+    ):
+        if positions and names:
+            shown = ", ".join(sorted(names)[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+            raise SheetError(f"{len(names)} {what}: {shown}")
+
+
+def _is_slide(uri: str) -> bool:
+    name = uri.rsplit("/", 1)[1]
+    return not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS and "." in name
+
+
+def _slide_id(uri: str) -> str:
+    name = uri.rsplit("/", 1)[1].rpartition(".")[0]
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_ID]
+
+
+def _require_unique(samples: str, slides: list[SlideSource]) -> None:
+    files: dict[str, list[str]] = {}
+    for slide in slides:
+        files.setdefault(slide.slide_id, []).append(slide.image)
+    doubled = [f"{name}: {', '.join(uris)}" for name, uris in files.items() if len(uris) > 1]
+    if doubled:
+        listed = "\n  ".join(doubled)
+        raise SheetError(f"several files under {samples} give the same slide id; name them in a sheet:\n  {listed}")
+
+
+def _read_csv(uri: str) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise SheetError(f"there is no table of spots {uri}") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise SheetError(f"{uri} is no CSV file in UTF-8: {error}") from None
+    return table.apply(lambda column: column.str.strip())
+
+
+def _column_faults(columns: Iterable[str]) -> Iterator[str]:
+    needed, known = ("section_id", "x_px", "y_px"), ("section_id", "x_px", "y_px", "spot_id")
+    yield from (f"column {name} is missing" for name in needed if name not in columns)
+    yield from (f"column {name!r} is unknown; known ones: {', '.join(known)}" for name in columns if name not in known)
+
+
+def _row_faults(table: pd.DataFrame, numbers: pd.DataFrame) -> Iterator[str]:
+    finite = {name: np.isfinite(numbers[name].to_numpy()) for name in numbers}
+    doubled = table.duplicated(["section_id", "spot_id"])
+    if table.empty:
+        yield "there are no rows below the header"
+    for row, (section, spot) in enumerate(zip(table["section_id"], table["spot_id"], strict=True)):
+        line = f"row {row + 2}"
+        for name in ("x_px", "y_px"):
+            if not finite[name][row]:
+                yield f"{line}, column {name}, got {table[name].iat[row]!r}: give a number of level-0 pixels"
+        if not section:
+            yield f"{line}, column section_id: it is empty"
+        if not spot:
+            yield f"{line}, column spot_id: it is empty"
+        elif doubled.iat[row]:
+            yield f"{line}, column spot_id: {spot!r} is already among the spots of {section}"

@@ -1,0 +1,165 @@
+"""A node's scratch folder of remote slides, within a disk budget: each is downloaded once for all its readers.
+
+Locks are advisory and die with their process, so that a killed reader holds nothing. A slide in use is never removed;
+where all are in use a download waits. Nobody may therefore wait while holding another slide: release it first.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from mclstexp import storage
+from mclstexp.errors import ResourceError, SourceError, StorageError
+
+_MANY_FILES = (".mrxs", ".vms", ".vmu")
+_POLL_S = 0.2
+_MAX_WAIT_S = 1800.0
+_ROOM = ".room"
+
+
+@contextmanager
+def staged(uri: str, folder: str, budget_bytes: int) -> Iterator[str]:
+    """Yields a local path of a slide: itself where it is local, else its copy under `folder`, kept while in use.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        ResourceError: it is larger than `budget_bytes`.
+        SourceError: a slide of its format is many files, of which one would be copied.
+        StorageError: it cannot be downloaded, there is no disk for it, or others kept the budget for half an hour.
+    """
+    uri = storage.absolute(uri)
+    if not storage.is_s3(uri):
+        yield uri
+        return
+    entry, size = _entry(uri, Path(folder))
+    if size > budget_bytes:
+        raise ResourceError(
+            f"{uri} has {size} bytes, more than the scratch budget of {budget_bytes} bytes: raise the budget"
+        )
+    copy = entry / uri.rsplit("/", 1)[1]
+    while True:
+        with _locked(entry, fcntl.LOCK_SH):
+            if copy.exists():
+                os.utime(_lock_path(entry))
+                yield str(copy)
+                return
+        with _locked(entry, fcntl.LOCK_EX):
+            if not copy.exists():
+                _make_room(entry, size, budget_bytes)
+                _download(uri, copy, size)
+
+
+def clear(folder: str) -> None:
+    """Removes what nobody uses from this node's scratch folder, and the folder where that leaves it empty."""
+    root = Path(folder)
+    if root.is_dir():
+        with _locked(root / _ROOM, fcntl.LOCK_EX):
+            for entry in _entries(root):
+                _evict(entry)
+        with suppress(OSError):
+            _lock_path(root / _ROOM).unlink()
+            root.rmdir()
+
+
+def _entry(uri: str, folder: Path) -> tuple[Path, int]:
+    """Returns the folder of a slide's copy, named after the object's version and its length, and that length."""
+    if uri.lower().endswith(_MANY_FILES):
+        raise SourceError(f"{uri} is one of many files that make a slide; copy them all to a local folder")
+    size, version = storage.size(uri), storage.version(uri)
+    digest = hashlib.sha256(f"{uri} {version}".encode()).hexdigest()[:16]
+    return folder / f"{digest}-{size}", size
+
+
+def _make_room(entry: Path, size: int, budget_bytes: int) -> None:
+    """Reserves `size` bytes by making the entry's folder, after removing the copies that were used longest ago."""
+    deadline = time.monotonic() + _MAX_WAIT_S
+    while True:
+        with _locked(entry.parent / _ROOM, fcntl.LOCK_EX):
+            shutil.rmtree(entry, ignore_errors=True)  # a killed download's
+            others = _entries(entry.parent)
+            excess = sum(_size(other) for other in others) + size - budget_bytes
+            for other in others:
+                if excess > 0 and _evict(other):
+                    excess -= _size(other)
+            if excess <= 0:
+                entry.mkdir(parents=True)
+                return
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"waited {_MAX_WAIT_S:.0f} s for {size} bytes in {entry.parent}: the slides in use there leave too "
+                f"little of the scratch budget of {budget_bytes} bytes; raise it"
+            )
+        time.sleep(_POLL_S)
+
+
+def _download(uri: str, copy: Path, size: int) -> None:
+    scratch = copy.with_name(f".{copy.name}.part")
+    try:
+        storage.download(uri, scratch)
+        if scratch.stat().st_size != size:
+            raise StorageError(
+                f"{uri} changed while it was copied: expected {size} bytes, got {scratch.stat().st_size}"
+            )
+        scratch.rename(copy)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a full disk
+        raise StorageError(f"cannot copy {uri} to {copy.parent}: {error.strerror or error}") from error
+    finally:
+        if not copy.exists():
+            shutil.rmtree(copy.parent, ignore_errors=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Returns all copies, whole or under way, those used longest ago first."""
+    used = []
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            lock = _lock_path(entry)
+            used.append((lock.stat().st_mtime_ns if lock.exists() else 0, entry))
+    return [entry for _, entry in sorted(used)]
+
+
+def _size(entry: Path) -> int:
+    return int(entry.name.rpartition("-")[2])
+
+
+def _evict(entry: Path) -> bool:
+    """Removes a copy unless somebody holds it; tells whether it is gone."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        shutil.rmtree(entry, ignore_errors=True)
+        _lock_path(entry).unlink(missing_ok=True)
+    return not entry.exists()
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    """Holds the lock file beside `path`; one that was removed while it was waited for is opened anew."""
+    lock = _lock_path(path)
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "a") as file:
+            fcntl.flock(file, kind)
+            if not _is_at(file.fileno(), lock):
+                continue
+            yield
+            return
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
