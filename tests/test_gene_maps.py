@@ -11,7 +11,8 @@ from PIL import Image
 
 from mclstexp.evaluation.domains import NO_DOMAIN
 from mclstexp.report.domain_maps import draw_domain_maps, match_labels, number_labels
-from mclstexp.report.gene_maps import colour_limits, draw_gene_maps
+from mclstexp.report.figures import colour_limits
+from mclstexp.report.gene_maps import draw_gene_maps
 from mclstexp.report.section_axes import Thumbnail, draw_spots
 
 SIDE = 10

@@ -33,6 +33,10 @@ class StorageError(UserError):
     """A URI cannot be resolved, read or written."""
 
 
+class PartError(StorageError):
+    """A part of a slide's unfinished prediction is missing or was damaged and removed; it has to be made again."""
+
+
 class ResourceError(UserError):
     """The cluster cannot give what the run asks for; names the numbers and the setting to change."""
 

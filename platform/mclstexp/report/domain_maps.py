@@ -14,7 +14,8 @@ from matplotlib.patches import Patch
 from scipy.optimize import linear_sum_assignment
 
 from mclstexp.evaluation.domains import NO_DOMAIN, is_labelled
-from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in, new_figure
+from mclstexp.report.figures import new_figure
+from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in
 
 _LEGEND_IN = 1.1
 _LEGEND = "found domains take the colour of the label that they cover best;\nother colours: no label is left for them"

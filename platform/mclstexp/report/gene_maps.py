@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in, new_figure
+from mclstexp.report.figures import colour_limits, new_figure
+from mclstexp.report.section_axes import Thumbnail, draw_spots, map_size_in
 
 _COLOUR_BAR_IN = 1.0
-_SHARES = (0.01, 0.99)
 _DPI = 90
 
 
@@ -49,9 +49,3 @@ def draw_gene_maps(
             axes.set_title(f"{gene}, {title}")
         figure.colorbar(spots, ax=list(row), label=unit, shrink=0.8, extend="both")
     figure.savefig(path, dpi=_DPI)
-
-
-def colour_limits(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 1st and the 99th percentile of values of any shape, or their range where these are equal."""
-    low, high = np.quantile(values, _SHARES)
-    return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))

@@ -1,7 +1,7 @@
 """Gene maps as a page holds them: a byte a value, so that a cohort's maps fit into one file.
 
 A gene's measured and predicted values of a section are quantised over their shared colour limits, those of
-`gene_maps.colour_limits`: the colour scale has no more steps than that, so the page shows what full floats would.
+`figures.colour_limits`: the colour scale has no more steps than that, so the page shows what full floats would.
 """
 
 import base64
@@ -15,7 +15,7 @@ from PIL import Image
 
 from mclstexp.evaluation.domains import spot_pitch
 from mclstexp.evaluation.metrics import pearson_per_gene
-from mclstexp.report.gene_maps import colour_limits
+from mclstexp.report.figures import colour_limits
 from mclstexp.report.results import Result, Section
 from mclstexp.report.section_axes import SPOT_PITCHES, window
 

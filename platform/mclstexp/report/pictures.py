@@ -13,9 +13,9 @@ from mclstexp.evaluation.domains import DomainComparison
 from mclstexp.evaluation.score_plot import draw_correlations
 from mclstexp.report.biology import WAYS, section_names
 from mclstexp.report.domain_maps import draw_domain_maps
+from mclstexp.report.figures import new_figure
 from mclstexp.report.gene_maps import draw_gene_maps
 from mclstexp.report.results import Result, Section
-from mclstexp.report.section_axes import new_figure
 
 _WIDTH_IN = 13.0
 _DPI = 90

@@ -3,13 +3,11 @@
 All coordinates are level-0 pixels of the slide, y downwards.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
-from matplotlib.figure import Figure
 
 from mclstexp.evaluation.domains import spot_pitch
 
@@ -19,8 +17,6 @@ _THUMBNAIL_ALPHA = 0.6
 _MARGIN_PITCHES = 1.5
 _MAP_WIDTH_IN = 3.6
 _TITLE_IN = 0.4
-_HEADING_PT = 9
-_HEADING_LINE_IN, _HEADING_LETTER_IN = 0.17, 0.075
 
 
 @dataclass(frozen=True)
@@ -37,16 +33,6 @@ def map_size_in(place_px: np.ndarray) -> tuple[float, float]:
     """Returns width and height in inches of one map of the spots (N, 2) with its title."""
     (left, top), (right, bottom) = window(place_px)
     return _MAP_WIDTH_IN, _MAP_WIDTH_IN * (bottom - top) / (right - left) + _TITLE_IN
-
-
-def new_figure(width_in: float, height_in: float, heading: str) -> Figure:
-    """Returns a figure with its heading above, broken into lines that fit; the heading's height comes on top."""
-    num_letters = int(width_in / _HEADING_LETTER_IN)
-    lines = [line for part in heading.splitlines() for line in textwrap.wrap(part, num_letters)]
-    figure = Figure(figsize=(width_in, height_in + _HEADING_LINE_IN * len(lines)), layout="constrained")
-    if lines:
-        figure.suptitle("\n".join(lines), fontsize=_HEADING_PT)
-    return figure
 
 
 def draw_spots(axes: Axes, place_px: np.ndarray, thumbnail: Thumbnail | None) -> EllipseCollection:

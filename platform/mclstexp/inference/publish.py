@@ -1,0 +1,61 @@
+"""From a slide's staging folder to its published files.
+
+All files are made on local scratch, then uploaded whole, the table last. None holds a time or a run's name, so that
+however often publishing was interrupted and begun again, the bytes are the same; the price is scratch space for the
+slide's files. Neither memory nor imports are those of prediction: no weights, no torch.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mclstexp import storage
+from mclstexp.data.images import decode_tile
+from mclstexp.inference.model_facts import ModelFacts, choose_genes
+from mclstexp.inference.slide_geojson import write_geojson
+from mclstexp.inference.slide_h5ad import write_h5ad
+from mclstexp.inference.slide_overview import draw_overview
+from mclstexp.inference.slide_record import PREVIEW, THUMBNAIL
+from mclstexp.inference.slide_table import read_record, write_table
+
+PREVIEWS, OVERVIEWS, GEOJSON = "previews", "overviews", "geojson"
+OVERVIEW_GENES = 4
+"""Genes of the overview where none are chosen: the first of the panel."""
+
+
+def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes: Sequence[str]) -> None:
+    """Publishes a slide of which all parts are there; staging folder and ledger are left to the caller.
+
+    Writes below `out_uri`, in this order: SLIDE.h5ad, previews/SLIDE.jpg, overviews/SLIDE.png, geojson/SLIDE.geojson
+    (for chosen genes; an earlier one is removed where none are chosen) and SLIDE.parquet.
+
+    Args:
+        staging_uri: the slide's staging folder.
+        out_uri: root of the predictions.
+        model_facts: the model that made the parts.
+        genes: chosen genes by symbol, gene id or Ensembl id, for the GeoJSON file and the overview; may be empty.
+
+    Raises:
+        ConfigError: the panel lacks a chosen gene; names the nearest.
+        PartError: a part is missing, or was damaged and is removed: it has to be made again.
+        StorageError: the staging folder is damaged otherwise, or something cannot be read or written.
+    """
+    chosen = choose_genes(model_facts.panel, genes)
+    record = read_record(staging_uri)
+    name = record.slide_id
+    thumbnail = decode_tile(storage.read(storage.join(staging_uri, THUMBNAIL)))
+    preview = storage.read(storage.join(staging_uri, PREVIEW))
+    shown = chosen or list(range(min(OVERVIEW_GENES, len(model_facts.panel))))
+    outline = storage.join(out_uri, GEOJSON, f"{name}.geojson")
+    with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
+        table, data, picture, squares = (Path(scratch, f"slide.{kind}") for kind in ("parquet", "h5ad", "png", "json"))
+        record = write_table(table, staging_uri, record, model_facts)
+        write_h5ad(data, table, record, model_facts, thumbnail)
+        draw_overview(picture, table, record, model_facts, shown, thumbnail)
+        if chosen:
+            write_geojson(squares, table, record, model_facts, chosen)
+        storage.upload(data, storage.join(out_uri, f"{name}.h5ad"))
+        storage.write(storage.join(out_uri, PREVIEWS, f"{name}.jpg"), preview)
+        storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{name}.png"))
+        storage.upload(squares, outline) if chosen else storage.delete(outline)
+        storage.upload(table, storage.join(out_uri, f"{name}.parquet"))
