@@ -7,15 +7,12 @@ wrong is a row too. A process that dies is started again a few times; then its p
 see.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
@@ -27,21 +24,25 @@ from mclstexp import storage
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.stream import MAX_RETRIES, Batch, ordered
 from mclstexp.errors import ResourceError, SourceError, StorageError
-from mclstexp.inference.slide_record import GRID, PART_TILES, PARTS, RECORD, SlideRecord, num_parts
+from mclstexp.inference.parts import parts_done
+from mclstexp.inference.slide_record import PART_TILES, num_parts
+from mclstexp.inference.slide_table import read_grid, read_record
+from mclstexp.settings import TilesConfig
 
 STRETCH_PARTS = 16
 """Most parts that one task reads: 4,096 tiles."""
 TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
 """States of a row: a part's tiles; all parts are there; the slide's own fault, with its reason; a passing fault."""
 _NO_PART = -1
-_PART = re.compile(r"(\d{5})\.safetensors")
+NO_PROGRESS_S = 1800.0
+"""Without a row for so long, the run ends with an error."""
 _LEAST_ERRORS, _ERRORS_PER_SLIDE = 10, 0.1
 
 
 def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.Dataset:
     """Returns the tiles of all parts that the slides' staging folders lack, one row a part, in any order.
 
-    Columns: slide_id; staging (URI of the folder, empty where there is none yet); part and num_parts; image uint8
+    Columns: slide_id; staging (URI of the folder, empty where there is none yet); part, and num_left, the parts that its slide lacks; image uint8
     (256, size, size, 3), zero where there is no tile; complete bool (256,), False where the slide has no pixels or the
     part is over; num_tiles, the tiles of the part; state; reason. Tiles went through the encoding of the model's own.
     Rows of a state other than `tiles` have part -1 and no tile.
@@ -66,6 +67,13 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
         )
 
 
+def as_stored(tile: np.ndarray, tiles: TilesConfig) -> np.ndarray:
+    """Returns a tile, uint8 (size, size, 3), with the pixels that it would have in a tile table."""
+    if tiles.encoding == "png":  # exact
+        return tile
+    return decode_tile(encode_tile(tile, tiles.encoding, tiles.jpeg_quality))
+
+
 @contextmanager
 def _row_a_block(max_errors: int) -> Iterator[None]:
     """Datasets made inside stream rows one by one in any order, and bear the loss of `max_errors` blocks."""
@@ -74,6 +82,7 @@ def _row_a_block(max_errors: int) -> Iterator[None]:
         context.execution_options.preserve_order = False
         context.target_max_block_size = 1  # byte: a block is closed after each row
         context.max_errored_blocks = max_errors
+        context.execution_no_progress_timeout_s = NO_PROGRESS_S
         yield
 
 
@@ -89,14 +98,15 @@ class _Inspect:
         try:
             inspection = inspect(source, self.plan)
             total = num_parts(inspection.record.num_tiles)
-            missing = _missing_parts(inspection.staging, total)
+            there = parts_done(inspection.staging)
         except _FAULTS as error:
             yield _stretch(source, "", [], 0, _state(error, source.image), str(error))
             return
+        missing = [part for part in range(total) if part not in there]
         if not missing:
-            yield _stretch(source, inspection.staging, [], total, NOTHING_LEFT, "")
+            yield _stretch(source, inspection.staging, [], 0, NOTHING_LEFT, "")
         for start in range(0, len(missing), STRETCH_PARTS):
-            yield _stretch(source, inspection.staging, missing[start : start + STRETCH_PARTS], total, TILES, "")
+            yield _stretch(source, inspection.staging, missing[start : start + STRETCH_PARTS], len(missing), TILES, "")
 
 
 class _Read:
@@ -116,11 +126,13 @@ class _Read:
             yield self._row(stretch, _NO_PART, [], stretch["state"], stretch["reason"])
             return
         try:
-            left, top, scale = self._places(stretch["staging"])
+            record = read_record(stretch["staging"])
+            table = read_grid(stretch["staging"], record.num_tiles)
+            left, top = corners(table, self._plan.tiles.size_px, record.scale)
             for part in stretch["parts"]:
                 if part != _NO_PART:
                     rows_of = slice(part * PART_TILES, (part + 1) * PART_TILES)
-                    tiles = self._tiles(stretch["image"], left[rows_of], top[rows_of], scale)
+                    tiles = self._tiles(stretch["image"], left[rows_of], top[rows_of], record.scale)
                     yield self._row(stretch, part, tiles, TILES, "")
         except _FAULTS as error:
             self._release()
@@ -128,13 +140,6 @@ class _Read:
         finally:
             if storage.is_s3(stretch["image"]):
                 self._release()
-
-    def _places(self, staging: str) -> tuple[np.ndarray, np.ndarray, float]:
-        """Returns the tiles' left and top edges, (n,) each, and their scale."""
-        record = SlideRecord.model_validate_json(storage.read(storage.join(staging, RECORD)))
-        data = storage.read(storage.join(staging, GRID))
-        table = pq.read_table(pa.BufferReader(data), columns=["x_px", "y_px"])
-        return *corners(table, self._plan.tiles.size_px, record.scale), record.scale
 
     def _tiles(self, image: str, left: np.ndarray, top: np.ndarray, scale: float) -> list[np.ndarray | None]:
         return [self._tile(image, x, y, scale) for x, y in zip(left.tolist(), top.tolist(), strict=True)]
@@ -146,13 +151,7 @@ class _Read:
         except SourceError:  # OpenSlide repeats its first error for ever: only a new handle tells whether it passed
             self._release()
             tile = self._open(image).read_tile(left, top, size_px, scale)
-        return None if tile is None else self._as_stored(tile)
-
-    def _as_stored(self, tile: np.ndarray) -> np.ndarray:
-        tiles = self._plan.tiles
-        if tiles.encoding == "png":  # exact
-            return tile
-        return decode_tile(encode_tile(tile, tiles.encoding, tiles.jpeg_quality))
+        return None if tile is None else as_stored(tile, self._plan.tiles)
 
     def _open(self, image: str) -> Slide:
         if self._slide is None or self._image != image:
@@ -176,7 +175,7 @@ class _Read:
         return {
             **{name: np.array([stretch[name]], object) for name in ("slide_id", "staging")},
             "part": np.array([part]),
-            "num_parts": np.array([stretch["num_parts"]]),
+            "num_left": np.array([stretch["num_left"]]),
             "image": image,
             "complete": complete,
             "num_tiles": np.array([len(tiles)]),
@@ -194,14 +193,8 @@ def _state(error: Exception, image: str) -> str:
     return QUARANTINED if its_own else FAILED
 
 
-def _missing_parts(staging: str, total: int) -> list[int]:
-    names = (uri.rsplit("/", 1)[1] for uri in storage.list_files(storage.join(staging, PARTS)))
-    there = {int(match[1]) for name in names if (match := _PART.fullmatch(name))}
-    return [part for part in range(total) if part not in there]
-
-
-def _stretch(source: SlideSource, staging: str, parts: list[int], total: int, state: str, reason: str) -> Batch:
+def _stretch(source: SlideSource, staging: str, parts: list[int], num_left: int, state: str, reason: str) -> Batch:
     filled = [*parts, *[_NO_PART] * (STRETCH_PARTS - len(parts))]
     texts = {"slide_id": source.slide_id, "image": source.image, "staging": staging, "state": state, "reason": reason}
-    numbers = {"parts": np.array([filled]), "num_parts": np.array([total])}
+    numbers = {"parts": np.array([filled]), "num_left": np.array([num_left])}
     return {name: np.array([text], object) for name, text in texts.items()} | numbers

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from ingest.cohort import as_stored
-from ingest.inspect_slide import corners, inspect, read_grid
+from ingest.inspect_slide import corners, inspect
 from ingest.open_cohort import SlideCohort
 from ingest.slides import open_slide
 from ingest.staging import staged
@@ -20,6 +20,7 @@ from mclstexp.errors import ModelError, SourceError
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.explain import explain
 from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.slide_table import read_grid
 
 
 def explain_tile(
@@ -44,7 +45,9 @@ def explain_tile(
     source = cohort.source(slide_id)
     with tempfile.TemporaryDirectory() as scratch:
         plan = replace(cohort.plan, out=scratch)
-        table, record = read_grid(inspect(source, plan).staging)
+        inspection = inspect(source, plan)
+        record = inspection.record
+        table = read_grid(inspection.staging, record.num_tiles)
         left, top = corners(table, plan.tiles.size_px, record.scale)
         row = _covering(left, top, plan.tiles.size_px * record.scale, x_px, y_px, slide_id)
         with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path, open_slide(path) as slide:

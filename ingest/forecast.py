@@ -14,7 +14,7 @@ import torch
 
 from ingest.cohort import as_stored
 from ingest.cohort_plan import SlideSource
-from ingest.inspect_slide import Inspection, inspect, read_grid
+from ingest.inspect_slide import Inspection, corners, inspect
 from ingest.open_cohort import SlideCohort
 from ingest.slides import open_slide
 from ingest.staging import staged
@@ -23,6 +23,7 @@ from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.predict_stage import MICRO_BATCH, Stages
 from mclstexp.inference.slide_record import PART_TILES
+from mclstexp.inference.slide_table import read_grid
 
 MAX_LOOKED = 24
 """Slides that are opened."""
@@ -73,11 +74,11 @@ def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]],
     """Reads and embeds some tiles of the slide that has most."""
     plan = cohort.plan
     source, inspection = max(found, key=lambda one: one[1].record.num_tiles)
-    left, top, scale = read_grid(inspection.staging, plan.tiles.size_px)
-    number = min(_TIMED_TILES, len(left))
+    scale, grid = inspection.record.scale, read_grid(inspection.staging, inspection.record.num_tiles)
+    left, top = corners(grid.slice(0, _TIMED_TILES), plan.tiles.size_px, scale)
     with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path, open_slide(path) as slide:
         started = time.perf_counter()
-        read = [slide.read_tile(x, y, plan.tiles.size_px, scale) for x, y in zip(left[:number], top[:number], strict=True)]
+        read = [slide.read_tile(x, y, plan.tiles.size_px, scale) for x, y in zip(left, top, strict=True)]
         tiles = [as_stored(tile, plan.tiles) for tile in read if tile is not None]
         read_s = time.perf_counter() - started
     if not tiles:
@@ -88,7 +89,7 @@ def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]],
     embed(batch[:1])
     started = time.perf_counter()
     embed(batch)
-    return _Rates(read_s / number, (time.perf_counter() - started) / len(batch))
+    return _Rates(read_s / len(left), (time.perf_counter() - started) / len(batch))
 
 
 def _words(

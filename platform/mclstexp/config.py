@@ -19,6 +19,7 @@ from mclstexp.settings import (
     ClusterConfig,
     GenesConfig,
     ModelConfig,
+    PredictConfig,
     RetrievalConfig,
     Section,
     SplitConfig,
@@ -40,6 +41,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    predict: PredictConfig = PredictConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -20,11 +20,11 @@ Node = dict[str, Any]
 """An entry of `ray.nodes()`."""
 
 
-def local_ray(config: Config) -> dict[str, object]:
-    """Returns the arguments of `ray.init` for a Ray on this machine: logical CPUs enough for the run."""
+def local_ray(config: Config, min_cpus: int = 2) -> dict[str, object]:
+    """Returns the arguments of `ray.init` for a Ray on this machine: logical CPUs enough for the run, at least some."""
     train = config.train
     needed = train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus)
-    num_cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, needed, 2)
+    num_cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, needed, min_cpus)
     return {
         "address": "local",
         "num_cpus": num_cpus,

@@ -232,6 +232,27 @@ class RetrievalConfig(Section):
     """Distance d of `inverse_square`."""
 
 
+class PredictConfig(Section):
+    """How slides are cut and predicted; a model fixes the tiles themselves."""
+
+    overlap: float = Field(0.0, ge=0, lt=1)
+    """Share of its edge that a tile has in common with its neighbour."""
+    min_tissue: float = Field(0.1, ge=0, le=1)
+    """Least share of tissue for a tile to be predicted."""
+    allow_upsampling: bool = False
+    """Whether slides may be enlarged by more than 1.5 to reach the model's resolution."""
+    other_stains: bool = False
+    """Whether images that do not look like H&E are predicted, with a flag, instead of being set aside."""
+    retry_quarantined: bool = False
+    """Whether slides that were set aside before are tried again."""
+    bank_shards: int = Field(1, ge=1)
+    """Actors that hold the reference bank between them; 1: every node holds it whole."""
+    scratch: str | None = None
+    """Folder on every node for copies of remote slides; default in the system's temporary folder."""
+    scratch_gb: float = Field(50.0, gt=0)
+    """Most that those copies take on a node, in GB."""
+
+
 class TrackingConfig(Section):
     """MLflow."""
 

@@ -12,10 +12,12 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, Dataset
 
+from mclstexp.data.genes import normalisers
 from mclstexp.data.stream import MAX_RETRIES, Batch
 from mclstexp.errors import ResourceError, UserError
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.embed import ImageNetwork, network_of
+from mclstexp.inference.model_facts import ModelFacts
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.parts import write_part
 from mclstexp.inference.retrieval import Retrieved, regressed, retrieve
@@ -73,6 +75,12 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
         max_restarts=MAX_RETRIES,
         max_task_retries=MAX_RETRIES,
     )
+
+
+def facts_of(model: ModelVersion) -> ModelFacts:
+    """Returns what the files of a prediction say of its model."""
+    unit = normalisers(model.config.genes)[1].unit()
+    return ModelFacts(model.panel, unit, model.digest, model.tile_size_px, model.mpp, model.ood_similarity)
 
 
 class _Predict:

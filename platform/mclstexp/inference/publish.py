@@ -15,7 +15,7 @@ from mclstexp.inference.model_facts import ModelFacts, choose_genes
 from mclstexp.inference.slide_geojson import write_geojson
 from mclstexp.inference.slide_h5ad import write_h5ad
 from mclstexp.inference.slide_overview import draw_overview
-from mclstexp.inference.slide_record import PREVIEW, THUMBNAIL
+from mclstexp.inference.slide_record import PREVIEW, THUMBNAIL, SlideRecord
 from mclstexp.inference.slide_table import read_record, write_table
 
 PREVIEWS, OVERVIEWS, GEOJSON = "previews", "overviews", "geojson"
@@ -23,10 +23,10 @@ OVERVIEW_GENES = 4
 """Genes of the overview where none are chosen: the first of the panel."""
 
 
-def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes: Sequence[str]) -> None:
+def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes: Sequence[str]) -> SlideRecord:
     """Publishes a slide of which all parts are there; staging folder and ledger are left to the caller.
 
-    Writes below `out_uri`, in this order: SLIDE.h5ad, previews/SLIDE.jpg, overviews/SLIDE.png, geojson/SLIDE.geojson
+    Writes below `out_uri`, in this order: previews/SLIDE.jpg, SLIDE.h5ad, overviews/SLIDE.png, geojson/SLIDE.geojson
     (for chosen genes; an earlier one is removed where none are chosen) and SLIDE.parquet.
 
     Args:
@@ -34,6 +34,9 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
         out_uri: root of the predictions.
         model_facts: the model that made the parts.
         genes: chosen genes by symbol, gene id or Ensembl id, for the GeoJSON file and the overview; may be empty.
+
+    Returns:
+        The slide's record with the number of tiles that it has no pixels of. A slide without tiles has a preview only.
 
     Raises:
         ConfigError: the panel lacks a chosen gene; names the nearest.
@@ -43,8 +46,10 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
     chosen = choose_genes(model_facts.panel, genes)
     record = read_record(staging_uri)
     name = record.slide_id
+    storage.write(storage.join(out_uri, PREVIEWS, f"{name}.jpg"), storage.read(storage.join(staging_uri, PREVIEW)))
+    if not record.num_tiles:
+        return record
     thumbnail = decode_tile(storage.read(storage.join(staging_uri, THUMBNAIL)))
-    preview = storage.read(storage.join(staging_uri, PREVIEW))
     shown = chosen or list(range(min(OVERVIEW_GENES, len(model_facts.panel))))
     outline = storage.join(out_uri, GEOJSON, f"{name}.geojson")
     with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
@@ -55,7 +60,7 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
         if chosen:
             write_geojson(squares, table, record, model_facts, chosen)
         storage.upload(data, storage.join(out_uri, f"{name}.h5ad"))
-        storage.write(storage.join(out_uri, PREVIEWS, f"{name}.jpg"), preview)
         storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{name}.png"))
         storage.upload(squares, outline) if chosen else storage.delete(outline)
         storage.upload(table, storage.join(out_uri, f"{name}.parquet"))
+    return record
