@@ -19,7 +19,9 @@ from ingest.staging import staged
 from mclstexp.errors import ModelError, SourceError
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.explain import explain
+from mclstexp.inference.model_facts import choose_genes, gene_labels
 from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.retrieval import resolve
 from mclstexp.inference.slide_table import read_grid
 
 
@@ -56,7 +58,10 @@ def explain_tile(
         raise SourceError(f"slide {slide_id} has no pixels at {x_px:g}, {y_px:g}")
     embed = network_of(model).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     query = embed(as_stored(tile, plan.tiles)[None])[0]
-    return str(table["spot_id"][row]), explain(query, model, genes)
+    chosen = choose_genes(model.panel, genes)
+    columns = dict(zip(gene_labels(model.panel, chosen), chosen, strict=True))
+    config = resolve(model.config.retrieval, len(model.bank))
+    return str(table["spot_id"][row]), explain(query, model.bank, config, len(model.bank), columns)
 
 
 def _covering(left: np.ndarray, top: np.ndarray, edge: float, x: float, y: float, slide_id: str) -> int:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -27,7 +28,6 @@ from mclstexp.data.genes import GenePanel, fit_panel
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ConfigError, PredictError
-from mclstexp.inference import predict
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.inference.predict import Cohort, Report, predict_cohort
@@ -110,20 +110,24 @@ def _write_slide(path: Path, image: np.ndarray) -> None:
         )
 
 
-def _open(model: ModelVersion, slides: Path, out: Path, **settings: object) -> Cohort:
-    config = override(Config(), {f"predict.{name}": value for name, value in settings.items()})
-    return open_cohort(str(slides), model, str(out), config.predict)
+def _predict(
+    model: ModelVersion, slides: Path, out: Path, genes: tuple[str, ...] = (), idle: bool = False, **settings: object
+) -> Report:
+    config = override(Config(), {f"predict.{name}": value for name, value in settings.items()}).predict
+    cohort = open_cohort(str(slides), model, str(out), config)
 
+    def make(num_readers: int) -> Cohort:
+        made = cohort.keyed(num_readers)
+        return replace(made, tile_batches=None) if idle else made
 
-def _predict(model: ModelVersion, cohort: Cohort, out: Path, genes: tuple[str, ...] = ()) -> Report:
-    return predict_cohort(model, cohort, str(out), genes, lambda report, total: None)
+    return predict_cohort(model, make, str(out), genes, lambda report, total: None, config)
 
 
 @pytest.fixture(scope="module")
 def predicted(model: ModelVersion, slides: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All slides predicted in one calm run."""
     out = tmp_path_factory.mktemp("predicted")
-    report = _predict(model, _open(model, slides, out), out, (model.panel.names()[2],))
+    report = _predict(model, slides, out, (model.panel.names()[2],))
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
     return out
 
@@ -190,10 +194,8 @@ def test_faulty_slides_are_set_aside_with_the_reason_and_blank_ones_are_empty(pr
 
 
 def test_a_second_run_does_nothing(model: ModelVersion, slides: Path, predicted: Path) -> None:
-    cohort = _open(model, slides, predicted)
-    idle = Cohort(cohort.keys, cohort.unreadable, cohort.settings, tile_batches=None)
     before = _digests(predicted)
-    report = _predict(model, idle, predicted)
+    report = _predict(model, slides, predicted, idle=True)
     assert (report.counts(), set(report.faults())) == ({"skipped": 5}, {"broken"})
     assert _digests(predicted) == before
 
@@ -204,12 +206,12 @@ def test_a_replaced_slide_is_done_again_and_no_other(
     for name in ("small", "blank"):
         (tmp_path / f"{name}.tif").write_bytes((slides / f"{name}.tif").read_bytes())
     out = tmp_path / "out"
-    assert _predict(model, _open(model, tmp_path, out), out).counts() == {"done": 1, "empty": 1}
+    assert _predict(model, tmp_path, out).counts() == {"done": 1, "empty": 1}
     first = _digests(out)
     image = tifffile.imread(tmp_path / "small.tif")
     _write_slide(tmp_path / "small.tif", image[::-1])
     (tmp_path / "gone.tif").symlink_to(tmp_path / "nowhere.tif")
-    report = _predict(model, _open(model, tmp_path, out), out)
+    report = _predict(model, tmp_path, out)
     assert report.counts() == {"done": 1, "failed": 1, "skipped": 1}
     assert list(report.faults()) == ["gone"]
     assert _digests(out)["small.parquet"] != first["small.parquet"]
@@ -220,9 +222,9 @@ def test_an_output_belongs_to_one_model_and_one_way_of_cutting(
 ) -> None:
     before = _digests(predicted)
     with pytest.raises(PredictError, match=r"holds predictions by .* overlap=0.0.*, asked for .*overlap=0.5"):
-        _predict(model, _open(model, slides, predicted, overlap=0.5), predicted)
+        _predict(model, slides, predicted, overlap=0.5)
     with pytest.raises(ConfigError, match="panel"):
-        _predict(model, _open(model, slides, predicted), predicted, ("NOGENE",))
+        _predict(model, slides, predicted, ("NOGENE",))
     assert _digests(predicted) == before
 
 
@@ -262,7 +264,7 @@ def test_a_killed_worker_changes_nothing(
             killed.append(process.pid)
 
     killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
-    report = _predict(model, _open(model, slides, tmp_path), tmp_path, (model.panel.names()[2],))
+    report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
     killer.join()
     assert killed, "the fault must have hit"
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}

@@ -5,7 +5,6 @@ the model. The part is written here, where it was made: only a few numbers trave
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import ray
@@ -20,8 +19,9 @@ from mclstexp.inference.embed import ImageNetwork, network_of
 from mclstexp.inference.model_facts import ModelFacts
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.parts import write_part
-from mclstexp.inference.retrieval import Retrieved, regressed, retrieve
-from mclstexp.inference.shards import ShardedBank, split_bank
+from mclstexp.inference.retrieval import Retrieved, held, regressed, resolve, retrieve
+from mclstexp.inference.shard_actors import ShardActors, start_shards
+from mclstexp.inference.shards import Shards, split_bank
 from mclstexp.settings import RetrievalConfig
 
 MICRO_BATCH = 64
@@ -64,10 +64,11 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
         bank_shards: actors that hold the bank's keys between them; 1: every node holds all of it once.
     """
     bank = model.bank
-    held = ray.put(bank) if bank is None or bank_shards == 1 else split_bank(bank, bank_shards)
+    shards = None if bank is None or bank_shards == 1 else start_shards(split_bank(bank, bank_shards))
+    config = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
     return tiles.map_batches(
         _Predict,
-        fn_constructor_args=(ray.put(network_of(model)), [held], model.config.retrieval),
+        fn_constructor_args=(ray.put(network_of(model)), ray.put(None if shards else bank), shards, config),
         batch_size=1,
         compute=ActorPoolStrategy(size=dealt.num_embedders),
         num_gpus=1 if dealt.uses_gpu else None,
@@ -86,11 +87,13 @@ def facts_of(model: ModelVersion) -> ModelFacts:
 class _Predict:
     """Embeds a part's tiles, asks the bank and writes the part."""
 
-    def __init__(self, network: ray.ObjectRef, held: list[Any], config: RetrievalConfig) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self, network: ray.ObjectRef, bank: ray.ObjectRef, shards: ShardActors | None, config: RetrievalConfig
+    ) -> None:
         built: ImageNetwork = ray.get(network)
-        self._embed = built.build(device)
-        self._bank: Bank | ShardedBank | None = ray.get(held[0]) if isinstance(held[0], ray.ObjectRef) else held[0]
+        whole: Bank | None = ray.get(bank)
+        self._embed = built.build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._shards: Shards | None = shards if whole is None else held(whole)
         self._config = config
 
     def __call__(self, batch: Batch) -> Batch:
@@ -109,6 +112,4 @@ class _Predict:
         """Returns what the model says of tiles, uint8 (n, size, size, 3)."""
         starts = range(0, len(tiles), MICRO_BATCH)
         queries = np.concatenate([self._embed(tiles[start : start + MICRO_BATCH]) for start in starts])
-        if self._bank is None:
-            return regressed(queries)
-        return retrieve(queries, cast(Bank, self._bank), self._config)
+        return regressed(queries) if self._shards is None else retrieve(queries, self._shards, self._config)
