@@ -158,7 +158,7 @@ class ModelConfig(Section):
     spot_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout in the spot tower."""
     position: Literal["sinusoidal", "table", "pixel_table", "none"] = "sinusoidal"
-    """Sines of micrometres from the sentence's centre, learnt tables of array or slide pixel column and row, or none."""
+    """Sines of micrometres from the sentence's centre, learnt tables of array or pixel column and row, or none."""
     embedding_dim: int = Field(256, ge=2)
     """Width of the common space."""
     l2_normalise: bool = True
