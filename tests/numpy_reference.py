@@ -42,6 +42,11 @@ def scaled_images(tiles_NHWC: NDArray[np.uint8]) -> Floats:
     return np.moveaxis(tiles_NHWC.astype(np.float64) / 255, -1, 1)
 
 
+def visium_images(tiles_NHWC: NDArray[np.uint8]) -> Floats:
+    """§1a, Visium: blue, green, red from 0 to 255."""
+    return np.moveaxis(tiles_NHWC[..., ::-1].astype(np.float64), -1, 1)
+
+
 def relu(values: Floats) -> Floats:
     return np.maximum(values, 0)
 

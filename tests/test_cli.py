@@ -76,6 +76,40 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: st
     assert message in str(error.value)
 
 
+def test_a_file_stands_on_its_base(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "ground.yaml").write_text("train: {epochs: 2, seed: 3, tower_lr: 0.5}\nmodel: {spot_layers: 1}\n")
+    (tmp_path / "deep" / "middle.yaml").write_text("base: ../ground.yaml\ntrain: {epochs: 7, seed: 5}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("base: deep/middle.yaml\ntrain: {epochs: 9}\ntiles: {size_px: 64}\n")
+    config = _parse("--config", str(top), "--train.head_lr", "0.25")
+    assert (config.train.epochs, config.train.seed, config.train.tower_lr, config.train.head_lr) == (9, 5, 0.5, 0.25)
+    assert (config.model.spot_layers, config.tiles.size_px) == (1, 64)
+    assert config.genes == Config().genes
+
+
+@pytest.mark.parametrize(
+    ("base", "top", "message"),
+    [
+        ("train: {epochs: 1}", "base: none.yaml", "cannot read the configuration"),
+        ("train: {epochs: 1}", "base: [base.yaml]", "is no file name"),
+        ("train: {epochs: 1}", "base: top.yaml", "leads back to itself"),
+        ("base: top.yaml", "base: base.yaml", "leads back to itself"),
+        ("train: {epoch: 1}", "base: base.yaml", "unknown setting train.epoch in"),
+        ("train: {epochs: 1}", "base: base.yaml\ntrain: {epoch: 1}", "did you mean train.epochs?"),
+        ("train: {epochs: 1}", "base: base.yaml\ntrain: 3", "invalid setting in"),
+        ("train: {num_workers: 2}", "base: base.yaml\ntrain: {batch_sentences: 3}", "is not a multiple"),
+    ],
+)
+def test_mistakes_of_and_in_a_base_are_answered(tmp_path: Path, base: str, top: str, message: str) -> None:
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "top.yaml").write_text(top)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "top.yaml")
+    assert message in str(error.value)
+    assert ("base.yaml" if "epoch:" in base else str(tmp_path)) in str(error.value)
+
+
 def test_described_settings_are_settings(tmp_path: Path) -> None:
     config = _parse("--train.epochs", "3", "--split.test_patients", "A")
     file = tmp_path / "resolved.yaml"

@@ -56,6 +56,18 @@ def test_a_tile_is_embedded_the_same_in_any_company() -> None:
     assert embed(TILES)[2:3] == pytest.approx(embed(TILES[2:3]), abs=1e-6)
 
 
+def test_tiles_are_turned_where_they_are_embedded_if_asked_for() -> None:
+    plain, turning = (_network(_config(test_turns=turns)).build(CPU) for turns in (False, True))
+    sides = [np.rot90(side, turns, (1, 2)) for side in (TILES, TILES[:, ::-1]) for turns in range(4)]
+    by_side = np.stack([plain(np.ascontiguousarray(side)) for side in sides])
+    found = turning(TILES)
+    nearest = np.abs(by_side - found).max(axis=2)
+    assert nearest.min(axis=0) == pytest.approx(np.zeros(len(TILES)), abs=1e-6)
+    assert len(set(nearest.argmin(axis=0))) > 1
+    assert turning(TILES[::-1].copy()) == pytest.approx(found[::-1], abs=1e-6)
+    assert turning(TILES[2:3]) == pytest.approx(found[2:3], abs=1e-6)
+
+
 @dataclass
 class _Version:
     """What `encoder_network` reads of a model version."""

@@ -27,7 +27,7 @@ from mclstexp.inference.embed import ImageNetwork
 from mclstexp.inference.retrieval import resolve, retrieve
 from mclstexp.model.build import build_network
 from mclstexp.model.losses import contrastive_loss
-from mclstexp.model.towers import TwoTowers
+from mclstexp.model.towers import ImageTower, TwoTowers
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.augment import augment
 from mclstexp.training.checkpoint import plain_tensors
@@ -63,6 +63,12 @@ class Section:
 def config() -> Config:
     settings = Path(__file__).parents[1] / "jobs" / "configs" / "reference.yaml"
     return override(load_config(settings), {"model.image_weights": "random", "retrieval.k": NEIGHBOURS})
+
+
+@pytest.fixture(scope="module")
+def visium() -> Config:
+    settings = Path(__file__).parents[1] / "jobs" / "configs" / "reference_alex10x.yaml"
+    return override(load_config(settings), {"model.image_weights": "random"})
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +155,13 @@ def _expression(config: Config, section: Section) -> tuple[np.ndarray, np.ndarra
     )
 
 
-def test_expression(config: Config, sections: dict[str, Section]) -> None:
+def test_expression(config: Config, visium: Config, sections: dict[str, Section]) -> None:
     for section in sections.values():
         entered, target = _expression(config, section)
         _close(entered, reference.per_spot(section.counts), 1e-6, 1e-6)
         _close(target, reference.per_gene(section.counts), 1e-6, 1e-6)
+        for value in _expression(visium, section):
+            _close(value, reference.per_gene(section.counts), 1e-6, 1e-6)
 
 
 def test_image_tower(model: TwoTowers, sections: dict[str, Section]) -> None:
@@ -165,6 +173,16 @@ def test_image_tower(model: TwoTowers, sections: dict[str, Section]) -> None:
     with torch.no_grad():
         _close(model.image_tower.double()(torch.from_numpy(reference.scaled_images(tiles))), features)
         _close(model.image_tower.float()(images), features, **LOOSE)
+
+
+def test_image_tower_of_visium(visium: Config, model: TwoTowers, sections: dict[str, Section]) -> None:
+    tiles = sections[TEST].tiles[:6]
+    tower = ImageTower(visium.model, SIZE_PX)
+    tower.load_state_dict(model.image_tower.state_dict())
+    wanted = reference.densenet121(reference.visium_images(tiles), _weights(tower, "encoder.features."))
+    images = augment(torch.from_numpy(tiles), "none", torch.Generator())
+    with torch.no_grad():
+        _close(tower.double().eval()(images.double()), wanted, 1e-5, 1e-2)  # of features up to 1e4
 
 
 def test_spot_tower(model: TwoTowers, sections: dict[str, Section]) -> None:

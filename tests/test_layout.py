@@ -10,7 +10,7 @@ from pathlib import Path
 import _launch
 import pytest
 
-from mclstexp.config import load_config
+from mclstexp.config import load_config, override
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
@@ -86,6 +86,29 @@ def test_jobs_can_be_run_as_they_are(job: str) -> None:
 @pytest.mark.parametrize("file", SETTINGS, ids=lambda path: path.name)
 def test_shipped_settings_load(file: Path) -> None:
     load_config(file)
+
+
+REFERENCE_VARIANTS = {
+    "cscc": {"retrieval.k": 600, "retrieval.distance": "l2"},
+    "alex10x": {
+        "genes.input": "per_gene",
+        "model.input_scaling": "bgr255",
+        "model.test_turns": True,
+        "model.position": "pixel_table",
+        "train.epochs": 15,
+        "train.augmentation": "flips",
+        "retrieval.distance": "l2",
+    },
+}
+
+
+@pytest.mark.parametrize("cohort", REFERENCE_VARIANTS)
+def test_the_published_recipe_differs_between_cohorts_where_the_published_code_does(cohort: str) -> None:
+    configs = ROOT / "jobs" / "configs"
+    published = load_config(configs / "reference.yaml")
+    assert published.tiles.min_tissue == 0
+    assert published.tiles.encoding == "png"
+    assert load_config(configs / f"reference_{cohort}.yaml") == override(published, REFERENCE_VARIANTS[cohort])
 
 
 def test_what_git_ignores_is_anchored_so_that_ray_ships_every_module() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mclstexp.model.spot import SpotTower
-from mclstexp.model.towers import TwoTowers
+from mclstexp.model.towers import ImageTower, TwoTowers
 from mclstexp.settings import ModelConfig
 
 GENES, POSITIONS = 12, 9
@@ -90,7 +90,19 @@ def test_the_image_head_equals_its_description() -> None:
     np.testing.assert_allclose(towers.embed_images(images).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("position", ["sinusoidal", "table", "none"])
+def test_published_visium_input_is_blue_first_from_0_to_255() -> None:
+    torch.manual_seed(0)
+    tower = ImageTower(ModelConfig(image_encoder="small_cnn", input_scaling="bgr255"), 32).eval()
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    seen = []
+    tower.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numpy()))
+    with torch.no_grad():
+        tower(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255)
+    red, green, blue = (tiles[..., channel].astype(float) for channel in range(3))
+    np.testing.assert_allclose(seen[0], np.stack([blue, green, red], axis=1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "table", "pixel_table", "none"])
 def test_padding_influences_nothing(position: str) -> None:
     config = ModelConfig(image_encoder="small_cnn", spot_width=16, spot_layers=2, position=position)
     towers = TwoTowers(config, GENES, POSITIONS, 32).eval()

@@ -60,7 +60,7 @@ class Config(Section):
         if train.batching == "random_spots" and model.position == "sinusoidal":
             raise ValueError(
                 "model.position=sinusoidal measures from the centre of a neighbourhood, which "
-                "train.batching=random_spots has not; use table or none"
+                "train.batching=random_spots has not; use table, pixel_table or none"
             )
         if train.positives == "soft" and model.l2_normalise:
             raise ValueError(
@@ -109,20 +109,41 @@ def override(config: Config, settings: dict[str, object], origin: str = "setting
 
 
 def load_config(path: str | Path | None) -> Config:
-    """Returns the settings of a YAML file over the defaults, or the defaults where `path` is None.
+    """Returns the settings of a YAML file over those of its `base`, over the defaults; the defaults where it is None.
+
+    `base: FILE` beside the sections names another such file, relative to the one that names it.
 
     Raises:
-        ConfigError: the file is missing, is no mapping, or holds an unknown or invalid setting.
+        ConfigError: a file is missing, is no mapping, is its own base, or holds an unknown or invalid setting.
     """
-    if path is None:
-        return Config()
+    return Config() if path is None else _load(Path(path), ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> Config:
+    tree, chain = _read(path), (*above, path.resolve())
+    base = tree.pop("base", None)
+    if base is None:
+        return config_from(tree, str(path))
+    if not isinstance(base, str):
+        raise ConfigError(f"base={base!r} in {path} is no file name; give one YAML file, relative to {path.parent}")
+    if (path.parent / base).resolve() in chain:
+        raise ConfigError(f"base={base} in {path} leads back to itself; take `base` out of one of the files")
+    under = _load(path.parent / base, chain).model_dump(mode="json")
+    over = {
+        name: under[name] | fields if name in under and isinstance(fields, dict) else fields
+        for name, fields in tree.items()
+    }
+    return config_from(under | over, str(path))
+
+
+def _read(path: Path) -> dict[str, object]:
     try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        tree = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of sections; see jobs/configs/")
-    return config_from(tree, str(path))
+    return tree
 
 
 def config_from(tree: dict[str, object], origin: str = "settings") -> Config:

@@ -99,9 +99,12 @@ class GenesConfig(Section):
     """Which genes are predicted, and in which unit."""
 
     panel: str = "hvg"
-    """`hvg` (the most variable genes over the training sections) or a file with one gene a line."""
+    """`hvg` (most variable over the training sections), `hvg_union` (most variable within any, as the paper says), or a
+    file with one gene a line."""
     num_genes: int = Field(1000, ge=1)
-    """Genes in an `hvg` panel."""
+    """Genes in an `hvg` panel; genes that each section adds to an `hvg_union`."""
+    min_spots: int = Field(0, ge=0)
+    """Fewest training spots in which a gene of an `hvg` or `hvg_union` panel has counts."""
     missing: Literal["error", "drop"] = "error"
     """What to do with genes of a panel file that the data lacks: refuse, or leave them out and say so."""
     input: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"
@@ -134,8 +137,10 @@ class ModelConfig(Section):
     """densenet121, resnet18, resnet50, vit_b_16, small_cnn (four layers, for tests) or timm/NAME with any timm name."""
     image_weights: str = "random"
     """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors; local or s3://)."""
-    input_scaling: Literal["imagenet", "unit"] = "imagenet"
-    """Pixels less the ImageNet mean over its deviation, or only scaled to [0, 1]."""
+    input_scaling: Literal["imagenet", "unit", "bgr255"] = "imagenet"
+    """Pixels less the ImageNet mean over its deviation, only scaled to [0, 1], or blue first from 0 to 255."""
+    test_turns: bool = False
+    """Whether tiles are flipped and turned, each by a fixed draw, when they are embedded too (published for Visium)."""
     predictor: Literal["retrieval", "regression"] = "retrieval"
     """Expression is read from the most similar measured spots, or regressed from the tile directly (ST-Net)."""
     freeze_encoder: bool = False
@@ -152,8 +157,8 @@ class ModelConfig(Section):
     """Hidden width of a block's feed-forward layer over the tower's width."""
     spot_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout in the spot tower."""
-    position: Literal["sinusoidal", "table", "none"] = "sinusoidal"
-    """Sines of micrometres from the sentence's centre, learnt tables of array row and column, or none."""
+    position: Literal["sinusoidal", "table", "pixel_table", "none"] = "sinusoidal"
+    """Sines of micrometres from the sentence's centre, learnt tables of array or pixel column and row, or none."""
     embedding_dim: int = Field(256, ge=2)
     """Width of the common space."""
     l2_normalise: bool = True
@@ -183,8 +188,8 @@ class TrainConfig(Section):
     """A tile's positive is its own spot alone, or every spot by similarity within either side (BLEEP)."""
     drop_spots: float = Field(0.3, ge=0, lt=1)
     """Largest share of a sentence's spots left out, new for each sentence and epoch. Unused with `random_spots`."""
-    augmentation: Literal["none", "default", "reference"] = "default"
-    """Flips, quarter turns and mild colour and stain jitter; or the published recipe; or none."""
+    augmentation: Literal["none", "default", "reference", "flips"] = "default"
+    """Flips, quarter turns and mild colour and stain jitter; the published recipe (Visium's: `flips`); or none."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """Optimiser."""
     tower_lr: float = Field(1e-4, gt=0)

@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse
 
 from mclstexp.data.schema import Manifest, SectionEntry, gene_names, load_genes
 from mclstexp.data.table import read_counts
+from mclstexp.data.variability import most_variable, most_variable_of_any
 from mclstexp.errors import ConfigError, ModelError
 from mclstexp.settings import GenesConfig
 
@@ -104,22 +104,26 @@ def normalisers(config: GenesConfig) -> tuple[Normaliser, Normaliser]:
 
 
 def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config: GenesConfig) -> GenePanel:
-    """Returns the panel: a file's genes, or the most variable ones over the given (training) sections.
+    """Returns the panel: a file's genes, or the most variable ones of the given (training) sections.
 
-    `hvg`: genes with counts in all sections, by variance of ln(1 + scale * count / spot total) over all their spots;
-    ties by gene id. One section's sparse counts are in memory at a time.
+    `hvg` keeps the order of variability, `hvg_union` that of the gene table (`variability.py`), a file its own.
 
     Raises:
         ConfigError: the panel file is missing, or names genes that the data lacks (`genes.missing`), or no gene is
             left.
     """
     table = load_genes(root, manifest)
-    if config.panel != "hvg":
-        rows = _rows_of_file(config, table)
+    if config.panel == "hvg":
+        rows = most_variable(root, manifest, list(section_ids), config, table["gene_id"].to_pylist())
+    elif config.panel == "hvg_union":
+        rows = most_variable_of_any(root, manifest, list(section_ids), config)
     else:
-        rows = _most_variable(root, manifest, list(section_ids), config, table["gene_id"].to_pylist())
+        rows = _rows_of_file(config, table)
     if not rows:
-        raise ConfigError(f"no gene is left for the panel {config.panel}: none has counts in all training sections")
+        raise ConfigError(
+            f"no gene is left for the panel {config.panel}: none has counts in all training sections and in "
+            f"genes.min_spots={config.min_spots} of their spots"
+        )
     picked = table.take(pa.array(rows))
     return GenePanel(*(tuple(picked[name].to_pylist()) for name in ("gene_id", "symbol", "ensembl_id")))
 
@@ -184,36 +188,11 @@ def _first_rows(names: list[str], rows: Iterable[int]) -> dict[str, int]:
     return first
 
 
-def _most_variable(
-    root: str, manifest: Manifest, section_ids: list[str], config: GenesConfig, gene_ids: list[str]
-) -> list[int]:
-    num_genes = manifest.num_genes
-    first, second = np.zeros(num_genes), np.zeros(num_genes)
-    everywhere, num_spots = np.ones(num_genes, bool), 0
-    for name in section_ids:
-        counts = read_counts(root, manifest.section(name), num_genes).astype(np.float64)
-        everywhere &= np.asarray(counts.sum(axis=0)).ravel() > 0
-        logs = _log_normalised(counts, config.scale)
-        first += np.asarray(logs.sum(axis=0)).ravel()
-        second += np.asarray(logs.multiply(logs).sum(axis=0)).ravel()
-        num_spots += counts.shape[0]
-    variance = (second / max(1, num_spots) - (first / max(1, num_spots)) ** 2).round(12)
-    candidates = np.flatnonzero(everywhere)
-    ranked = sorted(candidates, key=lambda row: (-variance[row], gene_ids[row]))
-    return [int(row) for row in ranked[: config.num_genes]]
-
-
-def _log_normalised(counts: scipy.sparse.csr_array, scale: float) -> scipy.sparse.csr_array:
-    totals = np.asarray(counts.sum(axis=1)).ravel()
-    factors = np.divide(scale, totals, out=np.zeros_like(totals), where=totals > 0)
-    return scipy.sparse.diags_array(factors).dot(counts).log1p().tocsr()
-
-
 def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
     try:
         lines = [line.strip() for line in Path(config.panel).read_text().splitlines()]
     except OSError as error:
-        raise ConfigError(f"genes.panel={config.panel}: {error.strerror}; give a file or hvg") from error
+        raise ConfigError(f"genes.panel={config.panel}: {error.strerror}; give a file, hvg or hvg_union") from error
     names = list(dict.fromkeys(line for line in lines if line))
     asked = GenePanel.from_names(names)
     columns = align(asked, genes)

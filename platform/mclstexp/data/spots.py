@@ -4,6 +4,7 @@
 torch, so that decode tasks start fast; what it needs of a table travels with it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,9 +15,13 @@ from mclstexp import storage
 from mclstexp.config import Config
 from mclstexp.data.genes import GenePanel, Normaliser, align, gene_totals, normalisers, panel_counts
 from mclstexp.data.images import decode_tile
-from mclstexp.data.schema import Manifest, load_genes
+from mclstexp.data.schema import Manifest, SectionEntry, load_genes
 from mclstexp.data.stream import Batch, kept_spots, pad
 from mclstexp.data.table import read_columns, read_sentence
+from mclstexp.errors import UserError
+
+MAX_TABLE_POSITIONS = 65_536
+_TABLE_COLUMNS = {"table": ("array_col", "array_row"), "pixel_table": ("x_px", "y_px")}
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class SpotReader:
     """Row of the gene table of each panel gene, int32 (G,); -1 where the table lacks it."""
     input: Normaliser
     target: Normaliser
-    array_position: bool
-    """Positions are array (column, row) instead of micrometres from the sentence's centre."""
+    position: str
+    """Kind of position, as `model.position`."""
     gene_totals: dict[str, np.ndarray] = field(default_factory=dict)
     """Per section, the panel genes' totals, float64 (G,), where a normaliser divides by them."""
 
@@ -55,7 +60,7 @@ class SpotReader:
         table = read_sentence(self.root, entry, group)
         first = sum(part.num_rows for part in entry.row_groups[:group])
         spots = {
-            "position": positions(table, self.array_position),
+            "position": positions(table, self.position),
             "row": np.arange(first, first + table.num_rows, dtype=np.int32),
         }
         if entry.measured:
@@ -69,14 +74,13 @@ class SpotReader:
         those within each sentence.
         """
         entry = self.manifest.section(section_id)
-        places = ["array_row", "array_col", "x_um", "y_um"]
-        table = read_columns(self.root, entry, ["spot_id", *places, "gene_index", "count"])
+        table = read_columns(self.root, entry, ["spot_id", *place_columns(self.position), "gene_index", "count"])
         starts = np.cumsum([0, *(group.num_rows for group in entry.row_groups)])
         sentences = [table.slice(start, stop - start) for start, stop in pairwise(starts)]
         names = {"section_id": entry.section_id, "patient_id": entry.patient_id}
         return {
             **self._expression(section_id, table),
-            "position": np.concatenate([positions(sentence, self.array_position) for sentence in sentences]),
+            "position": np.concatenate([positions(sentence, self.position) for sentence in sentences]),
             "spot_id": np.array(table["spot_id"].to_pylist(), object),
             **{column: np.full(entry.num_spots, name, object) for column, name in names.items()},
         }
@@ -90,8 +94,8 @@ class SpotReader:
         }
 
 
-def decode_tiles(tiles: pa.Array, size_px: int) -> np.ndarray:
-    """Returns encoded tiles (binary, n) as uint8 (n, size_px, size_px, 3)."""
+def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
+    """Returns n encoded tiles (an Arrow array or a list of its values) as uint8 (n, size_px, size_px, 3)."""
     images = np.empty((len(tiles), size_px, size_px, 3), np.uint8)
     for place, tile in enumerate(tiles):
         images[place] = decode_tile(tile.as_py())
@@ -106,15 +110,45 @@ def make_reader(root: str, manifest: Manifest, panel: GenePanel, config: Config)
     if any(normaliser.scheme == "per_gene" for normaliser in both):
         measured = (entry for entry in manifest.sections if entry.measured)
         totals = {entry.section_id: gene_totals(root, manifest, entry, columns) for entry in measured}
-    array_position = config.model.position == "table"
-    return SpotReader(storage.absolute(root), manifest, columns, *both, array_position, totals)
+    return SpotReader(storage.absolute(root), manifest, columns, *both, config.model.position, totals)
 
 
-def positions(table: pa.Table, array_position: bool) -> np.ndarray:
-    """Returns float32 (n, 2): array (column, row), or micrometres (x, y) from the rows' mean."""
-    names = ("array_col", "array_row") if array_position else ("x_um", "y_um")
-    place = np.stack([table[name].to_numpy() for name in names], axis=1)
-    return (place if array_position else place - place.mean(axis=0)).astype(np.float32)
+def place_columns(position: str) -> tuple[str, str]:
+    """Returns the columns of the tile table, (x, y), that a kind of position is made of."""
+    return _TABLE_COLUMNS.get(position, ("x_um", "y_um"))
+
+
+def positions(table: pa.Table, position: str) -> np.ndarray:
+    """Returns float32 (n, 2), (x, y): whole array or pixel (column, row), or micrometres from the rows' mean."""
+    place = np.stack([table[name].to_numpy() for name in place_columns(position)], axis=1)
+    return (np.floor(place) if position in _TABLE_COLUMNS else place - place.mean(axis=0)).astype(np.float32)
+
+
+def num_positions(reader: SpotReader) -> int:
+    """Returns the rows of learnt position tables: the measured data's largest coordinate + 1, 0 without tables.
+
+    Raises:
+        UserError: a section has no such coordinates, or they exceed 65,535.
+    """
+    if reader.position not in _TABLE_COLUMNS:
+        return 0
+    largest = {
+        entry.section_id: _largest_coordinate(reader, entry) for entry in reader.manifest.sections if entry.measured
+    }
+    for name, coordinate in largest.items():
+        if not 0 <= coordinate < MAX_TABLE_POSITIONS:
+            raise UserError(
+                f"model.position={reader.position} needs coordinates from 0 to {MAX_TABLE_POSITIONS - 1}; section "
+                f"{name} has {coordinate} as its largest (-1: none); use sinusoidal or none"
+            )
+    return 1 + max(largest.values())
+
+
+def _largest_coordinate(reader: SpotReader, entry: SectionEntry) -> int:
+    if reader.position == "table":
+        return entry.max_array
+    table = read_columns(reader.root, entry, place_columns(reader.position))
+    return int(positions(table, reader.position).max())
 
 
 @dataclass(frozen=True)

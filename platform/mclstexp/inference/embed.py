@@ -22,6 +22,7 @@ from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.heads import ProjectionHead
 from mclstexp.model.towers import ImageTower
 from mclstexp.settings import ModelConfig
+from mclstexp.training.augment import fixed_turns
 from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.optim import native_bf16
 
@@ -54,6 +55,7 @@ class ImageNetwork:
 
         @torch.inference_mode()
         def embed(tiles: np.ndarray) -> np.ndarray:
+            tiles = fixed_turns(tiles) if config.test_turns else tiles
             images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()

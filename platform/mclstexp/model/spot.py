@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class PositionTables(nn.Module):
-    """Learnt rows for array column and row, X[x] + Y[y], unit-normal at the start.
+    """Learnt rows for array (Visium, as published: pixel) column and row, X[x] + Y[y], unit-normal at the start.
 
     Sized to the data's largest coordinate + 1 instead of the published 65,536: an unread row changes nothing.
     """
@@ -88,7 +88,7 @@ class PositionTables(nn.Module):
         self.y = nn.Embedding(num_positions, width)
 
     def forward(self, position_SL2: torch.Tensor) -> torch.Tensor:
-        """Returns (S, L, W) for array (column, row)."""
+        """Returns (S, L, W) for whole (column, row)."""
         place = position_SL2.long()
         return self.x(place[..., 0]) + self.y(place[..., 1])
 
@@ -116,6 +116,6 @@ class Sinusoid(nn.Module):
 
 
 def _position(kind: str, width: int, num_positions: int) -> nn.Module | None:
-    if kind == "table":
+    if kind in ("table", "pixel_table"):
         return PositionTables(width, num_positions)
     return Sinusoid(width) if kind == "sinusoidal" else None

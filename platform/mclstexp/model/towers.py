@@ -14,6 +14,12 @@ from mclstexp.model.spot import SpotTower
 from mclstexp.settings import ModelConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NOTHING = (0.0,) * 3
+_SCALINGS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "unit": (_NOTHING, (1.0,) * 3),
+    "bgr255": (_NOTHING, (1 / 255,) * 3),
+}
 
 
 class ImageTower(nn.Module):
@@ -29,13 +35,14 @@ class ImageTower(nn.Module):
         self.encoder.requires_grad_(not config.freeze_encoder)
         if config.batch_norm == "sync" and not config.freeze_encoder:
             self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)
-        imagenet = config.input_scaling == "imagenet"
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.0,) * 3, (1.0,) * 3)
+        mean, std = _SCALINGS[config.input_scaling]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns features (N, F) of images in [0, 1], float (N, 3, size, size)."""
+        """Returns features (N, F) of RGB images in [0, 1], float (N, 3, size, size)."""
+        if self.config.input_scaling == "bgr255":
+            images = images.flip(1)
         return self.encoder((images - self.mean) / self.std)
 
     def train(self, mode: bool = True) -> "ImageTower":
@@ -88,5 +95,5 @@ class TwoTowers(nn.Module):
     def embed_spots(
         self, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor
     ) -> torch.Tensor:
-        """Returns embeddings (S, L, D) of normalised expression at positions (um, or array column and row)."""
+        """Returns embeddings (S, L, D) of normalised expression at positions (um, or column and row of the tables)."""
         return self.spot_head(self.spot_tower(expression_SLG, position_SL2, mask_SL))

@@ -4,7 +4,9 @@ Shapes: N tiles; all maps take and return float (N, 3, size, size) in [0, 1].
 """
 
 import math
+import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +23,8 @@ def augment(tiles: torch.Tensor, kind: str, generator: torch.Generator) -> torch
         tiles: on the device where the work is done.
         kind: `none`; `default`: flips, quarter turns, mild stain jitter (Tellez et al. 2018,
             https://doi.org/10.1109/TMI.2018.2820199) and light jitter; `reference`: colour jitter of 0.5, horizontal
-            flip, rotation by any angle with black corners (mclSTExp 2024, https://arxiv.org/abs/2407.08216).
+            flip, rotation by any angle with black corners (mclSTExp 2024, https://arxiv.org/abs/2407.08216); `flips`:
+            flips and quarter turns alone (the same paper's code, Visium).
         generator: of the same device; fixes every draw.
     """
     images = tiles.permute(0, 3, 1, 2).float() / 255
@@ -32,7 +35,24 @@ def augment(tiles: torch.Tensor, kind: str, generator: torch.Generator) -> torch
         return rotate(_flip(images, 3, generator), generator)
     images = _flip(_flip(images, 3, generator), 2, generator)
     images = _where(images.transpose(2, 3), images, generator)
+    if kind == "flips":
+        return images
     return colour_jitter(stain_jitter(images, STAIN_JITTER, generator), LIGHT_JITTER, generator)
+
+
+def fixed_turns(tiles: np.ndarray) -> np.ndarray:
+    """Returns tiles, uint8 (n, size, size, 3), each flipped and turned by a draw that its own bytes decide.
+
+    The published code draws anew whenever it embeds a Visium tile, so that its results cannot be repeated. Here the
+    checksum draws among the same eight: no result depends on order or batch.
+    """
+    turned = np.empty_like(tiles)
+    for place, tile in enumerate(tiles):
+        draw = zlib.crc32(tile.tobytes())
+        tile = tile[:, ::-1] if draw & 1 else tile
+        tile = tile[::-1] if draw & 2 else tile
+        turned[place] = tile.swapaxes(0, 1) if draw & 4 else tile
+    return turned
 
 
 def colour_jitter(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:

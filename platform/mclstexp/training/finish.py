@@ -8,6 +8,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from mclstexp import storage
+from mclstexp.data.spots import num_positions
 from mclstexp.inference.bank import Bank, build_bank
 from mclstexp.inference.embed import embed_sections, network_of
 from mclstexp.inference.model_version import FILES, ModelVersion, TrainingRecord
@@ -15,7 +16,7 @@ from mclstexp.inference.retrieval import ValidationSection, choose, resolve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import WEIGHTS
-from mclstexp.training.trainer import Run, num_positions
+from mclstexp.training.trainer import Run
 
 FOLDER = "model"
 
@@ -50,7 +51,7 @@ def _version(run: Run, weights: dict[str, torch.Tensor]) -> ModelVersion:
         config=config,
         panel=run.panel,
         geometry=(manifest.tile_size_px, manifest.mpp),
-        num_positions=num_positions(config, manifest),
+        num_positions=num_positions(run.reader),
         training=_record(run),
         weights=weights,
         bank=None,

@@ -19,7 +19,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.folds import Split, make_split
 from mclstexp.data.genes import GenePanel, fit_panel
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.data.spots import SpotReader, make_reader
+from mclstexp.data.spots import SpotReader, make_reader, num_positions
 from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
 from mclstexp.model.build import build_network
@@ -29,7 +29,6 @@ from mclstexp.training.loop import TrainPlan, train_worker
 from mclstexp.training.progress import Metrics, ProgressBoard, followed
 
 RECORD = "run.json"
-MAX_TABLE_POSITIONS = 65_536
 GROUP_TIMEOUT_S = 300
 _FREE_TRAIN_SETTINGS = {
     "num_workers",
@@ -172,7 +171,7 @@ def make_plan(run: Run) -> TrainPlan:
         feed=make_feed(config, run.reader, run.split.train),
         share=StreamShare(config.cluster.data_cpus, store_bytes, config.cluster.data_pool),
         num_genes=len(run.panel.gene_id),
-        num_positions=num_positions(config, run.manifest),
+        num_positions=num_positions(run.reader),
         tile_size_px=run.manifest.tile_size_px,
         initial_weights=ray.put(initial_weights(run)),
         board=ProgressBoard.remote(),  # type: ignore[attr-defined]
@@ -186,26 +185,9 @@ def initial_weights(run: Run) -> dict[str, torch.Tensor]:
         ModelError, ConfigError: the image encoder's weights cannot be had or do not fit it.
     """
     torch.manual_seed(run.config.train.seed)
-    positions = num_positions(run.config, run.manifest)
+    positions = num_positions(run.reader)
     network = build_network(run.config.model, len(run.panel), positions, run.manifest.tile_size_px)
     return plain_tensors(network.state_dict())
-
-
-def num_positions(config: Config, manifest: Manifest) -> int:
-    """Returns the rows of the learnt position tables: the data's largest array coordinate + 1, 0 without tables.
-
-    Raises:
-        UserError: a section has no array coordinates, or they exceed 65,536.
-    """
-    if config.model.position != "table":
-        return 0
-    for entry in manifest.sections:
-        if entry.measured and not 0 <= entry.max_array < MAX_TABLE_POSITIONS:
-            raise UserError(
-                f"model.position=table needs array coordinates from 0 to {MAX_TABLE_POSITIONS - 1}; section "
-                f"{entry.section_id} has {entry.max_array} as its largest (-1: none); use sinusoidal"
-            )
-    return 1 + max(entry.max_array for entry in manifest.sections)
 
 
 def _require_same(record: RunRecord, name: str, config: Config, manifest: Manifest) -> None:

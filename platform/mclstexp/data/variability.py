@@ -1,0 +1,134 @@
+"""Which genes vary most: two rules by which a panel is fitted on training sections.
+
+Sections are read one at a time, so that memory does not grow with the cohort; the union reads each of them twice,
+since its genes must be known before any section ranks them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array, diags_array
+
+from mclstexp.data.schema import Manifest
+from mclstexp.data.table import read_counts
+from mclstexp.settings import GenesConfig
+
+NUM_BINS = 20
+
+
+@dataclass
+class _Seen:
+    """Where genes have counts, over the sections so far."""
+
+    everywhere: np.ndarray
+    """bool (genes,): in every section."""
+    num_spots: np.ndarray
+    """int64 (genes,): in how many spots."""
+
+    @classmethod
+    def nothing(cls, num_genes: int) -> "_Seen":
+        return cls(np.ones(num_genes, bool), np.zeros(num_genes, np.int64))
+
+    def add(self, counts: csr_array) -> None:
+        num_spots = np.asarray((counts > 0).sum(axis=0)).ravel()
+        self.everywhere &= num_spots > 0
+        self.num_spots += num_spots
+
+
+def most_variable(
+    root: str, manifest: Manifest, section_ids: Sequence[str], config: GenesConfig, gene_ids: list[str]
+) -> list[int]:
+    """Returns the gene-table rows of an `hvg` panel, most variable first.
+
+    Genes with counts in all sections and in `min_spots` spots, by variance of ln(1 + scale * count / spot total) over
+    all spots; ties by gene id.
+    """
+    num_genes = manifest.num_genes
+    first, second = np.zeros(num_genes), np.zeros(num_genes)
+    seen, num_spots = _Seen.nothing(num_genes), 0
+    for name in section_ids:
+        counts = read_counts(root, manifest.section(name), num_genes)
+        seen.add(counts)
+        logs = _scaled(counts, config.scale).log1p()
+        first += np.asarray(logs.sum(axis=0)).ravel()
+        second += np.asarray(logs.multiply(logs).sum(axis=0)).ravel()
+        num_spots += counts.shape[0]
+    variance = (second / max(1, num_spots) - (first / max(1, num_spots)) ** 2).round(12)
+    candidates = np.flatnonzero(seen.everywhere & (seen.num_spots >= config.min_spots))
+    ranked = sorted(candidates, key=lambda row: (-variance[row], gene_ids[row]))
+    return [int(row) for row in ranked[: config.num_genes]]
+
+
+def most_variable_of_any(root: str, manifest: Manifest, section_ids: Sequence[str], config: GenesConfig) -> list[int]:
+    """Returns the gene-table rows of an `hvg_union` panel, ascending: the rule that mclSTExp states.
+
+    Of the genes with counts in all sections, those among the `num_genes` most variable ones of any section, less those
+    with counts in fewer than `min_spots` spots (2024, https://arxiv.org/abs/2407.08216).
+    """
+    seen = _Seen.nothing(manifest.num_genes)
+    for name in section_ids:
+        seen.add(read_counts(root, manifest.section(name), manifest.num_genes))
+    common = np.flatnonzero(seen.everywhere)
+    if not len(common):
+        return []
+    chosen = np.zeros(len(common), bool)
+    for name in section_ids:
+        counts = read_counts(root, manifest.section(name), manifest.num_genes)[:, common]
+        chosen |= _highest(normalised_dispersion(counts), config.num_genes)
+    return [int(row) for row in common[chosen & (seen.num_spots[common] >= config.min_spots)]]
+
+
+def normalised_dispersion(counts: csr_array) -> np.ndarray:
+    """Returns how variable each gene is for its level within one section, float64 (genes,); NaN where it is constant.
+
+    scanpy's `normalize_total`, `log1p` and `highly_variable_genes` with their defaults (2018,
+    https://doi.org/10.1186/s13059-017-1382-0), after Satija et al. 2015 (https://doi.org/10.1038/nbt.3192): spots are
+    brought to the median of their totals; ln(variance / mean), less the mean over the standard deviation of the genes
+    in the same of 20 bins of ln(1 + mean). The logarithm is taken back before either is computed, so it is left out. A
+    gene that is alone in its bin has 1.
+
+    Args:
+        counts: raw counts, (spots, genes), of genes that have some.
+    """
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    values = _scaled(counts, float(np.median(totals[totals > 0])))
+    mean = np.asarray(values.mean(axis=0)).ravel()
+    squares = np.asarray(values.multiply(values).mean(axis=0)).ravel()
+    num_spots = counts.shape[0]
+    variance = (squares - mean**2) * num_spots / max(1, num_spots - 1)
+    variable = variance > 1e-12 * squares  # below is rounding
+    dispersion = np.log(variance / mean, out=np.full(len(mean), np.nan), where=variable)
+    return _standardised(dispersion, _bins(np.log1p(mean)))
+
+
+def _scaled(counts: csr_array, total: float) -> csr_array:
+    """Returns counts with each spot brought to the same total, float64; a spot without counts keeps none."""
+    totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
+    factors = np.divide(total, totals, out=np.zeros_like(totals), where=totals > 0)
+    return diags_array(factors).dot(counts.astype(np.float64)).tocsr()
+
+
+def _bins(values: np.ndarray) -> np.ndarray:
+    """Returns each value's bin among 20 of equal width over their range, open below, int (genes,)."""
+    edges = np.linspace(values.min(), values.max(), NUM_BINS + 1)
+    return np.searchsorted(edges[1:-1], values, side="left")
+
+
+def _standardised(values: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Returns values less their bin's mean, over its standard deviation; NaN stays and counts nowhere."""
+    result = np.full(len(values), np.nan)
+    for each in np.unique(bins):
+        members = (bins == each) & ~np.isnan(values)
+        inside = values[members]
+        if len(inside) == 1:
+            result[members] = 1.0
+        elif len(inside) and inside.std() > 0:
+            result[members] = (inside - inside.mean()) / inside.std(ddof=1)
+    return result
+
+
+def _highest(values: np.ndarray, number: int) -> np.ndarray:
+    """Returns which values reach the `number`-th highest, bool; ties are all in, NaN never."""
+    known = np.sort(values[~np.isnan(values)])
+    return values >= known[-min(number, len(known))] if len(known) else np.zeros(len(values), bool)
