@@ -45,7 +45,7 @@ def _version(seed: int = 0) -> ModelVersion:
     )
     weights = TwoTowers(config.model, 3, 0, 32).state_dict()
     panel = GenePanel(GENES, ("GATA3", "ERBB2", ""), ("", "", GENES[2]))
-    return ModelVersion(config, panel, (32, 0.5), 0, record, weights, bank)
+    return ModelVersion(config, panel, (32, 0.5), 0, record, weights, bank, ood_similarity=0.25)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_version_with_a_bank_that_its_kind_has_not_is_refused(tmp_path: Path) 
 def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
     saved, loaded = _version(), ModelVersion.load(folder)
     assert (loaded.config, loaded.panel, loaded.training) == (saved.config, saved.panel, saved.training)
-    assert (loaded.tile_size_px, loaded.mpp) == (32, 0.5)
+    assert (loaded.tile_size_px, loaded.mpp, loaded.ood_similarity) == (32, 0.5, 0.25)
     assert (loaded.bank.keys == saved.bank.keys).all()
     assert list(loaded.bank.spot_id) == list(saved.bank.spot_id)
     assert all(torch.equal(saved.weights[name], value) for name, value in loaded.towers().state_dict().items())
@@ -159,14 +159,27 @@ def test_a_table_cut_otherwise_is_refused_with_both_values(folder: Path) -> None
         model.require_table(manifest.model_copy(update={"jpeg_quality": 95}))
 
 
-def test_another_schema_is_refused(folder: Path) -> None:
-    record = json.loads((folder / "model.json").read_text()) | {"schema_version": 99, "new_field": 1}
+def _rewrite_record(folder: Path, record: dict[str, object]) -> None:
     (folder / "model.json").write_text(json.dumps(record))
     files = json.loads((folder / "files.json").read_text())
     files["model.json"] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
     (folder / "files.json").write_text(json.dumps(files))
-    with pytest.raises(ModelError, match="model schema 99, this code reads 1"):
+
+
+def test_another_schema_is_refused(folder: Path) -> None:
+    record = json.loads((folder / "model.json").read_text())
+    _rewrite_record(folder, record | {"schema_version": 99, "new_field": 1})
+    with pytest.raises(ModelError, match="model schema 99, this code reads 1 and 2"):
         ModelVersion.load(folder)
+
+
+def test_a_version_of_schema_1_loads_with_no_threshold(folder: Path) -> None:
+    record = json.loads((folder / "model.json").read_text())
+    assert (record["schema_version"], record.pop("ood_similarity")) == (2, 0.25)
+    _rewrite_record(folder, record | {"schema_version": 1})
+    loaded = ModelVersion.load(folder)
+    assert loaded.ood_similarity is None
+    assert np.array_equal(loaded.bank.keys, _version().bank.keys)
 
 
 @pytest.fixture(scope="module")

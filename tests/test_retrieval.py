@@ -6,7 +6,9 @@ import pytest
 from mclstexp.errors import ModelError
 from mclstexp.inference import retrieval
 from mclstexp.inference.bank import Bank
+from mclstexp.inference.cosine import nearest
 from mclstexp.inference.retrieval import ValidationSection
+from mclstexp.inference.shards import LocalShards, split_bank
 from mclstexp.settings import RetrievalConfig
 
 
@@ -53,12 +55,9 @@ def _reference(queries: np.ndarray, bank: Bank, config: RetrievalConfig) -> tupl
     ids=lambda config: f"{config.weighting}-{config.k}-{config.distance}",
 )
 @pytest.mark.parametrize("key_block", [16, 65_536])
-def test_it_equals_the_dense_reference(
-    config: RetrievalConfig, key_block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retrieval, "KEY_BLOCK", key_block)
+def test_it_equals_the_dense_reference(config: RetrievalConfig, key_block: int) -> None:
     bank, queries = _bank(40), _queries(9)
-    found = retrieval.retrieve(queries, bank, config)
+    found = retrieval.retrieve(queries, LocalShards(split_bank(bank, 1, key_block)), config)
     prediction, donors, share = _reference(queries, bank, config)
     np.testing.assert_allclose(found.prediction, prediction, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.effective_donors, donors, rtol=1e-3)
@@ -74,13 +73,6 @@ def test_an_answer_does_not_depend_on_the_other_queries() -> None:
         assert (alone.similarity == together.similarity[start:stop]).all()
 
 
-def test_ties_go_to_the_lower_key() -> None:
-    keys = np.tile(np.eye(4, dtype=np.float32), (5, 1))
-    ids, scores = retrieval.nearest(np.eye(4, dtype=np.float32)[:1], keys, 3)
-    assert ids.tolist() == [[0, 4, 8]]
-    np.testing.assert_allclose(scores, 1)
-
-
 def test_a_query_on_a_key_takes_its_payload() -> None:
     bank = _bank(20)
     config = RetrievalConfig(k=5, weighting="inverse_square", distance="l2")
@@ -90,9 +82,19 @@ def test_a_query_on_a_key_takes_its_payload() -> None:
 def test_mean_weighs_all_neighbours_alike() -> None:
     bank, queries = _bank(50), _queries(3)
     found = retrieval.retrieve(queries, bank, RetrievalConfig(k=7, weighting="mean"))
-    ids, _ = retrieval.nearest(queries, bank.keys, 7)
+    ids, _ = nearest(queries, bank.directions, 7)
     np.testing.assert_allclose(found.prediction, bank.payload[ids].mean(axis=1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.effective_donors, 7, rtol=1e-5)
+
+
+def test_no_queries_have_no_answers() -> None:
+    found = retrieval.retrieve(_queries(0), _bank(20), RetrievalConfig(k=3, temperature=0.1))
+    assert {name: values.shape for name, values in vars(found).items()} == {
+        "prediction": (0, 5),
+        "similarity": (0,),
+        "effective_donors": (0,),
+        "donor_share": (0,),
+    }
 
 
 def test_k_beyond_the_bank_is_refused_or_by_default_lowered() -> None:

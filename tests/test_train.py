@@ -166,6 +166,14 @@ def test_the_record_says_how_the_tables_tiles_were_cut(calm_run: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_finished_run_knows_how_alike_tiles_of_other_sections_are(calm_run: Path) -> None:
+    record = json.loads((calm_run / "model" / "model.json").read_text())
+    assert len(record["training"]["sections"]) > 1
+    assert -1 <= record["ood_similarity"] < 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_name_with_other_settings_is_refused(calm_run: Path, tiles: str) -> None:
     from mclstexp.config import Config, override
     from mclstexp.errors import RunError

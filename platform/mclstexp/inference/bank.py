@@ -6,6 +6,7 @@ with the keys, so that every prediction can name whom it came from.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from mclstexp.data.spots import SpotReader
 from mclstexp.errors import ModelError
+from mclstexp.inference.cosine import directions
 from mclstexp.model.towers import TwoTowers
 
 ARRAYS, DONORS = "bank.safetensors", "bank_donors.parquet"
@@ -38,6 +40,16 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @cached_property
+    def directions(self) -> np.ndarray:
+        """The keys' directions, see `cosine.directions`, float32 (N, D); kept, since every query asks for them."""
+        return directions(self.keys)
+
+    @cached_property
+    def patient_code(self) -> np.ndarray:
+        """Each spot's patient as a number from 0, in the order of their names, int32 (N,)."""
+        return np.unique(self.patient_id, return_inverse=True)[1].astype(np.int32)
 
     def save(self, folder: str | Path) -> None:
         """Writes the bank into a local folder."""

@@ -3,7 +3,8 @@
 A direct regression has no bank; every other version has one.
 
 Weights and bank are safetensors, the rest JSON and Parquet; `files.json` holds every file's checksum, and its own
-digest names the version. A folder that lacks a file or was edited is refused.
+digest names the version. A folder that lacks a file or was edited is refused. Schema 1 knew no `ood_similarity`: such
+a version loads, and leaves open which tiles are out of distribution.
 """
 
 import hashlib
@@ -26,7 +27,8 @@ from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import TilesConfig
 from mclstexp.training.checkpoint import plain_tensors
 
-MODEL_SCHEMA = 1
+MODEL_SCHEMA = 2
+_READ_SCHEMAS = (1, MODEL_SCHEMA)
 FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
 MPP_TOLERANCE = 0.02
 
@@ -55,6 +57,7 @@ class _ModelFile(BaseModel):
     mpp: float
     num_positions: int
     training: TrainingRecord
+    ood_similarity: float | None = None
 
 
 class ModelVersion:
@@ -69,11 +72,14 @@ class ModelVersion:
         training: TrainingRecord,
         weights: dict[str, torch.Tensor],
         bank: Bank | None,
+        ood_similarity: float | None = None,
     ) -> None:
         self.config, self.panel, self.training, self.bank = config, panel, training, bank
         self.tile_size_px, self.mpp = geometry
         self.num_positions = num_positions
         self.weights = weights
+        self.ood_similarity = ood_similarity
+        """Best cosine below which a tile is out of distribution; None where that is unknown."""
         self.digest = ""
         """12 hex digits that name the version's content; empty until it was saved or loaded."""
 
@@ -101,6 +107,7 @@ class ModelVersion:
             mpp=self.mpp,
             num_positions=self.num_positions,
             training=self.training,
+            ood_similarity=self.ood_similarity,
         )
         (folder / MODEL).write_text(record.model_dump_json(indent=1))
         save_file(plain_tensors(self.weights), folder / WEIGHTS)
@@ -121,8 +128,9 @@ class ModelVersion:
         _verify(folder)
         try:
             tree = json.loads((folder / MODEL).read_text())
-            if tree["schema_version"] != MODEL_SCHEMA:
-                raise ModelError(f"{folder} has model schema {tree['schema_version']}, this code reads {MODEL_SCHEMA}")
+            if tree["schema_version"] not in _READ_SCHEMAS:
+                readable = " and ".join(map(str, _READ_SCHEMAS))
+                raise ModelError(f"{folder} has model schema {tree['schema_version']}, this code reads {readable}")
             record = _ModelFile.model_validate(tree)
             weights = load_file(folder / WEIGHTS)
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
@@ -130,7 +138,8 @@ class ModelVersion:
             raise ModelError(f"{folder} is no model version that this code reads: {error}") from error
         panel, config = GenePanel.from_json(record.panel), config_from(record.config, str(folder))
         geometry = (record.tile_size_px, record.mpp)
-        version = cls(config, panel, geometry, record.num_positions, record.training, weights, bank)
+        positions, ood = record.num_positions, record.ood_similarity
+        version = cls(config, panel, geometry, positions, record.training, weights, bank, ood)
         if (bank is None) != (config.model.predictor == "regression"):
             has = "no bank" if bank is None else "a bank"
             raise ModelError(f"{folder} has {has}, and model.predictor={config.model.predictor}; fetch it again")

@@ -1,6 +1,7 @@
 """What a prediction looks like on disk: one Parquet and one AnnData file a section.
 
-Neither holds a time or a run's name, so that the same prediction gives the same bytes.
+Neither holds a time or a run's name, so that the same prediction gives the same bytes. `out_of_distribution` may be
+missing: in Parquet as null, in AnnData as a nullable boolean, which readers older than anndata 0.8 do not know.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ import pyarrow.parquet as pq
 
 from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.out_of_distribution import is_ood
 from mclstexp.inference.retrieval import Retrieved
 
 SPOT_COLUMNS = ("section_id", "patient_id", "spot_id", "array_row", "array_col", "x_px", "y_px", "x_um", "y_um")
+OUT_OF_DISTRIBUTION = "out_of_distribution"
+"""Column: whether a tile resembles nothing in the bank; missing where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,18 @@ class Provenance:
     unit: str
     mpp: float
     tile_size_px: int
+    ood_similarity: float | None
+    """Best cosine below which a tile is out of distribution; None: unknown."""
 
     def as_text(self) -> dict[str, str]:
-        """Returns the fields as texts."""
-        return {name: str(value) for name, value in vars(self).items()}
+        """Returns the fields as texts, the unknown ones empty."""
+        return {name: "" if value is None else str(value) for name, value in vars(self).items()}
 
 
 def provenance(model: ModelVersion, section_sha256: str) -> Provenance:
     """Returns the provenance of a section's prediction by a model version."""
     unit = normalisers(model.config.genes)[1].unit()
-    return Provenance(model.digest, section_sha256, unit, model.mpp, model.tile_size_px)
+    return Provenance(model.digest, section_sha256, unit, model.mpp, model.tile_size_px, model.ood_similarity)
 
 
 def write_parquet(path: Path, spots: pa.Table, found: Retrieved, panel: GenePanel, origin: Provenance) -> None:
@@ -45,6 +51,7 @@ def write_parquet(path: Path, spots: pa.Table, found: Retrieved, panel: GenePane
     table = spots.select(list(SPOT_COLUMNS))
     for name, values in _confidence(found).items():
         table = table.append_column(name, pa.array(values, pa.float32()))
+    table = table.append_column(OUT_OF_DISTRIBUTION, pa.array(is_ood(found.similarity, origin.ood_similarity)))
     for gene, values in zip(panel.gene_id, found.prediction.T, strict=True):
         table = table.append_column(gene, pa.array(values, pa.float32()))
     names = {"genes": ",".join(panel.gene_id), "symbols": ",".join(panel.symbol)}
@@ -54,7 +61,8 @@ def write_parquet(path: Path, spots: pa.Table, found: Retrieved, panel: GenePane
 def write_h5ad(path: Path, spots: pa.Table, found: Retrieved, panel: GenePanel, origin: Provenance) -> None:
     """Writes an AnnData file: X float32 (spots, genes), obsm["spatial"] in level-0 pixels, units and origin in uns."""
     frame = spots.select(list(SPOT_COLUMNS)).to_pandas()
-    obs = frame.assign(**_confidence(found)).set_index(frame["spot_id"].astype(str).rename(None))
+    flags = {OUT_OF_DISTRIBUTION: is_ood(found.similarity, origin.ood_similarity)}
+    obs = frame.assign(**_confidence(found), **flags).set_index(frame["spot_id"].astype(str).rename(None))
     var = pd.DataFrame({"symbol": panel.symbol, "ensembl_id": panel.ensembl_id}, index=list(panel.gene_id))
     data = anndata.AnnData(
         X=found.prediction,

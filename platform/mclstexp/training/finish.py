@@ -1,8 +1,10 @@
-"""From a run's last checkpoint to a model version: bank, retrieval settings, and everything in one folder."""
+"""From a run's last checkpoint to a model version: bank, retrieval settings and threshold in one folder."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
@@ -12,6 +14,7 @@ from mclstexp.data.spots import num_positions
 from mclstexp.inference.bank import Bank, build_bank
 from mclstexp.inference.embed import embed_sections, network_of
 from mclstexp.inference.model_version import FILES, ModelVersion, TrainingRecord
+from mclstexp.inference.out_of_distribution import drawn_sections, ood_similarity
 from mclstexp.inference.retrieval import ValidationSection, choose, resolve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import RetrievalConfig
@@ -58,9 +61,13 @@ def _version(run: Run, weights: dict[str, torch.Tensor]) -> ModelVersion:
     )
     if config.model.predictor == "regression":
         return version
-    version.bank = _bank(run, version.towers())
-    settled = _retrieval(run, version, version.bank)
+    version.bank = bank = _bank(run, version.towers())
+    validation = run.split.validation if _is_open(config.retrieval) else ()
+    drawn = drawn_sections({name: manifest.section(name).num_spots for name in run.split.train})
+    queries = _embedded(run, version, [*validation, *drawn])
+    settled = _retrieval(run, {name: queries[name] for name in validation}, bank)
     version.config = config.model_copy(update={"retrieval": settled})
+    version.ood_similarity = ood_similarity({name: queries[name] for name in drawn}, bank)
     return version
 
 
@@ -71,19 +78,32 @@ def _bank(run: Run, towers: TwoTowers) -> Bank:
         return build_bank(towers, run.reader, run.split.train, random_spots, lambda: bar.advance(task))
 
 
-def _retrieval(run: Run, version: ModelVersion, bank: Bank) -> RetrievalConfig:
-    """Returns the retrieval's settings, chosen on validation patients where the configuration leaves them open."""
-    names, config = run.split.validation, run.config.retrieval
-    if not names or (config.k and (config.temperature or config.weighting != "softmax")):
-        return resolve(config, len(bank))
-    embedded = embed_sections(run.reader.root, run.manifest, names, network_of(version), lambda spots: None)
+def _is_open(config: RetrievalConfig) -> bool:
+    """Tells whether the configuration leaves something to be chosen on validation patients."""
+    return not (config.k and (config.temperature or config.weighting != "softmax"))
+
+
+def _embedded(run: Run, version: ModelVersion, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the image embeddings of sections by their names, float32 (N, D) each."""
+    if not names:
+        return {}
+    total = sum(run.manifest.section(name).num_spots for name in names)
+    with Progress() as bar:
+        task = bar.add_task("embedding: tiles", total=total)
+        network = network_of(version)
+        parts = embed_sections(run.reader.root, run.manifest, names, network, lambda spots: bar.advance(task, spots))
+        return {name: arrays["embedding"] for name, arrays in parts}
+
+
+def _retrieval(run: Run, queries: Mapping[str, np.ndarray], bank: Bank) -> RetrievalConfig:
+    """Returns the retrieval's settings, chosen on embedded validation sections where there are any."""
+    if not queries:
+        return resolve(run.config.retrieval, len(bank))
     sections = [
-        ValidationSection(
-            run.manifest.section(name).patient_id, arrays["embedding"], run.reader.read_section(name)["payload"]
-        )
-        for name, arrays in embedded
+        ValidationSection(run.manifest.section(name).patient_id, embedding, run.reader.read_section(name)["payload"])
+        for name, embedding in queries.items()
     ]
-    return choose(sections, bank, config)
+    return choose(sections, bank, run.config.retrieval)
 
 
 def _record(run: Run) -> TrainingRecord:
