@@ -297,6 +297,7 @@ def test_the_preview_is_copied_as_it_is(slides: dict[str, Slide], out: Path) -> 
     assert (out / "previews" / "A.jpg").read_bytes() == (slides["A"].staging / "preview.jpg").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_bytes_later_in_another_process_and_place(slides: dict[str, Slide], out: Path, tmp_path: Path) -> None:
     time.sleep(1.1)  # times in files have seconds
     shutil.copytree(slides["A"].staging, tmp_path / "elsewhere" / "A-key")
@@ -377,12 +378,14 @@ def test_only_whole_parts_are_counted(tmp_path: Path) -> None:
     assert parts_done(str(tmp_path)) == {3, 123456}
 
 
-@pytest.mark.parametrize("file", ["grid.parquet", "slide.json"])
+@pytest.mark.parametrize("file", ["grid.parquet", "slide.json", "thumbnail.jpg"])
 def test_another_damage_of_the_staging_folder_is_named(slides: dict[str, Slide], tmp_path: Path, file: str) -> None:
     shutil.copytree(slides["A"].staging, tmp_path / "A")
-    (tmp_path / "A" / file).write_bytes((slides["C"].staging / file).read_bytes()[:-1])
+    (tmp_path / "A" / file).write_bytes((slides["C"].staging / file).read_bytes()[:-30])
     with pytest.raises(StorageError, match=rf"A/{file} is damaged.*remove .*A and run the same command again"):
         publish_slide(str(tmp_path / "A"), str(tmp_path / "out"), FACTS, GENES)
+    if file == "thumbnail.jpg":
+        return
     (tmp_path / "A" / file).write_bytes((slides["C"].staging / file).read_bytes())
     with pytest.raises(StorageError, match=r"grid.parquet is damaged: it has (256|600) tiles"):
         publish_slide(str(tmp_path / "A"), str(tmp_path / "out"), FACTS, GENES)
@@ -424,6 +427,7 @@ def test_genes_are_found_by_any_name_and_unknown_ones_get_the_nearest(slides: di
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
     """Peak of Python and NumPy, and of Arrow, for a slide of six groups; the pictures' is that of the thumbnail."""
     num_genes, num_groups, peaks = 256, 6, {}
@@ -454,7 +458,6 @@ def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
     in_groups = {name: np.array(peak) / group for name, peak in peaks.items()}
     assert in_groups["table"].max() > 1, "a group has to be seen for this to mean anything"
     assert {name: peak.tolist() for name, peak in in_groups.items() if peak.max() > 4} == {}
-    print(in_groups)
 
 
 def test_publishing_starts_without_torch() -> None:

@@ -250,5 +250,5 @@ def _publish_guarded(staging: str, out: str, facts: ModelFacts, genes: tuple[str
     """Publishes a slide; returns a user's error as text, for raised it would be wrapped into a traceback."""
     try:
         return publish_slide(staging, out, facts, genes)
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:
         return str(error)

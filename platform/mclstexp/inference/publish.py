@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mclstexp import storage
-from mclstexp.data.images import decode_tile
 from mclstexp.inference.model_facts import ModelFacts, choose_genes
 from mclstexp.inference.slide_geojson import write_geojson
 from mclstexp.inference.slide_h5ad import write_h5ad
 from mclstexp.inference.slide_overview import draw_overview
-from mclstexp.inference.slide_record import PREVIEW, THUMBNAIL, SlideRecord
-from mclstexp.inference.slide_table import read_record, write_table
+from mclstexp.inference.slide_record import PREVIEW, SlideRecord
+from mclstexp.inference.slide_table import read_record, read_thumbnail, write_table
 
 PREVIEWS, OVERVIEWS, GEOJSON = "previews", "overviews", "geojson"
 OVERVIEW_GENES = 4
@@ -40,8 +39,9 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
 
     Raises:
         ConfigError: the panel lacks a chosen gene; names the nearest.
-        PartError: a part is missing, or was damaged and is removed: it has to be made again.
-        StorageError: the staging folder is damaged otherwise, or something cannot be read or written.
+        PartError: a part is missing, or was damaged and is removed: it has to be made again, then published.
+        FileNotFoundError: the staging folder lacks another file.
+        StorageError: another file of it is damaged, or something cannot be read or written.
     """
     chosen = choose_genes(model_facts.panel, genes)
     record = read_record(staging_uri)
@@ -49,7 +49,7 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
     storage.write(storage.join(out_uri, PREVIEWS, f"{name}.jpg"), storage.read(storage.join(staging_uri, PREVIEW)))
     if not record.num_tiles:
         return record
-    thumbnail = decode_tile(storage.read(storage.join(staging_uri, THUMBNAIL)))
+    thumbnail = read_thumbnail(staging_uri)
     shown = chosen or list(range(min(OVERVIEW_GENES, len(model_facts.panel))))
     outline = storage.join(out_uri, GEOJSON, f"{name}.geojson")
     with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:

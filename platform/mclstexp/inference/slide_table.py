@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from mclstexp import storage
-from mclstexp.errors import StorageError
+from mclstexp.data.images import decode_tile
+from mclstexp.errors import StorageError, TableError
 from mclstexp.inference.model_facts import ModelFacts
 from mclstexp.inference.parts import CONFIDENCE, Part, read_part
-from mclstexp.inference.slide_record import GRID, GRID_SCHEMA, PART_TILES, RECORD, SlideRecord, num_parts
+from mclstexp.inference.slide_record import GRID, GRID_SCHEMA, PART_TILES, RECORD, THUMBNAIL, SlideRecord, num_parts
 
 GROUP_PARTS = 16
 GROUP_TILES = GROUP_PARTS * PART_TILES
@@ -63,6 +64,19 @@ def read_grid(staging_uri: str, num_tiles: int) -> pa.Table:
     if not grid.schema.equals(GRID_SCHEMA) or grid.num_rows != num_tiles:
         raise _damaged(uri, f"it has {grid.num_rows} tiles of {grid.schema.names}, its {RECORD} says {num_tiles}")
     return grid
+
+
+def read_thumbnail(staging_uri: str) -> np.ndarray:
+    """Returns the small picture of a staged slide, uint8 (height, width, 3).
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    uri = storage.join(staging_uri, THUMBNAIL)
+    try:
+        return decode_tile(storage.read(uri))
+    except TableError as error:
+        raise _damaged(uri, str(error)) from None
 
 
 def write_table(path: Path, staging_uri: str, record: SlideRecord, facts: ModelFacts) -> SlideRecord:
