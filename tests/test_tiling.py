@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ingest.tiling import curve_order, cut_evenly, grid, hilbert_distance, inside, tile_corner, tile_scale
+from ingest.tiling import curve_order, cut_evenly, grid, hilbert_distance, inside, tile_corner, tile_names, tile_scale
 
 
 def hilbert_cells(order):
@@ -89,6 +89,28 @@ def test_native_grid_fills_it_exactly():
     assert len(column) == 8
     assert tile_corner(x, 16, 1.0).tolist() == (column * 16).tolist()
     assert tile_corner(y, 16, 1.0).tolist() == (row * 16).tolist()
+
+
+@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize(("size", "scale"), [(32, 1.0), (32, 1.37), (16, 3.3)])
+def test_neighbours_share_their_overlap(size, scale, overlap):
+    width, height, edge = 300, 211, size * scale
+    column, row, x, y = grid(width, height, size, scale, overlap)
+    left, top = tile_corner(x, size, scale), tile_corner(y, size, scale)
+    assert inside(left, top, edge, width, height).all()
+    names = tile_names(column, row)
+    assert len(set(names)) == len(names)
+    assert names[1] == "1x0"
+    step = edge * (1 - overlap)
+    assert np.abs(left - column * step).max() < 1.0 + 1e-9
+    assert np.abs(top - row * step).max() < 1.0 + 1e-9
+    assert width - (left.max() + edge) < step + 1
+    assert height - (top.max() + edge) < step + 1
+
+
+def test_overlap_never_puts_two_tiles_on_one_place():
+    _, _, x, y = grid(40, 40, 16, 1.0, 0.999)
+    assert len({*zip(x.tolist(), y.tolist(), strict=True)}) == len(x) == 25**2
 
 
 def test_slide_smaller_than_a_tile_has_no_grid():
