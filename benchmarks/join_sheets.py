@@ -8,7 +8,11 @@ PATHS = ("image", "expression", "positions", "labels")
 
 
 def main() -> None:
-    rows = [_absolute(row, Path(sheet).parent) for sheet in sys.argv[1:] for row in csv.DictReader(open(sheet))]
+    rows = [
+        _absolute(row, sheet.parent)
+        for sheet in map(Path, sys.argv[1:])
+        for row in csv.DictReader(sheet.read_text().splitlines())
+    ]
     writer = csv.DictWriter(sys.stdout, rows[0].keys())
     writer.writeheader()
     writer.writerows(rows)

@@ -42,10 +42,10 @@ _LEAST_ERRORS, _ERRORS_PER_SLIDE = 10, 0.1
 def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.Dataset:
     """Returns the tiles of all parts that the slides' staging folders lack, one row a part, in any order.
 
-    Columns: slide_id; staging (URI of the folder, empty where there is none yet); part, and num_left, the parts that its slide lacks; image uint8
-    (256, size, size, 3), zero where there is no tile; complete bool (256,), False where the slide has no pixels or the
-    part is over; num_tiles, the tiles of the part; state; reason. Tiles went through the encoding of the model's own.
-    Rows of a state other than `tiles` have part -1 and no tile.
+    Columns: slide_id; staging (URI of the folder, empty where there is none yet); part, and num_left, the parts that
+    its slide lacks; image uint8 (256, size, size, 3), zero where there is no tile; complete bool (256,), False where
+    the slide has no pixels or the part is over; num_tiles, the tiles of the part; state; reason. Tiles went through
+    the encoding of the model's own. Rows of a state other than `tiles` have part -1 and no tile.
     """
     rows = [asdict(source) | {"mpp": np.nan if source.mpp is None else source.mpp} for source in sources]
     max_errors = max(_LEAST_ERRORS, int(_ERRORS_PER_SLIDE * len(rows)))

@@ -115,7 +115,8 @@ def _words(
         f"{model.mpp:.4g} um/px, {sum(i.record.tile_area_mm2 for _, i in found):.4g} mm2 in the slides looked at",
         f"workers    {dealt.num_readers} read ({1 / rates.read_s:.3g} tiles/s each), {dealt.num_embedders} embed on "
         f"{'GPUs' if dealt.uses_gpu else 'CPUs'} ({1 / rates.embed_s:.3g} tiles/s each)",
-        f"time       about {_duration(seconds)}, {_duration(seconds / len(cohort.sources) * 1000)} for 1,000 such slides",
+        f"time       about {_duration(seconds)}; for 1,000 such slides "
+        f"{_duration(seconds / len(cohort.sources) * 1000)}",
         f"memory     about {(in_flight + bank_bytes) / 2**30:.2g} GiB of object store, whatever the slides' sizes",
         f"scratch    at most {cohort.plan.scratch_budget_bytes / 1e9:.3g} GB on each node, for remote slides",
         f"output     at most {total * len(model.panel) * _BYTES_A_VALUE / 1e9:.3g} GB before compression "

@@ -1,7 +1,7 @@
 """From what a user names to slides that can be predicted: sources, plan, and each slide's keys.
 
-Fingerprints are taken up front and many at a time, so that a run that is started again knows at once what is done; on S3
-that is two requests a slide.
+Fingerprints are taken up front and many at a time, so that a run that is started again knows at once what is done; on
+S3 that is two requests a slide.
 """
 
 import os

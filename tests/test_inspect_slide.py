@@ -156,7 +156,7 @@ def test_given_positions(slide, tmp_path):
 
 def test_positions_of_another_image_are_refused(slide, tmp_path):
     given = positions((8.0, 8.0), (7.0, 8.0), (600.0, 50.0), (50.0, 600.0))
-    with pytest.raises(SourceError, match="of 4 given positions 2 lie off .* tiles of 1 cross its edge"):
+    with pytest.raises(SourceError, match=r"of 4 given positions 2 lie off .* tiles of 1 cross its edge"):
         inspect(slide, make_plan(tmp_path, positions=given))
 
 

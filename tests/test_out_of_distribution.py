@@ -1,13 +1,9 @@
 """The threshold below which a tile resembles nothing in the bank, and the flag that predictions carry."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import anndata
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,9 +11,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.folds import Split
 from mclstexp.data.genes import GenePanel
 from mclstexp.inference.bank import Bank
-from mclstexp.inference.out_of_distribution import drawn_sections, is_ood, ood_similarity
-from mclstexp.inference.retrieval import Retrieved, regressed
-from mclstexp.inference.writers import SPOT_COLUMNS, Provenance, write_h5ad, write_parquet
+from mclstexp.inference.out_of_distribution import drawn_sections, ood_similarity
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training import finish
 from mclstexp.training.trainer import Run
@@ -75,39 +69,6 @@ def test_sections_are_drawn_whole_alike_each_time_and_within_the_limit() -> None
     assert 1000 - 140 < sum(sizes[name] for name in drawn) <= 1000
     assert drawn != list(sizes)[: len(drawn)], "a draw, not the first ones"
     assert drawn_sections({"large": 50, "larger": 60}, most=40) == ["large"]
-
-
-def test_a_flag_is_missing_where_threshold_or_similarity_is_unknown() -> None:
-    similarity = np.array([0.1, 0.25, 0.5, np.nan], np.float32)
-    assert pa.array(is_ood(similarity, 0.25)).to_pylist() == [True, False, False, None]
-    assert pa.array(is_ood(similarity, 0.0)).to_pylist() == [False, False, False, None]
-    assert pa.array(is_ood(similarity, None)).to_pylist() == [None] * 4
-
-
-@pytest.mark.parametrize(("threshold", "flags"), [(0.25, [True, False, None]), (None, [None, None, None])])
-def test_both_files_carry_flag_and_threshold(threshold: float | None, flags: list[bool | None], tmp_path: Path) -> None:
-    found = Retrieved(np.ones((3, 2), np.float32), *(np.array([0.1, 0.5, np.nan], np.float32) for _ in range(3)))
-    _write(found, threshold, tmp_path)
-    table = pq.read_table(tmp_path / "S.parquet")
-    assert table.schema.field("out_of_distribution").type == pa.bool_()
-    assert table["out_of_distribution"].to_pylist() == flags
-    assert table.schema.metadata[b"ood_similarity"].decode() == ("" if threshold is None else "0.25")
-    data = anndata.read_h5ad(tmp_path / "S.h5ad")
-    column = data.obs["out_of_distribution"].astype("boolean")
-    assert pa.array(column.array).to_pylist() == flags
-    assert data.uns["prediction"]["ood_similarity"] == ("" if threshold is None else "0.25")
-
-
-def test_a_direct_regression_flags_nothing(tmp_path: Path) -> None:
-    _write(regressed(np.ones((3, 2), np.float32)), None, tmp_path)
-    assert pq.read_table(tmp_path / "S.parquet")["out_of_distribution"].null_count == 3
-
-
-def _write(found: Retrieved, threshold: float | None, folder: Path) -> None:
-    names = {name: ["a", "b", "c"] if name.endswith("_id") else [1.0, 2.0, 3.0] for name in SPOT_COLUMNS}
-    panel, origin = GenePanel(("G1", "G2"), ("", ""), ("", "")), Provenance("m", "s", "unit", 0.5, 32, threshold)
-    write_parquet(folder / "S.parquet", pa.table(names), found, panel, origin)
-    write_h5ad(folder / "S.h5ad", pa.table(names), found, panel, origin)
 
 
 class _Manifest(SimpleNamespace):

@@ -158,7 +158,9 @@ def test_a_tile_gets_what_the_model_says_of_its_pixels(
     table = pq.read_table(predicted / f"{name}.parquet")
     picked = np.linspace(0, table.num_rows - 1, 25).astype(int)
     places = [(table["x_px"][row].as_py(), table["y_px"][row].as_py()) for row in picked.tolist()]
-    tiles = [encode_tile(_crop(slides / f"{name}.tif", *place), "jpeg", model.config.tiles.jpeg_quality) for place in places]
+    tiles = [
+        encode_tile(_crop(slides / f"{name}.tif", *place), "jpeg", model.config.tiles.jpeg_quality) for place in places
+    ]
     batch = torch.from_numpy(np.stack([decode_tile(tile) for tile in tiles])).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
         queries = model.towers().embed_images(batch).numpy()
@@ -311,7 +313,13 @@ def test_the_job_plans_and_explains(model: ModelVersion, slides: Path, predicted
     gene = model.panel.names()[2]
     explained = subprocess.run([*command, "--explain", asked, "--genes", gene], check=False, timeout=300, **options)
     assert explained.returncode == 0, explained.stdout
-    votes = np.genfromtxt(tmp_path / "out" / "explained" / f"small-{row['spot_id']}.csv", delimiter=",", names=True, dtype=None, encoding=None)
+    votes = np.genfromtxt(
+        tmp_path / "out" / "explained" / f"small-{row['spot_id']}.csv",
+        delimiter=",",
+        names=True,
+        dtype=None,
+        encoding=None,
+    )
     assert len(votes) == model.config.retrieval.k
     assert votes["weight"].sum() == pytest.approx(1, abs=1e-5)
     assert votes["weight"] @ votes[gene] == pytest.approx(row[model.panel.gene_id[2]], abs=1e-3)

@@ -18,8 +18,7 @@ from mclstexp.errors import ConflictError, PredictError
 FOLDER, OWNER, SUMMARY = "ledger", "prediction.json", "summary.csv"
 _READERS = 32
 State = Literal["done", "empty", "quarantined", "failed"]
-"""`empty`: no tissue, so nothing is written. `quarantined`: the slide itself is at fault. `failed`: a fault that may pass.
-"""
+"""`empty`: no tissue, so nothing is written. `quarantined`: the slide is at fault. `failed`: a fault that may pass."""
 
 
 class _Record(BaseModel):
@@ -63,7 +62,9 @@ def claim(out: str, owner: Owner) -> None:
     except ConflictError:
         there = Owner.model_validate_json(storage.read(place))
         if there != owner:
-            raise PredictError(f"{out} holds predictions by {_words(there)}, asked for {_words(owner)}; give another --out") from None
+            raise PredictError(
+                f"{out} holds predictions by {_words(there)}, asked for {_words(owner)}; give another --out"
+            ) from None
 
 
 def entries(out: str, slide_ids: Iterable[str]) -> dict[str, Entry]:

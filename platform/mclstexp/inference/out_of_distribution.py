@@ -9,7 +9,6 @@ Shapes: N tiles, D embedding.
 from collections.abc import Mapping
 
 import numpy as np
-import pandas as pd
 
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.cosine import nearest
@@ -49,9 +48,3 @@ def ood_similarity(queries: Mapping[str, np.ndarray], bank: Bank) -> float | Non
         if len(embedding) and others.any():
             best.append(nearest(embedding, bank.directions[others], k=1)[1][:, 0])
     return float(np.percentile(np.concatenate(best), PERCENTILE)) if best else None
-
-
-def is_ood(similarity: np.ndarray, threshold: float | None) -> pd.arrays.BooleanArray:
-    """Tells which tiles are out of distribution, (N,): missing where threshold or similarity is unknown (NaN)."""
-    unknown = np.isnan(similarity) | (threshold is None)
-    return pd.arrays.BooleanArray(similarity < (threshold or 0.0), unknown)

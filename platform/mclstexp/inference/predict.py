@@ -20,8 +20,8 @@ from mclstexp.data.stream import MAX_RETRIES
 from mclstexp.errors import ConflictError, UserError
 from mclstexp.inference import ledger
 from mclstexp.inference.ledger import Entry, Owner
-from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.model_facts import ModelFacts, choose_genes
+from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.predict_stage import TILES, Stages, facts_of, predicted_parts, stages
 from mclstexp.inference.publish import publish_slide
 from mclstexp.inference.slide_record import SlideRecord
@@ -115,7 +115,9 @@ def predict_cohort(
     for name in there.keys() & set(left):
         ledger.forget(out, name)  # its files are about to be replaced
     total = len(left) + len(cohort.unreadable)
-    run = _Run(_Work(model, cohort, out, facts, tuple(genes), dealt, config.bank_shards), report, lambda: show(report, total))
+    run = _Run(
+        _Work(model, cohort, out, facts, tuple(genes), dealt, config.bank_shards), report, lambda: show(report, total)
+    )
     for name, reason in cohort.unreadable.items():
         run.settle(name, "failed", reason)
     run.run(left)
@@ -137,9 +139,7 @@ def _stands(entry: Entry, cohort: Cohort, retry_quarantined: bool) -> bool:
     if entry.state in ("done", "empty"):
         return entry.key in cohort.answer_keys.get(entry.slide_id, ())
     return (
-        entry.state == "quarantined"
-        and not retry_quarantined
-        and entry.key == cohort.attempt_keys.get(entry.slide_id)
+        entry.state == "quarantined" and not retry_quarantined and entry.key == cohort.attempt_keys.get(entry.slide_id)
     )
 
 

@@ -47,8 +47,8 @@ def stages(num_cpus: int, num_gpus: int) -> Stages:
     needed = 2 if num_gpus else 3
     if num_cpus < needed:
         raise ResourceError(
-            f"prediction needs {needed} CPU(s) ({'' if num_gpus else 'one to embed tiles, '}one to read them, one to look "
-            f"at slides), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or add a node"
+            f"prediction needs {needed} CPU(s) ({'' if num_gpus else 'one to embed tiles, '}one to read them, one to "
+            f"look at slides), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or add a node"
         )
     embedders = num_gpus or max(1, (num_cpus - 1) // 2)
     return Stages(num_cpus - 1 - (0 if num_gpus else embedders), embedders, bool(num_gpus))
