@@ -18,7 +18,6 @@ from ingest.inspect_slide import inspect, resolution
 from ingest.slide_list import POSITION_SCHEMA
 from ingest.slides import open_slide
 from ingest.synthetic_texture import draw_stain, paint, smooth_field
-from ingest.tiling import hilbert_distance
 from ingest.tissue import find_tissue
 from mclstexp import storage
 from mclstexp.errors import SourceError
@@ -101,7 +100,6 @@ def test_what_is_found_and_written(slide, tmp_path):
     steps = np.hypot(np.diff(x), np.diff(y)) / TILE
     assert np.median(steps) == 1.0  # a curve, not a scan
     assert (steps > 1.5).mean() < 0.15
-    assert hilbert_distance(column, row, bits=5).tolist() != sorted(column.tolist())
 
 
 def test_pictures_show_slide_tissue_and_tiles(slide, tmp_path):

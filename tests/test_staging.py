@@ -1,4 +1,4 @@
-"""The scratch folder of remote slides: one download a node, a budget that holds, nothing cut short, no lock left."""
+"""The scratch folder of remote slides: one download a node, a budget that holds, nothing cut short, no stale lock."""
 
 import multiprocessing
 import os
