@@ -123,7 +123,7 @@ def test_a_cohort_gives_every_part_once_and_every_fault_a_row(ray_session, tmp_p
     total = num_parts(half.record.num_tiles)
     assert total >= 3
     parts = {name: sorted(int(row["part"]) for row in tiles if row["slide_id"] == name) for name in sources}
-    assert parts.pop("a") == list(range(int(next(row["num_parts"] for row in tiles if row["slide_id"] == "a"))))
+    assert parts.pop("a") == list(range(int(next(row["num_left"] for row in tiles if row["slide_id"] == "a"))))
     assert parts.pop("b") == [part for part in range(total) if part != 1]
     assert not any(parts.values())
     for row in tiles:
@@ -140,7 +140,7 @@ def test_a_cohort_gives_every_part_once_and_every_fault_a_row(ray_session, tmp_p
     assert "no resolution" in others["no_mpp"]["reason"]
     assert "cut.tif" in others["cut"]["reason"]
     assert others["done"]["staging"] == done.staging
-    assert (others["done"]["num_parts"], others["empty"]["num_parts"]) == (total, 0)
+    assert (others["done"]["num_left"], others["empty"]["num_left"]) == (0, 0)
     assert all(row["num_tiles"] == 0 and row["part"] == -1 and not row["complete"].any() for row in others.values())
 
 
@@ -153,7 +153,7 @@ def test_a_large_slide_is_cut_into_stretches(tmp_path):
     parts = [[part for part in row["parts"].tolist() if part >= 0] for row in stretches]
     assert len(stretches) >= 2
     assert [len(row) for row in parts[:-1]] == [STRETCH_PARTS] * (len(stretches) - 1)
-    assert [part for row in parts for part in row] == list(range(stretches[0]["num_parts"]))
+    assert [part for row in parts for part in row] == list(range(stretches[0]["num_left"]))
 
 
 def test_tiles_without_pixels_are_told(tmp_path):
@@ -223,7 +223,7 @@ def test_remote_slides_are_let_go_and_faults_of_the_store_may_pass(s3, tmp_path)
     plan = make_plan(tmp_path, out=f"{s3}/out", scratch_budget_bytes=size)
     reader = _Read(plan)
     rows = read_all(source, plan, reader)
-    assert [row["part"] for row in rows] == list(range(rows[0]["num_parts"]))
+    assert [row["part"] for row in rows] == list(range(rows[0]["num_left"]))
     for row in rows:
         require_part(row, image)
         assert row["staging"].startswith(f"{s3}/out/staging/a-")
