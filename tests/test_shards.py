@@ -1,5 +1,6 @@
 """A bank in shards answers as the bank held whole does, to the bit."""
 
+import os
 import pickle
 
 import numpy as np
@@ -101,5 +102,8 @@ def test_actors_answer_as_the_whole_bank_even_after_one_died(ray_session: None) 
     whole = LocalShards(split_bank(bank, 1, KEY_BLOCK))
     for config in CONFIGS:
         _same(queries, actors, whole, config)
-    ray.kill(actors.actors[1], no_restart=False)
+    victim = actors.actors[1]
+    process = ray.get(victim.__ray_call__.remote(lambda self: os.getpid()))
+    ray.kill(victim, no_restart=False)
     _same(queries, actors, whole, CONFIGS[-1])
+    assert ray.get(victim.__ray_call__.remote(lambda self: os.getpid())) != process, "it must have died"
