@@ -192,7 +192,7 @@ class _Run:
         work = self._work
         tiles = work.cohort.tile_batches(slide_ids)
         parts = predicted_parts(tiles, work.model, work.dealt, work.bank_shards)
-        for row in parts.iter_rows(prefetch_batches=0):
+        for row in parts.iter_rows():
             self._take(row)
             self._published(wait=len(self._publishing) >= MAX_PUBLISHING)
         while self._publishing:

@@ -12,7 +12,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from mclstexp.data.genes import normalisers
-from mclstexp.data.stream import MAX_RETRIES, Batch
+from mclstexp.data.stream import MAX_RETRIES, Batch, ordered
 from mclstexp.errors import ResourceError, UserError
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.embed import ImageNetwork, network_of
@@ -66,16 +66,17 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
     bank = model.bank
     shards = None if bank is None or bank_shards == 1 else start_shards(split_bank(bank, bank_shards))
     config = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
-    return tiles.map_batches(
-        _Predict,
-        fn_constructor_args=(ray.put(network_of(model)), ray.put(None if shards else bank), shards, config),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=dealt.num_embedders),
-        num_gpus=1 if dealt.uses_gpu else None,
-        num_cpus=0 if dealt.uses_gpu else 1,
-        max_restarts=MAX_RETRIES,
-        max_task_retries=MAX_RETRIES,
-    )
+    with ordered():  # for its warnings alone: a Dataset keeps the context that it was made in
+        return tiles.map_batches(
+            _Predict,
+            fn_constructor_args=(ray.put(network_of(model)), ray.put(None if shards else bank), shards, config),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=dealt.num_embedders),
+            num_gpus=1 if dealt.uses_gpu else None,
+            num_cpus=0 if dealt.uses_gpu else 1,
+            max_restarts=MAX_RETRIES,
+            max_task_retries=MAX_RETRIES,
+        )
 
 
 def facts_of(model: ModelVersion) -> ModelFacts:
