@@ -52,8 +52,8 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
     with _row_a_block(max_errors):
         return (
             ray.data.from_items(rows, override_num_blocks=len(rows))
+            # Ray would join inspection and reading into one task, were it not for their different retries.
             .map_batches(cast(Any, _Inspect(plan)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
-            .repartition(target_num_rows_per_block=1)  # keeps inspection and reading from becoming one task
             .map_batches(
                 _Read,
                 fn_constructor_args=(plan,),
