@@ -58,7 +58,9 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
                 _Read,
                 fn_constructor_args=(plan,),
                 batch_size=1,
-                compute=ActorPoolStrategy(size=plan.num_readers),
+                compute=ActorPoolStrategy(
+                    min_size=1, max_size=plan.num_readers, initial_size=min(plan.num_readers, len(rows))
+                ),
                 num_cpus=1,
                 # A deadly slide takes a reader with it at each try; readers outlast all that the run puts up with.
                 max_restarts=(MAX_RETRIES + 1) * (max_errors + 1),

@@ -79,7 +79,7 @@ def open_cohort(
     Raises:
         SheetError: the sheet or the table of spots has faults, or there is no slide.
     """
-    sources = list_slides(samples)
+    sources = list_slides(samples, out)
     positions = read_positions(spots) if spots else {}
     require_positions(sources, positions)
     free = {"min_tissue": config.min_tissue, "allow_upsampling": config.allow_upsampling}

@@ -29,11 +29,12 @@ POSITION_SCHEMA = pa.schema([("spot_id", pa.string()), ("x_px", pa.float64()), (
 """Given tile centres of a slide, in level-0 pixels."""
 
 
-def list_slides(samples: str) -> list[SlideSource]:
+def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
     """Returns the slides of a sample sheet (.csv; rows of every format), a local folder or an `s3://` prefix.
 
     In a folder, at any depth, every file with one of `EXTENSIONS` is a slide; its id is the file's name without
-    extension, with `_` for what is not in A-Z a-z 0-9 . _ -. Hidden files are left out.
+    extension, with `_` for what is not in A-Z a-z 0-9 . _ -. Hidden files are left out, and what lies below `out`: pictures
+    of an earlier run are no slides.
 
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.
@@ -42,7 +43,8 @@ def list_slides(samples: str) -> list[SlideSource]:
         return [
             SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in read_sheet(samples)
         ]
-    uris = [uri for uri in storage.list_files(samples) if _is_slide(uri)]
+    own = f"{storage.absolute(out)}/" if out else None
+    uris = [uri for uri in storage.list_files(samples) if _is_slide(uri) and not (own and uri.startswith(own))]
     if not uris:
         raise SheetError(
             f"there is no slide under {samples}: give a sample sheet (.csv), or a folder or s3:// prefix that holds "

@@ -71,7 +71,7 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
             _Predict,
             fn_constructor_args=(ray.put(network_of(model)), ray.put(None if shards else bank), shards, config),
             batch_size=1,
-            compute=ActorPoolStrategy(size=dealt.num_embedders),
+            compute=ActorPoolStrategy(min_size=1, max_size=dealt.num_embedders),
             num_gpus=1 if dealt.uses_gpu else None,
             num_cpus=0 if dealt.uses_gpu else 1,
             max_restarts=MAX_RETRIES,
