@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 
+import ray
 from ray.data import Dataset
 
 from ingest.cohort import tile_batches
 from ingest.cohort_plan import CohortPlan, SlideSource, attempt_key, key
 from ingest.fingerprint import fingerprint
 from ingest.slide_list import list_slides, read_positions, require_positions
+from ingest.staging import clear
 from mclstexp import storage
 from mclstexp.errors import SourceError, StorageError
 from mclstexp.inference.model_version import ModelVersion
@@ -44,6 +46,12 @@ class SlideCohort:
                 return source
         some = ", ".join(sorted(source.slide_id for source in self.sources)[:10])
         raise SourceError(f"there is no slide {slide_id} among the {len(self.sources)} samples: {some}")
+
+    def release(self) -> None:
+        """Removes the copies of remote slides from every node's scratch folder. Ray must be connected."""
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        clear_on = ray.remote(num_cpus=0)(clear)
+        ray.get([clear_on.options(label_selector={"ray.io/node-id": node}).remote(self.plan.scratch) for node in nodes])
 
     def keyed(self, num_readers: int) -> Cohort:
         """Returns the cohort as prediction takes it, read by that many actors."""

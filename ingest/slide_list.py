@@ -33,8 +33,8 @@ def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
     """Returns the slides of a sample sheet (.csv; rows of every format), a local folder or an `s3://` prefix.
 
     In a folder, at any depth, every file with one of `EXTENSIONS` is a slide; its id is the file's name without
-    extension, with `_` for what is not in A-Z a-z 0-9 . _ -. Hidden files are left out, and what lies below `out`: pictures
-    of an earlier run are no slides.
+    extension, with `_` for what is not in A-Z a-z 0-9 . _ -. Hidden files are left out, and what lies below `out`:
+    pictures of an earlier run are no slides.
 
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.

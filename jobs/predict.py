@@ -103,6 +103,7 @@ def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None
     started = time.monotonic()
     with _bars() as show:
         report = predict_cohort(model, cohort.keyed, arguments.out, genes, show, config.predict)
+    cohort.release()
     _say(report, time.monotonic() - started, arguments.out)
 
 
