@@ -23,7 +23,7 @@ from ingest.staging import staged
 from mclstexp import storage
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.stream import MAX_RETRIES, Batch, ordered
-from mclstexp.errors import ResourceError, SourceError, StorageError
+from mclstexp.errors import SourceError, UserError
 from mclstexp.inference.parts import parts_done
 from mclstexp.inference.slide_record import PART_TILES, num_parts
 from mclstexp.inference.slide_table import read_grid, read_record
@@ -34,9 +34,8 @@ STRETCH_PARTS = 16
 TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
 """States of a row: a part's tiles; all parts are there; the slide's own fault, with its reason; a passing fault."""
 _NO_PART = -1
-NO_PROGRESS_S = 1800.0
+NO_PROGRESS_S = 6 * 3600.0
 """Without a row for so long, the run ends with an error."""
-_LEAST_ERRORS, _ERRORS_PER_SLIDE = 10, 0.1
 
 
 def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.Dataset:
@@ -48,8 +47,7 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
     the encoding of the model's own. Rows of a state other than `tiles` have part -1 and no tile.
     """
     rows = [asdict(source) | {"mpp": np.nan if source.mpp is None else source.mpp} for source in sources]
-    max_errors = max(_LEAST_ERRORS, int(_ERRORS_PER_SLIDE * len(rows)))
-    with _row_a_block(max_errors):
+    with _row_a_block():
         return (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             # Ray would join inspection and reading into one task, were it not for their different retries.
@@ -62,8 +60,7 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
                     min_size=1, max_size=plan.num_readers, initial_size=min(plan.num_readers, len(rows))
                 ),
                 num_cpus=1,
-                # A deadly slide takes a reader with it at each try; readers outlast all that the run puts up with.
-                max_restarts=(MAX_RETRIES + 1) * (max_errors + 1),
+                max_restarts=-1,  # a dead actor is not replaced by another; its tasks' retries are what is bounded
                 max_task_retries=MAX_RETRIES,
             )
         )
@@ -77,13 +74,13 @@ def as_stored(tile: np.ndarray, tiles: TilesConfig) -> np.ndarray:
 
 
 @contextmanager
-def _row_a_block(max_errors: int) -> Iterator[None]:
-    """Datasets made inside stream rows one by one in any order, and bear the loss of `max_errors` blocks."""
+def _row_a_block() -> Iterator[None]:
+    """Datasets made inside stream rows one by one in any order, and bear the loss of blocks."""
     with ordered():
         context = DataContext.get_current()
         context.execution_options.preserve_order = False
         context.target_max_block_size = 1  # byte: a block is closed after each row
-        context.max_errored_blocks = max_errors
+        context.max_errored_blocks = -1  # the caller sees which parts are missing
         context.execution_no_progress_timeout_s = NO_PROGRESS_S
         yield
 
@@ -101,8 +98,8 @@ class _Inspect:
             inspection = inspect(source, self.plan)
             total = num_parts(inspection.record.num_tiles)
             there = parts_done(inspection.staging)
-        except _FAULTS as error:
-            yield _stretch(source, "", [], 0, _state(error, source.image), str(error))
+        except Exception as error:  # whatever is wrong with a slide stops no other
+            yield _stretch(source, "", [], 0, *_verdict(error))
             return
         missing = [part for part in range(total) if part not in there]
         if not missing:
@@ -136,9 +133,9 @@ class _Read:
                     rows_of = slice(part * PART_TILES, (part + 1) * PART_TILES)
                     tiles = self._tiles(stretch["image"], left[rows_of], top[rows_of], record.scale)
                     yield self._row(stretch, part, tiles, TILES, "")
-        except _FAULTS as error:
+        except Exception as error:  # whatever is wrong with a slide stops no other
             self._release()
-            yield self._row(stretch, _NO_PART, [], _state(error, stretch["image"]), str(error))
+            yield self._row(stretch, _NO_PART, [], *_verdict(error))
         finally:
             if storage.is_s3(stretch["image"]):
                 self._release()
@@ -186,13 +183,13 @@ class _Read:
         }
 
 
-_FAULTS = (SourceError, StorageError, ResourceError, FileNotFoundError)
-
-
-def _state(error: Exception, image: str) -> str:
-    """Returns whether a fault is the slide's own, or may pass: what a store does not give now, it may give later."""
-    its_own = isinstance(error, SourceError) or (isinstance(error, FileNotFoundError) and not storage.is_s3(image))
-    return QUARANTINED if its_own else FAILED
+def _verdict(error: Exception) -> tuple[str, str]:
+    """Returns the state and reason of a fault: the slide's own, or one that may pass, such as a file that is away."""
+    if isinstance(error, SourceError):
+        return QUARANTINED, str(error)
+    if isinstance(error, FileNotFoundError):
+        return FAILED, f"there is no file {error}"
+    return FAILED, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _stretch(source: SlideSource, staging: str, parts: list[int], num_left: int, state: str, reason: str) -> Batch:

@@ -69,9 +69,7 @@ def resolution(source: SlideSource, image_mpp: float | None, assume_mpp: float |
     for mpp, origin in ((source.mpp, "sheet"), (image_mpp, "image"), (assume_mpp, ASSUMED)):
         if mpp is not None:
             return mpp, origin
-    raise SourceError(
-        "no resolution: neither the sheet nor its image says it; fill in mpp, or assume one for all such slides"
-    )
+    raise SourceError("no resolution: neither the sheet nor its image says it; fill in mpp, or give --assume-mpp")
 
 
 def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection | None:
@@ -94,7 +92,7 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
     if 1 / scale > MAX_UPSAMPLING and not plan.tiles.allow_upsampling:
         raise SourceError(
             f"it has {mpp:.4g} um/px and would be enlarged {1 / scale:.3g} times to the model's {plan.mpp:.4g} um/px "
-            f"(allowed is {MAX_UPSAMPLING}): give a finer scan, or allow it with tiles.allow_upsampling"
+            f"(allowed is {MAX_UPSAMPLING}): give a finer scan, or set predict.allow_upsampling=true"
         )
     mask, seen = find_tissue_on_thumbnail(slide, mpp)
     stain = not_h_and_e(seen, mask.is_tissue)
@@ -137,7 +135,7 @@ def corners(table: pa.Table, size_px: int, scale: float) -> tuple[np.ndarray, np
 
 def _require_stain(reason: str, plan: CohortPlan) -> None:
     if reason and not plan.allow_other_stains:
-        raise SourceError(f"not H&E: {reason}")
+        raise SourceError(f"not H&E: {reason}; set predict.other_stains=true to predict it all the same")
 
 
 def _tiles(source: SlideSource, plan: CohortPlan, slide: Slide, mask: TissueMask, scale: float, mpp: float) -> pa.Table:

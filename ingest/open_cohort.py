@@ -26,6 +26,7 @@ from mclstexp.inference.predict import Cohort
 from mclstexp.settings import PredictConfig
 
 _AT_ONCE = 32
+_RELEASE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class SlideCohort:
         """Removes the copies of remote slides from every node's scratch folder. Ray must be connected."""
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         clear_on = ray.remote(num_cpus=0)(clear)
-        ray.get([clear_on.options(label_selector={"ray.io/node-id": node}).remote(self.plan.scratch) for node in nodes])
+        asked = [clear_on.options(label_selector={"ray.io/node-id": node}).remote(self.plan.scratch) for node in nodes]
+        ray.wait(asked, num_returns=len(asked), timeout=_RELEASE_S)  # a node that has just gone takes its copies along
 
     def keyed(self, num_readers: int) -> Cohort:
         """Returns the cohort as prediction takes it, read by that many actors."""

@@ -80,10 +80,11 @@ class SectionRow(BaseModel):
         return {name: uri for name in FILE_COLUMNS if (uri := getattr(self, name)) is not None}
 
 
-def read_sheet(uri: str) -> list[SectionRow]:
+def read_sheet(uri: str, require_files: bool = True) -> list[SectionRow]:
     """Returns the sections of a sample sheet (CSV, local or `s3://`), in its order.
 
-    File paths may be absolute, `s3://` or relative to the sheet.
+    File paths may be absolute, `s3://` or relative to the sheet. That they are there is checked unless
+    `require_files` is False: of ten thousand slides some are away, which must not hold up the others.
 
     Raises:
         SheetError: lists every fault of the sheet with row and column.
@@ -91,7 +92,7 @@ def read_sheet(uri: str) -> list[SectionRow]:
     uri = storage.absolute(uri)
     lines = _read_lines(uri)
     rows: list[SectionRow] = []
-    faults = [*_duplicates(lines), *_file_faults(lines, uri)]
+    faults = [*_duplicates(lines), *(_file_faults(lines, uri) if require_files else ())]
     for line, cells in lines:
         try:
             rows.append(SectionRow.model_validate(_with_absolute_files(cells, uri)))

@@ -1,8 +1,8 @@
 """The slides of a run: from a sample sheet, or from all images in a folder or under an `s3://` prefix.
 
 A folder says nothing of patients or resolutions, so that each of its images is its own patient; formats whose slide is
-many files (.mrxs, .vms, .vmu, several .dcm) are listed by the file that OpenSlide opens, their companions with another
-image extension must lie elsewhere.
+many files (.mrxs, .vms, .vmu) are listed by the file that OpenSlide opens, and companions with another image extension
+must lie elsewhere; DICOM series are named in a sheet.
 """
 
 import io
@@ -19,7 +19,7 @@ from mclstexp import storage
 from mclstexp.errors import SheetError
 
 EXTENSIONS = (
-    *("svs", "tif", "tiff", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif", "dcm"),
+    *("svs", "tif", "tiff", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif"),
     *("jpg", "jpeg", "png"),
 )
 """What OpenSlide or Pillow reads."""
@@ -41,7 +41,8 @@ def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
     """
     if samples.lower().endswith(".csv"):
         return [
-            SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in read_sheet(samples)
+            SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp)
+            for row in read_sheet(samples, require_files=False)
         ]
     own = f"{storage.absolute(out)}/" if out else None
     uris = [uri for uri in storage.list_files(samples) if _is_slide(uri) and not (own and uri.startswith(own))]

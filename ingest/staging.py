@@ -16,9 +16,9 @@ from pathlib import Path
 from mclstexp import storage
 from mclstexp.errors import ResourceError, SourceError, StorageError
 
-_MANY_FILES = (".mrxs", ".vms", ".vmu")
+_MANY_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
 _POLL_S = 0.2
-_MAX_WAIT_S = 1800.0
+_MAX_WAIT_S = 900.0
 _ROOM = ".room"
 
 
@@ -30,7 +30,7 @@ def staged(uri: str, folder: str, budget_bytes: int) -> Iterator[str]:
         FileNotFoundError: there is no such object.
         ResourceError: it is larger than `budget_bytes`.
         SourceError: a slide of its format is many files, of which one would be copied.
-        StorageError: it cannot be downloaded, there is no disk for it, or others kept the budget for half an hour.
+        StorageError: it cannot be downloaded, there is no disk for it, or others kept the budget for 15 minutes.
     """
     uri = storage.absolute(uri)
     if not storage.is_s3(uri):
@@ -39,7 +39,7 @@ def staged(uri: str, folder: str, budget_bytes: int) -> Iterator[str]:
     entry, size = _entry(uri, Path(folder))
     if size > budget_bytes:
         raise ResourceError(
-            f"{uri} has {size} bytes, more than the scratch budget of {budget_bytes} bytes: raise the budget"
+            f"{uri} has {size} bytes, more than the scratch budget of {budget_bytes} bytes: raise predict.scratch_gb"
         )
     copy = entry / uri.rsplit("/", 1)[1]
     while True:
@@ -61,8 +61,9 @@ def clear(folder: str) -> None:
         with _locked(root / _ROOM, fcntl.LOCK_EX):
             for entry in _entries(root):
                 _evict(entry)
+            with suppress(OSError):
+                _lock_path(root / _ROOM).unlink()
         with suppress(OSError):
-            _lock_path(root / _ROOM).unlink()
             root.rmdir()
 
 
@@ -92,7 +93,7 @@ def _make_room(entry: Path, size: int, budget_bytes: int) -> None:
         if time.monotonic() > deadline:
             raise StorageError(
                 f"waited {_MAX_WAIT_S:.0f} s for {size} bytes in {entry.parent}: the slides in use there leave too "
-                f"little of the scratch budget of {budget_bytes} bytes; raise it"
+                f"little of the scratch budget of {budget_bytes} bytes; raise predict.scratch_gb"
             )
         time.sleep(_POLL_S)
 

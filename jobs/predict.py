@@ -31,6 +31,7 @@ def main() -> None:
     import tempfile
 
     from ingest.open_cohort import open_cohort
+    from ingest.staging import clear
     from mclstexp import tracking
     from mclstexp.inference.model_version import ModelVersion
 
@@ -39,10 +40,11 @@ def main() -> None:
     mpp = _positive(arguments.assume_mpp)
     cohort = open_cohort(arguments.samples, model, arguments.out, config.predict, arguments.spots, mpp)
     genes = [name for name in (arguments.genes or "").split(",") if name]
-    if arguments.explain:
-        _explain(arguments, model, cohort, genes)
-    elif arguments.dry_run:
-        _plan(model, cohort, config)
+    if arguments.explain or arguments.dry_run:
+        try:
+            _explain(arguments, model, cohort, genes) if arguments.explain else _plan(model, cohort, config)
+        finally:
+            clear(cohort.plan.scratch)
     else:
         _predict(arguments, model, cohort, genes, config)
 
@@ -60,12 +62,17 @@ def _positive(text: str | None) -> float | None:
 def _plan(model, cohort, config: Config) -> None:  # noqa: ANN001
     import os
 
+    import torch
+
     from ingest.forecast import forecast
-    from mclstexp.inference.predict_stage import stages
+    from mclstexp.inference.predict_stage import cluster_size, stages
 
     print(describe(config, SECTIONS))
-    num_cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS)
-    print(forecast(cohort, model, stages(num_cpus, 0)))
+    size = config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS), torch.cuda.device_count()
+    if "RAY_ADDRESS" in os.environ:
+        _launch.connect(config)  # to a cluster that is there
+        size = cluster_size()
+    print(forecast(cohort, model, stages(*size)))
 
 
 def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN001
@@ -74,7 +81,11 @@ def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN00
 
     from ingest.explain_tile import explain_tile
     from mclstexp import storage
+    from mclstexp.inference import ledger
 
+    owner = ledger.owner(arguments.out)
+    if owner is not None and owner.model_digest != model.digest:
+        raise PredictError(f"{arguments.out} holds predictions by the model {owner.model_digest}, got {model.digest}")
     slide_id, *place = arguments.explain.split(",")
     try:
         x_px, y_px = map(float, place)
@@ -101,10 +112,12 @@ def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None
     places += [f"--spots {arguments.spots}"] if arguments.spots else []
     resources.require_shared(config, places)
     started = time.monotonic()
-    with _bars() as show:
-        report = predict_cohort(model, cohort.keyed, arguments.out, genes, show, config.predict)
-    cohort.release()
-    _say(report, time.monotonic() - started, arguments.out)
+    try:
+        with _bars() as show:
+            report = predict_cohort(model, cohort.keyed, arguments.out, genes, show, config.predict)
+    finally:
+        cohort.release()
+    _say(report, time.monotonic() - started, arguments.out, bool(genes))
 
 
 def _bars():  # noqa: ANN202
@@ -124,7 +137,7 @@ def _bars():  # noqa: ANN202
     return shown()
 
 
-def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
+def _say(report, seconds: float, out: str, had_genes: bool) -> None:  # noqa: ANN001
     """Prints what was done; ends with an error where slides have no prediction."""
     counts = report.counts()
     words = ", ".join(f"{counts[state]} {state}" for state in ("done", "empty", "skipped", "quarantined", "failed"))
@@ -132,6 +145,8 @@ def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
     if counts["done"]:
         hours = seconds / 3600 / counts["done"] * 1000
         print(f" ({report.num_tiles / seconds:.1f} tiles/s, {hours:.1f} h for 1,000 such slides)", end="")
+    if counts["skipped"] and had_genes:
+        print("\nslides that were skipped keep the overviews and GeoJSON of their own run", end="")
     print(f"\nsummary {report.summary}\npredictions {out}")
     faults = [f"{name}: {reason}" for name, reason in report.faults().items()]
     if faults:

@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import predict
 import pytest
 from _cli import Argument, describe, parse
 
-from mclstexp.config import Config, leaf_fields, load_config, override
+from mclstexp.config import Config, leaf_fields, load_config
 from mclstexp.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -154,21 +152,3 @@ def test_a_dry_run_prints_settings_and_plan_without_a_cluster(tmp_path: Path) ->
     failed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert failed.returncode == 2
     assert "no tile table" in failed.stderr
-
-
-@dataclass
-class _Version:
-    """What `predict` reads of a model version to cut slides."""
-
-    config: Config
-
-
-def test_slides_are_cut_as_the_model_was_but_for_tissue_and_upsampling() -> None:
-    model = _Version(override(Config(), {"tiles.size_px": 64, "tiles.mpp": 0.5, "tiles.encoding": "png"}))
-    asked = override(Config(), {"tiles.allow_upsampling": True, "tiles.min_tissue": 0.4})
-    tiles = predict._tiles_config(asked, model).tiles
-    assert (tiles.size_px, tiles.mpp, tiles.encoding) == (64, 0.5, "png")
-    assert (tiles.allow_upsampling, tiles.min_tissue) == (True, 0.4)
-    assert predict._tiles_config(override(asked, {"tiles.mpp": 0.5}), model).tiles == tiles
-    with pytest.raises(ConfigError, match=r"the model's tiles have tiles\.mpp=0\.5, got 0\.7"):
-        predict._tiles_config(override(asked, {"tiles.mpp": 0.7}), model)

@@ -135,7 +135,7 @@ def test_a_cohort_gives_every_part_once_and_every_fault_a_row(ray_session, tmp_p
         "empty": NOTHING_LEFT,
         "no_mpp": QUARANTINED,
         "cut": QUARANTINED,
-        "gone": QUARANTINED,
+        "gone": FAILED,
     }
     assert "no resolution" in others["no_mpp"]["reason"]
     assert "cut.tif" in others["cut"]["reason"]

@@ -77,8 +77,8 @@ class Config(Section):
         return self
 
     def digest(self) -> str:
-        """Returns 12 hex digits that name these settings."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Returns 12 hex digits that name these settings, without those of prediction."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"predict"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -17,6 +17,7 @@ from mclstexp.errors import ConflictError, PredictError
 
 FOLDER, OWNER, SUMMARY = "ledger", "prediction.json", "summary.csv"
 _READERS = 32
+PREDICTED = ("done", "empty")
 State = Literal["done", "empty", "quarantined", "failed"]
 """`empty`: no tissue, so nothing is written. `quarantined`: the slide is at fault. `failed`: a fault that may pass."""
 
@@ -80,7 +81,7 @@ def entries(out: str, slide_ids: Iterable[str]) -> dict[str, Entry]:
 
 
 def record(out: str, entry: Entry) -> None:
-    """Writes a slide's entry; a prediction that is there is not called undone by a slide that cannot be read any more.
+    """Writes a slide's entry; a prediction that is there stays, also where another run failed at the slide.
 
     Raises:
         ConflictError: another run keeps writing this slide's entry.
@@ -88,9 +89,17 @@ def record(out: str, entry: Entry) -> None:
     place = _place(out, entry.slide_id)
     previous = storage.version(place)
     there = _read(out, entry.slide_id)
-    if there is not None and there.state == "done" and entry.state == "failed":
+    if there is not None and there.state in PREDICTED and entry.state not in PREDICTED:
         return
     storage.publish(place, entry.model_dump_json(indent=1).encode(), previous)
+
+
+def owner(out: str) -> Owner | None:
+    """Returns whose predictions a folder holds; None where it holds none."""
+    try:
+        return Owner.model_validate_json(storage.read(storage.join(out, OWNER)))
+    except FileNotFoundError:
+        return None
 
 
 def summarise(out: str, found: Mapping[str, Entry]) -> str:

@@ -8,12 +8,14 @@ that a reader should go by the ledger, which is written last.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import ray
 from ray.data import Dataset
+from ray.data.exceptions import ExecutionTimeoutError
 
 from mclstexp import storage
 from mclstexp.data.stream import MAX_RETRIES
@@ -22,16 +24,16 @@ from mclstexp.inference import ledger
 from mclstexp.inference.ledger import Entry, Owner
 from mclstexp.inference.model_facts import ModelFacts, choose_genes
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.predict_stage import TILES, Stages, facts_of, predicted_parts, stages
+from mclstexp.inference.predict_stage import TILES, Stages, cluster_size, facts_of, predicted_parts, stages
 from mclstexp.inference.publish import publish_slide
-from mclstexp.inference.slide_record import SlideRecord
+from mclstexp.inference.slide_record import RECORD, SlideRecord
 from mclstexp.settings import PredictConfig
 
 MAX_TRIES = 3
 """Times that a slide is tried in one run."""
 MAX_PUBLISHING = 4
 """Slides that are put together at once."""
-_DIED = f"the process that read or embedded it died in each of {MAX_TRIES} tries"
+_DIED = f"a process that worked on it died in each of {MAX_TRIES} tries"
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,13 @@ def predict_cohort(
     """
     out, facts = storage.absolute(out), facts_of(model)
     choose_genes(facts.panel, genes)
-    dealt = stages(*_cluster())
+    dealt = stages(*cluster_size())
     cohort = make_cohort(dealt.num_readers)
     storage.require_conditional_puts(out)
     ledger.claim(out, Owner(model_digest=model.digest, settings=dict(cohort.settings)))
     there = ledger.entries(out, [*cohort.attempt_keys, *cohort.unreadable])
     report = Report(skipped=_settled(there, cohort, config.retry_quarantined))
     left = [name for name in cohort.attempt_keys if name not in report.skipped]
-    for name in there.keys() & set(left):
-        ledger.forget(out, name)  # its files are about to be replaced
     total = len(left) + len(cohort.unreadable)
     run = _Run(
         _Work(model, cohort, out, facts, tuple(genes), dealt, config.bank_shards), report, lambda: show(report, total)
@@ -125,18 +125,13 @@ def predict_cohort(
     return report
 
 
-def _cluster() -> tuple[int, int]:
-    resources = ray.cluster_resources()
-    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-
-
 def _settled(there: Mapping[str, Entry], cohort: Cohort, retry_quarantined: bool) -> dict[str, Entry]:
     """Returns the entries of slides that running again would not change."""
     return {name: entry for name, entry in there.items() if _stands(entry, cohort, retry_quarantined)}
 
 
 def _stands(entry: Entry, cohort: Cohort, retry_quarantined: bool) -> bool:
-    if entry.state in ("done", "empty"):
+    if entry.state in ledger.PREDICTED:
         return entry.key in cohort.answer_keys.get(entry.slide_id, ())
     return (
         entry.state == "quarantined" and not retry_quarantined and entry.key == cohort.attempt_keys.get(entry.slide_id)
@@ -173,6 +168,8 @@ class _Run:
         self._parts: Counter[str] = Counter()
         self._faults: dict[str, str] = {}
         """Why slides of the current try are not done, where something said so."""
+        self._stopped = ""
+        """Why the current try ended early, if it did."""
 
     def run(self, slide_ids: Sequence[str]) -> None:
         """Tries all slides, and those that failed again."""
@@ -185,16 +182,19 @@ class _Run:
             self._try(left)
             left = [name for name in left if name not in self._report.entries]
         for name in left:
-            reason = self._faults.get(name)
-            self.settle(name, "failed" if reason else "quarantined", reason or _DIED)
+            self.settle(name, "failed", self._faults.get(name) or self._stopped or _DIED)
 
     def _try(self, slide_ids: Sequence[str]) -> None:
         work = self._work
         tiles = work.cohort.tile_batches(slide_ids)
         parts = predicted_parts(tiles, work.model, work.dealt, work.bank_shards)
-        for row in parts.iter_rows():
-            self._take(row)
-            self._published(wait=len(self._publishing) >= MAX_PUBLISHING)
+        self._stopped = ""
+        try:
+            for row in parts.iter_rows():
+                self._take(row)
+                self._published(wait=len(self._publishing) >= MAX_PUBLISHING)
+        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:  # what is left is tried again
+            self._stopped = f"the stream of tiles ended: {error}"
         while self._publishing:
             self._published(wait=True)
 
@@ -214,6 +214,7 @@ class _Run:
 
     def _begin_publishing(self, name: str, staging: str) -> None:
         work = self._work
+        ledger.forget(work.out, name)  # its files are about to be replaced
         self._publishing[self._publish.remote(staging, work.out, work.facts, work.genes)] = (name, staging)
 
     def _published(self, wait: bool) -> None:
@@ -230,19 +231,21 @@ class _Run:
                 continue
             key = staging.rpartition("-")[2]
             self.settle(name, "done" if record.num_tiles else "empty", key=key, record=record)
+            storage.delete(storage.join(staging, RECORD))  # first: without it nothing there counts
             for uri in storage.list_files(staging):
                 storage.delete(uri)
 
     def settle(
         self, name: str, state: ledger.State, reason: str = "", key: str = "", record: SlideRecord | None = None
     ) -> None:
-        """Writes what became of a slide, unless another run on the same output was first."""
-        entry = _entry(name, key or self._work.cohort.attempt_keys.get(name, ""), state, reason, record)
-        self._report.entries[name] = entry
-        try:
-            ledger.record(self._work.out, entry)
-        except ConflictError:
-            self._report.entries[name] = ledger.entries(self._work.out, [name]).get(name, entry)
+        """Writes what became of a slide, unless another run on the same output has predicted it."""
+        cohort, out = self._work.cohort, self._work.out
+        entry = _entry(name, key or cohort.attempt_keys.get(name, ""), state, reason, record)
+        with suppress(ConflictError):
+            ledger.record(out, entry)
+        there = ledger.entries(out, [name]).get(name)
+        predicted = there is not None and there.state in ledger.PREDICTED and _stands(there, cohort, False)
+        self._report.entries[name] = there if there is not None and predicted else entry
         self._show()
 
 

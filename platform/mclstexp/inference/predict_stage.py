@@ -38,6 +38,12 @@ class Stages:
     uses_gpu: bool
 
 
+def cluster_size() -> tuple[int, int]:
+    """Returns the cluster's CPUs and GPUs."""
+    resources = ray.cluster_resources()
+    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+
+
 def stages(num_cpus: int, num_gpus: int) -> Stages:
     """Returns how a cluster is dealt out: a CPU to look at slides, the rest to reading and, without GPUs, embedding.
 
@@ -64,8 +70,12 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
         bank_shards: actors that hold the bank's keys between them; 1: every node holds all of it once.
     """
     bank = model.bank
-    shards = None if bank is None or bank_shards == 1 else start_shards(split_bank(bank, bank_shards))
     config = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
+    shards = None
+    if bank is not None and bank_shards > 1:
+        shards = start_shards(split_bank(bank, bank_shards), cpus_per_shard=0)  # they work while embedders wait
+    elif bank is not None:
+        bank.directions  # noqa: B018  # made here, they are held once on each node
     with ordered():  # for its warnings alone: a Dataset keeps the context that it was made in
         return tiles.map_batches(
             _Predict,
@@ -74,7 +84,7 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
             compute=ActorPoolStrategy(min_size=1, max_size=dealt.num_embedders),
             num_gpus=1 if dealt.uses_gpu else None,
             num_cpus=0 if dealt.uses_gpu else 1,
-            max_restarts=MAX_RETRIES,
+            max_restarts=-1,  # as of readers: a dead actor is not replaced by another
             max_task_retries=MAX_RETRIES,
         )
 
@@ -105,8 +115,9 @@ class _Predict:
             try:
                 found = self.answer(image[:num_tiles])
                 write_part(str(row["staging"]), int(row["part"]), found, complete[:num_tiles])
-            except UserError as error:  # the store may be back when the slide is tried again
-                row |= {"state": FAILED, "reason": str(error)}
+            except Exception as error:  # of a full GPU or store; it may be gone when the slide is tried again
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                row |= {"state": FAILED, "reason": reason}
         return {name: np.array([value]) for name, value in row.items()}
 
     def answer(self, tiles: np.ndarray) -> Retrieved:

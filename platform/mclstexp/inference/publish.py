@@ -48,6 +48,8 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
     name = record.slide_id
     storage.write(storage.join(out_uri, PREVIEWS, f"{name}.jpg"), storage.read(storage.join(staging_uri, PREVIEW)))
     if not record.num_tiles:
+        for place in (f"{name}.parquet", f"{name}.h5ad", f"{OVERVIEWS}/{name}.png", f"{GEOJSON}/{name}.geojson"):
+            storage.delete(storage.join(out_uri, place))  # of an earlier image
         return record
     thumbnail = read_thumbnail(staging_uri)
     shown = chosen or list(range(min(OVERVIEW_GENES, len(model_facts.panel))))

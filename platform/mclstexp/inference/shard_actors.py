@@ -33,9 +33,7 @@ class ShardActors:
 
 def start_shards(shards: Sequence[BankShard], cpus_per_shard: float = 1) -> ShardActors:
     """Returns an actor for each shard of a bank, in the order of their keys."""
-    held = ray.remote(_ShardActor).options(
-        num_cpus=cpus_per_shard, max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES
-    )
+    held = ray.remote(_ShardActor).options(num_cpus=cpus_per_shard, max_restarts=-1, max_task_retries=MAX_RETRIES)
     return ShardActors(tuple(held.remote(shard) for shard in shards))
 
 
