@@ -209,7 +209,7 @@ def _seaweed(folder: Path, s3_port: int) -> list[str]:
 
 
 def _wait_until_healthy(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with urllib.request.urlopen(f"{endpoint}/healthz", timeout=2) as answer:

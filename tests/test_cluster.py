@@ -54,7 +54,7 @@ class Cluster:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=240,
+            timeout=900,
         )
 
     def listed(self, kind: str) -> list[dict]:
@@ -214,7 +214,7 @@ def _open(url: str, token: str | None, body: dict | None = None) -> HTTPResponse
 
 
 def _wait_for(url: str, token: str | None, log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while True:
         try:
             _open(url, token).close()
@@ -225,7 +225,7 @@ def _wait_for(url: str, token: str | None, log: Path) -> None:
 
 
 def _wait_for_nodes(cluster: Cluster, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while sum(node["state"] == "ALIVE" for node in cluster.listed("nodes")) < count:
         assert time.monotonic() < deadline, "the second node did not join"
         time.sleep(0.3)

@@ -293,7 +293,7 @@ def test_a_killed_job_goes_on_even_where_two_go_on_at_once(
     assert not (tmp_path / "out" / "ledger" / "big2.json").exists(), "it must have been killed midway"
     jobs = [subprocess.Popen(command, **options) for _ in range(2)]
     for job in jobs:
-        said, _ = job.communicate(timeout=600)
+        said, _ = job.communicate(timeout=1500)
         assert job.returncode == 2, said
         assert "1 slide(s) could not be predicted" in said
         assert "broken: " in said
@@ -302,14 +302,14 @@ def test_a_killed_job_goes_on_even_where_two_go_on_at_once(
 
 def test_the_job_plans_and_explains(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
     command, options = _job(tmp_path, model, slides)
-    planned = subprocess.run([*command, "--dry-run"], check=False, timeout=300, **options)
+    planned = subprocess.run([*command, "--dry-run"], check=False, timeout=900, **options)
     assert planned.returncode == 0, planned.stdout
     assert "5 slides" in planned.stdout
     assert not (tmp_path / "out").exists()
     row = pq.read_table(predicted / "small.parquet").slice(5, 1).to_pylist()[0]
     asked = f"small,{row['x_px'] + 3},{row['y_px'] - 3}"
     gene = model.panel.names()[2]
-    explained = subprocess.run([*command, "--explain", asked, "--genes", gene], check=False, timeout=300, **options)
+    explained = subprocess.run([*command, "--explain", asked, "--genes", gene], check=False, timeout=900, **options)
     assert explained.returncode == 0, explained.stdout
     votes = np.genfromtxt(
         tmp_path / "out" / "explained" / f"small-{row['spot_id']}.csv",

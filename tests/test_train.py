@@ -94,10 +94,10 @@ def killed_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _wait_for_checkpoints(job, folder, "killed", before + 3)
     orphans = _kill_the_driver(job)
     assert _states(folder, "killed")[-1]["step"] < EPOCHS * STEPS_PER_EPOCH, "killed too late to prove anything"
-    _, alive = psutil.wait_procs([process for process in orphans if _holds_work(process)], timeout=60)
+    _, alive = psutil.wait_procs([process for process in orphans if _holds_work(process)], timeout=240)
     assert not alive, f"orphans: {alive}"
     job = _start(folder, tiles, "killed")
-    output, _ = job.communicate(timeout=300)
+    output, _ = job.communicate(timeout=900)
     assert job.returncode == 0, output
     assert output.strip().splitlines()[-1] == "model version models:/mclstexp/1"
     return folder
