@@ -94,7 +94,7 @@ def _run(train: tuple[str, ...], validation: tuple[str, ...], **changed: object)
     settings = {"model.image_encoder": "small_cnn", "model.spot_layers": 1, "model.spot_width": 16}
     config = override(Config(), settings | {"model.embedding_dim": 8, "retrieval.k": 3} | changed)
     manifest = _Manifest(tile_size_px=32, mpp=0.5)
-    reader = SimpleNamespace(manifest=manifest, read_section=manifest.read_section, root="table")
+    reader = SimpleNamespace(manifest=manifest, read_section=manifest.read_section, root="table", position="sinusoidal")
     panel = GenePanel(tuple("ABCD"), ("",) * 4, ("",) * 4)
     split = Split(train=train, validation=validation, test=())
     return cast(Run, SimpleNamespace(config=config, manifest=manifest, reader=reader, panel=panel, split=split))
