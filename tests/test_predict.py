@@ -252,19 +252,18 @@ def _when(condition: Callable[[], object], act: Callable[[], None]) -> threading
     return thread
 
 
-@pytest.mark.parametrize(("stage", "sign"), [("_Predict", "*.safetensors"), ("_Read", "slide.json")])
-def test_a_killed_worker_changes_nothing(
-    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path, stage: str, sign: str
+def test_a_killed_embedder_and_a_sharded_bank_change_nothing(
+    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
 ) -> None:
     killed: list[int] = []
 
     def kill() -> None:
-        for process in _processes(stage):
+        for process in _processes("_Predict"):
             process.kill()
             killed.append(process.pid)
 
-    killer = _when(lambda: list(tmp_path.rglob(sign)) and _processes(stage), kill)
-    report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
+    killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
+    report = _predict(model, slides, tmp_path, (model.panel.names()[2],), bank_shards=2)
     killer.join()
     assert killed, "the fault must have hit"
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
