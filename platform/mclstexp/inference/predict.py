@@ -213,7 +213,10 @@ class _Run:
         self._show()
 
     def _begin_publishing(self, name: str, staging: str) -> None:
-        work = self._work
+        work, there = self._work, self._standing(name)
+        if there is not None:  # another run on the same output was first
+            self._report.entries[name] = there
+            return
         ledger.forget(work.out, name)  # its files are about to be replaced
         self._publishing[self._publish.remote(staging, work.out, work.facts, work.genes)] = (name, staging)
 
@@ -239,14 +242,17 @@ class _Run:
         self, name: str, state: ledger.State, reason: str = "", key: str = "", record: SlideRecord | None = None
     ) -> None:
         """Writes what became of a slide, unless another run on the same output has predicted it."""
-        cohort, out = self._work.cohort, self._work.out
-        entry = _entry(name, key or cohort.attempt_keys.get(name, ""), state, reason, record)
+        entry = _entry(name, key or self._work.cohort.attempt_keys.get(name, ""), state, reason, record)
         with suppress(ConflictError):
-            ledger.record(out, entry)
-        there = ledger.entries(out, [name]).get(name)
-        predicted = there is not None and there.state in ledger.PREDICTED and _stands(there, cohort, False)
-        self._report.entries[name] = there if there is not None and predicted else entry
+            ledger.record(self._work.out, entry)
+        self._report.entries[name] = self._standing(name) or entry
         self._show()
+
+    def _standing(self, name: str) -> Entry | None:
+        """Returns the entry of a slide that is predicted as this run would."""
+        there = ledger.entries(self._work.out, [name]).get(name)
+        predicted = there is not None and there.state in ledger.PREDICTED and _stands(there, self._work.cohort, False)
+        return there if predicted else None
 
 
 def _publish_guarded(staging: str, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> SlideRecord | str:
