@@ -46,8 +46,9 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
     chosen = choose_genes(model_facts.panel, genes)
     record = read_record(staging_uri)
     name = record.slide_id
-    storage.write(storage.join(out_uri, PREVIEWS, f"{name}.jpg"), storage.read(storage.join(staging_uri, PREVIEW)))
+    preview, shown_at = storage.read(storage.join(staging_uri, PREVIEW)), storage.join(out_uri, PREVIEWS, f"{name}.jpg")
     if not record.num_tiles:
+        storage.write(shown_at, preview)
         for place in (f"{name}.parquet", f"{name}.h5ad", f"{OVERVIEWS}/{name}.png", f"{GEOJSON}/{name}.geojson"):
             storage.delete(storage.join(out_uri, place))  # of an earlier image
         return record
@@ -61,6 +62,7 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
         draw_overview(picture, table, record, model_facts, shown, thumbnail)
         if chosen:
             write_geojson(squares, table, record, model_facts, chosen)
+        storage.write(shown_at, preview)
         storage.upload(data, storage.join(out_uri, f"{name}.h5ad"))
         storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{name}.png"))
         storage.upload(squares, outline) if chosen else storage.delete(outline)
