@@ -25,14 +25,12 @@ from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.stream import MAX_RETRIES, Batch, ordered
 from mclstexp.errors import SourceError, UserError
 from mclstexp.inference.parts import parts_done
-from mclstexp.inference.slide_record import PART_TILES, num_parts
+from mclstexp.inference.slide_record import FAILED, NOTHING_LEFT, PART_TILES, QUARANTINED, TILES, num_parts
 from mclstexp.inference.slide_table import read_grid, read_record
 from mclstexp.settings import TilesConfig
 
 STRETCH_PARTS = 16
 """Most parts that one task reads: 4,096 tiles."""
-TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
-"""States of a row: a part's tiles; all parts are there; the slide's own fault, with its reason; a passing fault."""
 _NO_PART = -1
 NO_PROGRESS_S = 6 * 3600.0
 """Without a row for so long, the run ends with an error."""

@@ -17,9 +17,10 @@ from ingest.pictures import encode_picture, preview, small_picture
 from ingest.slides import Slide, open_slide
 from ingest.staging import staged
 from ingest.stain import not_h_and_e
-from ingest.tiling import MAX_UPSAMPLING, curve_order, grid, inside, tile_corner, tile_names, tile_scale
+from ingest.tiling import MAX_UPSAMPLING, curve_order, grid, inside, tile_names, tile_scale
 from ingest.tissue import TissueMask, find_tissue_on_thumbnail
 from mclstexp import storage
+from mclstexp.data.images import tile_corner
 from mclstexp.errors import SourceError
 from mclstexp.inference.slide_record import GRID, GRID_SCHEMA, PREVIEW, RECORD, THUMBNAIL, SlideRecord
 

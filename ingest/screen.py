@@ -9,8 +9,9 @@ from scipy.spatial import cKDTree
 
 from ingest.expression import Reject, Spots, require_places
 from ingest.slides import Slide
-from ingest.tiling import grid, inside, tile_corner, tile_names
+from ingest.tiling import grid, inside, tile_names
 from ingest.tissue import find_tissue
+from mclstexp.data.images import tile_corner
 from mclstexp.errors import SourceError
 
 _LEAST_SHARE = 0.5  # of measured spots on the slide, and on tissue

@@ -24,9 +24,9 @@ from ingest.readers import read_expression
 from ingest.screen import grid_spots, require_pitch, screen
 from ingest.sheet import SectionRow
 from ingest.slides import Slide, open_slide
-from ingest.tiling import curve_order, cut_evenly, tile_corner, tile_scale
+from ingest.tiling import curve_order, cut_evenly, tile_scale
 from mclstexp import storage
-from mclstexp.data.images import encode_tile
+from mclstexp.data.images import encode_tile, tile_corner
 from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError

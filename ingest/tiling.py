@@ -7,6 +7,8 @@ step; its price is that a sentence's outline is ragged where the curve folds.
 
 import numpy as np
 
+from mclstexp.data.images import tile_corner
+
 NATIVE_RATIO = 1.02
 """Ratio of source and target resolution up to which tiles are exact crops."""
 MAX_UPSAMPLING = 1.5
@@ -17,11 +19,6 @@ def tile_scale(target_mpp: float, source_mpp: float) -> float:
     """Returns the level-0 pixels along a tile pixel: exactly 1 where the resolutions agree within `NATIVE_RATIO`."""
     ratio = target_mpp / source_mpp
     return 1.0 if 1 / NATIVE_RATIO <= ratio <= NATIVE_RATIO else ratio
-
-
-def tile_corner(centre_px: np.ndarray, size_px: int, scale: float) -> np.ndarray:
-    """Returns the left (or top) edges of tiles around centres (n,), both in level-0 pixels, float64 (n,)."""
-    return np.floor(centre_px) - (size_px // 2 if scale == 1 else size_px * scale / 2)
 
 
 def inside(left: np.ndarray, top: np.ndarray, edge_px: float, width: int, height: int) -> np.ndarray:

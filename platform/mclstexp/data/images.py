@@ -1,4 +1,4 @@
-"""Stored tiles: JPEG (small, lossy) or PNG (exact) bytes to RGB arrays and back.
+"""Tiles: where they begin on a slide, and JPEG (small, lossy) or PNG (exact) bytes to RGB arrays and back.
 
 JPEG goes through libjpeg-turbo, twice as fast as Pillow; PNG through Pillow, whose format list is closed so that
 the bytes alone cannot choose another decoder. Sizes are checked before pixels are decoded.
@@ -65,3 +65,8 @@ def _decode_png(data: bytes) -> np.ndarray:
 def _require_size(height: int, width: int) -> None:
     if max(height, width) > MAX_TILE_PX:
         raise ValueError(f"it has {width} x {height} px, allowed are {MAX_TILE_PX}")
+
+
+def tile_corner(centre_px: np.ndarray, size_px: int, scale: float) -> np.ndarray:
+    """Returns the left (or top) edges of tiles around centres (n,), both in level-0 pixels, float64 (n,)."""
+    return np.floor(centre_px) - (size_px // 2 if scale == 1 else size_px * scale / 2)

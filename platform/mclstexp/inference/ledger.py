@@ -7,6 +7,7 @@ earlier one wrote and leaves it. The price is one request a slide at the start o
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Literal
 
 import pandas as pd
@@ -51,21 +52,25 @@ class Owner(_Record):
     """How slides are cut, beyond what the model fixes."""
 
 
-def claim(out: str, owner: Owner) -> None:
+def owner(out: str) -> Owner | None:
+    """Returns whose predictions a folder holds; None where it holds none."""
+    try:
+        return Owner.model_validate_json(storage.read(storage.join(out, OWNER)))
+    except FileNotFoundError:
+        return None
+
+
+def claim(out: str, new: Owner) -> None:
     """Reserves an output for one model and one way of cutting slides.
 
     Raises:
         PredictError: it holds predictions by another model or under other settings; names both.
     """
-    place = storage.join(out, OWNER)
-    try:
-        storage.publish(place, owner.model_dump_json(indent=1).encode(), previous=None)
-    except ConflictError:
-        there = Owner.model_validate_json(storage.read(place))
-        if there != owner:
-            raise PredictError(
-                f"{out} holds predictions by {_words(there)}, asked for {_words(owner)}; give another --out"
-            ) from None
+    with suppress(ConflictError):  # it is claimed already
+        storage.publish(storage.join(out, OWNER), new.model_dump_json(indent=1).encode(), previous=None)
+    there = owner(out)
+    if there is not None and there != new:
+        raise PredictError(f"{out} holds predictions by {_words(there)}, asked for {_words(new)}; give another --out")
 
 
 def entries(out: str, slide_ids: Iterable[str]) -> dict[str, Entry]:
@@ -76,30 +81,36 @@ def entries(out: str, slide_ids: Iterable[str]) -> dict[str, Entry]:
     """
     names = list(slide_ids)
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda name: _read(out, name), names)
-        return {entry.slide_id: entry for entry in found if entry is not None}
+        found = pool.map(lambda name: entry(out, name), names)
+        return {there.slide_id: there for there in found if there is not None}
 
 
-def record(out: str, entry: Entry) -> None:
+def entry(out: str, slide_id: str) -> Entry | None:
+    """Returns a slide's entry; None where it has none.
+
+    Raises:
+        PredictError: it cannot be read.
+    """
+    try:
+        return Entry.model_validate_json(storage.read(_place(out, slide_id)))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise PredictError(f"{_place(out, slide_id)} is no ledger entry of this version: {error}; remove it") from None
+
+
+def record(out: str, new: Entry) -> None:
     """Writes a slide's entry; a prediction that is there stays, also where another run failed at the slide.
 
     Raises:
         ConflictError: another run keeps writing this slide's entry.
     """
-    place = _place(out, entry.slide_id)
+    place = _place(out, new.slide_id)
     previous = storage.version(place)
-    there = _read(out, entry.slide_id)
-    if there is not None and there.state in PREDICTED and entry.state not in PREDICTED:
+    there = entry(out, new.slide_id)
+    if there is not None and there.state in PREDICTED and new.state not in PREDICTED:
         return
-    storage.publish(place, entry.model_dump_json(indent=1).encode(), previous)
-
-
-def owner(out: str) -> Owner | None:
-    """Returns whose predictions a folder holds; None where it holds none."""
-    try:
-        return Owner.model_validate_json(storage.read(storage.join(out, OWNER)))
-    except FileNotFoundError:
-        return None
+    storage.publish(place, new.model_dump_json(indent=1).encode(), previous)
 
 
 def summarise(out: str, found: Mapping[str, Entry]) -> str:
@@ -119,15 +130,6 @@ def _place(out: str, slide_id: str) -> str:
     return storage.join(out, FOLDER, f"{slide_id}.json")
 
 
-def _read(out: str, slide_id: str) -> Entry | None:
-    try:
-        return Entry.model_validate_json(storage.read(_place(out, slide_id)))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise PredictError(f"{_place(out, slide_id)} is no ledger entry of this version: {error}; remove it") from None
-
-
-def _words(owner: Owner) -> str:
-    settings = ", ".join(f"{name}={value}" for name, value in owner.settings.items())
-    return f"the model {owner.model_digest} with {settings}"
+def _words(whose: Owner) -> str:
+    settings = ", ".join(f"{name}={value}" for name, value in whose.settings.items())
+    return f"the model {whose.model_digest} with {settings}"

@@ -24,9 +24,9 @@ from mclstexp.inference import ledger
 from mclstexp.inference.ledger import Entry, Owner
 from mclstexp.inference.model_facts import ModelFacts, choose_genes
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.predict_stage import TILES, Stages, cluster_size, facts_of, predicted_parts, stages
+from mclstexp.inference.predict_stage import Stages, cluster_size, facts_of, predicted_parts, stages
 from mclstexp.inference.publish import publish_slide
-from mclstexp.inference.slide_record import RECORD, SlideRecord
+from mclstexp.inference.slide_record import FAILED, QUARANTINED, RECORD, TILES, SlideRecord
 from mclstexp.settings import PredictConfig
 
 MAX_TRIES = 3
@@ -131,11 +131,13 @@ def _settled(there: Mapping[str, Entry], cohort: Cohort, retry_quarantined: bool
 
 
 def _stands(entry: Entry, cohort: Cohort, retry_quarantined: bool) -> bool:
-    if entry.state in ledger.PREDICTED:
-        return entry.key in cohort.answer_keys.get(entry.slide_id, ())
-    return (
-        entry.state == "quarantined" and not retry_quarantined and entry.key == cohort.attempt_keys.get(entry.slide_id)
-    )
+    same_attempt = entry.key == cohort.attempt_keys.get(entry.slide_id)
+    return _answers(entry, cohort) or (entry.state == "quarantined" and same_attempt and not retry_quarantined)
+
+
+def _answers(entry: Entry, cohort: Cohort) -> bool:
+    """Tells whether a slide was predicted as this run would."""
+    return entry.state in ledger.PREDICTED and entry.key in cohort.answer_keys.get(entry.slide_id, ())
 
 
 def _entry(slide_id: str, key: str, state: ledger.State, reason: str = "", record: SlideRecord | None = None) -> Entry:
@@ -200,9 +202,9 @@ class _Run:
 
     def _take(self, row: dict[str, Any]) -> None:
         name = str(row["slide_id"])
-        if row["state"] == "quarantined":
+        if row["state"] == QUARANTINED:
             self.settle(name, "quarantined", str(row["reason"]))
-        elif row["state"] == "failed":
+        elif row["state"] == FAILED:
             self._faults[name] = str(row["reason"])
         else:
             self._parts[name] += 1
@@ -213,11 +215,12 @@ class _Run:
         self._show()
 
     def _begin_publishing(self, name: str, staging: str) -> None:
-        work, there = self._work, self._standing(name)
-        if there is not None:  # another run on the same output was first
+        work, there = self._work, ledger.entry(self._work.out, name)
+        if there is not None and _answers(there, work.cohort):  # another run on the same output was first
             self._report.entries[name] = there
             return
-        ledger.forget(work.out, name)  # its files are about to be replaced
+        if there is not None:
+            ledger.forget(work.out, name)  # its files are about to be replaced
         self._publishing[self._publish.remote(staging, work.out, work.facts, work.genes)] = (name, staging)
 
     def _published(self, wait: bool) -> None:
@@ -245,14 +248,9 @@ class _Run:
         entry = _entry(name, key or self._work.cohort.attempt_keys.get(name, ""), state, reason, record)
         with suppress(ConflictError):
             ledger.record(self._work.out, entry)
-        self._report.entries[name] = self._standing(name) or entry
+        there = entry if state in ledger.PREDICTED else ledger.entry(self._work.out, name)
+        self._report.entries[name] = there if there is not None and _answers(there, self._work.cohort) else entry
         self._show()
-
-    def _standing(self, name: str) -> Entry | None:
-        """Returns the entry of a slide that is predicted as this run would."""
-        there = ledger.entries(self._work.out, [name]).get(name)
-        predicted = there is not None and there.state in ledger.PREDICTED and _stands(there, self._work.cohort, False)
-        return there if predicted else None
 
 
 def _publish_guarded(staging: str, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> SlideRecord | str:

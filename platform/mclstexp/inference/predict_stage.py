@@ -22,11 +22,11 @@ from mclstexp.inference.parts import write_part
 from mclstexp.inference.retrieval import Retrieved, held, regressed, resolve, retrieve
 from mclstexp.inference.shard_actors import ShardActors, start_shards
 from mclstexp.inference.shards import Shards, split_bank
+from mclstexp.inference.slide_record import FAILED, TILES
 from mclstexp.settings import RetrievalConfig
 
 MICRO_BATCH = 64
 """Tiles that go through the encoder at once; fixed, for other sizes may round otherwise."""
-TILES, FAILED = "tiles", "failed"
 
 
 @dataclass(frozen=True)

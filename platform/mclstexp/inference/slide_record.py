@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 PART_TILES = 256
 """Tiles of a part, the unit of embedding, writing and resuming."""
+TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
+"""States of a row on its way: a part's tiles; all parts are there; the slide's own fault; a fault that may pass."""
 GRID, RECORD, THUMBNAIL, PREVIEW, PARTS = "grid.parquet", "slide.json", "thumbnail.jpg", "preview.jpg", "parts"
 GRID_SCHEMA = pa.schema(
     [

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from mclstexp import storage
+from mclstexp.data import images
 from mclstexp.data.images import decode_tile
 from mclstexp.errors import StorageError, TableError
 from mclstexp.inference.model_facts import ModelFacts
@@ -134,12 +135,8 @@ def provenance(record: SlideRecord, facts: ModelFacts) -> dict[str, str]:
 
 
 def tile_corner(centre_px: np.ndarray, record: SlideRecord, facts: ModelFacts) -> np.ndarray:
-    """Returns the left (or top) edges of tiles around centres (n,), both in level-0 pixels, float64 (n,).
-
-    As they were cut: around the floor of the centre, at native resolution in whole pixels.
-    """
-    half = facts.tile_size_px // 2 if record.scale == 1 else tile_edge(record, facts) / 2
-    return np.floor(centre_px) - half
+    """Returns the left (or top) edges of a slide's tiles around centres (n,), in level-0 pixels, float64 (n,)."""
+    return images.tile_corner(centre_px, facts.tile_size_px, record.scale)
 
 
 def tile_edge(record: SlideRecord, facts: ModelFacts) -> float:
