@@ -36,6 +36,31 @@ def make_sentence(section_id: str, counts: np.ndarray, places: np.ndarray | None
     return pa.table(columns, schema=TILE_SCHEMA)
 
 
+def section_entry(section_id: str, patient_id: str, **known: object) -> SectionEntry:
+    """Returns a manifest entry in which all that is not given is empty."""
+    empty = {
+        "site": "",
+        "file": "",
+        "size_bytes": 1,
+        "sha256": "",
+        "footer_offset": 0,
+        "row_groups": (),
+        "num_spots": 1,
+        "measured": True,
+        "max_array": 0,
+        "source_mpp": 1.0,
+        "width_px": 1,
+        "height_px": 1,
+        "fingerprint": "",
+        "rejects_file": "",
+        "rejected": {},
+        "num_labelled": 0,
+        "thumbnail_file": "",
+        "thumbnail_scale": 1.0,
+    }
+    return SectionEntry.model_validate({"section_id": section_id, "patient_id": patient_id} | empty | known)
+
+
 def make_table(
     root: Path,
     sections: dict[str, np.ndarray],
@@ -49,26 +74,8 @@ def make_table(
         halves = zip(np.array_split(counts, 2), np.array_split(place, 2), strict=True)
         sentences = [make_sentence(section_id, *half) for half in halves]
         written = write_section(root / f"{section_id}.parquet", sentences)
-        entry = SectionEntry(
-            section_id=section_id,
-            patient_id=section_id[0],
-            site="",
-            file=f"{section_id}.parquet",
-            **written.__dict__,
-            num_spots=len(counts),
-            measured=True,
-            max_array=0,
-            source_mpp=1.0,
-            width_px=1,
-            height_px=1,
-            fingerprint="",
-            rejects_file="",
-            rejected={},
-            num_labelled=0,
-            thumbnail_file="",
-            thumbnail_scale=1.0,
-        )
-        entries.append(entry)
+        place_of = {"file": f"{section_id}.parquet", "num_spots": len(counts)} | written.__dict__
+        entries.append(section_entry(section_id, section_id[0], **place_of))
     columns = list(zip(*(gene_names(name) for name in names), strict=True))
     pq.write_table(pa.table([list(column) for column in columns], schema=GENE_SCHEMA), root / "genes.parquet")
     manifest = Manifest(

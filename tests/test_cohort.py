@@ -5,37 +5,31 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import round_slide
 import tifffile
+from round_slide import MPP, SIZE, TILE, tissue_image
 
 from ingest import cohort
 from ingest.cohort import FAILED, NOTHING_LEFT, QUARANTINED, STRETCH_PARTS, TILES, _Inspect, _Read, tile_batches
-from ingest.cohort_plan import CohortPlan, SlideSource
+from ingest.cohort_plan import SlideSource
 from ingest.inspect_slide import inspect
 from ingest.slide_list import POSITION_SCHEMA
 from ingest.slides import Slide
-from ingest.synthetic_texture import draw_stain, paint, smooth_field
 from mclstexp import storage
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.errors import SourceError
 from mclstexp.inference.slide_record import GRID, PART_TILES, num_parts, part_name
 from mclstexp.settings import TilesConfig
 
-SIZE, MPP, TILE = 512, 2.0, 16
 ROOT = Path(__file__).parents[1]
-
-
-def tissue_image(seed=0):
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:SIZE, :SIZE]
-    tissue = np.hypot(y - SIZE / 2, x - SIZE / 2) < 0.4 * SIZE
-    latents = np.stack([smooth_field(rng, SIZE, 60.0) for _ in range(3)])
-    return paint(rng, latents, smooth_field(rng, SIZE, 60.0), tissue, draw_stain(rng))
+make_plan = partial(round_slide.make_plan, tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=90))
 
 
 def write_slide(path, image, mpp=MPP):
@@ -46,19 +40,6 @@ def write_slide(path, image, mpp=MPP):
 def slide_of(folder, name, image, **options):
     write_slide(folder / f"{name}.tif", image, **options)
     return SlideSource(name, f"P{name}", "", str(folder / f"{name}.tif"), None)
-
-
-def make_plan(folder, **changes):
-    plan = CohortPlan(
-        out=str(folder / "out"),
-        tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=90),
-        mpp=MPP,
-        model_digest="model",
-        scratch=str(folder / "scratch"),
-        scratch_budget_bytes=2**30,
-        num_readers=2,
-    )
-    return replace(plan, **changes)
 
 
 def rows_of(source):

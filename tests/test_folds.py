@@ -1,39 +1,14 @@
 """Who trains and who is held out, and every way in which a split would leak."""
 
 import pytest
+from small_table import section_entry
 
 from mclstexp.data.folds import Split, make_split
-from mclstexp.data.schema import Manifest, SectionEntry
+from mclstexp.data.schema import Manifest
 from mclstexp.errors import SplitError
 from mclstexp.settings import SplitConfig
 
-
-def _entry(section_id: str, patient_id: str, measured: bool = True) -> SectionEntry:
-    return SectionEntry(
-        section_id=section_id,
-        patient_id=patient_id,
-        site="",
-        file="",
-        size_bytes=1,
-        sha256="",
-        footer_offset=0,
-        row_groups=(),
-        num_spots=1,
-        measured=measured,
-        max_array=0,
-        source_mpp=1.0,
-        width_px=1,
-        height_px=1,
-        fingerprint="",
-        rejects_file="",
-        rejected={},
-        num_labelled=0,
-        thumbnail_file="",
-        thumbnail_scale=1.0,
-    )
-
-
-ENTRIES = [_entry(f"{patient}{number}", patient) for patient in ("ANNA", "BELA", "CARL") for number in (1, 2)]
+ENTRIES = [section_entry(f"{patient}{number}", patient) for patient in ("ANNA", "BELA", "CARL") for number in (1, 2)]
 MANIFEST = Manifest(
     tile_size_px=8,
     mpp=1.0,
@@ -43,7 +18,7 @@ MANIFEST = Manifest(
     genes_file="",
     genes_sha256="",
     num_genes=1,
-    sections=(*ENTRIES, _entry("SLIDE", "DORA", measured=False)),
+    sections=(*ENTRIES, section_entry("SLIDE", "DORA", measured=False)),
 )
 
 

@@ -11,29 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 from PIL import Image
+from round_slide import MPP, SIZE, TILE, make_plan, tissue_image
 
 from ingest import inspect_slide
-from ingest.cohort_plan import CohortPlan, SlideSource, attempt_key, key
+from ingest.cohort_plan import SlideSource, attempt_key, key
 from ingest.inspect_slide import inspect, resolution
 from ingest.slide_list import POSITION_SCHEMA
 from ingest.slides import open_slide
-from ingest.synthetic_texture import draw_stain, paint, smooth_field
 from ingest.tissue import find_tissue
 from mclstexp import storage
 from mclstexp.errors import SourceError
 from mclstexp.inference.slide_record import GRID, GRID_SCHEMA, PARTS, PREVIEW, RECORD, THUMBNAIL
 from mclstexp.settings import TilesConfig
 
-SIZE, MPP, TILE = 512, 2.0, 16
 real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
-
-
-def tissue_image(seed=0):
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:SIZE, :SIZE]
-    tissue = np.hypot(y - SIZE / 2, x - SIZE / 2) < 0.4 * SIZE
-    latents = np.stack([smooth_field(rng, SIZE, 60.0) for _ in range(3)])
-    return paint(rng, latents, smooth_field(rng, SIZE, 60.0), tissue, draw_stain(rng))
 
 
 def write_slide(path, image, mpp=MPP):
@@ -53,19 +44,6 @@ def slide(tmp_path_factory):
     path = tmp_path_factory.mktemp("slides") / "a.tif"
     write_slide(path, tissue_image())
     return SlideSource("a", "P", "site", str(path), None)
-
-
-def make_plan(folder, **changes):
-    plan = CohortPlan(
-        out=str(folder / "out"),
-        tiles=TilesConfig(size_px=TILE, min_tissue=0.5),
-        mpp=MPP,
-        model_digest="model",
-        scratch=str(folder / "scratch"),
-        scratch_budget_bytes=2**30,
-        num_readers=2,
-    )
-    return replace(plan, **changes)
 
 
 def read_grid(staging):

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import anndata
 import matplotlib
@@ -20,106 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from staged_slides import CONFIDENCE, FACTS, GENES, PANEL, TILE_PX, Slide, stage, write
 
 from ingest import tiling
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError, PartError, StorageError
-from mclstexp.inference.model_facts import ModelFacts, choose_genes, gene_labels
-from mclstexp.inference.parts import parts_done, read_part, write_part
+from mclstexp.inference.model_facts import choose_genes, gene_labels
+from mclstexp.inference.parts import parts_done
 from mclstexp.inference.publish import publish_slide
 from mclstexp.inference.slide_geojson import write_geojson
 from mclstexp.inference.slide_h5ad import write_h5ad
 from mclstexp.inference.slide_overview import paint
-from mclstexp.inference.slide_record import GRID_SCHEMA, PART_TILES, SlideRecord, num_parts, part_name
 from mclstexp.inference.slide_table import tile_corner, write_table
-
-TILE_PX = 32
-PANEL = GenePanel(
-    ("ENSG01", "FASN", "ENSG03", "ENSG04", "ENSG05", "µ1"),
-    ("GNAS", "FASN", "DUP", "DUP", "", "µ1"),
-    ("ENSG01", "", "ENSG03", "ENSG04", "ENSG05", ""),
-)
-FACTS = ModelFacts(PANEL, "ln(1 + 1e4 share)", "0123456789ab", TILE_PX, 0.5, 0.3)
-GENES = ["GNAS", "FASN"]
-CONFIDENCE = ("similarity", "effective_donors", "donor_share")
-
-
-@dataclass(frozen=True)
-class Slide:
-    """A staged slide and what was staged."""
-
-    staging: Path
-    record: SlideRecord
-    grid: pd.DataFrame
-    answer: SimpleNamespace
-    complete: np.ndarray
-
-    @property
-    def place(self) -> np.ndarray:
-        return self.grid.loc[self.complete, ["x_px", "y_px"]].to_numpy()
-
-
-def _stage(
-    folder: Path, name: str, across: int, down: int, scale: float = 1.0, given: bool = False, missing: int = 0
-) -> Slide:
-    """Stages a slide that is all tiles, across x down, in an order that is not theirs."""
-    rng = np.random.default_rng(across)
-    edge, num_tiles = TILE_PX * scale, across * down
-    row, column = np.divmod(rng.permutation(num_tiles), across)
-    x, y = (np.floor(place * edge + edge / 2) + (0.7 if given else 0.0) for place in (column, row))
-    record = SlideRecord(
-        slide_id=name,
-        patient_id=f"{name} of µ",
-        site="",
-        image="slide.svs",
-        fingerprint=f"print of {name}",
-        width_px=round(across * edge),
-        height_px=round(down * edge),
-        mpp=0.5 / scale,
-        mpp_source="its image",
-        scale=scale,
-        num_tiles=num_tiles,
-        tile_area_mm2=1.0,
-        tissue_area_mm2=1.0,
-        missing_tiles=0,
-        thumbnail_scale=max(4.0, max(across, down) * edge / 512),
-        not_h_and_e="",
-    )
-    grid = pd.DataFrame(
-        {
-            "spot_id": [f"{a}x{b}" for a, b in zip(row, column, strict=True)],
-            "array_row": pd.array(row, "Int32") if not given else pd.array([None] * num_tiles, "Int32"),
-            "array_col": pd.array(column, "Int32") if not given else pd.array([None] * num_tiles, "Int32"),
-            "x_px": x,
-            "y_px": y,
-            "x_um": x * record.mpp,
-            "y_um": y * record.mpp,
-            "tissue_fraction": rng.random(num_tiles, np.float32),
-        }
-    )
-    answer = SimpleNamespace(prediction=rng.gamma(2, size=(num_tiles, len(PANEL))).astype(np.float32))
-    vars(answer).update({key: rng.random(num_tiles, np.float32) for key in CONFIDENCE})
-    complete = np.ones(num_tiles, bool)
-    complete[rng.choice(num_tiles, missing, replace=False)] = False
-    slide = Slide(folder / f"{name}-key", record, grid, answer, complete)
-    _write(slide)
-    return slide
-
-
-def _write(slide: Slide) -> None:
-    slide.staging.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pandas(slide.grid, GRID_SCHEMA, preserve_index=False).replace_schema_metadata(None)
-    pq.write_table(table, slide.staging / "grid.parquet", compression="zstd", store_schema=False)
-    (slide.staging / "slide.json").write_text(slide.record.model_dump_json())
-    size = (round(side / slide.record.thumbnail_scale) for side in (slide.record.height_px, slide.record.width_px))
-    picture = np.full((*size, 3), (230, 200, 220), np.uint8)
-    for name in ("thumbnail.jpg", "preview.jpg"):
-        Image.fromarray(picture).save(slide.staging / name)
-    for part in range(num_parts(len(slide.grid))):
-        rows = slice(part * PART_TILES, (part + 1) * PART_TILES)
-        cut = SimpleNamespace(**{key: values[rows] for key, values in vars(slide.answer).items()})
-        write_part(str(slide.staging), part, cut, slide.complete[rows])
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +39,9 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Slide]:
     """A last short part and missing tiles; two row groups at another resolution; given positions."""
     folder = tmp_path_factory.mktemp("staging")
     return {
-        "A": _stage(folder, "A", 30, 20, missing=7),
-        "B": _stage(folder, "B", 88, 50, scale=1.37, missing=40),
-        "C": _stage(folder, "C", 16, 16, given=True),
+        "A": stage(folder, "A", 30, 20, missing=7),
+        "B": stage(folder, "B", 88, 50, scale=1.37, missing=40),
+        "C": stage(folder, "C", 16, 16, given=True),
     }
 
 
@@ -247,12 +159,12 @@ def test_corners_are_those_that_tiles_are_cut_at(slides: dict[str, Slide], size_
 
 def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide], tmp_path: Path) -> None:
     """Two pictures that differ in one gene differ exactly on its map, whose tiles then have their own colours."""
-    slide, pictures = _stage(tmp_path, "G", 20, 12), {}
+    slide, pictures = stage(tmp_path, "G", 20, 12), {}
     column, row = ((slide.grid[name].to_numpy() // TILE_PX) for name in ("x_px", "y_px"))
     ramp = column + (row == 2) * (column == 15) * -10.0
     for name, values in {"seen": ramp, "other": 19 - ramp}.items():
         slide.answer.prediction[:, 1] = values
-        _write(slide)
+        write(slide)
         publish_slide(str(slide.staging), str(tmp_path / name), FACTS, ["FASN"])
         pictures[name] = np.asarray(Image.open(tmp_path / name / "overviews" / "G.png").convert("RGB")).astype(int)
     differ = (pictures["seen"] != pictures["other"]).any(axis=2)
@@ -352,32 +264,6 @@ def test_a_damaged_part_is_named_and_counts_as_not_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_part_of_another_panel_is_refused(slides: dict[str, Slide], tmp_path: Path) -> None:
-    shutil.copytree(slides["C"].staging, tmp_path / "C")
-    with pytest.raises(PartError, match=r"prediction float32 \(256, 6\).*wanted.*\(256, 5\)"):
-        read_part(str(tmp_path / "C"), 0, 256, 5)
-
-
-def test_a_part_holds_what_was_written_and_nothing_of_missing_tiles(slides: dict[str, Slide]) -> None:
-    slide = slides["A"]
-    part = read_part(str(slide.staging), 2, 600, len(PANEL))
-    complete = slide.complete[512:]
-    assert np.array_equal(part.complete, complete)
-    assert 0 < complete.sum() < len(complete) == 88
-    for name in ("prediction", *CONFIDENCE):
-        values = getattr(part, name)
-        assert np.array_equal(values[complete], getattr(slide.answer, name)[512:][complete])
-        assert np.isnan(values[~complete]).all()
-
-
-def test_only_whole_parts_are_counted(tmp_path: Path) -> None:
-    assert parts_done(str(tmp_path)) == set()
-    assert part_name(123456) == "parts/123456.safetensors"
-    for name in ("00003.safetensors", "123456.safetensors", ".00004.safetensors.abc", "00005.safetensors.tmp"):
-        storage.write(str(tmp_path / "parts" / name), b"")
-    assert parts_done(str(tmp_path)) == {3, 123456}
-
-
 @pytest.mark.parametrize("file", ["grid.parquet", "slide.json", "thumbnail.jpg"])
 def test_another_damage_of_the_staging_folder_is_named(slides: dict[str, Slide], tmp_path: Path, file: str) -> None:
     shutil.copytree(slides["A"].staging, tmp_path / "A")
@@ -393,10 +279,10 @@ def test_another_damage_of_the_staging_folder_is_named(slides: dict[str, Slide],
 
 def test_without_a_threshold_or_a_bank_nothing_is_called_out_of_distribution(tmp_path: Path) -> None:
     """A direct regression: no similarity, no donors."""
-    slide = _stage(tmp_path, "R", 5, 4)
+    slide = stage(tmp_path, "R", 5, 4)
     for name in CONFIDENCE:
         getattr(slide.answer, name)[:] = np.nan
-    _write(slide)
+    write(slide)
     publish_slide(str(slide.staging), str(tmp_path / "out"), replace(FACTS, ood_similarity=None), GENES)
     table = pq.read_table(tmp_path / "out" / "R.parquet")
     assert table.schema.field("out_of_distribution").type == pa.bool_()
@@ -409,11 +295,24 @@ def test_without_a_threshold_or_a_bank_nothing_is_called_out_of_distribution(tmp
 
 
 def test_a_slide_whose_tiles_all_lack_pixels_has_empty_files(tmp_path: Path) -> None:
-    slide = _stage(tmp_path, "E", 5, 4, missing=20)
+    slide = stage(tmp_path, "E", 5, 4, missing=20)
     publish_slide(str(slide.staging), str(tmp_path / "out"), FACTS, GENES)
     assert pq.read_table(tmp_path / "out" / "E.parquet").num_rows == 0
     assert anndata.read_h5ad(tmp_path / "out" / "E.h5ad").shape == (0, len(PANEL))
     assert json.loads((tmp_path / "out" / "geojson" / "E.geojson").read_text())["features"] == []
+
+
+def test_a_slide_without_tiles_has_a_preview_and_nothing_of_an_earlier_image(
+    slides: dict[str, Slide], tmp_path: Path
+) -> None:
+    staging, folder = tmp_path / "C-key", tmp_path / "out"
+    shutil.copytree(slides["C"].staging, staging)
+    publish_slide(str(staging), str(folder), FACTS, GENES)
+    assert len(_files(folder)) == 5
+    empty = slides["C"].record.model_copy(update={"num_tiles": 0})
+    (staging / "slide.json").write_text(empty.model_dump_json())
+    assert publish_slide(str(staging), str(folder), FACTS, GENES) == empty
+    assert list(_files(folder)) == ["previews/C.jpg"]
 
 
 def test_genes_are_found_by_any_name_and_unknown_ones_get_the_nearest(slides: dict[str, Slide], tmp_path: Path) -> None:
@@ -432,9 +331,9 @@ def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
     """Peak of Python and NumPy, and of Arrow, for a slide of six groups; the pictures' is that of the thumbnail."""
     num_genes, num_groups, peaks = 256, 6, {}
     facts = replace(FACTS, panel=GenePanel.from_names(f"G{index}" for index in range(num_genes)))
-    slide = _stage(tmp_path, "M", 64, 64 * num_groups)
+    slide = stage(tmp_path, "M", 64, 64 * num_groups)
     slide.answer.prediction = np.zeros((4096 * num_groups, num_genes), np.float32)
-    _write(slide)
+    write(slide)
     staging, record, table = str(slide.staging), slide.record, tmp_path / "table"
     del slide
     thumbnail = np.zeros((10, 10, 3), np.uint8)
@@ -444,12 +343,12 @@ def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
         "geojson": lambda: write_geojson(tmp_path / "geojson", table, record, facts, [0]),
     }
     default = pa.default_memory_pool()
-    for name, write in writers.items():
+    for name, write_file in writers.items():
         pool = pa.proxy_memory_pool(default)
         pa.set_memory_pool(pool)
         tracemalloc.start()
         try:
-            write()
+            write_file()
             peaks[name] = (tracemalloc.get_traced_memory()[1], pool.max_memory())
         finally:
             tracemalloc.stop()

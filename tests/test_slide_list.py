@@ -27,6 +27,11 @@ def test_a_sheet_gives_the_images_of_all_formats(tmp_path):
     assert (second.slide_id, second.mpp, second.image) == ("S2", None, str(tmp_path / "b.jpg"))
 
 
+def test_an_image_that_is_away_holds_up_no_sheet(tmp_path):
+    (tmp_path / "slides.csv").write_text("section_id,patient_id,format,image\nA,P,slide,away.svs\n")
+    assert [slide.image for slide in list_slides(str(tmp_path / "slides.csv"))] == [str(tmp_path / "away.svs")]
+
+
 def test_a_folder_gives_its_images_at_any_depth(tmp_path):
     touch(tmp_path, "b.SVS", "deep/er/a b&c.tif", "notes.txt", ".hidden.svs", "svs", "x.mrxs", "d.dcm")
     touch(tmp_path, "out/previews/b.jpg", "outside.png")

@@ -5,35 +5,22 @@ import itertools
 import numpy as np
 import pyarrow as pa
 import pytest
+from small_table import section_entry
 
 from mclstexp.data import random_spots, stream
 from mclstexp.data.images import encode_tile
-from mclstexp.data.schema import Manifest, RowGroup, SectionEntry
+from mclstexp.data.schema import Manifest, RowGroup
 
 
 def _manifest(groups: dict[str, int], spots: int = 10) -> Manifest:
     entries = [
-        SectionEntry(
-            section_id=name,
-            patient_id=name[0],
-            site="",
+        section_entry(
+            name,
+            name[0],
             file=f"{name}.parquet",
-            size_bytes=1,
-            sha256="",
-            footer_offset=0,
             row_groups=tuple(RowGroup(offset=0, length=100, num_rows=spots) for _ in range(count)),
             num_spots=spots * count,
-            measured=True,
             max_array=3,
-            source_mpp=1.0,
-            width_px=1,
-            height_px=1,
-            fingerprint="",
-            rejects_file="",
-            rejected={},
-            num_labelled=0,
-            thumbnail_file="",
-            thumbnail_scale=1.0,
         )
         for name, count in groups.items()
     ]

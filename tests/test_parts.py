@@ -1,0 +1,46 @@
+"""Parts of an unfinished prediction: what is written is read, and nothing else counts."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from staged_slides import CONFIDENCE, PANEL, Slide, stage
+
+from mclstexp import storage
+from mclstexp.errors import PartError
+from mclstexp.inference.parts import parts_done, read_part
+from mclstexp.inference.slide_record import part_name
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Slide]:
+    """A last short part with missing tiles; a single whole part."""
+    folder = tmp_path_factory.mktemp("staging")
+    return {"A": stage(folder, "A", 30, 20, missing=7), "C": stage(folder, "C", 16, 16, given=True)}
+
+
+def test_a_part_of_another_panel_is_refused(slides: dict[str, Slide], tmp_path: Path) -> None:
+    shutil.copytree(slides["C"].staging, tmp_path / "C")
+    with pytest.raises(PartError, match=r"prediction float32 \(256, 6\).*wanted.*\(256, 5\)"):
+        read_part(str(tmp_path / "C"), 0, 256, 5)
+
+
+def test_a_part_holds_what_was_written_and_nothing_of_missing_tiles(slides: dict[str, Slide]) -> None:
+    slide = slides["A"]
+    part = read_part(str(slide.staging), 2, 600, len(PANEL))
+    complete = slide.complete[512:]
+    assert np.array_equal(part.complete, complete)
+    assert 0 < complete.sum() < len(complete) == 88
+    for name in ("prediction", *CONFIDENCE):
+        values = getattr(part, name)
+        assert np.array_equal(values[complete], getattr(slide.answer, name)[512:][complete])
+        assert np.isnan(values[~complete]).all()
+
+
+def test_only_whole_parts_are_counted(tmp_path: Path) -> None:
+    assert parts_done(str(tmp_path)) == set()
+    assert part_name(123456) == "parts/123456.safetensors"
+    for name in ("00003.safetensors", "123456.safetensors", ".00004.safetensors.abc", "00005.safetensors.tmp"):
+        storage.write(str(tmp_path / "parts" / name), b"")
+    assert parts_done(str(tmp_path)) == {3, 123456}
