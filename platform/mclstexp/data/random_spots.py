@@ -1,8 +1,8 @@
 """The published batches: random spots of all sections, attending to each other.
 
-All encoded rows are read once into the object store (HER2+'s 11,548 tiles are about 150 MB, 1 GB as PNG) and permuted
-exactly each epoch. That costs memory that grows with the data set, so it is refused above `MAX_BYTES`; `batching:
-sentences` has no such limit.
+All encoded rows are read once into the object store (HER2+'s 11,548 tiles are about 150 MB as JPEG, several times that
+as PNG) and permuted exactly each epoch. That costs memory that grows with the data set, so it is refused above
+`MAX_BYTES`; `batching: sentences` has no such limit.
 """
 
 from collections.abc import Sequence
