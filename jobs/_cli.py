@@ -26,6 +26,7 @@ class Argument:
     help: str
     required: bool = True
     default: str | None = None
+    is_switch: bool = False
 
 
 def parse(
@@ -83,6 +84,9 @@ def _parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for argument in arguments:
+        if argument.is_switch:
+            parser.add_argument(f"--{argument.name}", action="store_true", help=argument.help)
+            continue
         parser.add_argument(
             f"--{argument.name}", required=argument.required, default=argument.default, help=argument.help, metavar="X"
         )

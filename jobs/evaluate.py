@@ -115,7 +115,7 @@ def _publish(card, out: str, config, run_id: str) -> None:  # noqa: ANN001
     with tempfile.TemporaryDirectory() as folder:
         card.save(folder)
         storage.upload_folder(folder, out, last="score_card.json")
-        metrics = tracking.MetricLog(config.tracking, run_id)
+        metrics = tracking.metric_log(config.tracking, run_id)
         metrics.log(0, card.metrics())
         metrics.close()
         tracking.log_artifacts(config.tracking, run_id, folder, "score_card")

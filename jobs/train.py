@@ -40,7 +40,7 @@ def main() -> None:
     if finish.is_finished(this):
         print("the run is finished already; give another --name to repeat it")
     else:
-        metrics = tracking.MetricLog(config.tracking, this.mlflow_run_id)
+        metrics = tracking.metric_log(config.tracking, this.mlflow_run_id)
         checkpoint = trainer.fit(this, metrics.log)
         metrics.close()
         finish.finish(this, checkpoint)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mclstexp import tracking
+from mclstexp import metric_log, tracking
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.images import encode_tile
@@ -191,7 +191,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[str
     folder.mkdir()
     _version().save(folder)
     runs = [tracking.start_run(config, name, {"a": "b"}) for name in ("first", "second")]
-    log = tracking.MetricLog(config.tracking, runs[0])
+    log = tracking.metric_log(config.tracking, runs[0])
     for step in range(5):
         log.log(step, {"loss": 5.0 - step})
     log.close()
@@ -228,9 +228,9 @@ def test_metrics_and_parameters_reach_mlflow(registry: tuple[Config, list[str], 
 
 def test_a_dead_tracking_server_does_not_hold_up_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "FLUSH_S", 1.0)
+    monkeypatch.setattr(metric_log, "FLUSH_S", 1.0)
     config = override(Config(), {"tracking.uri": "http://127.0.0.1:9"})
-    log = tracking.MetricLog(config.tracking, "no-run")
+    log = tracking.metric_log(config.tracking, "no-run")
     started = time.monotonic()
     for step in range(100):
         log.log(step, {"loss": 1.0})

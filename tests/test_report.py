@@ -124,7 +124,7 @@ def made(make_result: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("report")
     config = override(Config(), {"tracking.uri": f"sqlite:///{folder}/mlflow.db"})
     run_id = tracking.start_run(config, "known", {})
-    metrics = tracking.MetricLog(config.tracking, run_id)
+    metrics = tracking.metric_log(config.tracking, run_id)
     for step in range(5):
         metrics.log(step, {"loss": 5.0 - step, "spots_per_s": 100.0})
     metrics.close()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from mclstexp import storage, tracking
+from mclstexp import metric_log, storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError, ModelError, UserError
@@ -84,7 +84,7 @@ class _Server(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[_Server], Config]]:
     handler = type("Handler", (_Server,), {"received": []})
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "RETRY_S", 0.1)
+    monkeypatch.setattr(metric_log, "RETRY_S", 0.1)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield handler, override(Config(), {"tracking.uri": f"http://127.0.0.1:{http.server_port}"})
@@ -95,7 +95,7 @@ def test_metrics_land_when_the_server_is_back(
     server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture
 ) -> None:
     handler, config = server
-    log = tracking.MetricLog(config.tracking, "run")
+    log = tracking.metric_log(config.tracking, "run")
     for step in range(10):
         log.log(step, {"loss": 1.0})
     time.sleep(0.3)
@@ -112,8 +112,8 @@ def test_a_server_that_stays_away_costs_a_bounded_wait_and_is_reported(
     server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, config = server
-    monkeypatch.setattr(tracking, "FLUSH_S", 0.5)
-    log = tracking.MetricLog(config.tracking, "run")
+    monkeypatch.setattr(metric_log, "FLUSH_S", 0.5)
+    log = tracking.metric_log(config.tracking, "run")
     for step in range(7):
         log.log(step, {"loss": 1.0, "seconds": 2.0})
     started = time.monotonic()
@@ -128,7 +128,7 @@ def test_a_server_that_stays_away_costs_a_bounded_wait_and_is_reported(
 def test_a_slow_server_does_not_hold_up_training(server: tuple[type[_Server], Config]) -> None:
     handler, config = server
     handler.away, handler.wait_s = False, 0.3
-    log = tracking.MetricLog(config.tracking, "run")
+    log = tracking.metric_log(config.tracking, "run")
     started = time.monotonic()
     for step in range(200):
         log.log(step, {"loss": 1.0})
@@ -142,7 +142,7 @@ def test_what_the_server_refuses_for_good_holds_up_nothing_else(
 ) -> None:
     handler, config = server
     handler.away = False
-    log = tracking.MetricLog(config.tracking, "run")
+    log = tracking.metric_log(config.tracking, "run")
     log.log(0, {"poison": 1.0})
     deadline = time.monotonic() + 30
     while not log._lost and time.monotonic() < deadline:
@@ -278,7 +278,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(setting: str) -> N
 def test_curves_are_what_was_logged_by_step(place: tuple[Config, Path]) -> None:
     config, _ = place
     run_id = tracking.start_run(config, "curves", {})
-    metrics = tracking.MetricLog(config.tracking, run_id)
+    metrics = tracking.metric_log(config.tracking, run_id)
     for step in (10, 5, 20):
         metrics.log(step, {"loss": 1.0 / step, "epoch": 0.0} | ({"spots_per_s": 3.0} if step > 5 else {}))
     metrics.close()

@@ -27,6 +27,7 @@ from mclstexp.settings import (
     TilesConfig,
     TrackingConfig,
     TrainConfig,
+    TuneConfig,
 )
 
 
@@ -42,6 +43,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     predict: PredictConfig = PredictConfig()
+    tune: TuneConfig = TuneConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -54,6 +56,11 @@ class Config(Section):
             nearest = max(1, round(size / train.num_workers)) * train.num_workers
             raise ValueError(
                 f"train.{unit}={size} is not a multiple of train.num_workers={train.num_workers}; use {nearest}"
+            )
+        if train.gpus_per_worker < 1 and train.num_workers > 1:
+            raise ValueError(
+                f"train.gpus_per_worker={train.gpus_per_worker} needs train.num_workers=1, not {train.num_workers}: "
+                "workers of one run cannot share a GPU"
             )
         if model.batch_norm == "sync" and not train.use_gpu:
             raise ValueError("model.batch_norm=sync needs train.use_gpu=true; use local or frozen on CPUs")
@@ -77,8 +84,8 @@ class Config(Section):
         return self
 
     def digest(self) -> str:
-        """Returns 12 hex digits that name these settings, without those of prediction."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"predict"}), sort_keys=True)
+        """Returns 12 hex digits that name these settings, without those of prediction and of sweeps."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"predict", "tune"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

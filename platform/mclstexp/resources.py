@@ -36,7 +36,7 @@ def local_ray(config: Config, min_cpus: int = 2) -> dict[str, object]:
 def worker_resources(config: Config) -> dict[str, float]:
     """Returns what a training worker claims."""
     claimed: dict[str, float] = {"CPU": config.train.cpus_per_worker}
-    return claimed | {"GPU": 1} if config.train.use_gpu else claimed
+    return claimed | {"GPU": config.train.gpus_per_worker} if config.train.use_gpu else claimed
 
 
 def worker_nodes(config: Config) -> dict[str, str] | None:
@@ -46,7 +46,7 @@ def worker_nodes(config: Config) -> dict[str, str] | None:
 
 def plan(config: Config) -> str:
     """Returns what a training run asks for, in words."""
-    train, gpus = config.train, "1 GPU and " if config.train.use_gpu else ""
+    train, gpus = config.train, f"{config.train.gpus_per_worker:g} GPU and " if config.train.use_gpu else ""
     return (
         f"{train.num_workers} training worker(s) with {gpus}{train.cpus_per_worker} CPU(s) each, "
         f"{config.cluster.data_cpus} CPU(s) each for its data stream (at least 1 in all), "
@@ -73,7 +73,8 @@ def runs_at_once(config: Config) -> int:
     train, nodes = config.train, _alive_nodes()
     cpus, gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
     held = cpus // (train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus))
-    return max(1, min(held, gpus // train.num_workers) if train.use_gpu else held)
+    on_gpus = int(gpus / (train.num_workers * train.gpus_per_worker))
+    return max(1, min(held, on_gpus) if train.use_gpu else held)
 
 
 def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = True) -> None:
@@ -132,9 +133,10 @@ def _lack(config: Config, nodes: list[Node]) -> str:
     """Returns why the run does not fit, or nothing."""
     train, pool = config.train, config.cluster.data_pool
     total_cpus, total_gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
-    if train.use_gpu and total_gpus < train.num_workers:
+    if train.use_gpu and total_gpus < train.num_workers * train.gpus_per_worker:
         return (
-            f"the run asks for {train.num_workers} GPU(s) (train.num_workers), the cluster has {total_gpus}; lower "
+            f"the run asks for {train.num_workers * train.gpus_per_worker:g} GPU(s) (train.num_workers, "
+            f"train.gpus_per_worker), the cluster has {total_gpus}; lower "
             "train.num_workers, or set train.use_gpu=false, or raise cluster.wait_s where nodes can be added"
         )
     hosts = [node for node in nodes if not pool or node["Labels"].get("pool") != pool]
@@ -171,4 +173,6 @@ def _has(node: Node, kind: str) -> int:
 def _slots(config: Config, node: Node) -> int:
     """Returns how many training workers fit on a node."""
     slots = _has(node, "CPU") // config.train.cpus_per_worker
-    return min(slots, _has(node, "GPU")) if config.train.use_gpu else slots
+    if not config.train.use_gpu:
+        return slots
+    return min(slots, int(_has(node, "GPU") / config.train.gpus_per_worker))

@@ -127,7 +127,7 @@ class SplitConfig(Section):
     test_patients: tuple[str, ...] = ()
     """Held-out patients, with all their sections."""
     validation_patients: tuple[str, ...] = ()
-    """Patients kept from training to choose the retrieval's k and temperature."""
+    """Patients kept from training to choose the retrieval's k and temperature, and settings in a sweep."""
 
 
 class ModelConfig(Section):
@@ -208,10 +208,14 @@ class TrainConfig(Section):
     """Arithmetic of the towers; auto: bf16 where the device computes it natively."""
     compile: bool = False
     """Whether the image tower is compiled (torch.compile)."""
+    validate_every: int = Field(0, ge=0)
+    """Epochs between scores on the validation patients; 0: none."""
     num_workers: int = Field(1, ge=1)
     """Training workers."""
     use_gpu: bool = False
-    """One GPU a worker (nccl); else CPU workers (gloo)."""
+    """GPU workers (nccl); else CPU workers (gloo)."""
+    gpus_per_worker: float = Field(1.0, gt=0, le=1)
+    """GPU of a worker with `use_gpu`; less than 1 only with one worker, so that several runs share a GPU."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPUs, and so threads, of a training worker."""
     checkpoint_every: int = Field(50, ge=1)
@@ -256,6 +260,23 @@ class PredictConfig(Section):
     """Folder on every node for copies of remote slides; default in the system's temporary folder."""
     scratch_gb: float = Field(50.0, gt=0)
     """Most that those copies take on a node, in GB."""
+
+
+class TuneConfig(Section):
+    """How a sweep spends its trials."""
+
+    grace_epochs: int = Field(4, ge=1)
+    """Epochs that every trial gets before it may be stopped."""
+    reduction: int = Field(3, ge=2)
+    """Of the trials that reach a rung, one in this many goes on; rungs lie this factor apart."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Most trials at once; empty: as many as the cluster holds."""
+    seed: int = Field(0, ge=0)
+    """Seed of the search and of the choice of validation patients."""
+    replicates: int = Field(3, ge=3)
+    """Trainings of the best setting, each with its own seed, that stand against the champion."""
+    block_um: float = Field(1000.0, gt=0)
+    """Edge of the blocks of tissue that are drawn in that comparison, in micrometres."""
 
 
 class TrackingConfig(Section):

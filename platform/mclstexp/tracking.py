@@ -1,17 +1,14 @@
 """Everything that talks to MLflow: runs, metrics, artifacts, and the registry of model versions.
 
-Only the driver calls it. Metrics go through a thread, so that a slow or dead server holds up no training; the
-tracking URI is always the configured one, never MLflow's global state.
+Only drivers call it. The tracking URI is always the configured one, never MLflow's global state.
 """
 
 import logging
 import os
 import shutil
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import mlflow
 import pandas as pd
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
-from mlflow.entities import Metric, Param
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
@@ -28,18 +25,15 @@ from mlflow.types import ColSpec, Schema
 from mclstexp import storage
 from mclstexp.config import Config, leaf_fields
 from mclstexp.errors import ModelError, UserError
+from mclstexp.metric_log import MetricLog
 from mclstexp.settings import TrackingConfig
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-CHAMPION = "champion"
-FLUSH_S, RETRY_S = 30.0, 2.0
-_BATCH = 500  # MLflow takes at most 1000 metrics a request
-_PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+CHAMPION, CHALLENGER = "champion", "challenger"
 _PACKAGE = Path(__file__).parent
 _MODEL_CODE = _PACKAGE / "inference" / "registered_model.py"
-log = logging.getLogger(__name__)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
@@ -59,14 +53,16 @@ def start_run(config: Config, name: str, tags: dict[str, str]) -> str:
     return str(run.info.run_id)
 
 
-def finish_run(config: TrackingConfig, run_id: str) -> None:
-    """Marks a run as finished.
+def finish_run(config: TrackingConfig, run_id: str, status: str = "FINISHED", tags: Mapping[str, str] = {}) -> None:
+    """Marks a run as finished (or `KILLED`, `FAILED`), after setting tags.
 
     Raises:
         UserError: the tracking server cannot be reached.
     """
     with _reachable(config):
-        _client(config).set_terminated(run_id)
+        for key, value in tags.items():
+            _client(config).set_tag(run_id, key, value)
+        _client(config).set_terminated(run_id, status)
 
 
 def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_path: str) -> None:
@@ -79,66 +75,22 @@ def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_pat
         _client(config).log_artifacts(run_id, folder, artifact_path)
 
 
-def curves(config: TrackingConfig, run_id: str) -> pd.DataFrame:
-    """Returns a training run's step, loss and spots_per_s, a row a step that was logged; none of an unknown run.
+def curves(config: TrackingConfig, run_id: str, names: Sequence[str] = ("loss", "spots_per_s")) -> pd.DataFrame:
+    """Returns a training run's step and the named metrics, a row a step that was logged; none of an unknown run.
 
     Raises:
         UserError: the tracking server cannot be reached.
     """
     _require_file(config, f"run {run_id}")
     with _reachable(config):
-        history = {name: _client(config).get_metric_history(run_id, name) for name in ("loss", "spots_per_s")}
+        history = {name: _client(config).get_metric_history(run_id, name) for name in names}
     found = {name: {metric.step: metric.value for metric in metrics} for name, metrics in history.items()}
     return pd.DataFrame(found, dtype=float).rename_axis("step").reset_index()
 
 
-class MetricLog:
-    """Sends metrics in the background: kept while the server is away, never waited for in training."""
-
-    def __init__(self, config: TrackingConfig, run_id: str) -> None:
-        self._client, self._run_id = _client(config), run_id
-        self._waiting: list[Metric] = []
-        self._lost = 0
-        self._closing = self._given_up = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._send, daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds the metrics of a step."""
-        now = int(time.time() * 1000)
-        with self._changed:
-            self._waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
-            self._changed.notify()
-
-    def close(self) -> None:
-        """Waits up to half a minute for what is under way and warns of what was lost."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(FLUSH_S)
-        with self._changed:
-            self._given_up = True
-            lost = self._lost + len(self._waiting)
-        if lost:
-            log.warning("%d metric value(s) did not reach MLflow; training is not affected", lost)
-
-    def _send(self) -> None:
-        while batch := self._next_batch():
-            try:
-                self._client.log_batch(self._run_id, metrics=batch)
-            except Exception as error:  # whatever happens to metrics, training goes on
-                if getattr(error, "error_code", "") in _PASSING:  # MLflow keeps one of what is sent twice
-                    time.sleep(RETRY_S)
-                    continue
-                self._lost += len(batch)
-            with self._changed:
-                del self._waiting[: len(batch)]
-
-    def _next_batch(self) -> list[Metric]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            return [] if self._given_up else self._waiting[:_BATCH]
+def metric_log(config: TrackingConfig, run_id: str) -> MetricLog:
+    """Returns the log of a run's metrics; close it at the end."""
+    return MetricLog(_client(config), run_id)
 
 
 def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[str, str]) -> str:
@@ -158,6 +110,28 @@ def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[
         if int(version.version) == 1 and not client.get_registered_model(name).aliases:
             client.set_registered_model_alias(name, CHAMPION, version.version)
     return str(version.version)
+
+
+def set_alias(config: TrackingConfig, version: str, alias: str) -> None:
+    """Points an alias of `model_name` to a version.
+
+    Raises:
+        UserError: the tracking server cannot be reached, or there is no such version.
+    """
+    with _reachable(config):
+        _client(config).set_registered_model_alias(config.model_name, alias, version)
+
+
+def version_of(config: TrackingConfig, alias: str) -> str | None:
+    """Returns the number of the version of `model_name` that an alias points to, if there is one.
+
+    Raises:
+        UserError: the tracking server cannot be reached.
+    """
+    with _reachable(config):
+        models = _client(config).search_registered_models(f"name = '{config.model_name}'")
+        aliases = _client(config).get_registered_model(config.model_name).aliases if models else {}
+    return aliases.get(alias)
 
 
 def tag_version(config: TrackingConfig, model_uri: str, tags: dict[str, str]) -> str | None:

@@ -25,6 +25,7 @@ from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.evaluation.score_card import ScoreCard
 from mclstexp.inference.model_version import ModelVersion
+from mclstexp.metric_log import MetricLog
 from mclstexp.training import finish, trainer
 from mclstexp.training.progress import Metrics, ProgressBoard
 
@@ -226,7 +227,7 @@ def _run(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> None:
         return tracking.start_run(config, name, tags)
 
     run = trainer.open_run(study.data, study.uri, fold.name, fold.config, start)
-    metrics = tracking.MetricLog(run.config.tracking, run.mlflow_run_id)
+    metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
     try:
         if not finish.is_finished(run):
             finish.finish(run, trainer.fit(run, _both(metrics, board, run.config.train.epochs)))
@@ -236,7 +237,7 @@ def _run(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> None:
     tracking.finish_run(run.config.tracking, run.mlflow_run_id)
 
 
-def _both(metrics: tracking.MetricLog, board: ray.actor.ActorHandle, epochs: int) -> Callable[[int, Metrics], None]:
+def _both(metrics: MetricLog, board: ray.actor.ActorHandle, epochs: int) -> Callable[[int, Metrics], None]:
     def log(step: int, values: Metrics) -> None:
         metrics.log(step, values)
         board.post.remote(step, {"done": (values["epoch"] + 1) / epochs})
@@ -244,7 +245,7 @@ def _both(metrics: tracking.MetricLog, board: ray.actor.ActorHandle, epochs: int
     return log
 
 
-def _score(run: trainer.Run, study: Study, metrics: tracking.MetricLog) -> None:
+def _score(run: trainer.Run, study: Study, metrics: MetricLog) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
         card = evaluate(

@@ -34,8 +34,12 @@ Labels = dict[str, str | int | list[str]]
 """Values of the columns that say what a table's rows are of."""
 
 
-def held_out(model: ModelVersion, manifest: Manifest, asked: Sequence[str] = ()) -> list[str]:
+def held_out(
+    model: ModelVersion, manifest: Manifest, asked: Sequence[str] = (), on_validation: bool = False
+) -> list[str]:
     """Returns the sections to score: those asked for, else those that the model held out.
+
+    With `on_validation` it is the model's validation sections, which the score card then says.
 
     Raises:
         SplitError: there are none, or one was fitted on, shares a training patient under `patient`, or lacks counts.
@@ -43,11 +47,12 @@ def held_out(model: ModelVersion, manifest: Manifest, asked: Sequence[str] = ())
     """
     model.require_table(manifest)
     record = model.training
-    names = list(dict.fromkeys(asked or record.test_sections))
+    names = list(dict.fromkeys(record.validation_sections if on_validation else asked or record.test_sections))
     if not names:
         raise SplitError("the model was trained with nothing held out; name sections that it has not seen: --sections")
     entries = [manifest.section(name) for name in names]
-    seen = [name for name in names if name in {*record.sections, *record.validation_sections}]
+    fitted = {*record.sections, *(() if on_validation else record.validation_sections)}
+    seen = [name for name in names if name in fitted]
     if seen:
         raise SplitError(f"the model was fitted on {', '.join(seen)}; it can be scored on other sections only")
     siblings = [entry.section_id for entry in entries if entry.patient_id in record.patients]
@@ -77,6 +82,7 @@ def evaluate(
     probe_weights: str | None = None,
     markers: Mapping[str, GenePanel] | None = None,
     feature_cache: str | None = None,
+    on_validation: bool = False,
 ) -> ScoreCard:
     """Returns the score card of a model on held-out sections of a tile table that also has its training sections.
 
@@ -88,6 +94,7 @@ def evaluate(
         probe_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
         markers: sets of genes that are scored by name, see `markers.load_markers`.
         feature_cache: as `floor_features` takes it.
+        on_validation: scores the model's validation sections instead, to compare models while none is chosen.
 
     Raises:
         SplitError, TableError, ModelError: as `held_out`; or the table lacks genes of the panel, or its training spots
@@ -96,7 +103,7 @@ def evaluate(
     """
     root = storage.absolute(tiles)
     manifest = load_manifest(root)
-    names = held_out(model, manifest, sections)
+    names = held_out(model, manifest, sections, on_validation)
     reader = make_reader(root, manifest, model.panel, model.config)
     if (reader.columns < 0).any():
         raise ModelError(f"there is no truth for all genes of the model: {coverage(model.panel, reader.columns)}")
@@ -217,6 +224,8 @@ def _notes(
         "reference lines, not floors: the library-size oracle, ln(1 + spot total), which reads the held-out section "
         "itself; the noise ceiling, which counting noise alone leaves",
     ]
+    if set(names) & set(record.validation_sections):
+        notes.insert(0, "VALIDATION: settings were chosen on these sections, no figure here is a test result")
     siblings = sorted({manifest.section(name).patient_id for name in names} & set(record.patients))
     if siblings:
         notes.insert(0, f"LEAK that this protocol allows: other sections of patients {', '.join(siblings)} trained")

@@ -4,6 +4,8 @@ Shapes: N spots, G genes. A correlation that is not defined (a constant gene) st
 dropped unseen.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 NUM_HIGHEST = 50
@@ -39,6 +41,18 @@ def variable_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
     a panel. This is not what mclSTExp's code calls HVG, which is the mean over all genes of its panel.
     """
     return np.argsort(-truth.var(axis=0, dtype=np.float64), kind="stable")[:count]
+
+
+def heg_pcc(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """Returns the mean correlation over a section's own `highest_genes`; one that is not defined counts as 0."""
+    genes = highest_genes(truth)
+    return float(np.nan_to_num(pearson_per_gene(truth[:, genes], prediction[:, genes])).mean())
+
+
+def mean_by_patient(patients: Sequence[str], values: np.ndarray) -> np.ndarray:
+    """Returns the mean over patients of each one's mean over sections; `patients` and `values` have a row a section."""
+    of = np.array(patients, object)
+    return np.mean([values[of == patient].mean(axis=0) for patient in sorted(set(patients))], axis=0)
 
 
 def centred(values: np.ndarray) -> np.ndarray:

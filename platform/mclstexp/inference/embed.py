@@ -4,7 +4,7 @@ Sections come back one after the other in the order asked for, so that a caller 
 under way and memory does not grow with the cohort.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,12 +73,18 @@ def _head(config: ModelConfig, num_features: int, state: dict[str, torch.Tensor]
 
 def network_of(model: ModelVersion) -> ImageNetwork:
     """Returns the image side of a model version."""
-    config = model.config.model.model_dump(mode="json")
+    return image_network(model.config.model, model.tile_size_px, model.weights, model.config.train.precision)
+
+
+def image_network(
+    config: ModelConfig, tile_size_px: int, weights: Mapping[str, torch.Tensor], precision: str
+) -> ImageNetwork:
+    """Returns the image side of a network from its state dict."""
     tower, head = (
-        {name.removeprefix(prefix): value for name, value in model.weights.items() if name.startswith(prefix)}
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         for prefix in ("image_tower.", "image_head.")
     )
-    return ImageNetwork(config, model.tile_size_px, tower, head, model.config.train.precision)
+    return ImageNetwork(config.model_dump(mode="json"), tile_size_px, tower, head, precision)
 
 
 def encoder_network(model: ModelVersion, image_weights: str, seed: int) -> ImageNetwork:

@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from mclstexp.errors import ModelError
-from mclstexp.evaluation.metrics import highest_genes, pearson_per_gene
+from mclstexp.evaluation.metrics import heg_pcc, highest_genes, mean_by_patient
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.cosine import QUERY_BLOCK
 from mclstexp.inference.shards import LocalShards, Neighbours, Shards, merged, split_bank
@@ -115,6 +115,19 @@ def choose(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalC
     As on the score card, correlations are taken within a section over its own highest genes, and averaged by patient.
     Only what the configuration leaves open is chosen.
     """
+    tried, means = _tried(sections, bank, config)
+    return tried[int(means.argmax())]
+
+
+def best_score(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> float:
+    """Returns the mean PCC over the 50 highest genes under the settings that `choose` would return."""
+    return float(_tried(sections, bank, config)[1].max())
+
+
+def _tried(
+    sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig
+) -> tuple[list[RetrievalConfig], np.ndarray]:
+    """Returns all settings that a configuration leaves open, and each one's score."""
     fixed = resolve(config, len(bank))
     all_k = [config.k] if config.k else [k for k in TRIED_K if k <= len(bank)] or [len(bank)]
     open_temperature = config.weighting == "softmax" and config.temperature is None
@@ -122,11 +135,8 @@ def choose(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalC
     tried = [
         fixed.model_copy(update={"k": k, "temperature": temperature}) for k, temperature in product(all_k, temperatures)
     ]
-    of_patients: dict[str, list[list[float]]] = {}
-    for section in sections:
-        of_patients.setdefault(section.patient_id, []).append(_scores(section, bank, tried, max(all_k)))
-    means = np.mean([np.mean(of_sections, axis=0) for of_sections in of_patients.values()], axis=0)
-    return tried[int(means.argmax())]
+    scores = np.array([_scores(section, bank, tried, max(all_k)) for section in sections])
+    return tried, mean_by_patient([section.patient_id for section in sections], scores)
 
 
 def _scores(section: ValidationSection, bank: Bank, tried: Sequence[RetrievalConfig], most: int) -> list[float]:
@@ -138,7 +148,7 @@ def _scores(section: ValidationSection, bank: Bank, tried: Sequence[RetrievalCon
     for config in tried:
         found = best.first(config.k or most)
         said = _mixed(found.ids, weights(found, config), shards)
-        means.append(float(np.nan_to_num(pearson_per_gene(section.truth[:, genes], said)).mean()))
+        means.append(heg_pcc(section.truth[:, genes], said))
     return means
 
 

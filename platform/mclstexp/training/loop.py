@@ -17,7 +17,9 @@ from mclstexp.model.build import build_network
 from mclstexp.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from mclstexp.training.feed import Feed
 from mclstexp.training.optim import make_optimizer
+from mclstexp.training.progress import Metrics
 from mclstexp.training.step import Trainee, train_step
+from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
 POST_EVERY_S = 0.5
 
@@ -35,6 +37,8 @@ class TrainPlan:
     initial_weights: ray.ObjectRef
     """State dict of the network, made on the driver: a weights file need not be on every node."""
     board: ray.actor.ActorHandle
+    validation: ValidationSet | None
+    """What is scored on the way; None where nothing is."""
 
 
 def train_worker(settings: dict[str, TrainPlan]) -> None:
@@ -94,18 +98,22 @@ def run_epoch(trainee: Trainee, plan: TrainPlan) -> None:
         trainee.fresh_ids += plan.feed.ids(batch)
         state.step += 1
         meter.count(num_spots, waited_s)
+        scores: Metrics = {}
+        if place == steps_left and plan.validation and (state.epoch + 1) % train.validate_every == 0:
+            scores = {VALIDATION_PCC: validate(trainee, plan.validation)}
         if place == steps_left or place % train.checkpoint_every == 0:
-            checkpoint(trainee, loss)
-        meter.post(state, loss, last=place == steps_left)
+            checkpoint(trainee, loss, scores)
+        meter.post(state, loss, scores, last=place == steps_left)
 
 
-def checkpoint(trainee: Trainee, loss: torch.Tensor) -> None:
-    """Stores the state; every rank takes part, rank 0 writes, and none goes on before the controller knows of it.
+def checkpoint(trainee: Trainee, loss: torch.Tensor, scores: Metrics) -> None:
+    """Stores the state and reports loss and scores; every rank takes part, rank 0 writes.
 
-    Without that wait a crash right after could fall back by several checkpoints, for the controller polls.
+    None goes on before the controller knows of it: without that wait a crash right after could fall back by several
+    checkpoints, for the controller polls.
     """
     trainee.state.consumed += _all_ids(trainee)
-    metrics = {"loss": loss.item(), "step": trainee.state.step, "epoch": trainee.state.epoch}
+    metrics = {"loss": loss.item(), "step": trainee.state.step, "epoch": trainee.state.epoch, **scores}
     if trainee.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(folder, trainee.model, trainee.optimizer, trainee.state)
@@ -137,8 +145,8 @@ class Meter:
         self._spots += num_spots
         self._waited_s += waited_s
 
-    def post(self, state: TrainState, loss: torch.Tensor, last: bool) -> None:
-        """Posts loss and rates, at most every half second and at an epoch's last step."""
+    def post(self, state: TrainState, loss: torch.Tensor, scores: Metrics, last: bool) -> None:
+        """Posts loss, scores and rates, at most every half second and at an epoch's last step."""
         elapsed_s = time.perf_counter() - self._since
         if self._board is None or (elapsed_s < POST_EVERY_S and not last):
             return
@@ -147,6 +155,7 @@ class Meter:
             "loss": loss.item(),
             "spots_per_s": self._spots / elapsed_s,
             "data_wait_share": self._waited_s / elapsed_s,
+            **scores,
         }
         self._board.post.remote(state.step, metrics)
         self._clear()

@@ -5,13 +5,13 @@ name is refused. Ray Train restarts workers and keeps the checkpoints; the recor
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ray
 import torch
 from pydantic import BaseModel, ConfigDict
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mclstexp import resources, storage
@@ -27,12 +27,17 @@ from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.feed import make_feed
 from mclstexp.training.loop import TrainPlan, train_worker
 from mclstexp.training.progress import Metrics, ProgressBoard, followed
+from mclstexp.training.validation import ValidationSet
 
 RECORD = "run.json"
 GROUP_TIMEOUT_S = 300
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+"""Lets glibc keep freed memory: fetching a batch's activations from the system anew costs as much as computing them."""
 _FREE_TRAIN_SETTINGS = {
     "num_workers",
     "use_gpu",
+    "gpus_per_worker",
+    "validate_every",
     "cpus_per_worker",
     "checkpoint_every",
     "keep_checkpoints",
@@ -125,8 +130,10 @@ def recorded_tiles(manifest: Manifest) -> dict[str, object]:
     return {f"tiles.{name}": value for name, value in cut.items()}
 
 
-def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
+def fit(run: Run, log: Callable[[int, Metrics], None], callbacks: Sequence[UserCallback] = ()) -> str:
     """Trains the run to its end and returns the URI of its last checkpoint; finished work is not repeated.
+
+    `log` is told each metric, `callbacks` are Ray Train's, told of each report.
 
     Raises:
         UserError: what the workers raised, where a user can mend it.
@@ -150,6 +157,8 @@ def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
             storage_filesystem=storage.filesystem(run.out)[0],
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
             failure_config=FailureConfig(max_failures=train.max_failures),
+            callbacks=list(callbacks),
+            worker_runtime_env={"env_vars": KEEP_MEMORY},
         ),
     )
     with followed(plan.board, train.epochs * plan.feed.num_steps(), log):
@@ -159,7 +168,21 @@ def fit(run: Run, log: Callable[[int, Metrics], None]) -> str:
             raise _cause(error, train.max_failures) from error
     if result.checkpoint is None:
         raise RunError(f"the run {run.name} ended without a checkpoint; see its log")
-    return f"{'s3://' if storage.is_s3(run.out) else ''}{result.checkpoint.path}"
+    return _uri(run, result.checkpoint)
+
+
+def last_checkpoint(run: Run) -> str | None:
+    """Returns the URI of the newest checkpoint of a run that is not under way; None where it has none."""
+    filesystem, path = storage.filesystem(run.uri)
+    try:
+        checkpoint = ray.train.Result.from_path(path, filesystem).checkpoint
+    except RuntimeError:  # it was killed before its first checkpoint
+        return None
+    return checkpoint and _uri(run, checkpoint)
+
+
+def _uri(run: Run, checkpoint: ray.train.Checkpoint) -> str:
+    return f"{'s3://' if storage.is_s3(run.out) else ''}{checkpoint.path}"
 
 
 def make_plan(run: Run) -> TrainPlan:
@@ -175,7 +198,14 @@ def make_plan(run: Run) -> TrainPlan:
         tile_size_px=run.manifest.tile_size_px,
         initial_weights=ray.put(initial_weights(run)),
         board=ProgressBoard.remote(),  # type: ignore[attr-defined]
+        validation=_validation(run),
     )
+
+
+def _validation(run: Run) -> ValidationSet | None:
+    if not (run.config.train.validate_every and run.split.validation):
+        return None
+    return ValidationSet(run.reader, run.split.train, run.split.validation)
 
 
 def initial_weights(run: Run) -> dict[str, torch.Tensor]:

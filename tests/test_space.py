@@ -1,0 +1,81 @@
+"""Search spaces: what a file may say, and what its faults are called."""
+
+from pathlib import Path
+
+import pytest
+
+from mclstexp.config import Config
+from mclstexp.errors import ConfigError
+from tuning.space import Choice, Range, Space, load_space, num_trials, param_space, require_search
+
+ROOT = Path(__file__).parents[1]
+
+
+def _load(folder: Path, text: str) -> Space:
+    (folder / "space.yaml").write_text(text)
+    return load_space(folder / "space.yaml", Config())
+
+
+def test_lists_are_choices_and_low_to_high_are_ranges(tmp_path: Path) -> None:
+    space = _load(
+        tmp_path,
+        "model.spot_layers: [1, 2]\nmodel.temperature: {low: 0.01, high: 1, log: true}\nretrieval.k: [5, null]\n",
+    )
+    assert space == {
+        "model.spot_layers": Choice((1, 2)),
+        "model.temperature": Range(0.01, 1, log=True),
+        "retrieval.k": Choice((5, None)),
+    }
+
+
+def test_the_shipped_space_is_one() -> None:
+    space = load_space(ROOT / "jobs" / "configs" / "sweep.yaml", Config())
+    assert {"model.temperature", "model.spot_layers"} <= set(space)
+    assert num_trials(space, "random", 20) == 20
+
+
+def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _load(
+            tmp_path,
+            "model.spot_layrs: [1]\ngenes.num_genes: [10, 20]\ntrain.epochs: [1, 2]\nmodel.temperature: [0.1, -1]\n"
+            "model.spot_width: {low: 64, high: 32}\ntrain.tower_lr: {low: 0, high: 1, log: true}\n"
+            "model.spot_heads: 8\n",
+        )
+    text = str(caught.value)
+    assert "7 fault(s)" in text
+    for part in (
+        "did you mean model.spot_layers?",
+        "genes.num_genes cannot vary",
+        "train.epochs cannot vary",
+        "model.temperature=-1",
+        "model.spot_width: {'low': 64, 'high': 32} is neither",
+        "train.tower_lr",
+        "model.spot_heads: 8 is neither",
+    ):
+        assert part in text, part
+
+
+def test_a_grid_has_a_trial_for_each_point_and_takes_no_ranges() -> None:
+    space: Space = {"model.spot_layers": Choice((1, 2, 4)), "model.temperature": Choice((0.1, 1.0))}
+    assert num_trials(space, "grid", 20) == 6
+    assert param_space(space, "grid")["model.spot_layers"] == {"grid_search": [1, 2, 4]}
+    with pytest.raises(ConfigError, match=r"a grid needs lists of values, not from 0\.1 to 1"):
+        param_space({"model.temperature": Range(0.1, 1.0, log=False)}, "grid")
+
+
+def test_ranges_are_drawn_within_their_ends_and_whole_where_both_are() -> None:
+    domains = param_space(
+        {"model.temperature": Range(0.01, 1, log=True), "retrieval.k": Range(3, 5, log=False)}, "random"
+    )
+    drawn = [domains["model.temperature"].sample() for _ in range(400)]
+    assert min(drawn) >= 0.01
+    assert max(drawn) <= 1
+    assert 0.35 < sum(value < 0.1 for value in drawn) / len(drawn) < 0.65  # half of the logarithm
+    assert {domains["retrieval.k"].sample() for _ in range(200)} == {3, 4, 5}
+
+
+@pytest.mark.parametrize(("search", "trials"), [("best", "3"), ("random", "0"), ("random", "many")])
+def test_searches_and_trials_that_are_none_are_refused(search: str, trials: str) -> None:
+    with pytest.raises(ConfigError, match=r"--search best: use one of random, grid, optuna|--trials (0|many): give"):
+        require_search(search, trials)

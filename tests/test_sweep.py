@@ -1,0 +1,150 @@
+"""Sweeps with real processes: bad trials stop early or fail alone, a killed sweep goes on, the champion is defended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import ray
+
+from mclstexp import tracking
+from mclstexp.config import Config, load_config, override
+from mclstexp.data.schema import load_manifest
+from tuning import sweep as sweeps
+from tuning.space import Choice, Space
+from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[1]
+SETTINGS = {
+    "genes.num_genes": 20,
+    "split.test_patients": ["P3"],
+    "split.validation_patients": ["P2"],
+    "model.image_encoder": "small_cnn",
+    "model.spot_width": 16,
+    "model.spot_layers": 1,
+    "model.learn_temperature": False,
+    "train.epochs": 4,
+    "train.batch_sentences": 2,
+    "train.precision": "fp32",
+    "tune.grace_epochs": 1,
+    "tune.reduction": 2,
+}
+TIMEOUT_S = 600
+
+
+def _sweep(tiles: str, folder: Path, space: Space, **changes: object) -> Sweep:
+    settings = SETTINGS | {"tracking.uri": f"sqlite:///{folder}/mlflow.db"} | changes
+    config = sweeps.with_validation(load_manifest(tiles), override(Config(), settings))
+    trials = sum(len(entry.bounds()) for entry in space.values())
+    start = lambda: tracking.start_run(config, "sweep", {})  # noqa: E731
+    return sweeps.open_sweep(tiles, f"{folder}/sweep", config, space, "grid", trials, start)
+
+
+def test_worse_trials_stop_early_and_leave_nothing_behind(tiles: str, tmp_path: Path) -> None:
+    space: Space = {"retrieval.k": Choice((20, 100_000, 1, 30))}
+    sweep = _sweep(tiles, tmp_path, space, **{"tune.max_concurrent": 1})
+    trials = {trial.settings["retrieval.k"]: trial for trial in sweeps.run_trials(sweep)}
+    assert trials[20].state == FINISHED, "the first has none to be compared with"
+    assert trials[20].epochs == 4
+    assert trials[100_000].state == FAILED
+    assert "retrieval.k=100000 exceeds the bank's" in trials[100_000].reason
+    assert trials[1].state == STOPPED
+    assert 1 <= trials[1].epochs < 4
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "a stopped trial holds CPUs"
+        time.sleep(0.5)
+
+
+def _command(tiles: str, folder: Path, name: str, *more: str) -> list[str]:
+    settings = SETTINGS | {"tracking.uri": f"sqlite:///{folder}/mlflow.db", "cluster.object_store_mb": 256}
+    texts = {key: ",".join(value) if isinstance(value, list) else str(value) for key, value in settings.items()}
+    options = [part for key, value in texts.items() for part in (f"--{key}", value)]
+    places = ["--data", tiles, "--space", str(folder / "space.yaml"), "--out", str(folder), "--name", name]
+    return [sys.executable, str(ROOT / "jobs" / "tune.py"), *places, *options, *more]
+
+
+def _start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
+
+
+def _finish(command: list[str], folder: Path) -> str:
+    job = _start(command, folder)
+    said, _ = job.communicate(timeout=TIMEOUT_S)
+    assert job.returncode == 0, said
+    return said
+
+
+def _kill_after_a_trial(job: subprocess.Popen[str], folder: Path) -> None:
+    """Kills the driver with SIGKILL when one trial has all its epochs and another has begun."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        runs = [len(list(run.glob("checkpoint_*"))) for run in (folder / "trials").glob("*")]
+        history = (folder / "tune").glob("experiment_state-*.json")
+        if len(runs) > 1 and any("TERMINATED" in file.read_text() for file in history):
+            break
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+
+
+def _first_trial(folder: Path) -> dict[str, int]:
+    """Returns the files of the trial of k = 20, which has none to be stopped for, with the time of their writing."""
+    records = (path for path in (folder / "trials").glob("*/run.json"))
+    (run,) = (path.parent for path in records if json.loads(path.read_text())["identity"]["retrieval"]["k"] == 20)
+    return {str(path): path.stat().st_mtime_ns for path in run.glob("checkpoint_*/*")}
+
+
+def test_a_killed_sweep_goes_on_and_its_best_model_defends_its_title(tiles: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text("retrieval.k: [20, 30, 10]\n")
+    command = _command(tiles, tmp_path, "first", "--search", "grid", "--promote", "--tune.max_concurrent", "1")
+    folder = tmp_path / "first"
+    _kill_after_a_trial(_start(command, tmp_path), folder)
+    before = _first_trial(folder)
+    said = _finish(command, tmp_path)
+    assert before
+    assert _first_trial(folder) == before, "a finished trial was repeated"
+    table = pd.read_csv(folder / "trials.csv")
+    assert sorted(table["retrieval.k"]) == [10, 20, 30]
+    assert set(table["state"]) <= {FINISHED, STOPPED}
+    _assert_tracked(tmp_path, table)
+    best = load_config(folder / "best.yaml")
+    assert best.retrieval.k == table.query("state == 'finished'")["retrieval.k"].iloc[0]
+    assert best.split.validation_patients == ("P2",)
+    assert (folder / "parallel.png").is_file()
+    assert (folder / "curves.png").is_file()
+    assert "version 1 of mclstexp is challenger and champion: mclstexp had no champion" in said
+
+    (tmp_path / "space.yaml").write_text("retrieval.k: [20]\n")
+    said = _finish(_command(tiles, tmp_path, "second", "--search", "grid", "--promote"), tmp_path)
+    assert "version 2 of mclstexp is challenger only: PCC over the 50 highest genes, against version 1" in said
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_registered_model("mclstexp").aliases == {"champion": "1", "challenger": "2"}
+    assert "does not lie above zero" in client.get_model_version("mclstexp", "2").tags["promotion.reason"]
+
+
+def _assert_tracked(folder: Path, table: pd.DataFrame) -> None:
+    """Each trial is a child run with its parameters, its curve and its score card, and none was started twice."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = (found for found in client.search_experiments() if found.name == "mclstexp")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    children = {name: run for name, run in runs.items() if "mlflow.parentRunId" in run.data.tags}
+    assert set(table["trial"]) == set(children)
+    for row in table.to_dict("records"):
+        run = children[row["trial"]]
+        assert run.data.params["retrieval.k"] == str(row["retrieval.k"])
+        assert run.info.status == ("FINISHED" if row["state"] == FINISHED else "KILLED")
+        assert run.data.metrics["validation/model/pcc_all"] is not None
+        history = client.get_metric_history(run.info.run_id, "validation_pcc")
+        assert len({metric.step for metric in history}) >= row["epochs"] - 1

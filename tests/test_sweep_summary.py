@@ -1,0 +1,95 @@
+"""What a sweep comes to: which trial is best, whether its file trains as it is, and pictures of odd sweeps."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from small_table import make_table
+
+from mclstexp.config import Config, load_config, override
+from mclstexp.data.schema import Manifest
+from mclstexp.errors import RunError, SplitError
+from tuning import pictures
+from tuning.forecast import expected_epochs
+from tuning.space import Choice, Range, Space
+from tuning.summary import best_config, best_trial, trial_table
+from tuning.sweep import FAILED, FINISHED, STOPPED, Trial, with_validation
+
+NAN = float("nan")
+TRIALS = [
+    Trial("a", {"model.temperature": 0.1, "model.spot_layers": 1}, FINISHED, 9, 0.30, ""),
+    Trial("b", {"model.temperature": 1.0, "model.spot_layers": 2}, STOPPED, 3, 0.40, ""),
+    Trial("c", {"model.temperature": 0.1, "model.spot_layers": 2}, FINISHED, 9, 0.35, ""),
+    Trial("d", {"model.temperature": 1.0, "model.spot_layers": 1}, FAILED, 0, NAN, "out of memory"),
+]
+
+
+def test_the_best_had_all_its_epochs() -> None:
+    assert best_trial(TRIALS).name == "c"
+    with pytest.raises(RunError, match="d: failed out of memory"):
+        best_trial(TRIALS[1::2])
+
+
+def test_the_table_has_every_trial_best_first_and_the_failed_last() -> None:
+    table = trial_table(TRIALS)
+    assert list(table["trial"]) == ["b", "c", "a", "d"]
+    assert table.loc[3, "reason"] == "out of memory"
+
+
+def test_the_best_settings_are_a_file_that_training_takes(tmp_path: Path) -> None:
+    config = override(Config(), {"train.epochs": 9, "split.validation_patients": ["P2"]})
+    (tmp_path / "best.yaml").write_text(best_config(best_trial(TRIALS), config))
+    loaded = load_config(tmp_path / "best.yaml")
+    assert loaded == override(config, TRIALS[2].settings)
+
+
+def _manifest(folder: Path, patients: str) -> Manifest:
+    counts = np.ones((4, 8), np.int32)
+    return make_table(folder, {f"{patient}1": counts for patient in patients})
+
+
+def test_a_quarter_of_the_training_patients_validate_and_none_that_is_tested(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "ABCDEFGHI")
+    config = override(Config(), {"split.test_patients": ["I"]})
+    drawn = [with_validation(manifest, override(config, {"tune.seed": seed})).split for seed in range(20)]
+    assert {len(split.validation_patients) for split in drawn} == {2}
+    assert len({split.validation_patients for split in drawn}) > 5
+    assert not any("I" in split.validation_patients for split in drawn)
+    named = override(config, {"split.validation_patients": ["C"]})
+    assert with_validation(manifest, named).split.validation_patients == ("C",)
+
+
+def test_one_patient_is_not_enough(tmp_path: Path) -> None:
+    config = override(Config(), {"split.test_patients": ["B"]})
+    with pytest.raises(SplitError, match="needs a patient to validate on beside those that train; only A is left"):
+        with_validation(_manifest(tmp_path, "AB"), config)
+
+
+def test_halving_spends_what_its_rungs_say() -> None:
+    config = override(Config(), {"train.epochs": 27, "tune.grace_epochs": 3, "tune.reduction": 3})
+    assert expected_epochs(config, 9) == 9 * 3 + 3 * 6 + 1 * 18
+    assert expected_epochs(override(config, {"tune.grace_epochs": 30}), 9) == 9 * 27
+
+
+GRID: Space = {"model.temperature": Choice((0.1, 1.0)), "model.spot_layers": Choice((1, 2))}
+DRAWN: Space = {"model.temperature": Range(0.05, 2.0, log=True), "model.spot_layers": Choice((1, 2))}
+
+
+@pytest.mark.parametrize("space", [GRID, DRAWN])
+@pytest.mark.parametrize("trials", [TRIALS, TRIALS[:1], TRIALS[2:]])
+def test_pictures_are_drawn_whatever_became_of_the_trials(tmp_path: Path, space: Space, trials: list[Trial]) -> None:
+    table = trial_table(trials)
+    curve = pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0], "validation_pcc": [NAN, 0.3]})
+    pictures.draw_parallel(tmp_path / "parallel.png", table, space, "heading")
+    assert pictures.draw_temperature_depth(tmp_path / "map.png", table, space, "heading")
+    pictures.draw_curves(tmp_path / "curves.png", {"a": curve, "none": curve.iloc[:0]}, "heading")
+    for name in ("parallel", "map", "curves"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 1
+
+
+def test_no_map_where_temperature_or_depth_is_fixed(tmp_path: Path) -> None:
+    space: Space = {"model.temperature": Choice((0.1, 1.0))}
+    assert not pictures.draw_temperature_depth(tmp_path / "map.png", trial_table(TRIALS), space, "heading")
+    assert not (tmp_path / "map.png").exists()

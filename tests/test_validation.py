@@ -1,0 +1,67 @@
+"""The score of a model while it trains: what its finished version would say of the validation patients."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mclstexp.config import Config, override
+from mclstexp.evaluation.metrics import pearson_per_gene
+from mclstexp.inference.embed import network_of
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.training import finish, trainer
+from mclstexp.training.checkpoint import TrainState, save_checkpoint
+from mclstexp.training.optim import make_optimizer
+from mclstexp.training.step import Trainee
+from mclstexp.training.validation import ValidationSet, validate
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+SETTINGS = {
+    "genes.num_genes": 30,
+    "split.test_patients": ["P3"],
+    "split.validation_patients": ["P2"],
+    "model.image_encoder": "small_cnn",
+    "model.spot_width": 16,
+    "model.spot_layers": 1,
+    "train.validate_every": 1,
+    "train.precision": "fp32",
+}
+REGRESSION = {"model.predictor": "regression"}
+
+
+@pytest.mark.parametrize("changes", [{}, REGRESSION], ids=["retrieval", "regression"])
+def test_the_score_is_that_of_the_finished_version(tiles: str, tmp_path: Path, changes: dict[str, object]) -> None:
+    config = override(Config(), SETTINGS | changes)
+    run = trainer.open_run(tiles, str(tmp_path), "run", config, lambda full, name: "untracked")
+    trainee = _trainee(run)
+    found = validate(trainee, ValidationSet(run.reader, run.split.train, run.split.validation))
+    assert trainee.model.training, "training goes on where it was"
+    folder = tmp_path / "last"
+    folder.mkdir()
+    save_checkpoint(str(folder), trainee.model, trainee.optimizer, trainee.state)
+    finish.finish(run, str(folder))
+    assert found == pytest.approx(_score(run, ModelVersion.load(finish.model_uri(run))), abs=1e-5)
+
+
+def _trainee(run: trainer.Run) -> Trainee:
+    from mclstexp.model.build import build_network
+
+    model = build_network(run.config.model, len(run.panel), 0, run.manifest.tile_size_px)
+    model.load_state_dict(trainer.initial_weights(run))
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model, run.config.train)
+    return Trainee(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, 10, TrainState({}))
+
+
+def _score(run: trainer.Run, model: ModelVersion) -> float:
+    """The mean over P2's sections of the PCC over each one's 50 (here: all 30) highest genes."""
+    embed = network_of(model).build(torch.device("cpu"))
+    scores = []
+    for name in ("P2S1", "P2S2"):
+        groups = range(len(run.manifest.section(name).row_groups))
+        parts = [run.reader.read(name, group) for group in groups]
+        truth = np.concatenate([part["payload"] for part in parts])
+        said = model.predict(np.concatenate([embed(part["image"]) for part in parts])).prediction
+        scores.append(np.nan_to_num(pearson_per_gene(truth, said)).mean())
+    return float(np.mean(scores))

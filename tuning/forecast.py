@@ -1,0 +1,76 @@
+"""What a sweep will take, before it is started."""
+
+import time
+
+import numpy as np
+import torch
+
+from mclstexp import resources
+from mclstexp.config import Config
+from mclstexp.data.folds import make_split
+from mclstexp.data.schema import Manifest
+from mclstexp.model.towers import ImageTower
+from mclstexp.training.optim import native_bf16
+from tuning.space import Space, param_space
+
+_TILES, _ROUNDS = 16, 2
+
+
+def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: int) -> str:
+    """Returns the space, the trials, what runs at once and the time it takes here, in words.
+
+    Raises:
+        ConfigError: a grid over a range.
+    """
+    param_space(space, search)
+    split = make_split(manifest, config.split)
+    spots = sum(manifest.section(name).num_spots for name in split.train)
+    tile_s, epochs = tile_seconds(config, manifest.tile_size_px), config.train.epochs
+    most, least = trials * epochs, expected_epochs(config, trials)
+    hours = [tile_s * spots * passes / 3600 for passes in (least, most)]
+    lines = [f"{name}: {entry}" for name, entry in space.items()]
+    return "\n".join(
+        [
+            *lines,
+            f"{trials} trials ({search}) of at most {epochs} epochs, stopped by halving from epoch "
+            f"{min(config.tune.grace_epochs, epochs)} on, one in {config.tune.reduction} goes on",
+            f"trained on {', '.join(split.train)} ({spots} spots), validated on {', '.join(split.validation)}, never "
+            f"seen: {', '.join(split.test) or 'no section'}",
+            f"each trial: {resources.plan(config)}; as many at once as the cluster holds"
+            + (f", at most {config.tune.max_concurrent}" if config.tune.max_concurrent else ""),
+            f"{1000 * tile_s:.1f} ms a tile forward and back on this machine: {hours[0]:.2f} to {hours[1]:.2f} hours "
+            "of it for the image tower, less where several machines share them; each trial takes some seconds to start",
+        ]
+    )
+
+
+def expected_epochs(config: Config, trials: int) -> int:
+    """Returns the epochs of all trials where halving keeps exactly its share at each rung."""
+    epochs, left, total = config.train.epochs, float(trials), 0.0
+    rung, done = min(config.tune.grace_epochs, epochs), 0
+    while done < epochs:
+        stop = min(rung, epochs)
+        total += left * (stop - done)
+        done, rung, left = stop, rung * config.tune.reduction, max(1.0, left / config.tune.reduction)
+    return round(total)
+
+
+def tile_seconds(config: Config, tile_size_px: int) -> float:
+    """Returns the seconds that a tile takes forward and back through the image tower on this machine's CPU or GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = config.model.model_copy(update={"image_weights": "random"})
+    tower = ImageTower(settings, tile_size_px).to(device).to(memory_format=torch.channels_last).train()
+    tiles = torch.rand(_TILES, 3, tile_size_px, tile_size_px, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and native_bf16(device))
+    times = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = tower(tiles).float().square().mean()
+        if loss.requires_grad:
+            loss.backward()
+        float(loss)
+        times.append(time.perf_counter() - started)
+    return float(np.min(times)) / _TILES

@@ -1,0 +1,151 @@
+"""The best model of a sweep becomes `challenger`; `champion` moves to it only where a paired comparison says so."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mclstexp import storage, tracking
+from mclstexp.config import override
+from mclstexp.data.spots import make_reader
+from mclstexp.errors import ModelError
+from mclstexp.evaluation.cross_validation import FEATURES
+from mclstexp.evaluation.floors import embed_shown
+from mclstexp.evaluation.measured import read_measured
+from mclstexp.inference.embed import network_of
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.training import finish, trainer
+from tuning.comparison import Pair, compare
+from tuning.scores import score_run
+from tuning.sweep import Sweep, Trial
+from tuning.trial import open_trial
+
+UNIT = ("target", "scale", "log_base")
+"""Settings of `genes` that say in which unit a model answers."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What was decided."""
+
+    version: str
+    is_champion: bool
+    reason: str
+
+
+def promote(sweep: Sweep, best: Trial) -> Promotion:
+    """Registers the best trial's model as challenger, compares it with the champion, and moves `champion` or not.
+
+    The best settings are trained again with other seeds (tune.replicates in all). The comparison is on the sweep's
+    validation patients: they chose the settings, which favours the challenger a little; its other seeds they did not.
+
+    Raises:
+        RunError: a training with another seed failed.
+    """
+    run = open_trial(best.name, best.settings, sweep.plan)
+    config = run.config.tracking
+    earlier = tracking.version_of(config, tracking.CHAMPION)
+    version = _register(run)
+    tracking.set_alias(config, version, tracking.CHALLENGER)
+    if earlier is None:
+        return _decided(sweep, Promotion(version, True, f"{config.model_name} had no champion"))
+    if earlier == version:
+        return _decided(sweep, Promotion(version, True, "it is the champion already"))
+    with tempfile.TemporaryDirectory() as scratch:
+        champion = ModelVersion.load(tracking.fetch_model(config, f"models:/{config.model_name}/{earlier}", scratch))
+    obstacle = _obstacle(run, champion)
+    if obstacle:
+        return _decided(sweep, Promotion(version, False, f"not compared with version {earlier}: {obstacle}"))
+    difference = compare(
+        _pairs(run, champion, _replicates(sweep, best)), run.config.tune.block_um, run.config.tune.seed
+    )
+    said = f"PCC over the 50 highest genes, against version {earlier}: {difference}"
+    if difference.is_better:
+        tracking.set_alias(config, version, tracking.CHAMPION)
+        return _decided(sweep, Promotion(version, True, said))
+    return _decided(sweep, Promotion(version, False, f"{said}: the interval does not lie above zero"))
+
+
+def _register(run: trainer.Run) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch)
+        tags = {"protocol": run.config.split.protocol, "run": run.name}
+        return tracking.register(run.config.tracking, run.mlflow_run_id, folder, tags)
+
+
+def _obstacle(run: trainer.Run, champion: ModelVersion) -> str:
+    """Returns why the champion cannot be compared with the run, or nothing."""
+    validation = {run.manifest.section(name).patient_id for name in run.split.validation}
+    known = sorted(validation & set(champion.training.patients))
+    if known:
+        return f"it was trained on the validation patients {', '.join(known)}"
+    for name in UNIT:
+        own, other = getattr(run.config.genes, name), getattr(champion.config.genes, name)
+        if own != other:
+            return f"it answers in another unit: genes.{name}={other}, not {own}"
+    if not set(champion.panel.gene_id) & set(run.panel.gene_id):
+        return "the panels share no gene"
+    try:
+        champion.require_table(run.manifest)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def _replicates(sweep: Sweep, best: Trial) -> list[ModelVersion]:
+    """Returns the best settings' models: the trial's own, and others by trainings with other seeds."""
+    cache = storage.join(sweep.uri, FEATURES)
+    first = score_run(open_trial(best.name, best.settings, sweep.plan), cache)
+    models = [first] if first else []
+    seed = override(sweep.plan.config, best.settings).train.seed
+    for step in range(1, sweep.plan.config.tune.replicates):
+        settings = best.settings | {"train.seed": seed + step}
+        run = open_trial(f"{best.name}-seed{seed + step}", settings, sweep.plan)
+        if not finish.is_finished(run):
+            metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
+            finish.finish(run, trainer.fit(run, metrics.log))
+            metrics.close()
+        model = score_run(run, cache)
+        tracking.finish_run(run.config.tracking, run.mlflow_run_id)
+        models += [model] if model else []
+    return models
+
+
+def _pairs(run: trainer.Run, champion: ModelVersion, challengers: list[ModelVersion]) -> list[Pair]:
+    """Returns each validation section with what champion and challengers say, over the genes that they share."""
+    shared = [gene for gene in champion.panel.gene_id if gene in set(run.panel.gene_id)]
+    answers = [_answers(run, model, shared) for model in (champion, *challengers)]
+    truth = {name: read_measured(run.reader, name) for name in run.split.validation}
+    own = _columns(run.panel.gene_id, shared)
+    return [
+        Pair(
+            section.patient_id,
+            section.place,
+            section.expression(run.reader.target)[:, own],
+            answers[0][name],
+            np.stack([said[name] for said in answers[1:]]),
+        )
+        for name, section in truth.items()
+    ]
+
+
+def _answers(run: trainer.Run, model: ModelVersion, genes: list[str]) -> Mapping[str, np.ndarray]:
+    """Returns what a model says of each validation section, float32 (N, genes)."""
+    reader = make_reader(run.reader.root, run.manifest, model.panel, model.config)
+    embedded = embed_shown(reader, list(run.split.validation), network_of(model), "model", lambda *_: None)
+    columns = _columns(model.panel.gene_id, genes)
+    return {name: model.predict(arrays["embedding"]).prediction[:, columns] for name, arrays in embedded.items()}
+
+
+def _columns(panel: tuple[str, ...], genes: list[str]) -> list[int]:
+    place = {gene: index for index, gene in enumerate(panel)}
+    return [place[gene] for gene in genes]
+
+
+def _decided(sweep: Sweep, promotion: Promotion) -> Promotion:
+    config = sweep.plan.config.tracking
+    tags = {"promotion": str(promotion.is_champion).lower(), "promotion.reason": promotion.reason}
+    tracking.finish_run(config, sweep.plan.mlflow_run_id, tags=tags)
+    tracking.tag_version(config, f"models:/{config.model_name}/{promotion.version}", tags)
+    return promotion

@@ -1,0 +1,67 @@
+"""After the trials: each becomes a model version with a score card on the validation patients, beside the floors.
+
+Also those that were stopped early, from their last checkpoint, so that a sweep's table compares all of them. What is
+scored is not scored again.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.progress import Progress
+
+from mclstexp import storage, tracking
+from mclstexp.config import Config
+from mclstexp.evaluation.cross_validation import FEATURES, RESULT, SCORES
+from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.training import finish, trainer
+from tuning.sweep import FAILED, STOPPED, Sweep, Trial
+from tuning.trial import open_trial
+
+_STATUS = {FAILED: "FAILED", STOPPED: "KILLED"}
+
+
+def score_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Scores every trial that has a checkpoint, and ends every trial's MLflow run with what became of it."""
+    with Progress() as bar:
+        task = bar.add_task("scores on the validation patients", total=len(trials))
+        for trial in trials:
+            try:
+                run = open_trial(trial.name, trial.settings, sweep.plan)
+            except Exception as error:  # settings that do not go together have no run
+                if trial.state != FAILED:
+                    raise
+                bar.console.print(f"trial {trial.name}: no run ({error})", soft_wrap=True, highlight=False)
+            else:
+                score_run(run, storage.join(sweep.uri, FEATURES))
+                tags = {"trial.state": trial.state, "trial.reason": trial.reason}
+                tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
+            bar.advance(task)
+
+
+def score_run(run: trainer.Run, feature_cache: str) -> ModelVersion | None:
+    """Returns a run's model version, finished and scored on its validation sections; None where it never got far."""
+    checkpoint = trainer.last_checkpoint(run)
+    if checkpoint is None:
+        return None
+    if not finish.is_finished(run):
+        finish.finish(run, checkpoint)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
+    if not storage.exists(storage.join(run.uri, SCORES, RESULT)):
+        _score(run, model, feature_cache)
+    return model
+
+
+def _score(run: trainer.Run, model: ModelVersion, feature_cache: str) -> None:
+    card = evaluate(model, run.reader.root, lambda *_: None, feature_cache=feature_cache, on_validation=True)
+    card = replace(card, training_runs={run.name: run.mlflow_run_id})
+    config: Config = run.config
+    metrics = tracking.metric_log(config.tracking, run.mlflow_run_id)
+    metrics.log(0, {name.replace("test/", "validation/", 1): value for name, value in card.metrics().items()})
+    metrics.close()
+    with tempfile.TemporaryDirectory() as folder:
+        card.save(folder)
+        tracking.log_artifacts(config.tracking, run.mlflow_run_id, folder, "score_card")
+        storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RESULT)

@@ -1,0 +1,163 @@
+"""The search space: which settings a sweep varies, and over which values.
+
+A YAML file maps dotted names to a list of values or to a range:
+
+    model.temperature: {low: 0.01, high: 0.5, log: true}
+    model.spot_layers: [1, 2, 4, 8]
+"""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from ray import tune
+
+from mclstexp.config import Config, leaf_fields, unknown_setting
+from mclstexp.errors import ConfigError
+
+SEARCHES = ("random", "grid", "optuna")
+SECTIONS = ("model", "train", "retrieval")
+FIXED = (
+    *("train.epochs", "train.validate_every", "train.num_workers", "train.use_gpu", "train.gpus_per_worker"),
+    *("train.cpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints", "train.max_failures"),
+)
+"""Settings that all trials share: a trial's length is what early stopping spends, the rest says where it runs."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+    def domain(self, is_grid: bool) -> Any:
+        """Returns Ray Tune's form of it."""
+        return tune.grid_search(list(self.values)) if is_grid else tune.choice(list(self.values))
+
+    def bounds(self) -> tuple[Any, ...]:
+        """Returns values that a setting must allow."""
+        return self.values
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.values))}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number from `low` to `high`, whole where both are, drawn evenly or (`log`) evenly in its logarithm."""
+
+    low: float
+    high: float
+    log: bool
+
+    def domain(self, is_grid: bool) -> Any:
+        """Returns Ray Tune's form of it.
+
+        Raises:
+            ConfigError: a grid has no ranges.
+        """
+        if is_grid:
+            raise ConfigError(f"a grid needs lists of values, not {self}; list them, or use --search random or optuna")
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return (tune.lograndint if self.log else tune.randint)(self.low, self.high + 1)
+        return (tune.loguniform if self.log else tune.uniform)(self.low, self.high)
+
+    def bounds(self) -> tuple[Any, ...]:
+        """Returns values that a setting must allow."""
+        return (self.low, self.high)
+
+    def __str__(self) -> str:
+        return f"from {self.low:g} to {self.high:g}{', evenly in its logarithm' if self.log else ''}"
+
+
+Space = dict[str, Choice | Range]
+
+
+def load_space(path: str | Path, config: Config) -> Space:
+    """Returns the space of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or names a setting that does not exist, cannot vary or does not allow a
+            value; lists every fault.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the search space {path}: {error}") from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{path} holds no mapping of settings to values; see jobs/configs/sweep.yaml")
+    space, faults = {}, []
+    for name, values in tree.items():
+        try:
+            space[str(name)] = _entry(str(name), values, config)
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError(f"the search space {path} has {len(faults)} fault(s):\n  " + "\n  ".join(faults))
+    return space
+
+
+def require_search(search: str, trials: str) -> tuple[str, int]:
+    """Returns the kind of search and the number of trials of a command line.
+
+    Raises:
+        ConfigError: an unknown search, or no whole number above 0.
+    """
+    if search not in SEARCHES:
+        raise ConfigError(f"--search {search}: use one of {', '.join(SEARCHES)}")
+    if not trials.isdecimal() or int(trials) < 1:
+        raise ConfigError(f"--trials {trials}: give a whole number above 0")
+    return search, int(trials)
+
+
+def param_space(space: Space, search: str) -> dict[str, Any]:
+    """Returns the space in Ray Tune's form.
+
+    Raises:
+        ConfigError: a grid over a range.
+    """
+    return {name: entry.domain(search == "grid") for name, entry in space.items()}
+
+
+def num_trials(space: Space, search: str, asked: int) -> int:
+    """Returns how many trials a sweep has: those asked for, or every point of a grid."""
+    return prod(len(entry.bounds()) for entry in space.values()) if search == "grid" else asked
+
+
+def _entry(name: str, values: object, config: Config) -> Choice | Range:
+    if name not in leaf_fields():
+        raise ConfigError(unknown_setting(name, list(leaf_fields()), "the search space"))
+    if name.partition(".")[0] not in SECTIONS or name in FIXED:
+        raise ConfigError(
+            f"{name} cannot vary: trials are compared on the same genes, patients and tiles, and have the same length; "
+            f"settings of {', '.join(SECTIONS)} can, but for {', '.join(FIXED)}"
+        )
+    entry = _parsed(name, values)
+    for value in entry.bounds():
+        _require_allowed(name, value, config)
+    return entry
+
+
+def _parsed(name: str, values: object) -> Choice | Range:
+    if isinstance(values, list) and values:
+        return Choice(tuple(values))
+    if isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
+        low, high = values["low"], values["high"]
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
+        if numbers and low < high and not (values.get("log") and low <= 0):
+            return Range(low, high, bool(values.get("log", False)))
+    raise ConfigError(
+        f"{name}: {values!r} is neither a list of values nor {{low: A, high: B, log: true|false}} with A < B "
+        "(and A > 0 with log)"
+    )
+
+
+def _require_allowed(name: str, value: object, config: Config) -> None:
+    section, _, field = name.partition(".")
+    try:
+        getattr(config, section).model_validate(getattr(config, section).model_dump() | {field: value})
+    except ValidationError as error:
+        raise ConfigError(f"{name}={value!r}: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,211 @@
+"""A sweep: many trials under Ray Tune, the worse ones stopped early, resumed as a whole.
+
+Ray Tune keeps which trials there are and what became of them, each trial's training keeps its own checkpoints. A
+resumed sweep repeats no finished trial; unfinished ones go on from their last checkpoint. What a scheduler has learnt
+of trials that ended before is lost in a resume, so that later ones are stopped a little later.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from pydantic import BaseModel, ConfigDict
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from mclstexp import resources, storage
+from mclstexp.config import Config, override
+from mclstexp.data.folds import make_split
+from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.errors import RunError, SplitError
+from mclstexp.training import trainer
+from mclstexp.training.validation import VALIDATION_PCC
+from tuning.progress import ShowTrials, shown
+from tuning.space import Space, param_space
+from tuning.trial import EPOCHS, TrialPlan, run_trial
+
+RECORD, TRIALS, STATE = "sweep.json", "trials", "tune"
+VALIDATION_SHARE = 0.25
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its table of settings would be printed even at verbosity 0
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # a sweep that is killed early is known too
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that failed is told by its reason
+
+FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: dict[str, dict[str, object]]
+    manifest_digest: str
+    space: dict[str, str]
+    search: str
+    trials: int
+    tune: dict[str, object]
+    mlflow_run_id: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An opened sweep."""
+
+    plan: TrialPlan
+    uri: str
+    space: Space
+    search: str
+    trials: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one trial."""
+
+    name: str
+    settings: dict[str, Any]
+    state: str
+    """`finished`, `stopped early` or `failed`."""
+    epochs: int
+    score: float
+    """Its last validation score; NaN where there is none."""
+    reason: str
+    """Why it failed."""
+
+
+def with_validation(manifest: Manifest, config: Config) -> Config:
+    """Returns the configuration with validation patients: those that it names, else a quarter of the training ones.
+
+    They are drawn by tune.seed, at least one; patients that are tested are in neither.
+
+    Raises:
+        SplitError: fewer than two patients are left.
+    """
+    if not config.split.validation_patients:
+        train = make_split(manifest, config.split).train
+        patients = sorted({manifest.section(name).patient_id for name in train})
+        if len(patients) < 2:
+            raise SplitError(
+                f"a sweep needs a patient to validate on beside those that train; only {', '.join(patients)} is left"
+            )
+        count = max(1, round(VALIDATION_SHARE * len(patients)))
+        drawn = np.random.default_rng(config.tune.seed).choice(patients, count, replace=False)
+        config = override(config, {"split.validation_patients": sorted(map(str, drawn))}, "the sweep")
+    make_split(manifest, config.split)
+    return override(config, {"train.validate_every": 1}, "the sweep")
+
+
+def open_sweep(
+    data: str, uri: str, config: Config, space: Space, search: str, trials: int, start_tracking: Callable[[], str]
+) -> Sweep:
+    """Returns the sweep at a place, new or as it was left.
+
+    Raises:
+        RunError: the place holds a sweep of other settings, data, space, search or length.
+    """
+    place = storage.join(uri, RECORD)
+    asked: dict[str, object] = {
+        "identity": trainer.identity(config),
+        "manifest_digest": load_manifest(data).digest(),
+        "space": {name: str(entry) for name, entry in space.items()},
+        "search": search,
+        "trials": trials,
+        "tune": config.tune.model_dump(mode="json", include={"grace_epochs", "reduction", "seed"}),
+    }
+    if not storage.exists(place):
+        record = _Record.model_validate(asked | {"mlflow_run_id": start_tracking()})
+        storage.publish(place, record.model_dump_json(indent=1).encode(), previous=None)
+    record = _Record.model_validate_json(storage.read(place))
+    other = [name for name, value in asked.items() if getattr(record, name) != value]
+    if other:
+        raise RunError(f"{uri} holds a sweep with another {', '.join(other)}; give another --name")
+    plan = TrialPlan(storage.absolute(data), storage.join(uri, TRIALS), config, record.mlflow_run_id)
+    return Sweep(plan, uri, space, search, trials)
+
+
+def run_trials(sweep: Sweep) -> list[Trial]:
+    """Runs all trials that have not ended yet, with a line for each score, and returns what became of all.
+
+    Ray must be connected.
+    """
+    with shown(sweep.trials):
+        results = _tuner(sweep).fit()
+    return [_trial(result, sweep.plan.config.train.epochs) for result in results]
+
+
+def _tuner(sweep: Sweep) -> tune.Tuner:
+    def trial(settings: dict[str, Any]) -> None:
+        run_trial(settings, sweep.plan)
+
+    here = f"node:{ray.util.get_node_ip_address()}"  # the node that sees the driver's files
+    trainable = tune.with_resources(trial, {"cpu": 0, here: 0.001})
+    filesystem, root = storage.filesystem(sweep.uri)
+    state = f"{root}/{STATE}"
+    if tune.Tuner.can_restore(state, storage_filesystem=filesystem):
+        return tune.Tuner.restore(state, trainable, storage_filesystem=filesystem)
+    return tune.Tuner(
+        trainable,
+        param_space=param_space(sweep.space, sweep.search) if sweep.search != "optuna" else {},
+        tune_config=tune.TuneConfig(
+            metric=VALIDATION_PCC,
+            mode="max",
+            num_samples=1 if sweep.search == "grid" else sweep.trials,
+            search_alg=_searcher(sweep),
+            scheduler=scheduler(sweep.plan.config),
+            max_concurrent_trials=at_once(sweep.plan.config),
+        ),
+        run_config=tune.RunConfig(
+            name=STATE, storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[ShowTrials()]
+        ),
+    )
+
+
+def at_once(config: Config) -> int:
+    """Returns how many trials run side by side: Ray Tune reserves nothing for what a trial's training claims."""
+    held = resources.runs_at_once(config)
+    return min(held, config.tune.max_concurrent or held)
+
+
+def scheduler(config: Config) -> ASHAScheduler:
+    """Returns asynchronous successive halving over epochs (Li et al. 2020, https://arxiv.org/abs/1810.05934)."""
+    tuning, epochs = config.tune, config.train.epochs
+    return ASHAScheduler(
+        time_attr=EPOCHS,
+        max_t=epochs,
+        grace_period=min(tuning.grace_epochs, epochs),
+        reduction_factor=tuning.reduction,
+        stop_last_trials=False,  # a trial that has all its epochs ends by itself
+    )
+
+
+def _searcher(sweep: Sweep) -> Any:
+    seed = sweep.plan.config.tune.seed
+    if sweep.search == "optuna":
+        return OptunaSearch(param_space(sweep.space, sweep.search), metric=VALIDATION_PCC, mode="max", seed=seed)
+    return BasicVariantGenerator(random_state=seed)
+
+
+def _trial(result: tune.Result, epochs: int) -> Trial:
+    metrics = result.metrics or {}
+    done = int(metrics.get(EPOCHS, 0))
+    state = FAILED if result.error else FINISHED if done >= epochs else STOPPED
+    return Trial(
+        name=str(metrics["trial_id"]) if "trial_id" in metrics else str(result.path).rsplit("_", 1)[-1],
+        settings=dict(result.config or {}),
+        state=state,
+        epochs=done,
+        score=float(metrics.get(VALIDATION_PCC, float("nan"))),
+        reason=_reason(result.error),
+    )
+
+
+def _reason(error: Exception | None) -> str:
+    """Returns what went wrong in a line: Ray hands over a traceback as text, whose last line says it."""
+    lines = str(error or "").strip().splitlines()
+    kind, colon, said = lines[-1].partition(": ") if lines else ("", "", "")
+    return said if colon and kind.replace(".", "").isidentifier() else kind + colon + said

@@ -1,0 +1,72 @@
+"""One trial: a distributed training run that reports its validation score to Ray Tune."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+from ray import tune
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from mclstexp import tracking
+from mclstexp.config import Config, override
+from mclstexp.training import trainer
+from mclstexp.training.validation import VALIDATION_PCC
+
+EPOCHS = "epochs"
+"""Metric: epochs that a trial has behind it."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials of a sweep share; crosses process borders."""
+
+    data: str
+    uri: str
+    """Where trials keep their records and checkpoints."""
+    config: Config
+    mlflow_run_id: str
+    """The sweep's run, parent of each trial's."""
+
+
+def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
+    """Trains under the plan's configuration with some settings changed; goes on where an earlier try was killed.
+
+    Raises:
+        UserError: as `trainer.open_run` and `trainer.fit`.
+    """
+    run = open_trial(tune.get_context().get_trial_id(), settings, plan)
+    metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
+    try:
+        trainer.fit(run, metrics.log, [ReportValidation()])
+    finally:
+        metrics.close()
+
+
+def open_trial(name: str, settings: dict[str, Any], plan: TrialPlan) -> trainer.Run:
+    """Returns a trial's run, new or as it was left.
+
+    Raises:
+        ConfigError: the settings do not go together.
+    """
+
+    def start(config: Config, run_name: str) -> str:
+        tags = {"mlflow.parentRunId": plan.mlflow_run_id, "protocol": config.split.protocol}
+        return tracking.start_run(config, run_name, tags)
+
+    config = override(plan.config, settings, "the search space")
+    return trainer.open_run(plan.data, plan.uri, name, config, start)
+
+
+class ReportValidation(TuneReportCallback):
+    """Hands a trial's epochs and validation score to Ray Tune, of those reports that hold one."""
+
+    def after_report(
+        self, run_context: TrainRunContext, metrics: Sequence[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        """Called by Ray Train with the metrics of every rank."""
+        first = metrics[0]
+        if VALIDATION_PCC in first:
+            said = {EPOCHS: first["epoch"] + 1, VALIDATION_PCC: first[VALIDATION_PCC]}
+            super().after_report(run_context, [said], None)
