@@ -1,4 +1,4 @@
-"""Whether a sweep with early stopping finds what an exhaustive grid finds, on the synthetic cohort, and for how much less.
+"""Whether a sweep with early stopping finds what a full grid finds on the synthetic cohort, and for how much less.
 
     python benchmarks/sweep_check.py --out /tmp/sweep_check
 

@@ -1,0 +1,83 @@
+"""Prints the Markdown tables of docs/results.md from the studies that results.sh leaves behind, finished folds alone.
+
+    python benchmarks/results_table.py OUT/studies
+
+A row is the mean over the folds that are there; floors and probes stand in the same table, fitted on the same folds.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+COLUMNS = {"PCC all": ("all", "pcc"), "PCC HEG50": ("heg50", "pcc"), "density-free": ("all", "pcc_density_free")}
+COLUMNS |= {"MSE": ("all", "mse"), "MAE": ("all", "mae")}
+KIND_ORDER = ("model", "floor", "reference line")
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    for study in sorted(path.parent for path in root.glob("*/study.json")):
+        folds = sorted(path.parent.parent for path in study.glob("*/scores/score_card.json"))
+        if folds:
+            print(f"\n## {study.name}\n\n{_recipe(study)}\n")
+            print("\n".join(_tables(pd.concat([_rows(fold) for fold in folds], ignore_index=True))))
+            for page in sorted(study.glob("report/domains.csv")):
+                print(f"\nDomains against labels\n\n{_markdown(pd.read_csv(page))}")
+
+
+def _recipe(study: Path) -> str:
+    """Returns which settings a study's folds share, of those that its table must name."""
+    identity = json.loads((study / "study.json").read_text())["identity"]
+    train, model, genes = (identity[name] for name in ("train", "model", "genes"))
+    return (
+        f"{train['epochs']} epochs, seed {train['seed']}, encoder {model['image_encoder']}, panel {genes['panel']}, "
+        f"own target {genes['target']} (log base {genes['log_base']}, scale {genes['scale']:g})"
+    )
+
+
+def _rows(fold: Path) -> pd.DataFrame:
+    record = json.loads((fold / "scores" / "score_card.json").read_text())
+    sections = pd.read_json(io.StringIO(json.dumps(record["sections"])), orient="records", dtype={"section_id": str})
+    return sections.assign(fold=fold.name, own=next(iter(record["targets"])))
+
+
+def _tables(rows: pd.DataFrame) -> Iterator[str]:
+    """Yields a table for each target, the models' own first, and one of the model by section."""
+    own = rows["own"].iloc[0]
+    yield f"Sections {', '.join(sorted(rows['section_id'].unique()))} ({rows['fold'].nunique()} fold(s))"
+    for target in sorted(rows["target"].unique(), key=lambda name: name != own):
+        yield f"\nTarget {target}\n\n{_markdown(_means(rows[rows['target'] == target]))}"
+    model = rows[(rows["target"] == own) & (rows["kind"] == "model")]
+    by_section = pd.concat([_means(part).assign(method=name) for name, part in model.groupby("section_id")])
+    yield f"\nThe model by section, target {own}\n\n{_markdown(by_section.rename(columns={'method': 'section'}))}"
+
+
+def _means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row a method: means over sections, as of the published protocol."""
+    order = rows.drop_duplicates("method").sort_values(
+        "kind", key=lambda kinds: kinds.map(KIND_ORDER.index), kind="stable"
+    )
+    found = {
+        title: rows[rows["gene_set"] == genes].groupby("method")[score].mean().reindex(order["method"])
+        for title, (genes, score) in COLUMNS.items()
+    }
+    return pd.DataFrame(found).rename_axis("method").reset_index()
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * len(table.columns)]
+    for row in table.itertuples(index=False):
+        cells = ("-" if value != value else f"{value:.3f}" if isinstance(value, float) else str(value) for value in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
