@@ -66,9 +66,9 @@ def compare(folder: Path, out: Path) -> None:
         pixels = np.abs(crops["slide"].astype(int) - crops[way])
         alike = pearson_per_gene(predicted["slide"], predicted[way])
         print(
-            f"slide against {way}: pixels differ by {pixels.mean():.3f} on average, {pixels.max()} at most; predictions "
-            f"by {apart.mean():.2g}, {apart.max():.2g} at most; a gene's maps correlate by {np.nanmedian(alike):.4f} "
-            "(median)"
+            f"slide against {way}: pixels differ by {pixels.mean():.3f} on average, {pixels.max()} at most; "
+            f"predictions by {apart.mean():.2g}, {apart.max():.2g} at most; a gene's maps correlate by "
+            f"{np.nanmedian(alike):.4f} (median)"
         )
     highest = highest_genes(measured["payload"])
     for way in WAYS:
