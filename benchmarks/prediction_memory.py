@@ -1,4 +1,4 @@
-"""Peak memory of predicting a slide, small against large: the whole job, with its driver, Ray and all workers.
+"""Peak memory and CPU time of predicting a slide, small against large: the job with its driver, Ray and all workers.
 
     python benchmarks/prediction_memory.py --tiles 10000,100000
 
@@ -108,6 +108,8 @@ class Sample:
     store: float
     largest: tuple[str, ...]
     """The processes with the most memory of their own."""
+    cpu_s: dict[int, float]
+    """CPU-seconds that each process has taken so far."""
 
     @property
     def total(self) -> float:
@@ -117,14 +119,15 @@ class Sample:
 
 def sample(root: psutil.Process) -> Sample:
     """Returns what a process and all below it hold now."""
-    held = []
+    held, cpu_s = [], {}
     for process in [root, *root.children(recursive=True)]:
         with suppress(psutil.Error, OSError):  # it has just ended
             text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             fields = {name: int(value) / 1024 for name, value in re.findall(r"(Pss\w*):\s+(\d+) kB", text)}
+            cpu_s[process.pid] = sum(process.cpu_times()[:2])
             held.append((fields.get("Pss_Anon", 0.0), fields.get("Pss_Shmem", 0.0), _title(process)))
     largest = tuple(f"{title} {own:.0f}" for own, _, title in sorted(held, reverse=True)[:6])
-    return Sample(sum(own for own, _, _ in held), sum(store for _, store, _ in held), largest)
+    return Sample(sum(own for own, _, _ in held), sum(store for _, store, _ in held), largest, cpu_s)
 
 
 def _title(process: psutil.Process) -> str:
@@ -138,6 +141,7 @@ class Run:
 
     num_tiles: int
     tiles_per_s: float
+    cpu_s: float
     peak: Sample
 
 
@@ -149,16 +153,17 @@ def run_job(folder: Path, slide: Path, store_mb: int, every_s: float) -> Run:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with open(folder / "said.txt", "w+") as said:
         job = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, cwd=folder)
-        root, peak = psutil.Process(job.pid), Sample(0, 0, ())
+        root, peak, cpu_s = psutil.Process(job.pid), Sample(0, 0, (), {}), {}
         while job.poll() is None:
-            peak = max(peak, sample(root), key=lambda seen: seen.total)
+            seen = sample(root)
+            peak, cpu_s = max(peak, seen, key=lambda one: one.total), cpu_s | seen.cpu_s
             time.sleep(every_s)
         said.seek(0)
         text = said.read()
     done = re.search(r"([\d,]+) tiles in \d+ s \(([\d.]+) tiles/s", text)
     if job.returncode or not done:
         raise SystemExit(f"the job ended with code {job.returncode}:\n{text}")
-    return Run(int(done[1].replace(",", "")), float(done[2]), peak)
+    return Run(int(done[1].replace(",", "")), float(done[2]), sum(cpu_s.values()), peak)
 
 
 def main() -> None:
@@ -178,13 +183,15 @@ def main() -> None:
             write_slide(slide, num_tiles)
             run = run_job(folder, slide, arguments.store_mb, arguments.every)
             runs.append(run)
-            print(
-                f"{run.num_tiles:,} tiles ({slide.stat().st_size / MIB:.0f} MiB): {run.tiles_per_s:.0f} tiles/s; peak "
-                f"{run.peak.total:.0f} MiB = own {run.peak.own:.0f} + store {run.peak.store:.0f}\n"
-                f"  most at the peak, MiB: {', '.join(run.peak.largest)}",
-                flush=True,
-            )
-    print(f"peak of the last over the first: {runs[-1].peak.total / runs[0].peak.total:.3f}")
+            peak, size = run.peak, slide.stat().st_size / MIB
+            print(f"{run.num_tiles:,} tiles ({size:.0f} MiB): {run.tiles_per_s:.0f} tiles/s, {run.cpu_s:.0f} CPU-s")
+            print(f"  peak {peak.total:.0f} MiB = own {peak.own:.0f} + store {peak.store:.0f}")
+            print(f"  most at the peak, MiB: {', '.join(peak.largest)}", flush=True)
+    first, last = runs[0], runs[-1]
+    print(f"peak of the last over the first: {last.peak.total / first.peak.total:.3f}")
+    if last.num_tiles > first.num_tiles:
+        tile_s = (last.cpu_s - first.cpu_s) / (last.num_tiles - first.num_tiles)
+        print(f"each further tile takes the job {tile_s * 1000:.2f} CPU-ms: {1 / tile_s:.0f} tiles/CPU-s")
 
 
 if __name__ == "__main__":
