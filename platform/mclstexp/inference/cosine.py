@@ -13,7 +13,7 @@ import torch
 QUERY_BLOCK, KEY_BLOCK = 256, 65_536
 """Queries and keys that are scored at a time; it bounds memory and changes no score."""
 _STEPS = 2**24
-_ROWS = 1024  # what a processor's cache holds in double precision
+_ROWS = 2048  # what a processor's cache holds in double precision, with a query block's scores
 _SMALLEST_NORM = 1e-12
 
 
@@ -43,13 +43,22 @@ def nearest(
     asked = torch.from_numpy(directions(queries).astype(np.float64) / _STEPS**2)
     found = []
     for start in range(0, len(key_directions), key_block):
-        keys = torch.from_numpy(key_directions[start : start + key_block].astype(np.float64))
-        parts = [_top((part @ keys.T).float(), min(k, len(keys))) for part in asked.split(QUERY_BLOCK)]
+        keys = key_directions[start : start + key_block]
+        parts = [_top(_cosines(part, keys), min(k, len(keys))) for part in asked.split(QUERY_BLOCK)]
         ids, scores = (torch.cat(one).numpy() for one in zip(*parts, strict=True))
         found.append((ids + start, scores))
     ids, scores = (np.concatenate(one, axis=1) for one in zip(*found, strict=True))
     order = best_columns(scores, k)
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _cosines(asked: torch.Tensor, keys: np.ndarray) -> torch.Tensor:
+    """Returns cosines, float32 (Q, N), of queries in float64; doubles of a few keys at a time stay in the cache."""
+    cosines = torch.empty(len(asked), len(keys))
+    for start in range(0, len(keys), _ROWS):
+        rows = slice(start, start + _ROWS)
+        cosines[:, rows] = asked @ torch.from_numpy(keys[rows].astype(np.float64)).T
+    return cosines
 
 
 def best_columns(scores: np.ndarray, k: int) -> np.ndarray:

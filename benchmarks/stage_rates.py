@@ -1,0 +1,112 @@
+"""What a tile of a slide costs each stage of prediction but the encoder: reading, retrieval, writing, in one thread.
+
+    python benchmarks/stage_rates.py SLIDE --size-px 224 --genes 1000 --keys 20000
+
+Each stage is the engine's own code on its own, without Ray, in tiles per CPU-second; the encoder's rate is
+`benchmarks/embedding_rate.py`'s. The bank is random, and so is what is written. Inspecting and publishing a slide has a
+part that does not grow with its tiles, so give slides of several sizes.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+os.environ["OMP_NUM_THREADS"] = "1"  # as an embedder on a CPU has
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from ingest.cohort import as_stored  # noqa: E402
+from ingest.cohort_plan import CohortPlan, SlideSource  # noqa: E402
+from ingest.inspect_slide import Inspection, corners, inspect  # noqa: E402
+from ingest.slides import open_slide  # noqa: E402
+from mclstexp.data.genes import GenePanel  # noqa: E402
+from mclstexp.inference.bank import Bank  # noqa: E402
+from mclstexp.inference.model_facts import ModelFacts  # noqa: E402
+from mclstexp.inference.parts import write_part  # noqa: E402
+from mclstexp.inference.publish import publish_slide  # noqa: E402
+from mclstexp.inference.retrieval import held, regressed, resolve, retrieve  # noqa: E402
+from mclstexp.inference.slide_record import PART_TILES, num_parts  # noqa: E402
+from mclstexp.inference.slide_table import read_grid  # noqa: E402
+from mclstexp.settings import RetrievalConfig, TilesConfig  # noqa: E402
+
+WIDTH = 256
+
+
+def plan_for(out: str, size_px: int, mpp: float) -> CohortPlan:
+    tiles = TilesConfig(size_px=size_px)
+    return CohortPlan(out, tiles, mpp, "none", scratch=out, scratch_budget_bytes=10**12, num_readers=1, assume_mpp=mpp)
+
+
+def read(path: Path, plan: CohortPlan, found: Inspection) -> int:
+    """Reads all tiles of a slide as a reader does; returns their number."""
+    grid = read_grid(found.staging, found.record.num_tiles)
+    left, top = corners(grid, plan.tiles.size_px, found.record.scale)
+    with open_slide(path) as slide:
+        for x, y in zip(left.tolist(), top.tolist(), strict=True):
+            tile = slide.read_tile(x, y, plan.tiles.size_px, found.record.scale)
+            if tile is not None:
+                as_stored(tile, plan.tiles)
+    return found.record.num_tiles
+
+
+def random_bank(num_keys: int, num_genes: int) -> Bank:
+    rng = np.random.default_rng(0)
+    keys, payload = (rng.normal(size=(num_keys, width)).astype(np.float32) for width in (WIDTH, num_genes))
+    donors = np.array([f"P{number}" for number in range(16)], object)[np.arange(num_keys) % 16]
+    return Bank(keys, payload, donors, donors, donors)
+
+
+def timed(name: str, work: Callable[[], Any], num_tiles: int) -> Any:
+    """Prints the rate of a stage and returns what it gives."""
+    started = time.process_time()
+    result = work()
+    seconds = time.process_time() - started
+    print(f"{name:9} {num_tiles / seconds:9.1f} tiles/CPU-s ({num_tiles:,} tiles in {seconds:.2f})", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slide", type=Path)
+    parser.add_argument("--size-px", type=int, default=224, help="edge of a tile")
+    parser.add_argument(
+        "--mpp", type=float, default=0.5, help="um per tile pixel, and of slides that do not say theirs"
+    )
+    parser.add_argument("--genes", type=int, default=1000)
+    parser.add_argument("--keys", type=int, default=20_000, help="spots of the bank")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as out:
+        plan = plan_for(out, arguments.size_px, arguments.mpp)
+        source = SlideSource("slide", "patient", "", str(arguments.slide.resolve()), None)
+        found = inspect(source, plan)
+        num_tiles = found.record.num_tiles
+        timed("inspect", lambda: inspect(source, plan_for(f"{out}/again", arguments.size_px, arguments.mpp)), num_tiles)
+        timed("read", lambda: read(arguments.slide, plan, found), num_tiles)
+        rng, bank = np.random.default_rng(1), random_bank(arguments.keys, arguments.genes)
+        shards, config = held(bank), resolve(RetrievalConfig(), len(bank))
+        queries = rng.normal(size=(PART_TILES, WIDTH)).astype(np.float32)
+        timed("retrieve", lambda: retrieve(queries, shards, config), PART_TILES)
+        panel = GenePanel.from_names([f"GENE{gene}" for gene in range(arguments.genes)])
+        facts = ModelFacts(panel, "random", "none", arguments.size_px, arguments.mpp, None)
+        lengths = [min(PART_TILES, num_tiles - part * PART_TILES) for part in range(num_parts(num_tiles))]
+        answers = [regressed(rng.random((length, arguments.genes), np.float32)) for length in lengths]
+
+        def write_parts() -> None:
+            for part, answer in enumerate(answers):
+                write_part(found.staging, part, answer, np.ones(len(answer.prediction), bool))
+
+        timed("write", write_parts, num_tiles)
+        timed("publish", lambda: publish_slide(found.staging, f"{out}/published", facts, []), num_tiles)
+
+
+if __name__ == "__main__":
+    main()
