@@ -192,7 +192,7 @@ def test_faulty_slides_are_set_aside_with_the_reason_and_blank_ones_are_empty(pr
     assert "broken.tif" in found["broken"]["reason"]
     assert found["big1"]["num_tiles"] == pq.read_metadata(predicted / "big1.parquet").num_rows
     assert {path.stem for path in predicted.glob("*.parquet")} == set(GOOD)
-    assert not [path for path in (predicted / "staging").rglob("*") if path.is_file() and "broken" not in str(path)]
+    assert not list((predicted / "staging").iterdir())
 
 
 def test_a_second_run_does_nothing(model: ModelVersion, slides: Path, predicted: Path) -> None:
@@ -211,10 +211,16 @@ def test_a_replaced_slide_is_done_again_and_no_other(
     assert _predict(model, tmp_path, out).counts() == {"done": 1, "empty": 1}
     first = _digests(out)
     image = tifffile.imread(tmp_path / "small.tif")
+    left = out / "staging" / "small-0123456789abcdef" / "slide.json"  # of a file that was replaced before it was done
+    other = out / "staging" / "other-0123456789abcdef" / "slide.json"  # of a slide of another run
+    for path in (left, other):
+        path.parent.mkdir(parents=True)
+        path.touch()
     _write_slide(tmp_path / "small.tif", image[::-1])
     report = _predict(model, tmp_path, out)
     assert report.counts() == {"done": 1, "skipped": 1}
     assert _digests(out)["small.parquet"] != first["small.parquet"]
+    assert list((out / "staging").iterdir()) == [other.parent]
 
 
 def test_an_output_belongs_to_one_model_and_one_way_of_cutting(

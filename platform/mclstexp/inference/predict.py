@@ -26,7 +26,8 @@ from mclstexp.inference.model_facts import ModelFacts, choose_genes
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.predict_stage import Stages, cluster_size, facts_of, predicted_parts, stages
 from mclstexp.inference.publish import publish_slide
-from mclstexp.inference.slide_record import FAILED, QUARANTINED, RECORD, TILES, SlideRecord
+from mclstexp.inference.slide_record import FAILED, QUARANTINED, TILES, SlideRecord
+from mclstexp.inference.staging_folder import clear_staging, remove_staging
 from mclstexp.settings import PredictConfig
 
 MAX_TRIES = 3
@@ -121,7 +122,9 @@ def predict_cohort(
     for name, reason in cohort.unreadable.items():
         run.settle(name, "failed", reason)
     run.run(left)
-    report.summary = ledger.summarise(out, {**report.skipped, **report.entries})
+    found = {**report.skipped, **report.entries}
+    clear_staging(out, {name for name, entry in found.items() if entry.state != "failed"})
+    report.summary = ledger.summarise(out, found)
     return report
 
 
@@ -237,9 +240,7 @@ class _Run:
                 continue
             key = staging.rpartition("-")[2]
             self.settle(name, "done" if record.num_tiles else "empty", key=key, record=record)
-            storage.delete(storage.join(staging, RECORD))  # first: without it nothing there counts
-            for uri in storage.list_files(staging):
-                storage.delete(uri)
+            remove_staging(staging)
 
     def settle(
         self, name: str, state: ledger.State, reason: str = "", key: str = "", record: SlideRecord | None = None
