@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import numpy as np  # noqa: E402
 from chaos_inputs import Expected, make_model, make_slides  # noqa: E402
-from chaos_run import KINDS, ChaosError, Outcome, run_calmly, run_under_kills  # noqa: E402
+from chaos_run import KINDS, ChaosError, Kills, Outcome, run_calmly, run_under_kills  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -61,7 +61,8 @@ def compare(folder: Path, num_slides: int, num_kills: int, seed: int) -> None:
     print(f"{calmly.seconds:.0f} s; the same under {num_kills} kills", flush=True)
     rng = np.random.default_rng(seed)
     kinds = tuple(kind for _ in range(0, num_kills, len(KINDS)) for kind in rng.permutation(KINDS))[:num_kills]
-    hit = run_under_kills(_command(folder, killed), folder / "killed.log", kinds, rng, lambda: _is_settled(killed))
+    kills = Kills(kinds, calmly.seconds / max(1, num_kills), rng)
+    hit = run_under_kills(_command(folder, killed), folder / "killed.log", kills, lambda: _is_settled(killed))
     require_ledger(killed, expected)
     num_files = require_same(calm, killed)
     _say(calmly, hit, killed, num_files)

@@ -20,9 +20,9 @@ KINDS = ("reader", "embedder", "worker", "raylet", "driver")
 FATAL = ("raylet", "driver")
 """After these the job must be started again."""
 _WORDS = {"reader": "_Read)", "embedder": "_Predict)", "worker": "ray::"}
-_PAUSE_S = (1.0, 8.0)
+_LEAST_PAUSE_S = 1.0
 _POLL_S = 0.2
-_GONE_S = 120.0
+_GONE_S = 300.0
 """Most that a job without its raylet, and then all that it had started, may live on."""
 _STUCK_S = 1800.0
 """Most that a start of the job may take."""
@@ -30,6 +30,16 @@ _STUCK_S = 1800.0
 
 class ChaosError(Exception):
     """What must not happen under faults did."""
+
+
+@dataclass(frozen=True)
+class Kills:
+    """What is killed, one after the other."""
+
+    kinds: tuple[str, ...]
+    longest_pause_s: float
+    """Most that passes between two of them, while slides are read."""
+    rng: np.random.Generator
 
 
 @dataclass
@@ -43,25 +53,23 @@ class Outcome:
 
 def run_calmly(command: list[str], log: Path) -> Outcome:
     """Runs a command to its end once."""
-    return run_under_kills(command, log, (), np.random.default_rng(), lambda: True)
+    return run_under_kills(command, log, Kills((), 0.0, np.random.default_rng()), lambda: True)
 
 
-def run_under_kills(
-    command: list[str], log: Path, kinds: tuple[str, ...], rng: np.random.Generator, is_done: Callable[[], bool]
-) -> Outcome:
-    """Runs a command until it has ended by itself and `is_done`, and meanwhile kills one process of each of `kinds`.
+def run_under_kills(command: list[str], log: Path, kills: Kills, is_done: Callable[[], bool]) -> Outcome:
+    """Runs a command until it has ended by itself and `is_done`, and meanwhile kills processes of its own.
 
     Raises:
         ChaosError: it hung, left processes behind, needed too many starts, or was over before all kills.
     """
-    outcome, left, started = Outcome(), list(kinds), time.monotonic()
-    most = 3 + len(kinds)
+    outcome, left, started = Outcome(), list(kills.kinds), time.monotonic()
+    most = 3 + len(left)
     while True:
         outcome.starts += 1
         if outcome.starts > most:
             raise ChaosError(f"after {most} starts slides are still failed; the job said in {log}:\n{_tail(log)}")
         with _Job(command, log) as job:
-            ended_itself = _kill_while_running(job, left, rng, outcome)
+            ended_itself = _kill_while_running(job, left, kills, outcome)
         if ended_itself and is_done():
             break
     outcome.seconds = time.monotonic() - started
@@ -70,25 +78,18 @@ def run_under_kills(
     return outcome
 
 
-def _kill_while_running(job: "_Job", left: list[str], rng: np.random.Generator, outcome: Outcome) -> bool:
+def _kill_while_running(job: "_Job", left: list[str], kills: Kills, outcome: Outcome) -> bool:
     """Kills what is left to be killed, first in line first; tells whether the job ended by itself."""
-    while left:
-        due = time.monotonic() + rng.uniform(*_PAUSE_S)
-        while True:
-            job.require_not_stuck()
-            if job.has_ended():
-                return True
-            if job.has_begun() and time.monotonic() > due and job.kill_one(left[0], rng):
-                break
-            time.sleep(_POLL_S)
+    while job.wait_until(job.has_begun) and left:
+        due = time.monotonic() + kills.rng.uniform(_LEAST_PAUSE_S, max(_LEAST_PAUSE_S, kills.longest_pause_s))
+        if not job.wait_until(lambda: time.monotonic() > due and job.kill_one(left[0], kills.rng)):  # noqa: B023
+            return True
         kind = left.pop(0)
         outcome.kills[kind] += 1
         print(f"  start {outcome.starts}: killed the {kind}", flush=True)
         if kind in FATAL:
             return False
-    while not job.has_ended():
-        job.require_not_stuck()
-        time.sleep(_POLL_S)
+    job.wait_until(lambda: False)
     return True
 
 
@@ -124,20 +125,22 @@ class _Job:
             self.__exit__(ChaosError)
             raise ChaosError(f"{_GONE_S:.0f} s after the job there are still: {', '.join(names)}")
 
-    def has_ended(self) -> bool:
-        """Tells whether the driver is gone."""
-        self._descendants()
-        return self._driver.poll() is not None
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Waits until a condition holds; tells whether it did before the job ended by itself."""
+        while True:
+            if time.monotonic() - self._started > _STUCK_S:
+                raise ChaosError(f"a start of the job took more than {_STUCK_S:.0f} s:\n{_tail(self._log)}")
+            self._descendants()
+            if self._driver.poll() is not None:
+                return False
+            if condition():
+                return True
+            time.sleep(_POLL_S)
 
     def has_begun(self) -> bool:
         """Tells whether slides are being read: earlier there is nothing to lose."""
         self._has_begun = self._has_begun or bool(self._targets("reader"))
         return self._has_begun
-
-    def require_not_stuck(self) -> None:
-        """Checks that the job has not run for too long."""
-        if time.monotonic() - self._started > _STUCK_S:
-            raise ChaosError(f"a start of the job took more than {_STUCK_S:.0f} s:\n{_tail(self._log)}")
 
     def kill_one(self, kind: str, rng: np.random.Generator) -> bool:
         """Kills a random process of a kind; tells whether there was one."""
