@@ -29,14 +29,17 @@ from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ConfigError, PredictError
 from mclstexp.inference.bank import Bank
+from mclstexp.inference.cosine import KEY_BLOCK
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.inference.predict import Cohort, Report, predict_cohort
 from mclstexp.inference.retrieval import retrieve
+from mclstexp.inference.shards import split_bank
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training.trainer import recorded_tiles
 
 ROOT = Path(__file__).parents[1]
 TILE_PX, BIG_PX = 32, 800
+NUM_KEYS = KEY_BLOCK + 20_000
 SETTINGS = {
     "genes.num_genes": 10,
     "model.image_encoder": "small_cnn",
@@ -53,15 +56,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def model(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
-    """An untrained model with a random bank, cut for the session's tile table."""
+    """An untrained model with a random bank of two key blocks, cut for the session's tile table."""
     manifest = load_manifest(tiles)
     config = override(Config(), SETTINGS | recorded_tiles(manifest))
     measured = [entry.section_id for entry in manifest.sections if entry.measured]
     panel: GenePanel = fit_panel(tiles, manifest, measured, config.genes)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    names = np.array([f"P{i % 3}" for i in range(40)], object)
-    keys, payload = (rng.normal(size=(40, width)).astype(np.float32) for width in (8, len(panel)))
+    names = np.array([f"P{i % 3}" for i in range(NUM_KEYS)], object)
+    keys, payload = (rng.normal(size=(NUM_KEYS, width)).astype(np.float32) for width in (8, len(panel)))
     record = TrainingRecord(
         manifest_digest="m",
         protocol="patient",
@@ -268,6 +271,7 @@ def test_a_killed_embedder_and_a_sharded_bank_change_nothing(
             process.kill()
             killed.append(process.pid)
 
+    assert [len(shard.keys) for shard in split_bank(model.bank, 2)] == [KEY_BLOCK, NUM_KEYS - KEY_BLOCK]
     killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
     report = _predict(model, slides, tmp_path, (model.panel.names()[2],), bank_shards=2)
     killer.join()
