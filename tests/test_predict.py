@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,15 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from s3_server import S3Server
 
 from ingest.open_cohort import open_cohort
+from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel, fit_panel
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.schema import load_manifest
-from mclstexp.errors import ConfigError, PredictError
+from mclstexp.errors import ConfigError, PredictError, StorageError
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.cosine import KEY_BLOCK
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
@@ -114,7 +117,12 @@ def _write_slide(path: Path, image: np.ndarray) -> None:
 
 
 def _predict(
-    model: ModelVersion, slides: Path, out: Path, genes: tuple[str, ...] = (), idle: bool = False, **settings: object
+    model: ModelVersion,
+    slides: Path,
+    out: Path | str,
+    genes: tuple[str, ...] = (),
+    idle: bool = False,
+    **settings: object,
 ) -> Report:
     config = override(Config(), {f"predict.{name}": value for name, value in settings.items()}).predict
     cohort = open_cohort(str(slides), model, str(out), config)
@@ -136,8 +144,8 @@ def predicted(model: ModelVersion, slides: Path, ray_session: None, tmp_path_fac
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """What was published: all but the ledger and its summary, which say when, and what is left of staging."""
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    """What was published: all but the ledger and its summary, which say when, what is left of staging, and locks."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     kept = [path for path in files if path.parts[0] not in ("ledger", "summary.csv", "staging")]
     return {str(path): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in kept}
 
@@ -237,10 +245,10 @@ def test_an_output_belongs_to_one_model_and_one_way_of_cutting(
     assert _digests(predicted) == before
 
 
-def _processes(word: str) -> list[psutil.Process]:
-    """This session's Ray workers with a word in their title."""
+def _processes(word: str, of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Ray workers of this session, or of one of its nodes, with a word in their title."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in (of or psutil.Process()).children(recursive=True):
         with suppress(psutil.Error):
             if word in " ".join(process.cmdline()):
                 found.append(process)
@@ -278,6 +286,83 @@ def test_a_killed_embedder_and_a_sharded_bank_change_nothing(
     assert killed, "the fault must have hit"
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
     assert _digests(tmp_path) == _digests(predicted)
+
+
+@contextmanager
+def _second_node() -> Iterator[psutil.Process]:
+    """A node process beside this session's Ray, with three CPUs."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    with tempfile.TemporaryDirectory(prefix="node-") as folder:  # a short path, for sockets
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"]
+        command += ["--num-cpus=3", f"--object-store-memory={200 * 2**20}", f"--temp-dir={folder}/r"]
+        with open(Path(folder, "log"), "w") as log:
+            node = psutil.Popen([*command, "--include-log-monitor=false"], stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 240
+            while sum(entry["Alive"] for entry in ray.nodes()) < 2:
+                assert time.monotonic() < deadline, Path(folder, "log").read_text()[-2000:]
+                time.sleep(0.2)
+            yield node
+        finally:
+            _kill_node(node)
+
+
+def _kill_node(node: psutil.Process) -> None:
+    """Kills a node with all that it runs, as a machine that is switched off."""
+    with suppress(psutil.NoSuchProcess):
+        family = [node, *node.children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=60)
+
+
+def test_a_node_that_dies_changes_nothing(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
+    lost: list[str] = []
+
+    def kill(node: psutil.Process) -> None:
+        lost.extend(word for word in ("_Read", "_Predict") if _processes(word, node))
+        _kill_node(node)
+
+    with _second_node() as node:
+        killer = _when(lambda: list(tmp_path.rglob("*.safetensors")) and _processes("_Read", node), lambda: kill(node))
+        report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
+        killer.join()
+    assert lost, "the node must have been at work"
+    if "failed" in report.counts():
+        report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
+    assert (set(report.faults()), _digests(tmp_path)) == ({"broken"}, _digests(predicted))
+
+
+def test_an_s3_server_that_dies_and_comes_back_changes_nothing(
+    model: ModelVersion, slides: Path, predicted: Path, s3: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    under_way: list[bool] = []
+
+    def restart() -> None:
+        under_way.append(not storage.exists(f"{s3}/ledger/big2.json"))
+        s3_server.kill()
+        s3_server.start()
+
+    killer = _when(lambda: [uri for uri in storage.list_files(f"{s3}/staging") if "/parts/" in uri], restart)
+    genes = (model.panel.names()[2],)
+    try:
+        report = _predict(model, slides, s3, genes)
+    except StorageError:  # it says what could not be read or written
+        killer.join()
+        report = _predict(model, slides, s3, genes)
+    killer.join()
+    if "failed" in report.counts():
+        report = _predict(model, slides, s3, genes)
+    assert (under_way, set(report.faults())) == ([True], {"broken"})
+    for uri in storage.list_files(s3):
+        target = tmp_path / uri.removeprefix(f"{s3}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        storage.download(uri, target)
+    assert _digests(tmp_path) == _digests(predicted)
+    assert not (tmp_path / "staging").exists()
 
 
 def _job(folder: Path, model: ModelVersion, slides: Path, *arguments: str) -> tuple[list[str], dict]:

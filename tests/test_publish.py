@@ -30,7 +30,7 @@ from mclstexp.inference.parts import parts_done
 from mclstexp.inference.publish import publish_slide
 from mclstexp.inference.slide_geojson import write_geojson
 from mclstexp.inference.slide_h5ad import write_h5ad
-from mclstexp.inference.slide_overview import paint
+from mclstexp.inference.slide_overview import MOST_GENES, draw_overview, paint
 from mclstexp.inference.slide_table import tile_corner, write_table
 
 
@@ -178,6 +178,22 @@ def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide]
         x = left + (column[tile] + 0.5) / 20 * (right - left)
         expected = 255 * np.array(matplotlib.colormaps["viridis"](shade)[:3])
         assert pictures["seen"][round(y), round(x)] == pytest.approx(expected, abs=2), (row[tile], column[tile])
+
+
+def test_of_a_hundred_genes_over_a_long_slide_the_first_are_drawn(tmp_path: Path) -> None:
+    slide = stage(tmp_path, "L", 2, 60)
+    names = [f"GENE{number}" for number in range(100)]
+    place = {name: slide.grid[name].to_numpy() for name in ("x_px", "y_px")}
+    pq.write_table(pa.table(place | dict.fromkeys(names, slide.answer.prediction[:, 0])), tmp_path / "table.parquet")
+    facts = replace(FACTS, panel=GenePanel.from_names(names))
+    sizes = []
+    for num_genes in (MOST_GENES, 100):
+        thumbnail = np.full((384, 13, 3), 230, np.uint8)
+        places = tmp_path / "map.png", tmp_path / "table.parquet"
+        draw_overview(*places, slide.record, facts, range(num_genes), thumbnail)
+        sizes.append(Image.open(tmp_path / "map.png").size)
+    assert sizes[0][1] == pytest.approx(30_000, abs=1), "as many pixels as an edge may have"
+    assert sizes[1] == pytest.approx(sizes[0], abs=5), "a line more in the heading, and no map more"
 
 
 def test_paint_fills_boxes_and_means_where_they_overlap() -> None:
