@@ -128,8 +128,8 @@ def _say(calmly: Outcome, hit: Outcome, out: Path, num_files: int) -> None:
     states = Counter(entry["state"] for entry in _ledger(out).values())
     table = Table("", "calm run", "killed run", title="predict under kills")
     for kind in KINDS:
-        table.add_row(f"kills of a {kind}", "0", str(hit.kills[kind]))
-    table.add_row("kills", "0", str(hit.kills.total()))
+        table.add_row(f"{kind}s killed", "0", str(hit.kills[kind]))
+    table.add_row("kills in all", "0", str(hit.kills.total()))
     table.add_row("starts of the job", str(calmly.starts), str(hit.starts))
     table.add_row("wall time", f"{calmly.seconds:.0f} s", f"{hit.seconds:.0f} s")
     for state in STATES:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +212,27 @@ def test_a_second_run_does_nothing(model: ModelVersion, slides: Path, predicted:
     report = _predict(model, slides, predicted, idle=True)
     assert (report.counts(), set(report.faults())) == ({"skipped": 5}, {"broken"})
     assert _digests(predicted) == before
+
+
+def test_a_run_with_other_genes_draws_what_is_done_and_predicts_nothing(
+    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(predicted, tmp_path, dirs_exist_ok=True)
+    names = model.panel.names()
+    report = _predict(model, slides, tmp_path, (names[1], names[4]), idle=True)
+    assert (report.counts(), report.num_redrawn) == ({"skipped": 5}, 3)
+    squares = json.loads((tmp_path / "geojson" / "big1.geojson").read_text())["features"]
+    assert set(squares[0]["properties"]["measurements"]) == {"similarity", names[1], names[4]}
+    after, before = _digests(tmp_path), _digests(predicted)
+    drawn = {f"{folder}/{name}" for name in GOOD for folder in ("overviews", "geojson")}
+    assert {path.rpartition(".")[0] for path in after if after[path] != before[path]} == drawn
+    assert _ledger(tmp_path)["big1"]["genes"] == f"{names[1]},{names[4]}"
+    assert _predict(model, slides, tmp_path, (names[1], names[4]), idle=True).num_redrawn == 0
+    assert _predict(model, slides, tmp_path, idle=True).num_redrawn == 0
+    (tmp_path / "small.h5ad").unlink()
+    report = _predict(model, slides, tmp_path, (names[0],), idle=True)
+    assert (report.num_redrawn, set(report.faults())) == (2, {"broken", "small"})
+    assert "small.h5ad" in report.faults()["small"]
 
 
 def test_a_replaced_slide_is_done_again_and_no_other(
