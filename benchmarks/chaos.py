@@ -62,7 +62,9 @@ def compare(folder: Path, num_slides: int, num_kills: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     kinds = tuple(kind for _ in range(0, num_kills, len(KINDS)) for kind in rng.permutation(KINDS))[:num_kills]
     kills = Kills(kinds, calmly.seconds / max(1, num_kills), rng)
-    hit = run_under_kills(_command(folder, killed), folder / "killed.log", kills, lambda: _is_settled(killed))
+    hit = run_under_kills(
+        _command(folder, killed), folder / "killed.log", kills, lambda: _settled(killed) == set(expected)
+    )
     require_ledger(killed, expected)
     num_files = require_same(calm, killed)
     _say(calmly, hit, killed, num_files)
@@ -101,8 +103,8 @@ def _command(folder: Path, out: Path) -> list[str]:
     ]
 
 
-def _is_settled(out: Path) -> bool:
-    return all(entry["state"] != "failed" for entry in _ledger(out).values())
+def _settled(out: Path) -> set[str]:
+    return {name for name, entry in _ledger(out).items() if entry["state"] != "failed"}
 
 
 def _ledger(out: Path) -> dict[str, dict[str, str]]:
@@ -131,6 +133,7 @@ def _say(calmly: Outcome, hit: Outcome, out: Path, num_files: int) -> None:
         table.add_row(f"{kind}s killed", "0", str(hit.kills[kind]))
     table.add_row("kills in all", "0", str(hit.kills.total()))
     table.add_row("starts of the job", str(calmly.starts), str(hit.starts))
+    table.add_row("of them ended unfinished", str(calmly.unfinished), str(hit.unfinished))
     table.add_row("wall time", f"{calmly.seconds:.0f} s", f"{hit.seconds:.0f} s")
     for state in STATES:
         table.add_row(f"slides {state}", *[str(states[state])] * 2)

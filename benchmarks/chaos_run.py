@@ -47,6 +47,8 @@ class Outcome:
     """How a command came to its end."""
 
     starts: int = 0
+    unfinished: int = 0
+    """Starts that ended by themselves before all slides were settled."""
     kills: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -67,11 +69,12 @@ def run_under_kills(command: list[str], log: Path, kills: Kills, is_done: Callab
     while True:
         outcome.starts += 1
         if outcome.starts > most:
-            raise ChaosError(f"after {most} starts slides are still failed; the job said in {log}:\n{_tail(log)}")
+            raise ChaosError(f"after {most} starts some slides are not settled; the job said in {log}:\n{_tail(log)}")
         with _Job(command, log) as job:
             ended_itself = _kill_while_running(job, left, kills, outcome)
         if ended_itself and is_done():
             break
+        outcome.unfinished += ended_itself
     outcome.seconds = time.monotonic() - started
     if left:
         raise ChaosError(f"the run was over before these kills: {', '.join(left)}; give more --slides or fewer --kills")
