@@ -342,14 +342,15 @@ def _kill_node(node: psutil.Process) -> None:
 
 
 def test_a_node_that_dies_changes_nothing(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
-    lost: list[str] = []
-
-    def kill(node: psutil.Process) -> None:
-        lost.extend(word for word in ("_Read", "_Predict") if _processes(word, node))
-        _kill_node(node)
+    lost: list[psutil.Process] = []
 
     with _second_node() as node:
-        killer = _when(lambda: list(tmp_path.rglob("*.safetensors")) and _processes("_Read", node), lambda: kill(node))
+
+        def is_at_work() -> bool:
+            lost[:] = [*_processes("_Read)", node), *_processes("_Predict)", node)]
+            return bool(lost) and bool(list(tmp_path.rglob("grid.parquet")))
+
+        killer = _when(is_at_work, lambda: _kill_node(node))
         report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
         killer.join()
     assert lost, "the node must have been at work"
