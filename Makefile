@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check fix bench
+.PHONY: demo test check fix bench chaos
 .DELETE_ON_ERROR:
 
 # The main job end to end. On real sections: make demo SAMPLES=samples.csv [WEIGHTS=densenet121.pth] [PATIENT=B]
@@ -29,6 +29,10 @@ fix: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/stream_modes.py
+
+# A cohort predicted calmly and while its processes are killed: both must give the same files.
+chaos: $(STAMP)
+	$(BIN)/python benchmarks/chaos.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \

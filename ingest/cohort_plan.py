@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from mclstexp import storage
 from mclstexp.settings import TilesConfig
 
-STAGING = "staging"
 _VERSION = 1
 """Raise it when the same slide and plan give other tiles: all slides are then predicted anew."""
 _DIGITS = 16
@@ -88,11 +86,6 @@ def attempt_key(source: SlideSource, fingerprint: str, plan: CohortPlan) -> str:
     """Returns 16 hex digits of everything that a slide's quarantine depends on: the answer's and what is allowed."""
     allowed = [plan.assume_mpp, plan.allow_other_stains, plan.tiles.allow_upsampling]
     return _digest([key(source, fingerprint, plan), *allowed])
-
-
-def staging_folder(source: SlideSource, answer_key: str, plan: CohortPlan) -> str:
-    """Returns the URI of the folder that keeps a slide's unfinished prediction."""
-    return storage.join(plan.out, STAGING, f"{source.slide_id}-{answer_key}")
 
 
 def _digest(facts: object) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ingest.cohort_plan import CohortPlan, SlideSource, key, staging_folder
+from ingest.cohort_plan import CohortPlan, SlideSource, key
 from ingest.fingerprint import fingerprint
 from ingest.pictures import encode_picture, preview, small_picture
 from ingest.slides import Slide, open_slide
@@ -23,6 +23,7 @@ from mclstexp import storage
 from mclstexp.data.images import tile_corner
 from mclstexp.errors import SourceError
 from mclstexp.inference.slide_record import GRID, GRID_SCHEMA, PREVIEW, RECORD, THUMBNAIL, SlideRecord
+from mclstexp.inference.staging_folder import staging_folder
 
 ASSUMED = "assumed"
 """`mpp_source` of a slide whose resolution is the run's assumed one."""
@@ -75,7 +76,7 @@ def resolution(source: SlideSource, image_mpp: float | None, assume_mpp: float |
 
 def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection | None:
     for assumed in (False, True) if plan.assume_mpp is not None else (False,):
-        staging = staging_folder(source, key(source, found, plan, assumed=assumed), plan)
+        staging = staging_folder(plan.out, source.slide_id, key(source, found, plan, assumed=assumed))
         try:
             record = SlideRecord.model_validate_json(storage.read(storage.join(staging, RECORD)))
         except FileNotFoundError:
@@ -118,7 +119,7 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
         thumbnail_scale=small_scale,
         not_h_and_e=stain,
     )
-    staging = staging_folder(source, key(source, found, plan, assumed=origin == ASSUMED), plan)
+    staging = staging_folder(plan.out, source.slide_id, key(source, found, plan, assumed=origin == ASSUMED))
     left, top = corners(table, plan.tiles.size_px, scale)
     shown = preview(small, small_scale, mask.is_tissue, left, top, plan.tiles.size_px * scale)
     storage.write(storage.join(staging, GRID), _parquet(table))

@@ -167,7 +167,7 @@ def _write_slide(path: Path, rng: np.random.Generator, spec: CohortSpec, patient
     stain: Stain = draw_stain(_rng(spec, "stain", patient_id))
     latents = np.stack([smooth_field(rng, spec.size_px, spec.patch_pitches * spec.pitch_px) for _ in PROGRAMS])
     density = smooth_field(rng, spec.size_px, 1.0 * spec.pitch_px)
-    _write_pyramid(path, paint(rng, latents, density, _tissue(rng, spec), stain))
+    write_pyramid(path, paint(rng, latents, density, _tissue(rng, spec), stain))
     return latents, density
 
 
@@ -212,12 +212,14 @@ def _write_tsv(path: Path, table: pd.DataFrame, index: bool) -> None:
     path.write_bytes(gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
 
 
-def _write_pyramid(path: Path, image: NDArray[np.uint8]) -> None:
-    """Writes a tiled JPEG TIFF whose levels halve down to one tile, with its resolution in pixels per centimetre."""
+def write_pyramid(path: Path, image: NDArray[np.uint8], mpp: float | None = MPP) -> None:
+    """Writes an image (H x W x 3) as a tiled JPEG TIFF whose levels halve down to one tile.
+
+    Its resolution, `mpp` micrometres per pixel, is stated in pixels per centimetre; None: it is not.
+    """
     with tifffile.TiffWriter(path) as tiff:
         for level in range(_num_levels(len(image))):
-            step = 2**level
-            per_cm = 1e4 / (MPP * step)
+            resolution = None if mpp is None else (1e4 / (mpp * 2**level),) * 2
             tiff.write(
                 _halved(image, level),
                 tile=(_TIFF_TILE_PX, _TIFF_TILE_PX),
@@ -225,8 +227,8 @@ def _write_pyramid(path: Path, image: NDArray[np.uint8]) -> None:
                 compression="jpeg",
                 compressionargs={"level": 95},
                 subsampling=(1, 1),  # halved colour blurs fine textures alone, and deviation would tell them
-                resolution=(per_cm, per_cm),
-                resolutionunit="CENTIMETER",
+                resolution=resolution,
+                resolutionunit=None if resolution is None else "CENTIMETER",
                 subfiletype=int(level > 0),
                 metadata=None,
                 software=False,

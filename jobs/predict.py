@@ -117,7 +117,7 @@ def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None
             report = predict_cohort(model, cohort.keyed, arguments.out, genes, show, config.predict)
     finally:
         cohort.release()
-    _say(report, time.monotonic() - started, arguments.out, bool(genes))
+    _say(report, time.monotonic() - started, arguments.out)
 
 
 def _bars():  # noqa: ANN202
@@ -137,7 +137,7 @@ def _bars():  # noqa: ANN202
     return shown()
 
 
-def _say(report, seconds: float, out: str, had_genes: bool) -> None:  # noqa: ANN001
+def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
     """Prints what was done; ends with an error where slides have no prediction."""
     counts = report.counts()
     words = ", ".join(f"{counts[state]} {state}" for state in ("done", "empty", "skipped", "quarantined", "failed"))
@@ -145,8 +145,8 @@ def _say(report, seconds: float, out: str, had_genes: bool) -> None:  # noqa: AN
     if counts["done"]:
         hours = seconds / 3600 / counts["done"] * 1000
         print(f" ({report.num_tiles / seconds:.1f} tiles/s, {hours:.1f} h for 1,000 such slides)", end="")
-    if counts["skipped"] and had_genes:
-        print("\nslides that were skipped keep the overviews and GeoJSON of their own run", end="")
+    if report.num_redrawn:
+        print(f"\n{report.num_redrawn} of the skipped slides were drawn with the genes that were asked for", end="")
     print(f"\nsummary {report.summary}\npredictions {out}")
     faults = [f"{name}: {reason}" for name, reason in report.faults().items()]
     if faults:

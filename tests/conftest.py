@@ -5,12 +5,6 @@ The S3 server is SeaweedFS on loopback; MCLSTEXP_TEST_S3 (a URL, with AWS creden
 
 import os
 import secrets
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import pytest
+from s3_server import S3Server, free_port
 
 if TYPE_CHECKING:
     from mclstexp.evaluation.section_file import SectionResult
@@ -34,7 +29,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     empty_file.touch()
     with pytest.MonkeyPatch.context() as patch:
         if endpoint is None:
-            endpoint = f"http://127.0.0.1:{_free_port()}"
+            endpoint = f"http://127.0.0.1:{free_port()}"
             patch.setenv("AWS_ACCESS_KEY_ID", "test-key")
             patch.setenv("AWS_SECRET_ACCESS_KEY", secrets.token_hex(16))
             patch.setenv("AWS_CONFIG_FILE", str(empty_file))
@@ -71,19 +66,31 @@ def ray_session(_environment: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _s3_server(_environment: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint's URL, with a server behind it."""
+def _own_s3(_environment: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server | None]:
+    """This session's server; None where the tests use one that is not theirs."""
     if "MCLSTEXP_TEST_S3" in os.environ:
-        yield _environment
+        yield None
         return
-    folder = tmp_path_factory.mktemp("s3")
-    command = _seaweed(folder, int(_environment.rsplit(":", 1)[1]))
-    with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=folder) as server:
-        try:
-            _wait_until_healthy(_environment, server, folder / "log")
-            yield _environment
-        finally:
-            server.kill()
+    server = S3Server(_environment, tmp_path_factory.mktemp("s3"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def _s3_server(_environment: str, _own_s3: S3Server | None) -> str:
+    """The endpoint's URL, with a server behind it."""
+    return _environment
+
+
+@pytest.fixture
+def s3_server(_own_s3: S3Server | None) -> S3Server:
+    """The server behind `s3`, to be killed and started again."""
+    if _own_s3 is None:
+        pytest.skip("MCLSTEXP_TEST_S3 names a server that these tests may not kill")
+    return _own_s3
 
 
 @pytest.fixture
@@ -187,48 +194,3 @@ def _section_result(name: str, genes: list[str]) -> "SectionResult":
     panel = GenePanel(tuple(genes), tuple(RESULT_GENES[gene] for gene in genes), tuple(genes))
     slide = np.full((100, 120, 3), (230, 200, 220), np.uint8)
     return SectionResult(section, panel, truth, said, slide, thumbnail_scale=10.0)
-
-
-def _seaweed(folder: Path, s3_port: int) -> list[str]:
-    binary = Path(sys.executable).parent / "weed"
-    ports = {name: _free_port() for name in ("master", "volume", "filer", "admin")}
-    return [
-        str(binary),
-        "mini",
-        f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        *(f"-{name}.port={port}" for name, port in ports.items()),
-        f"-s3.port={s3_port}",
-        "-webdav=false",
-        "-admin.ui=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-master.telemetry=false",
-    ]
-
-
-def _wait_until_healthy(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{endpoint}/healthz", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
-    raise RuntimeError(f"the S3 server did not start:\n{log.read_text()[-2000:]}")
-
-
-def _free_port() -> int:
-    """Returns a port that is free together with the one 10000 above it, which SeaweedFS takes for gRPC."""
-    for _ in range(100):
-        port = 20000 + secrets.randbelow(12000)
-        try:
-            with socket.socket() as first, socket.socket() as second:
-                first.bind(("127.0.0.1", port))
-                second.bind(("127.0.0.1", port + 10000))
-                return port
-        except OSError:
-            continue
-    raise RuntimeError("found no free port")

@@ -96,7 +96,7 @@ def test_keys_of_random_spots_are_made_in_batches_of_32_across_sections(reader: 
 
 def test_a_saved_bank_comes_back_whole(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
     bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
-    bank.save(tmp_path)
+    bank.save(tmp_path, {})
     back = Bank.load(tmp_path)
     for name, values in vars(bank).items():
         assert np.array_equal(getattr(back, name), values), name
@@ -106,14 +106,14 @@ def test_a_saved_bank_comes_back_whole(reader: _Reader, towers: TwoTowers, tmp_p
 def test_files_of_two_banks_are_refused(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
     bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
     replace(bank, spot_id=bank.spot_id[:5], section_id=bank.section_id[:5], patient_id=bank.patient_id[:5]).save(
-        tmp_path
+        tmp_path, {}
     )
     with pytest.raises(ModelError, match="46 keys, 46 payloads and 5 donors"):
         Bank.load(tmp_path)
 
 
 def test_no_arrow_type_is_stored_by_name(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
-    build_bank(towers, reader, ["A"], random_spots=False, done=lambda: None).save(tmp_path)
+    build_bank(towers, reader, ["A"], random_spots=False, done=lambda: None).save(tmp_path, {})
     assert b"ARROW:" not in (tmp_path / DONORS).read_bytes()
 
 
@@ -137,7 +137,7 @@ class _Canary(pa.ExtensionType):
 
 def test_donors_with_a_type_that_runs_code_are_refused_unread(tmp_path: Path) -> None:
     names = np.array(["a", "b"], object)
-    Bank(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32), names, names, names).save(tmp_path)
+    Bank(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32), names, names, names).save(tmp_path, {})
     pa.register_extension_type(_Canary())
     try:
         column = pa.ExtensionArray.from_storage(_Canary(), pa.array(["a", "b"]))

@@ -161,21 +161,97 @@ def test_a_table_cut_otherwise_is_refused_with_both_values(folder: Path) -> None
 
 def _rewrite_record(folder: Path, record: dict[str, object]) -> None:
     (folder / "model.json").write_text(json.dumps(record))
-    files = json.loads((folder / "files.json").read_text())
-    files["model.json"] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+    _list_anew(folder)
+
+
+def _list_anew(folder: Path) -> None:
+    """Makes the list of checksums true of whatever lies there."""
+    names = json.loads((folder / "files.json").read_text())
+    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "files.json").write_text(json.dumps(files))
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (
+            ["bank.safetensors", "bank_donors.parquet"],
+            "for weights with SHA-256 {other}.*has weights with SHA-256 {own}",
+        ),
+        (["weights.safetensors"], "for weights with SHA-256 {own}.*has weights with SHA-256 {other}"),
+    ],
+)
+def test_a_bank_or_weights_of_another_version_are_refused_with_both_values(
+    folder: Path, tmp_path: Path, names: list[str], fault: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    _version(1).save(other)
+    digests = {
+        name: hashlib.sha256((of / "weights.safetensors").read_bytes()).hexdigest()[:12]
+        for name, of in (("own", folder), ("other", other))
+    }
+    for name in names:
+        (folder / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(ModelError, match=r"was changed after it was saved: it has SHA-256 \w+\.\.\., files\.json says"):
+        ModelVersion.load(folder)
+    _list_anew(folder)
+    with pytest.raises(ModelError, match=fault.format(**digests)):
+        ModelVersion.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            {"tile_size_px": 64},
+            r"made for tiles of 32 px at 0\.5 um/px, the model version has tiles of 64 px at 0\.5 um/px",
+        ),
+        ({"mpp": 0.25}, r"tiles of 32 px at 0\.5 um/px, .* tiles of 32 px at 0\.25 um/px"),
+        ({"panel": 0}, r"made for a panel of 3 genes with SHA-256 \w+\.\.\., .* has a panel of 3 genes with SHA-256"),
+        ({"config": "target"}, r"made for a target in .*, the model version has a target in "),
+        ({"config": "input"}, r"made for spots in .*, the model version has spots in "),
+    ],
+)
+def test_a_bank_made_for_other_genes_tiles_or_normalisers_is_refused(
+    folder: Path, change: dict[str, object], fault: str
+) -> None:
+    record = json.loads((folder / "model.json").read_text())
+    if "panel" in change:
+        change = {"panel": GenePanel(GENES[::-1], ("", "ERBB2", "GATA3"), (GENES[2], "", "")).to_json()}
+    if "config" in change:
+        genes = record["config"]["genes"] | {change["config"]: "per_gene"}
+        change = {"config": record["config"] | {"genes": genes}}
+    _rewrite_record(folder, record | change)
+    with pytest.raises(ModelError, match=fault):
+        ModelVersion.load(folder)
+
+
+def test_a_bank_that_is_not_listed_is_refused(folder: Path) -> None:
+    files = json.loads((folder / "files.json").read_text())
+    del files["bank.safetensors"]
+    (folder / "files.json").write_text(json.dumps(files))
+    with pytest.raises(ModelError, match=r"does not list bank\.safetensors"):
+        ModelVersion.load(folder)
+
+
+def test_an_earlier_versions_bank_does_not_say_what_it_was_made_for(folder: Path) -> None:
+    bank = ModelVersion.load(folder).bank
+    bank.save(folder, {})
+    _list_anew(folder)
+    assert np.array_equal(ModelVersion.load(folder).bank.keys, bank.keys)
 
 
 def test_another_schema_is_refused(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
     _rewrite_record(folder, record | {"schema_version": 99, "new_field": 1})
-    with pytest.raises(ModelError, match="model schema 99, this code reads 1 and 2"):
+    with pytest.raises(ModelError, match="model schema 99, this code reads 1, 2, 3"):
         ModelVersion.load(folder)
 
 
 def test_a_version_of_schema_1_loads_with_no_threshold(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
-    assert (record["schema_version"], record.pop("ood_similarity")) == (2, 0.25)
+    assert (record["schema_version"], record.pop("ood_similarity")) == (3, 0.25)
     _rewrite_record(folder, record | {"schema_version": 1})
     loaded = ModelVersion.load(folder)
     assert loaded.ood_similarity is None

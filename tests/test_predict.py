@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,22 +23,27 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from s3_server import S3Server
 
 from ingest.open_cohort import open_cohort
+from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel, fit_panel
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.schema import load_manifest
-from mclstexp.errors import ConfigError, PredictError
+from mclstexp.errors import ConfigError, PredictError, StorageError
 from mclstexp.inference.bank import Bank
+from mclstexp.inference.cosine import KEY_BLOCK
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.inference.predict import Cohort, Report, predict_cohort
 from mclstexp.inference.retrieval import retrieve
+from mclstexp.inference.shards import split_bank
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training.trainer import recorded_tiles
 
 ROOT = Path(__file__).parents[1]
 TILE_PX, BIG_PX = 32, 800
+NUM_KEYS = KEY_BLOCK + 20_000
 SETTINGS = {
     "genes.num_genes": 10,
     "model.image_encoder": "small_cnn",
@@ -53,15 +60,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def model(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
-    """An untrained model with a random bank, cut for the session's tile table."""
+    """An untrained model with a random bank of two key blocks, cut for the session's tile table."""
     manifest = load_manifest(tiles)
     config = override(Config(), SETTINGS | recorded_tiles(manifest))
     measured = [entry.section_id for entry in manifest.sections if entry.measured]
     panel: GenePanel = fit_panel(tiles, manifest, measured, config.genes)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    names = np.array([f"P{i % 3}" for i in range(40)], object)
-    keys, payload = (rng.normal(size=(40, width)).astype(np.float32) for width in (8, len(panel)))
+    names = np.array([f"P{i % 3}" for i in range(NUM_KEYS)], object)
+    keys, payload = (rng.normal(size=(NUM_KEYS, width)).astype(np.float32) for width in (8, len(panel)))
     record = TrainingRecord(
         manifest_digest="m",
         protocol="patient",
@@ -111,7 +118,12 @@ def _write_slide(path: Path, image: np.ndarray) -> None:
 
 
 def _predict(
-    model: ModelVersion, slides: Path, out: Path, genes: tuple[str, ...] = (), idle: bool = False, **settings: object
+    model: ModelVersion,
+    slides: Path,
+    out: Path | str,
+    genes: tuple[str, ...] = (),
+    idle: bool = False,
+    **settings: object,
 ) -> Report:
     config = override(Config(), {f"predict.{name}": value for name, value in settings.items()}).predict
     cohort = open_cohort(str(slides), model, str(out), config)
@@ -133,8 +145,8 @@ def predicted(model: ModelVersion, slides: Path, ray_session: None, tmp_path_fac
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """What was published: all but the ledger and its summary, which say when, and what is left of staging."""
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    """What was published: all but the ledger and its summary, which say when, what is left of staging, and locks."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     kept = [path for path in files if path.parts[0] not in ("ledger", "summary.csv", "staging")]
     return {str(path): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in kept}
 
@@ -192,7 +204,7 @@ def test_faulty_slides_are_set_aside_with_the_reason_and_blank_ones_are_empty(pr
     assert "broken.tif" in found["broken"]["reason"]
     assert found["big1"]["num_tiles"] == pq.read_metadata(predicted / "big1.parquet").num_rows
     assert {path.stem for path in predicted.glob("*.parquet")} == set(GOOD)
-    assert not [path for path in (predicted / "staging").rglob("*") if path.is_file() and "broken" not in str(path)]
+    assert not list((predicted / "staging").iterdir())
 
 
 def test_a_second_run_does_nothing(model: ModelVersion, slides: Path, predicted: Path) -> None:
@@ -200,6 +212,27 @@ def test_a_second_run_does_nothing(model: ModelVersion, slides: Path, predicted:
     report = _predict(model, slides, predicted, idle=True)
     assert (report.counts(), set(report.faults())) == ({"skipped": 5}, {"broken"})
     assert _digests(predicted) == before
+
+
+def test_a_run_with_other_genes_draws_what_is_done_and_predicts_nothing(
+    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(predicted, tmp_path, dirs_exist_ok=True)
+    names = model.panel.names()
+    report = _predict(model, slides, tmp_path, (names[1], names[4]), idle=True)
+    assert (report.counts(), report.num_redrawn) == ({"skipped": 5}, 3)
+    squares = json.loads((tmp_path / "geojson" / "big1.geojson").read_text())["features"]
+    assert set(squares[0]["properties"]["measurements"]) == {"similarity", names[1], names[4]}
+    after, before = _digests(tmp_path), _digests(predicted)
+    drawn = {f"{folder}/{name}" for name in GOOD for folder in ("overviews", "geojson")}
+    assert {path.rpartition(".")[0] for path in after if after[path] != before[path]} == drawn
+    assert _ledger(tmp_path)["big1"]["genes"] == f"{names[1]},{names[4]}"
+    assert _predict(model, slides, tmp_path, (names[1], names[4]), idle=True).num_redrawn == 0
+    assert _predict(model, slides, tmp_path, idle=True).num_redrawn == 0
+    (tmp_path / "small.h5ad").unlink()
+    report = _predict(model, slides, tmp_path, (names[0],), idle=True)
+    assert (report.num_redrawn, set(report.faults())) == (2, {"broken", "small"})
+    assert "small.h5ad" in report.faults()["small"]
 
 
 def test_a_replaced_slide_is_done_again_and_no_other(
@@ -211,10 +244,16 @@ def test_a_replaced_slide_is_done_again_and_no_other(
     assert _predict(model, tmp_path, out).counts() == {"done": 1, "empty": 1}
     first = _digests(out)
     image = tifffile.imread(tmp_path / "small.tif")
+    left = out / "staging" / "small-0123456789abcdef" / "slide.json"  # of a file that was replaced before it was done
+    other = out / "staging" / "other-0123456789abcdef" / "slide.json"  # of a slide of another run
+    for path in (left, other):
+        path.parent.mkdir(parents=True)
+        path.touch()
     _write_slide(tmp_path / "small.tif", image[::-1])
     report = _predict(model, tmp_path, out)
     assert report.counts() == {"done": 1, "skipped": 1}
     assert _digests(out)["small.parquet"] != first["small.parquet"]
+    assert list((out / "staging").iterdir()) == [other.parent]
 
 
 def test_an_output_belongs_to_one_model_and_one_way_of_cutting(
@@ -228,10 +267,10 @@ def test_an_output_belongs_to_one_model_and_one_way_of_cutting(
     assert _digests(predicted) == before
 
 
-def _processes(word: str) -> list[psutil.Process]:
-    """This session's Ray workers with a word in their title."""
+def _processes(word: str, of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Ray workers of this session, or of one of its nodes, with a word in their title."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in (of or psutil.Process()).children(recursive=True):
         with suppress(psutil.Error):
             if word in " ".join(process.cmdline()):
                 found.append(process)
@@ -262,12 +301,91 @@ def test_a_killed_embedder_and_a_sharded_bank_change_nothing(
             process.kill()
             killed.append(process.pid)
 
+    assert [len(shard.keys) for shard in split_bank(model.bank, 2)] == [KEY_BLOCK, NUM_KEYS - KEY_BLOCK]
     killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
     report = _predict(model, slides, tmp_path, (model.panel.names()[2],), bank_shards=2)
     killer.join()
     assert killed, "the fault must have hit"
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
     assert _digests(tmp_path) == _digests(predicted)
+
+
+@contextmanager
+def _second_node() -> Iterator[psutil.Process]:
+    """A node process beside this session's Ray, with three CPUs."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    with tempfile.TemporaryDirectory(prefix="node-") as folder:  # a short path, for sockets
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"]
+        command += ["--num-cpus=3", f"--object-store-memory={200 * 2**20}", f"--temp-dir={folder}/r"]
+        with open(Path(folder, "log"), "w") as log:
+            node = psutil.Popen([*command, "--include-log-monitor=false"], stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 240
+            while sum(entry["Alive"] for entry in ray.nodes()) < 2:
+                assert time.monotonic() < deadline, Path(folder, "log").read_text()[-2000:]
+                time.sleep(0.2)
+            yield node
+        finally:
+            _kill_node(node)
+
+
+def _kill_node(node: psutil.Process) -> None:
+    """Kills a node with all that it runs, as a machine that is switched off."""
+    with suppress(psutil.NoSuchProcess):
+        family = [node, *node.children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=60)
+
+
+def test_a_node_that_dies_changes_nothing(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
+    lost: list[psutil.Process] = []
+
+    with _second_node() as node:
+
+        def is_at_work() -> bool:
+            lost[:] = [*_processes("_Read)", node), *_processes("_Predict)", node)]
+            return bool(lost) and bool(list(tmp_path.rglob("grid.parquet")))
+
+        killer = _when(is_at_work, lambda: _kill_node(node))
+        report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
+        killer.join()
+    assert lost, "the node must have been at work"
+    if "failed" in report.counts():
+        report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
+    assert (set(report.faults()), _digests(tmp_path)) == ({"broken"}, _digests(predicted))
+
+
+def test_an_s3_server_that_dies_and_comes_back_changes_nothing(
+    model: ModelVersion, slides: Path, predicted: Path, s3: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    under_way: list[bool] = []
+
+    def restart() -> None:
+        under_way.append(not storage.exists(f"{s3}/ledger/big2.json"))
+        s3_server.kill()
+        s3_server.start()
+
+    killer = _when(lambda: [uri for uri in storage.list_files(f"{s3}/staging") if "/parts/" in uri], restart)
+    genes = (model.panel.names()[2],)
+    try:
+        report = _predict(model, slides, s3, genes)
+    except StorageError:  # it says what could not be read or written
+        killer.join()
+        report = _predict(model, slides, s3, genes)
+    killer.join()
+    if "failed" in report.counts():
+        report = _predict(model, slides, s3, genes)
+    assert (under_way, set(report.faults())) == ([True], {"broken"})
+    for uri in storage.list_files(s3):
+        target = tmp_path / uri.removeprefix(f"{s3}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        storage.download(uri, target)
+    assert _digests(tmp_path) == _digests(predicted)
+    assert not (tmp_path / "staging").exists()
 
 
 def _job(folder: Path, model: ModelVersion, slides: Path, *arguments: str) -> tuple[list[str], dict]:

@@ -27,10 +27,10 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError, PartError, StorageError
 from mclstexp.inference.model_facts import choose_genes, gene_labels
 from mclstexp.inference.parts import parts_done
-from mclstexp.inference.publish import publish_slide
+from mclstexp.inference.publish import publish_slide, redraw_slide
 from mclstexp.inference.slide_geojson import write_geojson
 from mclstexp.inference.slide_h5ad import write_h5ad
-from mclstexp.inference.slide_overview import paint
+from mclstexp.inference.slide_overview import MOST_GENES, draw_overview, paint
 from mclstexp.inference.slide_table import tile_corner, write_table
 
 
@@ -180,6 +180,22 @@ def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide]
         assert pictures["seen"][round(y), round(x)] == pytest.approx(expected, abs=2), (row[tile], column[tile])
 
 
+def test_of_a_hundred_genes_over_a_long_slide_the_first_are_drawn(tmp_path: Path) -> None:
+    slide = stage(tmp_path, "L", 2, 60)
+    names = [f"GENE{number}" for number in range(100)]
+    place = {name: slide.grid[name].to_numpy() for name in ("x_px", "y_px")}
+    pq.write_table(pa.table(place | dict.fromkeys(names, slide.answer.prediction[:, 0])), tmp_path / "table.parquet")
+    facts = replace(FACTS, panel=GenePanel.from_names(names))
+    sizes = []
+    for num_genes in (MOST_GENES, 100):
+        thumbnail = np.full((384, 13, 3), 230, np.uint8)
+        places = tmp_path / "map.png", tmp_path / "table.parquet"
+        draw_overview(*places, slide.record, facts, range(num_genes), thumbnail)
+        sizes.append(Image.open(tmp_path / "map.png").size)
+    assert sizes[0][1] == pytest.approx(30_000, abs=1), "as many pixels as an edge may have"
+    assert sizes[1] == pytest.approx(sizes[0], abs=5), "a line more in the heading, and no map more"
+
+
 def test_paint_fills_boxes_and_means_where_they_overlap() -> None:
     rng = np.random.default_rng(3)
     first, values = rng.integers(0, (18, 9), (40, 2)), rng.normal(size=40)
@@ -203,6 +219,29 @@ def test_the_first_genes_are_shown_where_none_are_chosen_and_no_squares_stay(
     widths = [Image.open(folder / "overviews" / "A.png").size for folder in (out, tmp_path / "out")]
     assert widths[1][1] > 1.5 * widths[0][1], "five maps in two rows against three in one"
     assert (tmp_path / "out" / "A.parquet").read_bytes() == (out / "A.parquet").read_bytes()
+
+
+def test_a_slide_that_is_drawn_again_has_the_files_of_a_run_with_these_genes(
+    slides: dict[str, Slide], out: Path, tmp_path: Path
+) -> None:
+    for name, slide in slides.items():
+        publish_slide(str(slide.staging), str(tmp_path), FACTS, ["DUP"] if name == "A" else [])
+        before = _files(tmp_path)
+        redraw_slide(name, str(tmp_path), FACTS, GENES)
+        changed = {path for path, data in _files(tmp_path).items() if before.get(path) != data}
+        assert changed == {f"overviews/{name}.png", f"geojson/{name}.geojson"}
+    assert _files(tmp_path) == _files(out)
+
+
+def test_a_table_that_does_not_know_its_slide_is_not_drawn_again(
+    slides: dict[str, Slide], out: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    pq.write_table(pq.read_table(out / "A.parquet").replace_schema_metadata(None), tmp_path / "A.parquet")
+    before = _files(tmp_path)
+    with pytest.raises(StorageError, match="no table of a slide by this version"):
+        redraw_slide("A", str(tmp_path), FACTS, GENES)
+    assert _files(tmp_path) == before
 
 
 def test_the_preview_is_copied_as_it_is(slides: dict[str, Slide], out: Path) -> None:

@@ -74,6 +74,17 @@ def test_a_bank_held_whole_is_one_shard_with_blocks_of_the_usual_size() -> None:
     assert np.shares_memory(whole.shards[0].payload, bank.payload)
 
 
+def test_a_bank_of_several_usual_blocks_answers_alike_in_shards() -> None:
+    bank = _bank(2 * 65_536 + 999)
+    shards = LocalShards(split_bank(bank, 3))
+    assert [len(shard.keys) for shard in shards.shards] == [65_536, 65_536, 999]
+    queries = _queries(bank)[:20]
+    for config in (CONFIGS[1], CONFIGS[4]):
+        _same(queries, shards, held(bank), config)
+        ids = neighbours(queries, shards, config).ids
+        assert {0, 1} <= set((ids // 65_536).ravel().tolist()), "the best must lie in several shards"
+
+
 @pytest.mark.parametrize(("num_shards", "sizes"), [(1, [150]), (3, [64, 48, 38]), (10, [16] * 9 + [6])])
 def test_a_shard_is_a_run_of_whole_key_blocks(num_shards: int, sizes: list[int]) -> None:
     bank = _bank()

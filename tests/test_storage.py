@@ -4,6 +4,7 @@ import os
 import pickle
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import boto3
 import pytest
@@ -61,6 +62,16 @@ def test_list_and_delete(root):
     storage.delete(storage.join(root, "x/1"))
     assert len(storage.list_files(root)) == 2
     assert storage.list_files(storage.join(root, "nothing")) == []
+
+
+def test_a_folder_goes_with_all_that_is_in_it_and_nothing_else(root):
+    for name in ("x/1", "x/y/2", "xy/3"):
+        storage.write(storage.join(root, name), b"")
+    storage.delete_folder(storage.join(root, "x"))
+    storage.delete_folder(storage.join(root, "x"))
+    assert storage.list_files(root) == [storage.join(storage.absolute(root), "xy/3")]
+    if not storage.is_s3(root):
+        assert [path.name for path in Path(root).iterdir()] == ["xy"]
 
 
 def test_files_go_up_and_down(root, tmp_path):

@@ -157,7 +157,7 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
             num_samples=1 if sweep.search == "grid" else sweep.trials,
             search_alg=_searcher(sweep),
             scheduler=scheduler(sweep.plan.config),
-            max_concurrent_trials=at_once(sweep.plan.config),
+            max_concurrent_trials=at_once(sweep.plan.config) if sweep.search == "optuna" else None,
         ),
         run_config=tune.RunConfig(
             name=STATE, storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[ShowTrials()]
@@ -187,7 +187,7 @@ def _searcher(sweep: Sweep) -> Any:
     seed = sweep.plan.config.tune.seed
     if sweep.search == "optuna":
         return OptunaSearch(param_space(sweep.space, sweep.search), metric=VALIDATION_PCC, mode="max", seed=seed)
-    return BasicVariantGenerator(random_state=seed)
+    return BasicVariantGenerator(max_concurrent=at_once(sweep.plan.config), random_state=seed)
 
 
 def _trial(result: tune.Result, epochs: int) -> Trial:

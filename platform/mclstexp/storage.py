@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -218,7 +218,9 @@ def list_files(uri: str) -> list[str]:
     uri = absolute(uri)
     if is_s3(uri):
         return sorted(object_store.list_keys(uri))
-    return sorted(str(path) for path in Path(uri).rglob("*") if path.is_file())
+    # os.walk, unlike rglob, bears folders that are removed meanwhile
+    found = (Path(folder, name) for folder, _, names in os.walk(uri) for name in names)
+    return sorted(str(path) for path in found if path.is_file())
 
 
 def delete(uri: str) -> None:
@@ -229,6 +231,17 @@ def delete(uri: str) -> None:
         return
     with _errors("delete", uri):
         Path(uri).unlink(missing_ok=True)
+
+
+def delete_folder(uri: str) -> None:
+    """Removes all files under `uri`, and on disk the folders that this leaves empty."""
+    uri = absolute(uri)
+    for file in list_files(uri):
+        delete(file)
+    if not is_s3(uri):
+        for folder, _, _ in os.walk(uri, topdown=False):
+            with suppress(OSError):  # somebody wrote into it meanwhile
+                os.rmdir(folder)
 
 
 def _read_file(path: str, start: int, length: int | None) -> bytes:

@@ -4,15 +4,18 @@ Keys need no images, so building a bank reads expression and positions alone. Do
 with the keys, so that every prediction can name whom it came from.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mclstexp.data.spots import SpotReader
@@ -22,6 +25,7 @@ from mclstexp.model.towers import TwoTowers
 
 ARRAYS, DONORS = "bank.safetensors", "bank_donors.parquet"
 _DONOR_SCHEMA = pa.schema([(name, pa.string()) for name in ("section_id", "patient_id", "spot_id")])
+_MADE_FOR = "made_for"
 KEY_BATCH = 32
 """Spots that attend to each other when keys of a `random_spots` model are made (as published)."""
 
@@ -51,9 +55,10 @@ class Bank:
         """Each spot's patient as a number from 0, in the order of their names, int32 (N,)."""
         return np.unique(self.patient_id, return_inverse=True)[1].astype(np.int32)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the bank into a local folder."""
-        save_file({"keys": self.keys, "payload": self.payload}, Path(folder, ARRAYS))
+    def save(self, folder: str | Path, made_for: Mapping[str, str]) -> None:
+        """Writes the bank into a local folder, with what it was made for: values by name."""
+        notes = {_MADE_FOR: json.dumps(made_for)}  # one text: the order of several would differ from run to run
+        save_file({"keys": self.keys, "payload": self.payload}, Path(folder, ARRAYS), notes)
         donors = [pa.array(getattr(self, name), pa.string()) for name in _DONOR_SCHEMA.names]
         pq.write_table(pa.table(donors, schema=_DONOR_SCHEMA), Path(folder, DONORS), store_schema=False)
 
@@ -72,6 +77,12 @@ class Bank:
         if len(set(rows)) > 1:
             raise ModelError(f"the bank in {folder} has {rows[0]} keys, {rows[1]} payloads and {rows[2]} donors")
         return cls(**arrays, **{name: np.array(donors[name].to_pylist(), object) for name in donors.column_names})
+
+
+def made_for(folder: str | Path) -> dict[str, str]:
+    """Returns what a saved bank was made for; empty where it does not say (model versions of schema 1 and 2)."""
+    with safe_open(Path(folder, ARRAYS), "numpy") as file:
+        return cast(dict[str, str], json.loads((file.metadata() or {}).get(_MADE_FOR, "{}")))
 
 
 def build_bank(

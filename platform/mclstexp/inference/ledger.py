@@ -40,6 +40,8 @@ class Entry(_Record):
     """Tiles that the slide has no pixels of."""
     tile_area_mm2: float = 0.0
     tissue_area_mm2: float = 0.0
+    genes: str = ""
+    """Chosen genes of its overview and GeoJSON, with commas; empty: the overview shows the panel's first."""
     finished: str = ""
     """When, ISO 8601 in UTC. The predictions themselves hold no time."""
 

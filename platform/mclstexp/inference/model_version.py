@@ -3,8 +3,9 @@
 A direct regression has no bank; every other version has one.
 
 Weights and bank are safetensors, the rest JSON and Parquet; `files.json` holds every file's checksum, and its own
-digest names the version. A folder that lacks a file or was edited is refused. Schema 1 knew no `ood_similarity`: such
-a version loads, and leaves open which tiles are out of distribution.
+digest names the version. A folder that lacks a file or was edited is refused, and so is a bank that was made for other
+weights, genes, tiles or normalisers, whatever the checksums say. Schema 1 knew no `ood_similarity`: such a version
+loads, and leaves open which tiles are out of distribution. Banks of schema 1 and 2 do not say what they were made for.
 """
 
 import hashlib
@@ -18,17 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mclstexp.config import Config, config_from
-from mclstexp.data.genes import GenePanel
+from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import ModelError
-from mclstexp.inference.bank import ARRAYS, Bank
+from mclstexp.inference.bank import ARRAYS, DONORS, Bank, made_for
 from mclstexp.inference.retrieval import Retrieved, regressed, resolve, retrieve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import TilesConfig
 from mclstexp.training.checkpoint import plain_tensors
 
-MODEL_SCHEMA = 2
-_READ_SCHEMAS = (1, MODEL_SCHEMA)
+MODEL_SCHEMA = 3
+_READ_SCHEMAS = (1, 2, MODEL_SCHEMA)
 FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
 MPP_TOLERANCE = 0.02
 
@@ -112,7 +113,7 @@ class ModelVersion:
         (folder / MODEL).write_text(record.model_dump_json(indent=1))
         save_file(plain_tensors(self.weights), folder / WEIGHTS)
         if self.bank is not None:
-            self.bank.save(folder)
+            self.bank.save(folder, self._identity(folder))
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         (folder / FILES).write_text(json.dumps(files, indent=1))
         self.digest = _sha256(folder / FILES)[:12]
@@ -129,7 +130,7 @@ class ModelVersion:
         try:
             tree = json.loads((folder / MODEL).read_text())
             if tree["schema_version"] not in _READ_SCHEMAS:
-                readable = " and ".join(map(str, _READ_SCHEMAS))
+                readable = ", ".join(map(str, _READ_SCHEMAS))
                 raise ModelError(f"{folder} has model schema {tree['schema_version']}, this code reads {readable}")
             record = _ModelFile.model_validate(tree)
             weights = load_file(folder / WEIGHTS)
@@ -145,8 +146,30 @@ class ModelVersion:
             raise ModelError(f"{folder} has {has}, and model.predictor={config.model.predictor}; fetch it again")
         if bank is not None and bank.payload.shape[1] != len(panel):
             raise ModelError(f"the bank of {folder} has {bank.payload.shape[1]} genes, its panel {len(panel)}")
+        if bank is not None:
+            version._require_own_bank(folder)
         version.digest = _sha256(folder / FILES)[:12]
         return version
+
+    def _identity(self, folder: Path) -> dict[str, str]:
+        """Returns what a bank answers for, and no other version's does."""
+        spot, target = normalisers(self.config.genes)
+        return {
+            "weights": f"with SHA-256 {_sha256(folder / WEIGHTS)[:12]}...",
+            "a panel": f"of {len(self.panel)} genes with SHA-256 {_digest(self.panel.to_json())[:12]}...",
+            "tiles": f"of {self.tile_size_px} px at {self.mpp!r} um/px",
+            "spots": f"in {spot.unit()}",
+            "a target": f"in {target.unit()}",
+        }
+
+    def _require_own_bank(self, folder: Path) -> None:
+        own = self._identity(folder)
+        for name, value in made_for(folder).items():
+            if own.get(name) != value:
+                raise ModelError(
+                    f"the bank of {folder} does not belong to it: it was made for {name} {value}, the model version "
+                    f"has {name} {own.get(name)}; fetch it again"
+                )
 
     def require_table(self, manifest: Manifest) -> None:
         """Checks that a tile table was cut as the model's tiles were.
@@ -179,7 +202,7 @@ def _encoding(source: TilesConfig | Manifest) -> str:
 def _verify(folder: Path) -> None:
     try:
         files = json.loads((folder / FILES).read_text())
-        unlisted = {MODEL, WEIGHTS} - files.keys()
+        unlisted = {MODEL, WEIGHTS, *(name for name in (ARRAYS, DONORS) if (folder / name).exists())} - files.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder} is no model version: {FILES} cannot be read ({error})") from error
     if unlisted:
@@ -188,8 +211,15 @@ def _verify(folder: Path) -> None:
         path = folder / Path(name).name
         if not path.is_file():
             raise ModelError(f"the model version {folder} is incomplete: {name} is missing; fetch it again")
-        if _sha256(path) != checksum:
-            raise ModelError(f"{name} of the model version {folder} was changed after it was saved; fetch it again")
+        if (found := _sha256(path)) != checksum:
+            raise ModelError(
+                f"{name} of the model version {folder} was changed after it was saved: it has SHA-256 {found[:12]}..., "
+                f"{FILES} says {str(checksum)[:12]}...; fetch it again"
+            )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -26,7 +26,9 @@ from mclstexp.inference.model_facts import ModelFacts, choose_genes
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.inference.predict_stage import Stages, cluster_size, facts_of, predicted_parts, stages
 from mclstexp.inference.publish import publish_slide
-from mclstexp.inference.slide_record import FAILED, QUARANTINED, RECORD, TILES, SlideRecord
+from mclstexp.inference.redraw import redraw
+from mclstexp.inference.slide_record import FAILED, QUARANTINED, TILES, SlideRecord
+from mclstexp.inference.staging_folder import clear_staging, remove_staging
 from mclstexp.settings import PredictConfig
 
 MAX_TRIES = 3
@@ -62,6 +64,10 @@ class Report:
     """Slides that were settled before."""
     num_tiles: int = 0
     """Tiles that were embedded in this run."""
+    num_redrawn: int = 0
+    """Slides that were settled before and now show this run's genes."""
+    undrawn: dict[str, str] = field(default_factory=dict)
+    """Slides that were settled before and could not be drawn with this run's genes, with the reason."""
     summary: str = ""
     """URI of a table with a row a slide."""
 
@@ -70,12 +76,10 @@ class Report:
         return Counter([entry.state for entry in self.entries.values()] + ["skipped"] * len(self.skipped))
 
     def faults(self) -> dict[str, str]:
-        """Returns the slides without a prediction, with the reason; those of earlier runs too."""
-        return {
-            name: entry.reason
-            for name, entry in sorted({**self.skipped, **self.entries}.items())
-            if entry.state in ("quarantined", "failed")
-        }
+        """Returns the slides without a prediction or its pictures, with the reason; those of earlier runs too."""
+        found = {**self.skipped, **self.entries}
+        faults = {name: entry.reason for name, entry in found.items() if entry.state in ("quarantined", "failed")}
+        return dict(sorted({**faults, **self.undrawn}.items()))
 
 
 Show = Callable[[Report, int], None]
@@ -96,7 +100,8 @@ def predict_cohort(
         model: the version to predict with.
         make_cohort: gives the slides, to be read by that many actors.
         out: where predictions, ledger and staging go.
-        genes: names of genes that are drawn and written as GeoJSON; none: the panel's first are drawn.
+        genes: names of genes that are drawn and written as GeoJSON, for slides that are done too; none: the panel's
+            first are drawn, and slides that are done stay as they are.
         show: told of progress.
         config: how slides are cut and the bank is held.
 
@@ -121,7 +126,13 @@ def predict_cohort(
     for name, reason in cohort.unreadable.items():
         run.settle(name, "failed", reason)
     run.run(left)
-    report.summary = ledger.summarise(out, {**report.skipped, **report.entries})
+    for entry, fault in redraw(report.skipped, out, facts, genes):
+        report.skipped[entry.slide_id] = entry
+        report.num_redrawn += not fault
+        report.undrawn |= {entry.slide_id: fault} if fault else {}
+    found = {**report.skipped, **report.entries}
+    clear_staging(out, {name for name, entry in found.items() if entry.state != "failed"})
+    report.summary = ledger.summarise(out, found)
     return report
 
 
@@ -140,11 +151,14 @@ def _answers(entry: Entry, cohort: Cohort) -> bool:
     return entry.state in ledger.PREDICTED and entry.key in cohort.answer_keys.get(entry.slide_id, ())
 
 
-def _entry(slide_id: str, key: str, state: ledger.State, reason: str = "", record: SlideRecord | None = None) -> Entry:
+def _entry(
+    slide_id: str, key: str, state: ledger.State, reason: str, record: SlideRecord | None, genes: Sequence[str]
+) -> Entry:
     names = ("num_tiles", "missing_tiles", "tile_area_mm2", "tissue_area_mm2")
     found = {name: getattr(record, name) for name in names} if record else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Entry(slide_id=slide_id, key=key, state=state, reason=reason, finished=now, **found)
+    drawn = ",".join(genes) if state == "done" else ""
+    return Entry(slide_id=slide_id, key=key, state=state, reason=reason, genes=drawn, finished=now, **found)
 
 
 @dataclass(frozen=True)
@@ -237,15 +251,14 @@ class _Run:
                 continue
             key = staging.rpartition("-")[2]
             self.settle(name, "done" if record.num_tiles else "empty", key=key, record=record)
-            storage.delete(storage.join(staging, RECORD))  # first: without it nothing there counts
-            for uri in storage.list_files(staging):
-                storage.delete(uri)
+            remove_staging(staging)
 
     def settle(
         self, name: str, state: ledger.State, reason: str = "", key: str = "", record: SlideRecord | None = None
     ) -> None:
         """Writes what became of a slide, unless another run on the same output has predicted it."""
-        entry = _entry(name, key or self._work.cohort.attempt_keys.get(name, ""), state, reason, record)
+        key = key or self._work.cohort.attempt_keys.get(name, "")
+        entry = _entry(name, key, state, reason, record, self._work.genes)
         with suppress(ConflictError):
             ledger.record(self._work.out, entry)
         there = entry if state in ledger.PREDICTED else ledger.entry(self._work.out, name)

@@ -12,10 +12,10 @@ from pathlib import Path
 from mclstexp import storage
 from mclstexp.inference.model_facts import ModelFacts, choose_genes
 from mclstexp.inference.slide_geojson import write_geojson
-from mclstexp.inference.slide_h5ad import write_h5ad
+from mclstexp.inference.slide_h5ad import published_thumbnail, write_h5ad
 from mclstexp.inference.slide_overview import draw_overview
 from mclstexp.inference.slide_record import PREVIEW, SlideRecord
-from mclstexp.inference.slide_table import read_record, read_thumbnail, write_table
+from mclstexp.inference.slide_table import published_record, read_record, read_thumbnail, write_table
 
 PREVIEWS, OVERVIEWS, GEOJSON = "previews", "overviews", "geojson"
 OVERVIEW_GENES = 4
@@ -68,3 +68,29 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
         storage.upload(squares, outline) if chosen else storage.delete(outline)
         storage.upload(table, storage.join(out_uri, f"{name}.parquet"))
     return record
+
+
+def redraw_slide(slide_id: str, out_uri: str, model_facts: ModelFacts, genes: Sequence[str]) -> None:
+    """Replaces overview and GeoJSON of a published slide by those of other genes, as `publish_slide` writes them.
+
+    Args:
+        slide_id: the slide.
+        out_uri: root of the predictions.
+        model_facts: the model that made them.
+        genes: chosen genes by symbol, gene id or Ensembl id, at least one.
+
+    Raises:
+        ConfigError: the panel lacks a chosen gene; names the nearest.
+        FileNotFoundError: its table or AnnData file is gone.
+        StorageError: its table is of an earlier version, or something cannot be read or written.
+    """
+    chosen = choose_genes(model_facts.panel, genes)
+    with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
+        table, data, picture, squares = (Path(scratch, f"slide.{kind}") for kind in ("parquet", "h5ad", "png", "json"))
+        storage.download(storage.join(out_uri, f"{slide_id}.parquet"), table)
+        storage.download(storage.join(out_uri, f"{slide_id}.h5ad"), data)
+        record = published_record(table)
+        draw_overview(picture, table, record, model_facts, chosen, published_thumbnail(data, slide_id))
+        write_geojson(squares, table, record, model_facts, chosen)
+        storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{slide_id}.png"))
+        storage.upload(squares, storage.join(out_uri, GEOJSON, f"{slide_id}.geojson"))

@@ -56,6 +56,12 @@ def write_h5ad(path: Path, table: Path, record: SlideRecord, facts: ModelFacts, 
             write_elem(file, name, {})
 
 
+def published_thumbnail(path: Path, slide_id: str) -> np.ndarray:
+    """Returns the picture of a slide, uint8 (height, width, 3), from the file that `write_h5ad` wrote."""
+    with h5py.File(path) as file:
+        return np.asarray(file["uns"]["spatial"][slide_id]["images"]["hires"])
+
+
 def _append_rows(file: h5py.File, rows: pa.Table, facts: ModelFacts) -> None:
     _append(file, "X", _matrix(rows, list(facts.panel.gene_id)))
     _append(file["obsm"], "spatial", _matrix(rows, ["x_px", "y_px"]))

@@ -22,12 +22,17 @@ _MAP_WIDTH_IN, _TITLE_IN, _COLOUR_BAR_IN = 4.2, 0.4, 0.9
 _THUMBNAIL_ALPHA = 0.6
 _BAR_SHARE = 0.25  # of the slide's width, at most
 _DPI = 150
+MOST_GENES = 23
+"""Genes that are drawn of many chosen ones: eight rows with the slide itself."""
+_MOST_PX = 30_000  # along an edge; matplotlib draws no more than 65,535
 
 
 def draw_overview(
     path: Path, table: Path, record: SlideRecord, facts: ModelFacts, columns: Sequence[int], thumbnail: np.ndarray
 ) -> None:
     """Writes a PNG with the slide and one map a gene, each with its own colour scale (1st to 99th percentile).
+
+    Of more than `MOST_GENES` the first are drawn, and the heading says so.
 
     Args:
         path: local file to write.
@@ -37,6 +42,7 @@ def draw_overview(
         columns: chosen columns of its panel.
         thumbnail: the slide, uint8 (height, width, 3).
     """
+    num_chosen, columns = len(columns), columns[:MOST_GENES]
     names = [facts.panel.gene_id[column] for column in columns]
     rows = pq.read_table(table, columns=["x_px", "y_px", *names])
     height, width = thumbnail.shape[:2]
@@ -47,7 +53,8 @@ def draw_overview(
     across = min(num_maps, _MOST_ACROSS)
     down = -(-num_maps // across)
     size_in = (across * (_MAP_WIDTH_IN + _COLOUR_BAR_IN), down * (_MAP_WIDTH_IN * height / width + _TITLE_IN))
-    figure = new_figure(*size_in, _heading(record, facts))
+    left_out = f"\nthe first {len(columns)} of {num_chosen} chosen genes" if num_chosen > len(columns) else ""
+    figure = new_figure(*size_in, _heading(record, facts) + left_out)
     first, *others = figure.subplots(down, across, squeeze=False).ravel()
     _draw_slide(first, thumbnail, record, 1.0)
     _draw_scale_bar(first, width * record.thumbnail_scale, record.mpp)
@@ -60,7 +67,7 @@ def draw_overview(
         axes.set_title(label)
     for axes in others[len(columns) :]:
         axes.remove()
-    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=min(_DPI, _MOST_PX / figure.get_figheight()), metadata={"Software": None})
 
 
 def paint(across: np.ndarray, down: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -25,6 +25,7 @@ GROUP_PARTS = 16
 GROUP_TILES = GROUP_PARTS * PART_TILES
 """Most rows of a row group."""
 OUT_OF_DISTRIBUTION = "out_of_distribution"
+_RECORD = "slide_record"
 _NAMES = ["section_id", "patient_id"]
 SPOT_SCHEMA = pa.schema(
     [
@@ -84,7 +85,7 @@ def write_table(path: Path, staging_uri: str, record: SlideRecord, facts: ModelF
     """Writes one row a tile: its place, confidence, and one float32 column a gene (named by gene id).
 
     Tiles without pixels are left out. A row group has at most 4,096 rows. The file's metadata is `provenance` with
-    the panel's genes and symbols.
+    the panel's genes and symbols, and the slide's record for `published_record`.
 
     Returns:
         The record with the number of tiles that were left out.
@@ -105,8 +106,22 @@ def write_table(path: Path, staging_uri: str, record: SlideRecord, facts: ModelF
             del parts  # before the next ones come
         record = record.model_copy(update={"missing_tiles": record.num_tiles - num_rows})
         names = {"genes": ",".join(facts.panel.gene_id), "symbols": ",".join(facts.panel.symbol)}
+        kept = record.model_copy(update={"image": ""})  # a moved slide gives the same bytes
+        names[_RECORD] = kept.model_dump_json()
         writer.add_key_value_metadata(provenance(record, facts) | names)
     return record
+
+
+def published_record(path: Path) -> SlideRecord:
+    """Returns the record of the slide that a table is of, without the image's place.
+
+    Raises:
+        StorageError: it is no table that `write_table` wrote.
+    """
+    try:
+        return SlideRecord.model_validate_json(pq.read_metadata(path).metadata[_RECORD.encode()])
+    except (pa.ArrowInvalid, KeyError, TypeError, ValidationError) as error:
+        raise StorageError(f"it is no table of a slide by this version of the project: {error}") from None
 
 
 def row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
