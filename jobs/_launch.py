@@ -18,19 +18,13 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # workers wai
 from mclstexp.config import Config  # noqa: E402
 
 
-def connect(config: Config, min_cpus: int = 2, dashboard: bool = False) -> None:
-    """Joins the cluster that the environment names (as under `ray job submit`), or starts Ray on this machine.
-
-    `dashboard` starts Ray's on this machine, as clusters have it: without it, the CPUs of a training that is stopped
-    from outside are never given back, for what frees them asks the dashboard.
-    """
+def connect(config: Config, min_cpus: int = 2) -> None:
+    """Joins the cluster that the environment names (as under `ray job submit`), or starts Ray on this machine."""
     import ray
 
     from mclstexp import resources
 
     modules = [str(ROOT / package) for package in PACKAGES]
     runtime_env = {"py_modules": modules, "env_vars": config.storage.environment()}
-    local = (
-        {} if "RAY_ADDRESS" in os.environ else resources.local_ray(config, min_cpus) | {"include_dashboard": dashboard}
-    )
+    local = {} if "RAY_ADDRESS" in os.environ else resources.local_ray(config, min_cpus)
     ray.init(runtime_env=runtime_env, log_to_driver=False, configure_logging=False, **local)

@@ -41,7 +41,7 @@ def main() -> None:
         print(plan(manifest, config, space, search, trials))
         print(f"would go into {uri}")
         return
-    _launch.connect(config, dashboard=True)
+    _launch.connect(config)
     _run(arguments, config, space, search, trials, name, uri)
 
 

@@ -27,6 +27,7 @@ from mclstexp.errors import RunError, SplitError
 from mclstexp.training import trainer
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning.progress import ShowTrials, shown
+from tuning.release import ReleaseStopped
 from tuning.space import Space, param_space
 from tuning.trial import EPOCHS, TrialPlan, run_trial
 
@@ -160,7 +161,11 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
             max_concurrent_trials=at_once(sweep.plan.config) if sweep.search == "optuna" else None,
         ),
         run_config=tune.RunConfig(
-            name=STATE, storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[ShowTrials()]
+            name=STATE,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[ShowTrials(), ReleaseStopped()],
         ),
     )
 

@@ -12,6 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from mclstexp import tracking
 from mclstexp.config import Config, override
 from mclstexp.training import trainer
+from mclstexp.training.loop import PLACEMENT_GROUP
 from mclstexp.training.validation import VALIDATION_PCC
 
 EPOCHS = "epochs"
@@ -36,10 +37,11 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
     Raises:
         UserError: as `trainer.open_run` and `trainer.fit`.
     """
-    run = open_trial(tune.get_context().get_trial_id(), settings, plan)
+    name = str(tune.get_context().get_trial_id())
+    run = open_trial(name, settings, plan)
     metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
     try:
-        trainer.fit(run, metrics.log, [ReportValidation()])
+        trainer.fit(run, metrics.log, [ReportValidation()], board_name=name)
     finally:
         metrics.close()
 
@@ -68,5 +70,5 @@ class ReportValidation(TuneReportCallback):
         """Called by Ray Train with the metrics of every rank."""
         first = metrics[0]
         if VALIDATION_PCC in first:
-            said = {EPOCHS: first["epoch"] + 1, VALIDATION_PCC: first[VALIDATION_PCC]}
+            said = {EPOCHS: first["epoch"] + 1, **{name: first[name] for name in (VALIDATION_PCC, PLACEMENT_GROUP)}}
             super().after_report(run_context, [said], None)

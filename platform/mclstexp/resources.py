@@ -29,6 +29,7 @@ def local_ray(config: Config, min_cpus: int = 2) -> dict[str, object]:
         "address": "local",
         "num_cpus": num_cpus,
         "object_store_memory": config.cluster.object_store_mb * 2**20,
+        "include_dashboard": False,
     }
 
 

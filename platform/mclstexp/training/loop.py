@@ -22,6 +22,8 @@ from mclstexp.training.step import Trainee, train_step
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
 POST_EVERY_S = 0.5
+PLACEMENT_GROUP = "placement_group"
+"""Reported beside the metrics: what holds the workers' CPUs and GPUs, in hex, for whoever stops them from outside."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def checkpoint(trainee: Trainee, loss: torch.Tensor, scores: Metrics) -> None:
     checkpoints, for the controller polls.
     """
     trainee.state.consumed += _all_ids(trainee)
+    group = ray.util.get_current_placement_group()
     metrics = {"loss": loss.item(), "step": trainee.state.step, "epoch": trainee.state.epoch, **scores}
+    metrics[PLACEMENT_GROUP] = group.id.hex() if group else ""
     if trainee.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(folder, trainee.model, trainee.optimizer, trainee.state)

@@ -130,17 +130,26 @@ def recorded_tiles(manifest: Manifest) -> dict[str, object]:
     return {f"tiles.{name}": value for name, value in cut.items()}
 
 
-def fit(run: Run, log: Callable[[int, Metrics], None], callbacks: Sequence[UserCallback] = ()) -> str:
+def fit(
+    run: Run,
+    log: Callable[[int, Metrics], None],
+    callbacks: Sequence[UserCallback] = (),
+    board_name: str | None = None,
+) -> str:
     """Trains the run to its end and returns the URI of its last checkpoint; finished work is not repeated.
 
-    `log` is told each metric, `callbacks` are Ray Train's, told of each report.
+    Args:
+        run: as `open_run` returns it.
+        log: told each metric.
+        callbacks: Ray Train's, told of each report.
+        board_name: name of an actor that lives as long as the caller or the training does.
 
     Raises:
         UserError: what the workers raised, where a user can mend it.
         RunError: the workers failed more often than train.max_failures allows.
     """
     train = run.config.train
-    plan = make_plan(run)
+    plan = make_plan(run, board_name)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
@@ -185,7 +194,7 @@ def _uri(run: Run, checkpoint: ray.train.Checkpoint) -> str:
     return f"{'s3://' if storage.is_s3(run.out) else ''}{checkpoint.path}"
 
 
-def make_plan(run: Run) -> TrainPlan:
+def make_plan(run: Run, board_name: str | None = None) -> TrainPlan:
     """Returns what the workers need, with each rank's share of the cluster for its stream."""
     config = run.config
     store_bytes = int(ray.cluster_resources().get("object_store_memory", 0) / (2 * config.train.num_workers))
@@ -197,7 +206,7 @@ def make_plan(run: Run) -> TrainPlan:
         num_positions=num_positions(run.reader),
         tile_size_px=run.manifest.tile_size_px,
         initial_weights=ray.put(initial_weights(run)),
-        board=ProgressBoard.remote(),  # type: ignore[attr-defined]
+        board=ProgressBoard.options(name=board_name).remote(),  # type: ignore[attr-defined]
         validation=_validation(run),
     )
 
