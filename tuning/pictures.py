@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 
 from mclstexp.report.figures import new_figure
 from mclstexp.training.validation import VALIDATION_PCC
-from tuning.space import Range, Space
+from tuning.space import Choice, Range, Space
 
 PARALLEL, MAP, CURVES = "parallel.png", "temperature_depth.png", "curves.png"
 TEMPERATURE, DEPTH = "model.temperature", "model.spot_layers"
@@ -80,9 +80,9 @@ def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame], heading: str) ->
     figure.savefig(path, dpi=_DPI)
 
 
-def _place(values: pd.Series, entry: object) -> np.ndarray:
+def _place(values: pd.Series, entry: Choice | Range | None) -> np.ndarray:
     """Returns where values lie on their axis, from 0 to 1: lists by their order, ranges by number or its logarithm."""
-    if entry is not None and not isinstance(entry, Range):
+    if isinstance(entry, Choice):
         order = list(dict.fromkeys(map(str, entry.bounds())))
         return np.array([order.index(str(value)) for value in values]) / max(1, len(order) - 1)
     numbers = values.to_numpy(float)

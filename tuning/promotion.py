@@ -6,18 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mclstexp import storage, tracking
+from mclstexp import tracking
 from mclstexp.config import override
 from mclstexp.data.spots import make_reader
 from mclstexp.errors import ModelError
-from mclstexp.evaluation.cross_validation import FEATURES
 from mclstexp.evaluation.floors import embed_shown
 from mclstexp.evaluation.measured import read_measured
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.training import finish, trainer
 from tuning.comparison import Pair, compare
-from tuning.scores import score_run
+from tuning.scores import finished_model
 from tuning.sweep import Sweep, Trial
 from tuning.trial import open_trial
 
@@ -95,9 +94,7 @@ def _obstacle(run: trainer.Run, champion: ModelVersion) -> str:
 
 def _replicates(sweep: Sweep, best: Trial) -> list[ModelVersion]:
     """Returns the best settings' models: the trial's own, and others by trainings with other seeds."""
-    cache = storage.join(sweep.uri, FEATURES)
-    first = score_run(open_trial(best.name, best.settings, sweep.plan), cache)
-    models = [first] if first else []
+    models = [finished_model(open_trial(best.name, best.settings, sweep.plan))]
     seed = override(sweep.plan.config, best.settings).train.seed
     for step in range(1, sweep.plan.config.tune.replicates):
         settings = best.settings | {"train.seed": seed + step}
@@ -106,10 +103,9 @@ def _replicates(sweep: Sweep, best: Trial) -> list[ModelVersion]:
             metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
             finish.finish(run, trainer.fit(run, metrics.log))
             metrics.close()
-        model = score_run(run, cache)
+        models.append(finished_model(run))
         tracking.finish_run(run.config.tracking, run.mlflow_run_id)
-        models += [model] if model else []
-    return models
+    return [model for model in models if model is not None]
 
 
 def _pairs(run: trainer.Run, champion: ModelVersion, challengers: list[ModelVersion]) -> list[Pair]:

@@ -40,18 +40,22 @@ def score_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
             bar.advance(task)
 
 
-def score_run(run: trainer.Run, feature_cache: str) -> ModelVersion | None:
-    """Returns a run's model version, finished and scored on its validation sections; None where it never got far."""
-    checkpoint = trainer.last_checkpoint(run)
-    if checkpoint is None:
-        return None
+def score_run(run: trainer.Run, feature_cache: str) -> None:
+    """Finishes a run that has a checkpoint and scores it on its validation sections."""
+    model = finished_model(run)
+    if model is not None and not storage.exists(storage.join(run.uri, SCORES, RESULT)):
+        _score(run, model, feature_cache)
+
+
+def finished_model(run: trainer.Run) -> ModelVersion | None:
+    """Returns the model version of a run's last checkpoint, made here if need be; None where it has none."""
     if not finish.is_finished(run):
+        checkpoint = trainer.last_checkpoint(run)
+        if checkpoint is None:
+            return None
         finish.finish(run, checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
-        model = ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
-    if not storage.exists(storage.join(run.uri, SCORES, RESULT)):
-        _score(run, model, feature_cache)
-    return model
+        return ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
 
 
 def _score(run: trainer.Run, model: ModelVersion, feature_cache: str) -> None:

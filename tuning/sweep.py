@@ -136,7 +136,7 @@ def run_trials(sweep: Sweep) -> list[Trial]:
     """
     with shown(sweep.trials):
         results = _tuner(sweep).fit()
-    return [_trial(result, sweep.plan.config.train.epochs) for result in results]
+    return [_trial(results[place], sweep.plan.config.train.epochs) for place in range(len(results))]
 
 
 def _tuner(sweep: Sweep) -> tune.Tuner:

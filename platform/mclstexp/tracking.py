@@ -131,7 +131,7 @@ def version_of(config: TrackingConfig, alias: str) -> str | None:
     with _reachable(config):
         models = _client(config).search_registered_models(f"name = '{config.model_name}'")
         aliases = _client(config).get_registered_model(config.model_name).aliases if models else {}
-    return aliases.get(alias)
+    return str(aliases[alias]) if alias in aliases else None  # SQLite hands over a number, a server a text
 
 
 def tag_version(config: TrackingConfig, model_uri: str, tags: dict[str, str]) -> str | None:

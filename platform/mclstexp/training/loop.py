@@ -116,8 +116,8 @@ def checkpoint(trainee: Trainee, loss: torch.Tensor, scores: Metrics) -> None:
     """
     trainee.state.consumed += _all_ids(trainee)
     group = ray.util.get_current_placement_group()
-    metrics = {"loss": loss.item(), "step": trainee.state.step, "epoch": trainee.state.epoch, **scores}
-    metrics[PLACEMENT_GROUP] = group.id.hex() if group else ""
+    state = {"step": trainee.state.step, "epoch": trainee.state.epoch}
+    metrics = {"loss": loss.item(), **state, **scores, PLACEMENT_GROUP: group.id.hex() if group else ""}
     if trainee.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(folder, trainee.model, trainee.optimizer, trainee.state)

@@ -160,13 +160,13 @@ def fit(
             label_selector=resources.worker_nodes(run.config),  # type: ignore[call-arg]  # typed as the older one
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # typed as the older one
             name=run.name,
             storage_path=storage.filesystem(run.out)[1],
             storage_filesystem=storage.filesystem(run.out)[0],
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
             failure_config=FailureConfig(max_failures=train.max_failures),
-            callbacks=list(callbacks),
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # the same
             worker_runtime_env={"env_vars": KEEP_MEMORY},
         ),
     )
