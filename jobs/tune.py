@@ -26,15 +26,16 @@ def main() -> None:
     from mclstexp import storage
     from mclstexp.data.schema import load_manifest
     from tuning.forecast import plan
-    from tuning.space import load_space, num_trials, require_search
+    from tuning.space import digest, load_space, num_trials, param_space, require_search
     from tuning.sweep import with_validation
 
     search, asked = require_search(arguments.search, arguments.trials)
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
     config = with_validation(manifest, config)
+    param_space(space, search)  # refuses a grid over ranges
     trials = num_trials(space, search, asked)
-    name = arguments.name or f"sweep-{config.digest()}-{manifest.digest()[:6]}-{search}{trials}"
+    name = arguments.name or f"sweep-{config.digest()}-{manifest.digest()[:6]}-{digest(space)}-{search}{trials}"
     uri = storage.join(storage.absolute(arguments.out), name)
     if arguments.dry_run:
         print(describe(config, SECTIONS))

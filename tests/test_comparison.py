@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr
 
+from mclstexp.errors import ConfigError
 from tuning import comparison
 from tuning.comparison import Pair, compare
 
@@ -68,6 +69,23 @@ def test_one_lucky_training_of_three_is_not_enough() -> None:
     mixed = compare([Pair("P1", pair.place_um, pair.truth, pair.champion, trainings)], 1000.0, seed=0)
     assert mixed.mean > 0
     assert not mixed.is_better
+
+
+def test_seeds_that_differ_more_than_tissue_promote_no_equal_model_too_often() -> None:
+    rng = np.random.default_rng(4)
+    promoted = 0
+    for _ in range(60):
+        luck = rng.normal(scale=0.4, size=3)
+        truth = rng.gamma(2.0, size=(100, 60))
+        said = [truth + (2.0 + shift) * rng.normal(size=truth.shape) for shift in (0.0, *luck)]
+        pair = Pair("P1", _grid(10), truth, said[0], np.stack(said[1:]))
+        promoted += compare([pair], 400.0, seed=0).is_better
+    assert promoted <= 5  # of 60, where 1 in 40 is meant
+
+
+def test_too_few_blocks_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tune\.block_um=4000 cuts a section into 1 blocks"):
+        compare([_pair(np.random.default_rng(0), 2.0, 2.0)], 4000.0, seed=0)
 
 
 def test_patients_count_alike_however_many_sections_they_have() -> None:

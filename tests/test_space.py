@@ -28,6 +28,11 @@ def test_lists_are_choices_and_low_to_high_are_ranges(tmp_path: Path) -> None:
     }
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    space = _load(tmp_path, "train.tower_lr: {low: 1e-5, high: 1e-3, log: true}\nmodel.temperature: [5e-2, 1]\n")
+    assert space == {"train.tower_lr": Range(1e-5, 1e-3, log=True), "model.temperature": Choice((0.05, 1))}
+
+
 def test_the_shipped_space_is_one() -> None:
     space = load_space(ROOT / "jobs" / "configs" / "sweep.yaml", Config())
     assert {"model.temperature", "model.spot_layers"} <= set(space)

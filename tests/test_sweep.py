@@ -31,6 +31,7 @@ SETTINGS = {
     "train.precision": "fp32",
     "tune.grace_epochs": 1,
     "tune.reduction": 2,
+    "tune.block_um": 64,
 }
 TIMEOUT_S = 600
 

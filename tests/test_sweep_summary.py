@@ -89,6 +89,17 @@ def test_pictures_are_drawn_whatever_became_of_the_trials(tmp_path: Path, space:
         assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 1
 
 
+def test_lists_of_mixed_kinds_are_drawn(tmp_path: Path) -> None:
+    space: Space = {"retrieval.k": Choice((5, None)), "model.temperature": Choice((0.1, 1))}
+    points = [(5, 0.1), (None, 1), (5, 1)]
+    trials = [
+        Trial(str(k), {"retrieval.k": k, "model.temperature": warm}, FINISHED, 9, 0.1 * place, "")
+        for place, (k, warm) in enumerate(points)
+    ]
+    pictures.draw_parallel(tmp_path / "parallel.png", trial_table(trials), space, "heading")
+    assert (tmp_path / "parallel.png").is_file()
+
+
 def test_no_map_where_temperature_or_depth_is_fixed(tmp_path: Path) -> None:
     space: Space = {"model.temperature": Choice((0.1, 1.0))}
     assert not pictures.draw_temperature_depth(tmp_path / "map.png", trial_table(TRIALS), space, "heading")

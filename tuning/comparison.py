@@ -1,8 +1,10 @@
 """Whether one model beats another on sections that neither was trained on: a paired bootstrap of blocks of tissue.
 
 Spots side by side are alike, so that single spots would make an interval too narrow; blocks of tissue are drawn
-within each section instead (Kuensch 1989, https://doi.org/10.1214/aos/1176347265), and trainings of the challenger
-with other seeds beside them. Both models answer for the same draws.
+within each section instead (Kuensch 1989, https://doi.org/10.1214/aos/1176347265), for both models alike. Trainings
+of the challenger are too few to be drawn: their variance is added, and the interval is Student's with the degrees of
+freedom of Welch and Satterthwaite (1946, https://doi.org/10.2307/3002019). It holds for these patients; others are not
+drawn.
 
 Shapes: N spots of a section, G genes, B blocks, R replicates of the challenger, T draws.
 """
@@ -11,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 
+from mclstexp.errors import ConfigError
 from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
 
 DRAWS = 2000
+FEWEST_BLOCKS = 8
 _LEVEL = 0.95
 
 
@@ -52,28 +57,35 @@ class Difference:
 
 
 def compare(pairs: Sequence[Pair], block_um: float, seed: int) -> Difference:
-    """Returns the difference with its interval over DRAWS draws of blocks, `block_um` um wide, and of replicates."""
+    """Returns the difference with its interval, from DRAWS draws of blocks, `block_um` um wide, and the replicates.
+
+    Raises:
+        ConfigError: a section has fewer than FEWEST_BLOCKS blocks.
+    """
     rng = np.random.default_rng(seed)
-    replicates = len(pairs[0].challengers)
-    drawn = rng.integers(replicates, size=(DRAWS, replicates))
-    share = np.stack([(drawn == one).mean(axis=1) for one in range(replicates)], axis=1)  # (T, R)
     patients = [pair.patient_id for pair in pairs]
-    measured = np.array([_differences(pair, np.ones((1, len(pair.truth)))).mean() for pair in pairs])
-    draws = []
-    for pair in pairs:
-        weights = _block_weights(pair.place_um, block_um, rng)
-        draws.append((_differences(pair, weights) * share).sum(axis=1))
-    spread = mean_by_patient(patients, np.array(draws))
-    tail = 100 * (1 - _LEVEL) / 2
-    low, high = np.percentile(spread, [tail, 100 - tail])
-    return Difference(float(mean_by_patient(patients, measured)), float(low), float(high))
+    of_replicates = mean_by_patient(
+        patients, np.array([_differences(pair, np.ones((1, len(pair.truth))))[0] for pair in pairs])
+    )
+    draws = [_differences(pair, _block_weights(pair.place_um, block_um, rng)).mean(axis=1) for pair in pairs]
+    tissue = mean_by_patient(patients, np.array(draws)).var(ddof=1)
+    seeds = of_replicates.var(ddof=1) / len(of_replicates) if len(of_replicates) > 1 else 0.0
+    freedom = (len(of_replicates) - 1) * ((tissue + seeds) / seeds) ** 2 if seeds else np.inf
+    reach = scipy.stats.t.ppf((1 + _LEVEL) / 2, freedom) * np.sqrt(tissue + seeds)
+    mean = of_replicates.mean()
+    return Difference(float(mean), float(mean - reach), float(mean + reach))
 
 
 def _block_weights(place_um: np.ndarray, block_um: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns how often each spot is drawn, float (T, N): all spots of a block alike."""
+    """Returns how often each spot is drawn, float (T, N): all spots of a block alike; refuses too few blocks."""
     cells = np.floor((place_um - place_um.min(axis=0)) / block_um).astype(int)
     _, block = np.unique(cells, axis=0, return_inverse=True)
     num_blocks = block.max() + 1
+    if num_blocks < FEWEST_BLOCKS:
+        raise ConfigError(
+            f"tune.block_um={block_um:g} cuts a section into {num_blocks} blocks, too few to be drawn; set it so that "
+            f"there are {FEWEST_BLOCKS}, and no smaller than the distance over which tissue is alike"
+        )
     counts = rng.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), size=DRAWS)
     return counts[:, block.ravel()].astype(float)
 

@@ -43,7 +43,7 @@ def draw_temperature_depth(path: Path, table: pd.DataFrame, space: Space, headin
     """
     if not {TEMPERATURE, DEPTH} <= set(space):
         return False
-    known = table.dropna(subset=[VALIDATION_PCC])
+    known = table.dropna(subset=[VALIDATION_PCC]).astype({TEMPERATURE: float, DEPTH: int})
     figure = new_figure(6.5, 4.5, heading)
     axes = figure.subplots()
     if any(isinstance(space[name], Range) for name in (TEMPERATURE, DEPTH)):
@@ -83,8 +83,8 @@ def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame], heading: str) ->
 def _place(values: pd.Series, entry: Choice | Range | None) -> np.ndarray:
     """Returns where values lie on their axis, from 0 to 1: lists by their order, ranges by number or its logarithm."""
     if isinstance(entry, Choice):
-        order = list(dict.fromkeys(map(str, entry.bounds())))
-        return np.array([order.index(str(value)) for value in values]) / max(1, len(order) - 1)
+        order = list(entry.bounds())
+        return np.array([order.index(value) for value in values]) / max(1, len(order) - 1)
     numbers = values.to_numpy(float)
     numbers = np.log(numbers) if isinstance(entry, Range) and entry.log else numbers
     low, high = numbers.min(), numbers.max()
@@ -110,7 +110,7 @@ def _colours(axes: Axes, scores: np.ndarray) -> Sequence[tuple[float, ...]]:
 def _heat_map(axes: Axes, known: pd.DataFrame) -> None:
     means = known.pivot_table(index=DEPTH, columns=TEMPERATURE, values=VALIDATION_PCC, aggfunc="mean")
     axes.imshow(means.to_numpy(), cmap=_COLOURS, origin="lower", aspect="auto")
-    axes.set_xticks(range(means.shape[1]), [f"{value:g}" for value in means.columns])
+    axes.set_xticks(range(means.shape[1]), list(map(str, means.columns)))
     axes.set_yticks(range(means.shape[0]), [str(value) for value in means.index])
     for (row, column), value in np.ndenumerate(means.to_numpy()):
         if np.isfinite(value):

@@ -9,7 +9,7 @@ import numpy as np
 from mclstexp import tracking
 from mclstexp.config import override
 from mclstexp.data.spots import make_reader
-from mclstexp.errors import ModelError
+from mclstexp.errors import ModelError, RunError, UserError
 from mclstexp.evaluation.floors import embed_shown
 from mclstexp.evaluation.measured import read_measured
 from mclstexp.inference.embed import network_of
@@ -36,11 +36,8 @@ class Promotion:
 def promote(sweep: Sweep, best: Trial) -> Promotion:
     """Registers the best trial's model as challenger, compares it with the champion, and moves `champion` or not.
 
-    The best settings are trained again with other seeds (tune.replicates in all). The comparison is on the sweep's
-    validation patients: they chose the settings, which favours the challenger a little; its other seeds they did not.
-
-    Raises:
-        RunError: a training with another seed failed.
+    The best settings are trained again with other seeds (tune.replicates), and those stand for them: the trial itself
+    was the best of many on these patients. They chose the settings too, which still favours the challenger a little.
     """
     run = open_trial(best.name, best.settings, sweep.plan)
     config = run.config.tracking
@@ -48,6 +45,7 @@ def promote(sweep: Sweep, best: Trial) -> Promotion:
     version = _register(run)
     tracking.set_alias(config, version, tracking.CHALLENGER)
     if earlier is None:
+        tracking.set_alias(config, version, tracking.CHAMPION)
         return _decided(sweep, Promotion(version, True, f"{config.model_name} had no champion"))
     if earlier == version:
         return _decided(sweep, Promotion(version, True, "it is the champion already"))
@@ -56,9 +54,11 @@ def promote(sweep: Sweep, best: Trial) -> Promotion:
     obstacle = _obstacle(run, champion)
     if obstacle:
         return _decided(sweep, Promotion(version, False, f"not compared with version {earlier}: {obstacle}"))
-    difference = compare(
-        _pairs(run, champion, _replicates(sweep, best)), run.config.tune.block_um, run.config.tune.seed
-    )
+    try:
+        pairs = _pairs(run, champion, _replicates(sweep, best))
+        difference = compare(pairs, run.config.tune.block_um, run.config.tune.seed)
+    except UserError as error:
+        return _decided(sweep, Promotion(version, False, f"not compared with version {earlier}: {error}"))
     said = f"PCC over the 50 highest genes, against version {earlier}: {difference}"
     if difference.is_better:
         tracking.set_alias(config, version, tracking.CHAMPION)
@@ -93,19 +93,28 @@ def _obstacle(run: trainer.Run, champion: ModelVersion) -> str:
 
 
 def _replicates(sweep: Sweep, best: Trial) -> list[ModelVersion]:
-    """Returns the best settings' models: the trial's own, and others by trainings with other seeds."""
-    models = [finished_model(open_trial(best.name, best.settings, sweep.plan))]
+    """Returns the models of the best settings under seeds that no trial had.
+
+    Raises:
+        RunError: a training failed or left no checkpoint.
+    """
     seed = override(sweep.plan.config, best.settings).train.seed
-    for step in range(1, sweep.plan.config.tune.replicates):
-        settings = best.settings | {"train.seed": seed + step}
-        run = open_trial(f"{best.name}-seed{seed + step}", settings, sweep.plan)
-        if not finish.is_finished(run):
-            metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
+    return [_replicate(sweep, best, seed + step) for step in range(1, sweep.plan.config.tune.replicates + 1)]
+
+
+def _replicate(sweep: Sweep, best: Trial, seed: int) -> ModelVersion:
+    run = open_trial(f"{best.name}-seed{seed}", best.settings | {"train.seed": seed}, sweep.plan)
+    if not finish.is_finished(run):
+        metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
+        try:
             finish.finish(run, trainer.fit(run, metrics.log))
+        finally:
             metrics.close()
-        models.append(finished_model(run))
-        tracking.finish_run(run.config.tracking, run.mlflow_run_id)
-    return [model for model in models if model is not None]
+    tracking.finish_run(run.config.tracking, run.mlflow_run_id)
+    model = finished_model(run)
+    if model is None:
+        raise RunError(f"the training {run.name} left no checkpoint; delete {run.uri} and run the same command again")
+    return model
 
 
 def _pairs(run: trainer.Run, champion: ModelVersion, challengers: list[ModelVersion]) -> list[Pair]:

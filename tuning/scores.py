@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from mclstexp import storage, tracking
 from mclstexp.config import Config
+from mclstexp.errors import UserError
 from mclstexp.evaluation.cross_validation import FEATURES, RESULT, SCORES
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.inference.model_version import ModelVersion
@@ -23,21 +24,23 @@ _STATUS = {FAILED: "FAILED", STOPPED: "KILLED"}
 
 
 def score_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Scores every trial that has a checkpoint, and ends every trial's MLflow run with what became of it."""
+    """Scores every trial that did not fail, and ends every trial's MLflow run with what became of it."""
     with Progress() as bar:
         task = bar.add_task("scores on the validation patients", total=len(trials))
         for trial in trials:
             try:
-                run = open_trial(trial.name, trial.settings, sweep.plan)
-            except Exception as error:  # settings that do not go together have no run
-                if trial.state != FAILED:
-                    raise
-                bar.console.print(f"trial {trial.name}: no run ({error})", soft_wrap=True, highlight=False)
-            else:
-                score_run(run, storage.join(sweep.uri, FEATURES))
-                tags = {"trial.state": trial.state, "trial.reason": trial.reason}
-                tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
+                _settle(sweep, trial)
+            except UserError as error:  # settings that do not go together have no run, a lost network no version
+                bar.console.print(f"trial {trial.name}: no score card ({error})", soft_wrap=True, highlight=False)
             bar.advance(task)
+
+
+def _settle(sweep: Sweep, trial: Trial) -> None:
+    run = open_trial(trial.name, trial.settings, sweep.plan)
+    tags = {"trial.state": trial.state, "trial.reason": trial.reason}
+    if trial.state != FAILED:
+        score_run(run, storage.join(sweep.uri, FEATURES))
+    tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
 
 
 def score_run(run: trainer.Run, feature_cache: str) -> None:

@@ -6,6 +6,7 @@ A YAML file maps dotted names to a list of values or to a range:
     model.spot_layers: [1, 2, 4, 8]
 """
 
+import hashlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -127,6 +128,12 @@ def num_trials(space: Space, search: str, asked: int) -> int:
     return prod(len(entry.bounds()) for entry in space.values()) if search == "grid" else asked
 
 
+def digest(space: Space) -> str:
+    """Returns 6 hex digits that name a space."""
+    text = "\n".join(f"{name}: {entry}" for name, entry in space.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
 def _entry(name: str, values: object, config: Config) -> Choice | Range:
     if name not in leaf_fields():
         raise ConfigError(unknown_setting(name, list(leaf_fields()), "the search space"))
@@ -143,9 +150,9 @@ def _entry(name: str, values: object, config: Config) -> Choice | Range:
 
 def _parsed(name: str, values: object) -> Choice | Range:
     if isinstance(values, list) and values:
-        return Choice(tuple(values))
+        return Choice(tuple(map(_number, values)))
     if isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
-        low, high = values["low"], values["high"]
+        low, high = _number(values["low"]), _number(values["high"])
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
         if numbers and low < high and not (values.get("log") and low <= 0):
             return Range(low, high, bool(values.get("log", False)))
@@ -153,6 +160,14 @@ def _parsed(name: str, values: object) -> Choice | Range:
         f"{name}: {values!r} is neither a list of values nor {{low: A, high: B, log: true|false}} with A < B "
         "(and A > 0 with log)"
     )
+
+
+def _number(value: object) -> Any:
+    """Returns a text that is a number as one: YAML takes 1e-5 for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _require_allowed(name: str, value: object, config: Config) -> None:

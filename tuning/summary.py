@@ -24,7 +24,7 @@ def trial_table(trials: Sequence[Trial]) -> pd.DataFrame:
         | {"reason": trial.reason}
         for trial in trials
     ]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, dtype=object).astype({EPOCHS: int, VALIDATION_PCC: float})
     return table.sort_values([VALIDATION_PCC, "trial"], ascending=[False, True], na_position="last", ignore_index=True)
 
 
