@@ -55,7 +55,10 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
                 fn_constructor_args=(plan,),
                 batch_size=1,
                 compute=ActorPoolStrategy(
-                    min_size=1, max_size=plan.num_readers, initial_size=min(plan.num_readers, len(rows))
+                    min_size=1,
+                    max_size=plan.num_readers,
+                    initial_size=min(plan.num_readers, len(rows)),
+                    max_tasks_in_flight_per_actor=1,  # a slide that kills its reader takes no waiting one with it
                 ),
                 num_cpus=1,
                 max_restarts=-1,  # a dead actor is not replaced by another; its tasks' retries are what is bounded

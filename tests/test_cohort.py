@@ -237,7 +237,7 @@ def test_a_slide_that_kills_its_readers_does_not_stop_the_others(ray_session, tm
     monkeypatch.setattr(cohort, "_Read", Deadly)
     names = ("deadly", "a", "b")
     sources = [slide_of(tmp_path, name, tissue_image()) for name in names]
-    plan = make_plan(tmp_path)
+    plan = make_plan(tmp_path, num_readers=1)  # the others wait for the one that dies
     total = num_parts(inspect(sources[1], plan).record.num_tiles)
     rows = tile_batches(sources, plan).select_columns(["slide_id", "part"]).take_all()
     assert sorted((row["slide_id"], row["part"]) for row in rows) == [(n, p) for n in "ab" for p in range(total)]
