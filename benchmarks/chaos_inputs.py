@@ -6,14 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-import torch
+from untrained_model import save_untrained
 
 from ingest.synthetic import MPP, CohortSpec, make_cohort, write_pyramid
-from mclstexp.config import Config, override
-from mclstexp.data.genes import GenePanel
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.model.towers import TwoTowers
 
 TILE_PX, NUM_GENES, NUM_SPOTS, WIDTH = 64, 24, 300, 16
 HUGE, MEDIUM, TINY = (64, 65), (18, 27), (3, 9)
@@ -58,28 +53,8 @@ def make_slides(folder: Path, num_slides: int, seed: int) -> dict[str, Expected]
 
 
 def make_model(folder: Path, seed: int) -> None:
-    """Saves an untrained model version with a random bank into a new folder."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    names = tuple(f"GENE{number:02d}" for number in range(NUM_GENES))
-    config = override(Config(), SETTINGS)
-    spots = np.array([f"spot{number}" for number in range(NUM_SPOTS)], object)
-    patients = np.array([f"P{number % 3}" for number in range(NUM_SPOTS)], object)
-    keys, payload = (rng.normal(size=(NUM_SPOTS, width)).astype(np.float32) for width in (WIDTH, NUM_GENES))
-    record = TrainingRecord(
-        manifest_digest="untrained",
-        protocol="patient",
-        sections=("S1",),
-        patients=("P1",),
-        validation_sections=(),
-        test_sections=(),
-        epochs=1,
-    )
-    weights = TwoTowers(config.model, NUM_GENES, 0, TILE_PX).state_dict()
-    bank = Bank(keys, payload, patients, patients, spots)
-    folder.mkdir()
-    panel = GenePanel(names, names, ("",) * NUM_GENES)
-    ModelVersion(config, panel, (TILE_PX, MPP), 0, record, weights, bank, ood_similarity=0.5).save(folder)
+    """Saves an untrained model version for such slides into a new folder."""
+    save_untrained(folder, SETTINGS, NUM_GENES, NUM_SPOTS, seed)
 
 
 def _kinds(num_slides: int) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -24,16 +24,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import tifffile  # noqa: E402
-import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from untrained_model import save_untrained  # noqa: E402
 
 from ingest.synthetic_texture import draw_stain, paint, smooth_field  # noqa: E402
-from mclstexp.config import Config, override  # noqa: E402
-from mclstexp.data.genes import GenePanel  # noqa: E402
 from mclstexp.data.images import encode_tile  # noqa: E402
-from mclstexp.inference.bank import Bank  # noqa: E402
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord  # noqa: E402
-from mclstexp.model.towers import TwoTowers  # noqa: E402
 
 TILE_PX, MPP, NUM_SPOTS = 64, 0.5, 2000
 STORED_PX = 256  # edge of a tile of the TIFF at its finest level
@@ -80,24 +75,6 @@ def _tissue() -> np.ndarray:
 
 def _encoded(tile: np.ndarray, edge: int) -> bytes:
     return encode_tile(np.asarray(Image.fromarray(tile).resize((edge, edge), Image.Resampling.BOX)), "jpeg", 95)
-
-
-def save_model(folder: Path, num_genes: int) -> None:
-    """Saves an untrained model version with a random bank."""
-    config = override(Config(), SETTINGS)
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    keys, payload = (
-        rng.normal(size=(NUM_SPOTS, width)).astype(np.float32) for width in (config.model.embedding_dim, num_genes)
-    )
-    names = np.array([f"P{spot % 8}" for spot in range(NUM_SPOTS)], object)
-    nobody = dict.fromkeys(("sections", "patients", "validation_sections", "test_sections"), ())
-    record = TrainingRecord(manifest_digest="none", protocol="patient", epochs=0, **nobody)
-    panel = GenePanel.from_names([f"GENE{gene}" for gene in range(num_genes)])
-    weights = TwoTowers(config.model, num_genes, 0, TILE_PX).state_dict()
-    bank = Bank(keys, payload, names, names, names)
-    folder.mkdir()
-    ModelVersion(config, panel, (TILE_PX, MPP), 0, record, weights, bank).save(folder)
 
 
 @dataclass(frozen=True)
@@ -148,7 +125,7 @@ class Run:
 def run_job(folder: Path, slide: Path, store_mb: int, every_s: float) -> Run:
     """Predicts a slide by the job, its process tree sampled all the while."""
     command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", str(folder / "model")]
-    command += ["--samples", str(slide.parent), "--out", str(slide.parent / "out"), "--genes", "GENE0,GENE1"]
+    command += ["--samples", str(slide.parent), "--out", str(slide.parent / "out"), "--genes", "GENE00,GENE01"]
     command += ["--tracking.uri", f"sqlite:///{folder}/mlflow.db", "--cluster.object_store_mb", str(store_mb)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with open(folder / "said.txt", "w+") as said:
@@ -176,7 +153,7 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        save_model(folder / "model", arguments.genes)
+        save_untrained(folder / "model", SETTINGS, arguments.genes, NUM_SPOTS)
         for num_tiles in map(int, arguments.tiles.split(",")):
             slide = folder / str(num_tiles) / f"slide{num_tiles}.tif"
             slide.parent.mkdir()

@@ -26,14 +26,13 @@ def main() -> None:
     from mclstexp import storage
     from mclstexp.data.schema import load_manifest
     from tuning.forecast import plan
-    from tuning.space import digest, load_space, num_trials, param_space, require_search
+    from tuning.space import digest, load_space, num_trials, require_search
     from tuning.sweep import with_validation
 
     search, asked = require_search(arguments.search, arguments.trials)
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
     config = with_validation(manifest, config)
-    param_space(space, search)  # refuses a grid over ranges
     trials = num_trials(space, search, asked)
     name = arguments.name or f"sweep-{config.digest()}-{manifest.digest()[:6]}-{digest(space)}-{search}{trials}"
     uri = storage.join(storage.absolute(arguments.out), name)
@@ -47,7 +46,7 @@ def main() -> None:
 
 
 def _run(arguments, config, space, search: str, trials: int, name: str, uri: str) -> None:  # noqa: ANN001
-    from mclstexp import resources, tracking
+    from mclstexp import resources, storage, tracking
     from mclstexp.model.encoders import require_weights
     from tuning import summary
     from tuning.results import publish
@@ -71,7 +70,7 @@ def _run(arguments, config, space, search: str, trials: int, name: str, uri: str
     tracking.finish_run(config.tracking, sweep.plan.mlflow_run_id)
     print(f"MLflow run {sweep.plan.mlflow_run_id} at {config.tracking.uri}")
     print(f"trials and pictures {uri}")
-    print(f"best settings {uri}/{summary.BEST}")
+    print(f"best settings {storage.join(uri, summary.BEST)}")
 
 
 def _promote(sweep, best) -> None:  # noqa: ANN001

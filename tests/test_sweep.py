@@ -61,7 +61,7 @@ def _kill_after_a_trial(job: subprocess.Popen[str], folder: Path) -> None:
     """Kills the driver with SIGKILL when one trial has all its epochs and another has begun."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        runs = [len(list(run.glob("checkpoint_*"))) for run in (folder / "trials").glob("*")]
+        runs = list((folder / "trials").glob("*"))
         history = (folder / "tune").glob("experiment_state-*.json")
         if len(runs) > 1 and any("TERMINATED" in file.read_text() for file in history):
             break
@@ -74,7 +74,7 @@ def _kill_after_a_trial(job: subprocess.Popen[str], folder: Path) -> None:
 
 def _first_trial(folder: Path) -> dict[str, int]:
     """Returns the files of the trial of k = 20, which has none to be stopped for, with the time of their writing."""
-    records = (path for path in (folder / "trials").glob("*/run.json"))
+    records = (folder / "trials").glob("*/run.json")
     (run,) = (path.parent for path in records if json.loads(path.read_text())["identity"]["retrieval"]["k"] == 20)
     return {str(path): path.stat().st_mtime_ns for path in run.glob("checkpoint_*/*")}
 
@@ -125,7 +125,7 @@ def _assert_tracked(folder: Path, table: pd.DataFrame) -> None:
     for row in table.query("state != 'failed'").to_dict("records"):
         run = children[row["trial"]]
         assert run.data.params["retrieval.k"] == str(row["retrieval.k"])
-        assert children[row["trial"]].info.status == ("FINISHED" if row["state"] == FINISHED else "KILLED")
+        assert run.info.status == ("FINISHED" if row["state"] == FINISHED else "KILLED")
         assert run.data.metrics["validation/model/mse"] > 0
         history = client.get_metric_history(run.info.run_id, "validation_pcc")
         assert len({metric.step for metric in history}) >= row["epochs"] - 1

@@ -10,19 +10,14 @@ from mclstexp.config import Config
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest
 from mclstexp.model.towers import ImageTower
-from mclstexp.training.optim import native_bf16
-from tuning.space import Space, param_space
+from mclstexp.training.optim import uses_bf16
+from tuning.space import Space
 
 _TILES, _ROUNDS = 16, 2
 
 
 def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: int) -> str:
-    """Returns the space, the trials, what runs at once and the time it takes here, in words.
-
-    Raises:
-        ConfigError: a grid over a range.
-    """
-    param_space(space, search)
+    """Returns the space, the trials, what a trial asks for and the time it takes here, in words."""
     split = make_split(manifest, config.split)
     spots = sum(manifest.section(name).num_spots for name in split.train)
     tile_s, epochs = tile_seconds(config, manifest.tile_size_px), config.train.epochs
@@ -63,7 +58,7 @@ def tile_seconds(config: Config, tile_size_px: int) -> float:
     tiles = torch.rand(_TILES, 3, tile_size_px, tile_size_px, device=device).contiguous(
         memory_format=torch.channels_last
     )
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and native_bf16(device))
+    bf16 = uses_bf16(config.train.precision, device)
     times = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
@@ -26,7 +27,7 @@ def draw_parallel(path: Path, table: pd.DataFrame, space: Space, heading: str) -
     scores = known[VALIDATION_PCC].to_numpy(float)
     figure = new_figure(2.2 * len(columns) + 2, 4.5, heading)
     axes = figure.subplots()
-    colours = _colours(axes, scores)
+    colours = _colours(scores)
     for row, colour in zip(places.to_numpy(), colours, strict=True):
         axes.plot(range(len(columns)), row, color=colour, alpha=0.8)
     axes.set_xticks(range(len(columns)), [*space, _SCORE], rotation=15)
@@ -100,9 +101,7 @@ def _label_axis(axes: Axes, place: int, values: pd.Series, places: pd.Series) ->
         axes.annotate(text, (place, height), xytext=(3, 2), textcoords="offset points", fontsize=7)
 
 
-def _colours(axes: Axes, scores: np.ndarray) -> Sequence[tuple[float, ...]]:
-    from matplotlib import colormaps
-
+def _colours(scores: np.ndarray) -> Sequence[tuple[float, ...]]:
     scale = Normalize(scores.min(), scores.max()) if len(scores) else Normalize(0, 1)
     return [tuple(colormaps[_COLOURS](scale(score))) for score in scores]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mclstexp import tracking
 from mclstexp.config import override
+from mclstexp.data.genes import normalisers
 from mclstexp.data.spots import make_reader
 from mclstexp.errors import ModelError, RunError, UserError
 from mclstexp.evaluation.floors import embed_shown
@@ -19,9 +20,6 @@ from tuning.comparison import Pair, compare
 from tuning.scores import finished_model
 from tuning.sweep import Sweep, Trial
 from tuning.trial import open_trial
-
-UNIT = ("target", "scale", "log_base")
-"""Settings of `genes` that say in which unit a model answers."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,9 @@ def _obstacle(run: trainer.Run, champion: ModelVersion) -> str:
     known = sorted(validation & set(champion.training.patients))
     if known:
         return f"it was trained on the validation patients {', '.join(known)}"
-    for name in UNIT:
-        own, other = getattr(run.config.genes, name), getattr(champion.config.genes, name)
-        if own != other:
-            return f"it answers in another unit: genes.{name}={other}, not {own}"
+    _, unit = normalisers(champion.config.genes)
+    if unit != run.reader.target:
+        return f"it answers in another unit: {unit.unit()}, not {run.reader.target.unit()}"
     if not set(champion.panel.gene_id) & set(run.panel.gene_id):
         return "the panels share no gene"
     try:

@@ -12,7 +12,7 @@ from mclstexp import storage, tracking
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning import pictures, summary
 from tuning.sweep import FAILED, Sweep, Trial
-from tuning.trial import open_trial
+from tuning.trial import tracked_run
 
 
 def publish(sweep: Sweep, trials: Sequence[Trial], best: Trial) -> None:
@@ -45,7 +45,7 @@ def _heading(sweep: Sweep, best: Trial) -> str:
 def _curves(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, pd.DataFrame]:
     tracked = sweep.plan.config.tracking
     begun = [trial for trial in trials if trial.state != FAILED or trial.epochs]
-    runs = {trial.name: open_trial(trial.name, trial.settings, sweep.plan).mlflow_run_id for trial in begun}
+    runs = {trial.name: tracked_run(trial.name, sweep.plan) for trial in begun}
     return {name: tracking.curves(tracked, run_id, ("loss", VALIDATION_PCC)) for name, run_id in runs.items()}
 
 

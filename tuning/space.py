@@ -124,8 +124,13 @@ def param_space(space: Space, search: str) -> dict[str, Any]:
 
 
 def num_trials(space: Space, search: str, asked: int) -> int:
-    """Returns how many trials a sweep has: those asked for, or every point of a grid."""
-    return prod(len(entry.bounds()) for entry in space.values()) if search == "grid" else asked
+    """Returns how many trials a sweep has: those asked for, or every point of a grid.
+
+    Raises:
+        ConfigError: a grid over a range.
+    """
+    points = param_space(space, search)
+    return prod(len(point["grid_search"]) for point in points.values()) if search == "grid" else asked
 
 
 def digest(space: Space) -> str:

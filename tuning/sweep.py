@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from pydantic import BaseModel, ConfigDict
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -23,8 +22,9 @@ from mclstexp import resources, storage
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.errors import RunError, SplitError
+from mclstexp.errors import SplitError
 from mclstexp.training import trainer
+from mclstexp.training.record import StudyRecord, open_record
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning.progress import ShowTrials, shown
 from tuning.release import ReleaseStopped
@@ -41,16 +41,11 @@ logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that failed 
 FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    identity: dict[str, dict[str, object]]
-    manifest_digest: str
+class _Record(StudyRecord):
     space: dict[str, str]
     search: str
     trials: int
     tune: dict[str, object]
-    mlflow_run_id: str
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,6 @@ def open_sweep(
     Raises:
         RunError: the place holds a sweep of other settings, data, space, search or length.
     """
-    place = storage.join(uri, RECORD)
     asked: dict[str, object] = {
         "identity": trainer.identity(config),
         "manifest_digest": load_manifest(data).digest(),
@@ -118,13 +112,7 @@ def open_sweep(
         "trials": trials,
         "tune": config.tune.model_dump(mode="json", include={"grace_epochs", "reduction", "seed"}),
     }
-    if not storage.exists(place):
-        record = _Record.model_validate(asked | {"mlflow_run_id": start_tracking()})
-        storage.publish(place, record.model_dump_json(indent=1).encode(), previous=None)
-    record = _Record.model_validate_json(storage.read(place))
-    other = [name for name, value in asked.items() if getattr(record, name) != value]
-    if other:
-        raise RunError(f"{uri} holds a sweep with another {', '.join(other)}; give another --name")
+    record = open_record(_Record, uri, RECORD, asked, start_tracking)
     plan = TrialPlan(storage.absolute(data), storage.join(uri, TRIALS), config, record.mlflow_run_id)
     return Sweep(plan, uri, space, search, trials)
 

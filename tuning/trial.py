@@ -9,7 +9,7 @@ from ray import tune
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mclstexp import tracking
+from mclstexp import storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.training import trainer
 from mclstexp.training.loop import PLACEMENT_GROUP
@@ -44,6 +44,12 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
         trainer.fit(run, metrics.log, [ReportValidation()], board_name=name)
     finally:
         metrics.close()
+
+
+def tracked_run(name: str, plan: TrialPlan) -> str:
+    """Returns the MLflow run of a trial that has begun."""
+    text = storage.read(storage.join(plan.uri, name, trainer.RECORD))
+    return trainer.RunRecord.model_validate_json(text).mlflow_run_id
 
 
 def open_trial(name: str, settings: dict[str, Any], plan: TrialPlan) -> trainer.Run:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import ray
-from pydantic import BaseModel, ConfigDict
 
 from mclstexp import resources, storage, tracking
 from mclstexp.config import Config, override
@@ -28,6 +27,7 @@ from mclstexp.inference.model_version import ModelVersion
 from mclstexp.metric_log import MetricLog
 from mclstexp.training import finish, trainer
 from mclstexp.training.progress import Metrics, ProgressBoard
+from mclstexp.training.record import StudyRecord, open_record
 
 RECORD, SCORES, FEATURES = "study.json", "scores", "features"
 RESULT, ROWS, PER_GENE = "score_card.json", "score_card.csv", "per_gene.csv"
@@ -59,15 +59,10 @@ class Study:
     markers: dict[str, GenePanel]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    identity: dict[str, dict[str, object]]
-    manifest_digest: str
+class _Record(StudyRecord):
     protocol: str
     probe_weights: str | None
     markers: dict[str, list[str]]
-    mlflow_run_id: str
 
 
 def open_study(
@@ -93,21 +88,14 @@ def open_study(
     Raises:
         RunError: the place holds a study of other settings, data, protocol, probe or markers.
     """
-    digest, place = load_manifest(data).digest(), storage.join(uri, RECORD)
     asked = {
         "identity": trainer.identity(config),
-        "manifest_digest": digest,
+        "manifest_digest": load_manifest(data).digest(),
         "protocol": protocol,
         "probe_weights": probe_weights,
         "markers": {name: panel.names() for name, panel in (markers or {}).items()},
     }
-    if not storage.exists(place):
-        record = _Record.model_validate(asked | {"mlflow_run_id": start_tracking()})
-        storage.publish(place, record.model_dump_json(indent=1).encode(), previous=None)
-    record = _Record.model_validate_json(storage.read(place))
-    other = [name for name, value in asked.items() if getattr(record, name) != value]
-    if other:
-        raise RunError(f"{uri} holds a study with another {', '.join(other)}; give another --name")
+    record = open_record(_Record, uri, RECORD, asked, start_tracking)
     return Study(storage.absolute(data), uri, protocol, record.mlflow_run_id, probe_weights, dict(markers or {}))
 
 

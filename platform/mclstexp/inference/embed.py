@@ -24,7 +24,7 @@ from mclstexp.model.towers import ImageTower
 from mclstexp.settings import ModelConfig
 from mclstexp.training.augment import fixed_turns
 from mclstexp.training.checkpoint import plain_tensors
-from mclstexp.training.optim import native_bf16
+from mclstexp.training.optim import uses_bf16
 
 _TILES_WORTH_AN_ACTOR = 256  # fewer are embedded sooner than another process has imported torch
 
@@ -51,7 +51,7 @@ class ImageNetwork:
         if self.head is not None:
             network.append(_head(config, tower.num_features, self.head))
         network = network.eval().to(device).to(memory_format=torch.channels_last)
-        bf16 = self.precision == "bf16" or (self.precision == "auto" and native_bf16(device))
+        bf16 = uses_bf16(self.precision, device)
 
         @torch.inference_mode()
         def embed(tiles: np.ndarray) -> np.ndarray:

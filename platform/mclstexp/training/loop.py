@@ -100,12 +100,12 @@ def run_epoch(trainee: Trainee, plan: TrainPlan) -> None:
         trainee.fresh_ids += plan.feed.ids(batch)
         state.step += 1
         meter.count(num_spots, waited_s)
-        scores: Metrics = {}
-        if place == steps_left and plan.validation and (state.epoch + 1) % train.validate_every == 0:
+        last, scores = place == steps_left, Metrics()
+        if last and plan.validation and (state.epoch + 1) % train.validate_every == 0:
             scores = {VALIDATION_PCC: validate(trainee, plan.validation)}
-        if place == steps_left or place % train.checkpoint_every == 0:
+        if last or place % train.checkpoint_every == 0:
             checkpoint(trainee, loss, scores)
-        meter.post(state, loss, scores, last=place == steps_left)
+        meter.post(state, loss, scores, last)
 
 
 def checkpoint(trainee: Trainee, loss: torch.Tensor, scores: Metrics) -> None:

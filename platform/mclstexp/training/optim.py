@@ -45,6 +45,11 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Tells whether `train.precision` means bf16 on a device."""
+    return precision == "bf16" or (precision == "auto" and native_bf16(device))
+
+
 def native_bf16(device: torch.device) -> bool:
     """Tells whether a device computes bf16 in hardware."""
     if device.type == "cuda":

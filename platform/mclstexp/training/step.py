@@ -19,7 +19,7 @@ from mclstexp.model.losses import contrastive_loss, gather, regression_loss
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training.augment import augment
 from mclstexp.training.checkpoint import TrainState
-from mclstexp.training.optim import learning_rate_factor, native_bf16
+from mclstexp.training.optim import learning_rate_factor, uses_bf16
 
 
 @dataclass
@@ -75,8 +75,7 @@ def prepare_images(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tor
 
 def autocast(trainee: Trainee) -> AbstractContextManager[object]:
     """Returns the arithmetic of the towers: bf16 where asked for, or where native with `auto`."""
-    precision = trainee.config.train.precision
-    enabled = precision == "bf16" or (precision == "auto" and native_bf16(trainee.device))
+    enabled = uses_bf16(trainee.config.train.precision, trainee.device)
     return torch.autocast(trainee.device.type, torch.bfloat16, enabled=enabled)
 
 

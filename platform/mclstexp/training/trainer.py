@@ -32,7 +32,7 @@ from mclstexp.training.validation import ValidationSet
 RECORD = "run.json"
 GROUP_TIMEOUT_S = 300
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
-"""Lets glibc keep freed memory: fetching a batch's activations from the system anew costs as much as computing them."""
+"""Lets glibc keep freed memory; else each batch's activations are fetched from the system anew."""
 _FREE_TRAIN_SETTINGS = {
     "num_workers",
     "use_gpu",
