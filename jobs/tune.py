@@ -23,7 +23,7 @@ SECTIONS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval
 def main() -> None:
     """Parses, checks, runs the trials, scores them, sums up, promotes."""
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
-    from mclstexp import storage
+    from mclstexp import resources, storage
     from mclstexp.data.schema import load_manifest
     from tuning.forecast import plan
     from tuning.space import digest, load_space, num_trials, require_search
@@ -37,6 +37,8 @@ def main() -> None:
     name = arguments.name or f"sweep-{config.digest()}-{manifest.digest()[:6]}-{digest(space)}-{search}{trials}"
     uri = storage.join(storage.absolute(arguments.out), name)
     if arguments.dry_run:
+        _launch.connect(config)  # to see what runs side by side
+        resources.require(config)
         print(describe(config, SECTIONS))
         print(plan(manifest, config, space, search, trials))
         print(f"would go into {uri}")
@@ -63,8 +65,7 @@ def _run(arguments, config, space, search: str, trials: int, name: str, uri: str
     print(f"sweep {name}: {trials} trials, validated on {', '.join(config.split.validation_patients)}", flush=True)
     ended = run_trials(sweep)
     score_trials(sweep, ended)
-    best = summary.best_trial(ended)
-    publish(sweep, ended, best)
+    best = publish(sweep, ended)
     if arguments.promote:
         _promote(sweep, best)
     tracking.finish_run(config.tracking, sweep.plan.mlflow_run_id)

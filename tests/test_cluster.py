@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 TINY = str(Path("tests") / "tiny.yaml")
 SHIPPED = ("mclstexp", "ingest", "tuning")
-PREPARE, TRAIN, PREDICT = "jobs/prepare.py", "jobs/train.py", "jobs/predict.py"
+PREPARE, TRAIN, TUNE, PREDICT = (f"jobs/{verb}.py" for verb in ("prepare", "train", "tune", "predict"))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def test_what_one_node_alone_can_see_is_refused(cluster: Cluster) -> None:
     ) in job.stdout
 
 
-def test_prepare_train_and_predict_on_s3(cluster: Cluster, s3: str, cohort: str, mlflow_server: str) -> None:
+def test_prepare_train_tune_and_predict_on_s3(cluster: Cluster, s3: str, cohort: str, mlflow_server: str) -> None:
     for file in Path(cohort).parent.iterdir():
         storage.upload(file, f"{s3}/cohort/{file.name}")
     places = ["--tracking.uri", mlflow_server, "--tracking.artifacts", f"{s3}/artifacts"]
@@ -143,6 +143,14 @@ def test_prepare_train_and_predict_on_s3(cluster: Cluster, s3: str, cohort: str,
     workers_at = [actor["node_id"] for actor in cluster.listed("actors") if "RayTrainWorker" in actor["class_name"]]
     assert len(workers_at) == len(set(workers_at)) == 2
 
+    searched = ["--space", "tests/tiny_space.yaml", "--search", "grid", "--split.validation_patients", "P2"]
+    data = ["--data", f"{s3}/tiles", "--out", f"{s3}/sweeps", "--name", "first", "--train.epochs", "1"]
+    tuned = cluster.submit("--", TUNE, "--config", TINY, *data, *searched, *places)
+    assert tuned.returncode == 0, tuned.stdout
+    assert f"best settings {s3}/sweeps/first/best.yaml" in tuned.stdout
+    rows = storage.read(f"{s3}/sweeps/first/trials.csv").decode().splitlines()[1:]
+    assert sorted(row.split(",")[1:3] for row in rows) == [["finished", "1"]] * 2
+
     arguments = ["--model", "models:/mclstexp@champion", "--samples", f"{s3}/cohort", "--out", f"{s3}/predictions"]
     predicted = cluster.submit("--", "python", PREDICT, *arguments, *places)
     assert predicted.returncode == 0, predicted.stdout
@@ -150,7 +158,7 @@ def test_prepare_train_and_predict_on_s3(cluster: Cluster, s3: str, cohort: str,
     assert [entry["state"] for entry in ledger] == ["done"] * 7
     assert all(storage.exists(f"{s3}/predictions/{entry['slide_id']}.parquet") for entry in ledger)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
-    assert all(secret not in job.stdout for job in (prepared, trained, predicted))
+    assert all(secret not in job.stdout for job in (prepared, trained, tuned, predicted))
 
 
 def _interpreter(folder: Path, installed: Sequence[str]) -> str:

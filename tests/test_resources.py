@@ -87,6 +87,24 @@ def test_a_ray_on_this_machine_holds_every_run(nodes: list[dict], num_workers: i
     resources.require(config)
 
 
+@pytest.mark.parametrize(
+    ("alive", "settings", "expected"),
+    [
+        ([_node(CPU=8)], {}, 4),
+        ([_node(CPU=3), _node(CPU=3), _node(CPU=1)], {}, 2),
+        ([_node(CPU=8), _node(CPU=8)], {"train_num_workers": 4}, 2),
+        ([_node(CPU=3)], {"train_num_workers": 2}, 1),
+        ([_node(CPU=8, GPU=1)], {"train_use_gpu": True, "train_gpus_per_worker": 0.5}, 2),
+        ([_node("cpu", CPU=8), _node(CPU=2), _node(CPU=3)], {"cluster_data_pool": "cpu"}, 5),
+    ],
+)
+def test_runs_at_once_are_those_whose_workers_each_fit_a_node_with_their_data(
+    nodes: list[dict], alive: list[dict], settings: dict[str, object], expected: int
+) -> None:
+    nodes += alive
+    assert resources.runs_at_once(_config(cluster_data_cpus=1, **settings)) == expected
+
+
 def test_workers_stay_off_the_pool_that_decodes_for_them() -> None:
     assert resources.worker_nodes(_config()) is None
     assert resources.worker_nodes(_config(cluster_data_pool="cpu")) == {"pool": "!cpu"}

@@ -2,22 +2,27 @@
 
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from small_table import make_table
 
+from mclstexp import tracking
 from mclstexp.config import Config, load_config, override
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import RunError, SplitError
 from tuning import pictures
 from tuning.forecast import expected_epochs
+from tuning.results import publish
 from tuning.space import Choice, Range, Space
 from tuning.summary import best_config, best_trial, trial_table
-from tuning.sweep import FAILED, FINISHED, STOPPED, Trial, with_validation
+from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial, with_validation
+from tuning.trial import TrialPlan
 
 NAN = float("nan")
+GRID: Space = {"model.temperature": Choice((0.1, 1.0)), "model.spot_layers": Choice((1, 2))}
 TRIALS = [
     Trial("a", {"model.temperature": 0.1, "model.spot_layers": 1}, FINISHED, 9, 0.30, ""),
     Trial("b", {"model.temperature": 1.0, "model.spot_layers": 2}, STOPPED, 3, 0.40, ""),
@@ -36,6 +41,16 @@ def test_the_table_has_every_trial_best_first_and_the_failed_last() -> None:
     table = trial_table(TRIALS)
     assert list(table["trial"]) == ["b", "c", "a", "d"]
     assert table.loc[3, "reason"] == "out of memory"
+
+
+def test_a_sweep_without_a_winner_leaves_its_table(tmp_path: Path) -> None:
+    config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    run_id = tracking.start_run(config, "sweep", {})
+    sweep = Sweep(TrialPlan("tiles", str(tmp_path), config, run_id), str(tmp_path), GRID, "grid", 2)
+    with pytest.raises(RunError, match="no trial of 2 ended with a score"):
+        publish(sweep, TRIALS[1::2])
+    assert list(pd.read_csv(tmp_path / "trials.csv")["trial"]) == ["b", "d"]
+    assert mlflow.MlflowClient(config.tracking.uri).get_run(run_id).info.status == "FAILED"
 
 
 def test_the_best_settings_are_a_file_that_training_takes(tmp_path: Path) -> None:
@@ -73,7 +88,6 @@ def test_halving_spends_what_its_rungs_say() -> None:
     assert expected_epochs(override(config, {"tune.grace_epochs": 30}), 9) == 9 * 27
 
 
-GRID: Space = {"model.temperature": Choice((0.1, 1.0)), "model.spot_layers": Choice((1, 2))}
 DRAWN: Space = {"model.temperature": Range(0.05, 2.0, log=True), "model.spot_layers": Choice((1, 2))}
 
 

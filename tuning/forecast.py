@@ -12,17 +12,23 @@ from mclstexp.data.schema import Manifest
 from mclstexp.model.towers import ImageTower
 from mclstexp.training.optim import uses_bf16
 from tuning.space import Space
+from tuning.sweep import at_once
 
 _TILES, _ROUNDS = 16, 2
+_FORWARD = 1 / 3
+"""A tile's forward pass as a share of forward and back."""
 
 
 def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: int) -> str:
-    """Returns the space, the trials, what a trial asks for and the time it takes here, in words."""
+    """Returns the space, the trials, what a trial asks for and the time it takes here, in words. Needs Ray."""
     split = make_split(manifest, config.split)
-    spots = sum(manifest.section(name).num_spots for name in split.train)
+    spots, shown = (
+        sum(manifest.section(name).num_spots for name in names) for names in (split.train, split.validation)
+    )
     tile_s, epochs = tile_seconds(config, manifest.tile_size_px), config.train.epochs
     most, least = trials * epochs, expected_epochs(config, trials)
-    hours = [tile_s * spots * passes / 3600 for passes in (least, most)]
+    epoch_s = tile_s * (spots + shown * _FORWARD)
+    hours = [epoch_s * passes / 3600 for passes in (least, most)]
     lines = [f"{name}: {entry}" for name, entry in space.items()]
     return "\n".join(
         [
@@ -31,10 +37,10 @@ def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: 
             f"{min(config.tune.grace_epochs, epochs)} on, one in {config.tune.reduction} goes on",
             f"trained on {', '.join(split.train)} ({spots} spots), validated on {', '.join(split.validation)}, never "
             f"seen: {', '.join(split.test) or 'no section'}",
-            f"each trial: {resources.plan(config)}; as many at once as the cluster holds"
-            + (f", at most {config.tune.max_concurrent}" if config.tune.max_concurrent else ""),
+            f"each trial: {resources.plan(config)}; {at_once(config)} at once",
             f"{1000 * tile_s:.1f} ms a tile forward and back on this machine: {hours[0]:.2f} to {hours[1]:.2f} hours "
-            "of it for the image tower, less where several machines share them; each trial takes some seconds to start",
+            "of it for the image tower with its validations, less where several machines share them; the spots' tower "
+            "adds a little, each trial takes some seconds to start",
         ]
     )
 

@@ -80,6 +80,8 @@ def _obstacle(run: trainer.Run, champion: ModelVersion) -> str:
     _, unit = normalisers(champion.config.genes)
     if unit != run.reader.target:
         return f"it answers in another unit: {unit.unit()}, not {run.reader.target.unit()}"
+    if unit.scheme == "per_spot_panel" and set(champion.panel.gene_id) != set(run.panel.gene_id):
+        return "both divide by the panel's own total, and their panels differ"
     if not set(champion.panel.gene_id) & set(run.panel.gene_id):
         return "the panels share no gene"
     try:

@@ -9,16 +9,27 @@ from rich.console import Console
 from rich.table import Table
 
 from mclstexp import storage, tracking
+from mclstexp.errors import RunError
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning import pictures, summary
 from tuning.sweep import FAILED, Sweep, Trial
 from tuning.trial import tracked_run
 
 
-def publish(sweep: Sweep, trials: Sequence[Trial], best: Trial) -> None:
-    """Prints the table, best trial first, and writes all files."""
-    config, table = sweep.plan.config, summary.trial_table(trials)
+def publish(sweep: Sweep, trials: Sequence[Trial]) -> Trial:
+    """Prints the table, best trial first, writes all files, and returns the best trial.
+
+    Raises:
+        RunError: no trial had all its epochs; the table is written, and the sweep's MLflow run has failed.
+    """
+    config, run_id, table = sweep.plan.config, sweep.plan.mlflow_run_id, summary.trial_table(trials)
     Console(width=120).print(_printed(table))
+    storage.write(storage.join(sweep.uri, summary.TABLE), table.to_csv(index=False).encode())
+    try:
+        best = summary.best_trial(trials)
+    except RunError:
+        tracking.finish_run(config.tracking, run_id, "FAILED")
+        raise
     heading = _heading(sweep, best)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -28,10 +39,11 @@ def publish(sweep: Sweep, trials: Sequence[Trial], best: Trial) -> None:
         pictures.draw_temperature_depth(folder / pictures.MAP, table, sweep.space, heading)
         pictures.draw_curves(folder / pictures.CURVES, _curves(sweep, trials), heading)
         storage.upload_folder(name, sweep.uri, last=summary.BEST)
-        tracking.log_artifacts(config.tracking, sweep.plan.mlflow_run_id, name, "sweep")
-    metrics = tracking.metric_log(config.tracking, sweep.plan.mlflow_run_id)
+        tracking.log_artifacts(config.tracking, run_id, name, "sweep")
+    metrics = tracking.metric_log(config.tracking, run_id)
     metrics.log(0, {f"best/{VALIDATION_PCC}": best.score})
     metrics.close()
+    return best
 
 
 def _heading(sweep: Sweep, best: Trial) -> str:

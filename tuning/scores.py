@@ -17,6 +17,7 @@ from mclstexp.evaluation.cross_validation import FEATURES, RESULT, SCORES
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.training import finish, trainer
+from mclstexp.training.validation import VALIDATION_PCC
 from tuning.sweep import FAILED, STOPPED, Sweep, Trial
 from tuning.trial import open_trial
 
@@ -37,10 +38,22 @@ def score_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
 
 def _settle(sweep: Sweep, trial: Trial) -> None:
     run = open_trial(trial.name, trial.settings, sweep.plan)
+    if trial.state == STOPPED:
+        _complete_curve(run, trial)
     tags = {"trial.state": trial.state, "trial.reason": trial.reason}
     if trial.state != FAILED:
         score_run(run, storage.join(sweep.uri, FEATURES))
     tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
+
+
+def _complete_curve(run: trainer.Run, trial: Trial) -> None:
+    """Adds the score for which a trial was stopped, which its process may not have lived to log."""
+    config, newest = run.config.tracking, trainer.last_checkpoint(run)
+    step = int(newest[1]["step"]) if newest else 0
+    if step not in tracking.curves(config, run.mlflow_run_id, (VALIDATION_PCC,))["step"].to_list():
+        metrics = tracking.metric_log(config, run.mlflow_run_id)
+        metrics.log(step, {VALIDATION_PCC: trial.score})
+        metrics.close()
 
 
 def score_run(run: trainer.Run, feature_cache: str) -> None:
@@ -56,7 +69,7 @@ def finished_model(run: trainer.Run) -> ModelVersion | None:
         checkpoint = trainer.last_checkpoint(run)
         if checkpoint is None:
             return None
-        finish.finish(run, checkpoint)
+        finish.finish(run, checkpoint[0])
     with tempfile.TemporaryDirectory() as scratch:
         return ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
 

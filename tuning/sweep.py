@@ -1,8 +1,9 @@
 """A sweep: many trials under Ray Tune, the worse ones stopped early, resumed as a whole.
 
 Ray Tune keeps which trials there are and what became of them, each trial's training keeps its own checkpoints. A
-resumed sweep repeats no finished trial; unfinished ones go on from their last checkpoint. What a scheduler has learnt
-of trials that ended before is lost in a resume, so that later ones are stopped a little later.
+resumed sweep repeats no finished trial; unfinished ones go on from their last checkpoint, failed ones too where
+tune.retry_failed asks for it, and as many at once as at first. What a scheduler has learnt of trials that ended before
+is lost in a resume, so that later ones are stopped a little later.
 """
 
 import logging
@@ -124,7 +125,9 @@ def run_trials(sweep: Sweep) -> list[Trial]:
     """
     with shown(sweep.trials):
         results = _tuner(sweep).fit()
-    return [_trial(results[place], sweep.plan.config.train.epochs) for place in range(len(results))]
+    # A result lacks the settings of a trial that failed before its first score; Ray Tune's own record has them.
+    records, epochs = results._experiment_analysis.trials, sweep.plan.config.train.epochs
+    return [_trial(record, results[place], epochs) for place, record in enumerate(records)]
 
 
 def _tuner(sweep: Sweep) -> tune.Tuner:
@@ -136,7 +139,8 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
     filesystem, root = storage.filesystem(sweep.uri)
     state = f"{root}/{STATE}"
     if tune.Tuner.can_restore(state, storage_filesystem=filesystem):
-        return tune.Tuner.restore(state, trainable, storage_filesystem=filesystem)
+        again = sweep.plan.config.tune.retry_failed
+        return tune.Tuner.restore(state, trainable, resume_errored=again, storage_filesystem=filesystem)
     return tune.Tuner(
         trainable,
         param_space=param_space(sweep.space, sweep.search) if sweep.search != "optuna" else {},
@@ -183,13 +187,13 @@ def _searcher(sweep: Sweep) -> Any:
     return BasicVariantGenerator(max_concurrent=at_once(sweep.plan.config), random_state=seed)
 
 
-def _trial(result: tune.Result, epochs: int) -> Trial:
+def _trial(record: Any, result: tune.Result, epochs: int) -> Trial:
     metrics = result.metrics or {}
     done = int(metrics.get(EPOCHS, 0))
     state = FAILED if result.error else FINISHED if done >= epochs else STOPPED
     return Trial(
-        name=str(metrics["trial_id"]) if "trial_id" in metrics else str(result.path).rsplit("_", 1)[-1],
-        settings=dict(result.config or {}),
+        name=record.trial_id,
+        settings=dict(record.config),
         state=state,
         epochs=done,
         score=float(metrics.get(VALIDATION_PCC, float("nan"))),

@@ -39,11 +39,27 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
     """
     name = str(tune.get_context().get_trial_id())
     run = open_trial(name, settings, plan)
+    if done := _last_scores(run):  # it was killed between its last checkpoint and Ray Tune's record of it
+        tune.report(done)
+        return
     metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
     try:
         trainer.fit(run, metrics.log, [ReportValidation()], board_name=name)
     finally:
         metrics.close()
+
+
+def _last_scores(run: trainer.Run) -> dict[str, Any] | None:
+    """Returns what a run that has all its epochs has to report."""
+    newest = trainer.last_checkpoint(run)
+    if newest is None or VALIDATION_PCC not in newest[1] or newest[1]["epoch"] + 1 < run.config.train.epochs:
+        return None
+    return _said(newest[1])
+
+
+def _said(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns what Ray Tune is told of a training's report."""
+    return {EPOCHS: metrics["epoch"] + 1, **{name: metrics[name] for name in (VALIDATION_PCC, PLACEMENT_GROUP)}}
 
 
 def tracked_run(name: str, plan: TrialPlan) -> str:
@@ -76,5 +92,4 @@ class ReportValidation(TuneReportCallback):
         """Called by Ray Train with the metrics of every rank."""
         first = metrics[0]
         if VALIDATION_PCC in first:
-            said = {EPOCHS: first["epoch"] + 1, **{name: first[name] for name in (VALIDATION_PCC, PLACEMENT_GROUP)}}
-            super().after_report(run_context, [said], None)
+            super().after_report(run_context, [_said(first)], None)

@@ -70,11 +70,9 @@ def require(config: Config) -> None:
 
 def runs_at_once(config: Config) -> int:
     """Returns how many such training runs with their data streams the cluster holds side by side, at least 1."""
-    train, nodes = config.train, _alive_nodes()
-    cpus, gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
-    held = cpus // (train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus))
-    on_gpus = int(gpus / (train.num_workers * train.gpus_per_worker))
-    return max(1, min(held, on_gpus) if train.use_gpu else held)
+    data_cpus = 0 if config.cluster.data_pool else config.cluster.data_cpus
+    slots = sum(_slots(config, node, data_cpus) for node in _hosts(config, _alive_nodes()))
+    return max(1, slots // config.train.num_workers)
 
 
 def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = True) -> None:
@@ -139,7 +137,7 @@ def _lack(config: Config, nodes: list[Node]) -> str:
             f"train.gpus_per_worker), the cluster has {total_gpus}; lower "
             "train.num_workers, or set train.use_gpu=false, or raise cluster.wait_s where nodes can be added"
         )
-    hosts = [node for node in nodes if not pool or node["Labels"].get("pool") != pool]
+    hosts = _hosts(config, nodes)
     slots = sum(_slots(config, node) for node in hosts)
     if slots < train.num_workers:
         outside = f" outside cluster.data_pool={pool}" if pool else ""
@@ -170,9 +168,15 @@ def _has(node: Node, kind: str) -> int:
     return int(node["Resources"].get(kind, 0))
 
 
-def _slots(config: Config, node: Node) -> int:
-    """Returns how many training workers fit on a node."""
-    slots = _has(node, "CPU") // config.train.cpus_per_worker
+def _hosts(config: Config, nodes: list[Node]) -> list[Node]:
+    """Returns the nodes that training workers may go to."""
+    pool = config.cluster.data_pool
+    return [node for node in nodes if not pool or node["Labels"].get("pool") != pool]
+
+
+def _slots(config: Config, node: Node, data_cpus: int = 0) -> int:
+    """Returns how many training workers fit on a node, each with so many CPUs for its data."""
+    slots = _has(node, "CPU") // (config.train.cpus_per_worker + data_cpus)
     if not config.train.use_gpu:
         return slots
     return min(slots, int(_has(node, "GPU") / config.train.gpus_per_worker))

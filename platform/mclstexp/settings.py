@@ -273,6 +273,8 @@ class TuneConfig(Section):
     """Most trials at once; empty: as many as the cluster holds."""
     seed: int = Field(0, ge=0)
     """Seed of the search and of the choice of validation patients."""
+    retry_failed: bool = False
+    """Whether a sweep that is run again tries its failed trials again."""
     replicates: int = Field(3, ge=3)
     """Trainings of the best setting, each with its own seed, that stand against the champion."""
     block_um: float = Field(1000.0, gt=0)

@@ -180,14 +180,17 @@ def fit(
     return _uri(run, result.checkpoint)
 
 
-def last_checkpoint(run: Run) -> str | None:
-    """Returns the URI of the newest checkpoint of a run that is not under way; None where it has none."""
+def last_checkpoint(run: Run) -> tuple[str, Metrics] | None:
+    """Returns the newest checkpoint of a run that is not under way: its URI, and what was reported with it.
+
+    None where there is none.
+    """
     filesystem, path = storage.filesystem(run.uri)
     try:
-        checkpoint = ray.train.Result.from_path(path, filesystem).checkpoint
+        result = ray.train.Result.from_path(path, filesystem)
     except RuntimeError:  # it was killed before its first checkpoint
         return None
-    return checkpoint and _uri(run, checkpoint)
+    return (_uri(run, result.checkpoint), result.metrics or {}) if result.checkpoint else None
 
 
 def _uri(run: Run, checkpoint: ray.train.Checkpoint) -> str:
