@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from ingest.cohort_plan import CohortPlan, SlideSource, key
 from ingest.fingerprint import fingerprint
@@ -23,7 +24,7 @@ from mclstexp import storage
 from mclstexp.data.images import tile_corner
 from mclstexp.errors import SourceError
 from mclstexp.inference.slide_record import GRID, GRID_SCHEMA, PREVIEW, RECORD, THUMBNAIL, SlideRecord
-from mclstexp.inference.staging_folder import staging_folder
+from mclstexp.inference.staging_folder import remove_staging, staging_folder
 
 ASSUMED = "assumed"
 """`mpp_source` of a slide whose resolution is the run's assumed one."""
@@ -79,7 +80,11 @@ def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection 
         staging = staging_folder(plan.out, source.slide_id, key(source, found, plan, assumed=assumed))
         try:
             record = SlideRecord.model_validate_json(storage.read(storage.join(staging, RECORD)))
+            storage.read(storage.join(staging, GRID), length=1)
         except FileNotFoundError:
+            continue
+        except ValidationError:  # written by another version of this project: all of it is made anew
+            remove_staging(staging)
             continue
         if record.image != source.image:  # moved since: its output must not tell where it lay first
             record = record.model_copy(update={"image": source.image})
@@ -112,6 +117,7 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
         mpp=mpp,
         mpp_source=origin,
         scale=scale,
+        scanned_from_px=slide.scanned_from,
         num_tiles=len(table),
         tile_area_mm2=len(table) * (plan.tiles.size_px * scale * mpp) ** 2 / _UM2_PER_MM2,
         tissue_area_mm2=float(mask.is_tissue.sum()) * (mask.scale * mpp) ** 2 / _UM2_PER_MM2,

@@ -4,9 +4,10 @@ A pyramid is read region by region from its best level; a plain image has no reg
 `MAX_PLAIN_PX` bounds. Colours are taken as stored: embedded ICC profiles are not applied.
 """
 
+import errno
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self
@@ -15,7 +16,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from mclstexp.errors import SourceError
+from mclstexp.errors import SourceError, StorageError
 
 MAX_PLAIN_PX = 2**30
 """Most pixels of a plain image; decoded it takes 4 bytes each."""
@@ -25,6 +26,8 @@ _MAX_REGION_PX = 2048  # edge of what is read from a level at once
 _PLAUSIBLE_MPP = (0.05, 20.0)  # of a plain image's resolution tag; 72 dpi would be 353
 _AGREEING = 1.02  # ratio up to which resolutions count as equal
 _OPAQUE = 255
+_PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE, errno.ENOMEM)
+"""Faults of the file system or the machine; Pillow's own complaints have no number."""
 _ORIENTATION_TAG = 0x0112
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 
@@ -44,6 +47,10 @@ class _Levels(Protocol):
     def mpp(self) -> float | None:
         """Micrometres per level-0 pixel, where the file says so."""
 
+    @property
+    def scanned_from(self) -> tuple[float, float]:
+        """x and y of the scanned region's corner."""
+
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
         """Returns a region in the level's pixels (RGB, or RGBA where some may miss), and its exact left and top."""
 
@@ -60,6 +67,8 @@ class Slide:
         self.width, self.height = levels.dimensions[0]
         self.mpp = levels.mpp
         """Micrometres per level-0 pixel as the file says, or None."""
+        self.scanned_from = levels.scanned_from
+        """x and y of the scanned region's corner, where some viewers' coordinates begin; (0, 0) in most files."""
 
     def __enter__(self) -> Self:
         return self
@@ -125,9 +134,12 @@ def open_slide(path: str | Path) -> Slide:
 
     Raises:
         SourceError: it is no image, damaged, too large, of an unsupported kind, or contradicts itself.
+        FileNotFoundError, StorageError: it cannot be had now.
     """
     name = Path(path).name
     with _named_errors(name):
+        with open(path, "rb") as file:  # OpenSlide does not tell a lost disk from a damaged file
+            file.read(1)
         pyramid = openslide.OpenSlide.detect_format(path) is not None
         return Slide(_Pyramid(str(path)) if pyramid else _Plain(str(path)), name)
 
@@ -144,6 +156,7 @@ class _Pyramid:
         properties = self._slide.properties
         names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
         self.mpp = _plausible(_common_mpp([float(properties[name]) for name in names if name in properties]))
+        self.scanned_from = scanned_from(properties)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
         down = self.downsamples[level]
@@ -158,6 +171,7 @@ class _Plain:
     """The one level of a JPEG, PNG or TIFF image, decoded at the first read."""
 
     downsamples: tuple[float, ...] = (1.0,)
+    scanned_from = (0.0, 0.0)
 
     def __init__(self, path: str) -> None:
         with _careful_pillow():
@@ -182,6 +196,13 @@ class _Plain:
 
     def close(self) -> None:
         self._image.close()
+
+
+def scanned_from(properties: Mapping[str, str]) -> tuple[float, float]:
+    """Returns x and y of the scanned region's corner in level-0 pixels, from OpenSlide's properties."""
+    names = (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)
+    x, y = (float(properties.get(name, 0)) for name in names)
+    return x, y
 
 
 def _require_plain(image: Image.Image) -> None:
@@ -255,8 +276,10 @@ def _named_errors(name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise SourceError(f"there is no image {name}") from None
+        raise
     except (openslide.OpenSlideError, OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+        if getattr(error, "errno", None) in _PASSING:
+            raise StorageError(f"image {name} cannot be read now: {error}") from error
         raise SourceError(f"image {name} cannot be read, it is damaged or no slide: {error}") from error
     except SourceError as error:
         raise SourceError(f"image {name}: {error}") from None

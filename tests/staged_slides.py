@@ -23,6 +23,7 @@ PANEL = GenePanel(
 )
 FACTS = ModelFacts(PANEL, "ln(1 + 1e4 share)", "0123456789ab", TILE_PX, 0.5, 0.3)
 GENES = ["GNAS", "FASN"]
+SCANNED_FROM = (64.0, 96.0)
 CONFIDENCE = ("similarity", "effective_donors", "donor_share")
 
 
@@ -60,6 +61,7 @@ def stage(
         mpp=0.5 / scale,
         mpp_source="its image",
         scale=scale,
+        scanned_from_px=SCANNED_FROM,
         num_tiles=num_tiles,
         tile_area_mm2=1.0,
         tissue_area_mm2=1.0,

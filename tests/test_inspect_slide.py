@@ -1,6 +1,7 @@
 """One slide before its prediction: resolution, stain, tissue, tiles; what is written, read back and refused."""
 
 import io
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,18 @@ def test_without_its_record_a_slide_is_inspected_again_to_the_same_bytes(slide, 
     storage.write(storage.join(found.staging, GRID), b"half")
     inspect(slide, make_plan(tmp_path))
     assert {uri: storage.read(uri) for uri in storage.list_files(found.staging)} == before
+
+
+def test_a_record_of_another_version_is_made_anew(slide, tmp_path):
+    first = inspect(slide, make_plan(tmp_path))
+    record = Path(first.staging, "slide.json")
+    before = record.read_bytes()
+    record.write_text(json.dumps(json.loads(before) | {"of_the_future": 1}))
+    assert inspect(slide, make_plan(tmp_path)) == first
+    assert record.read_bytes() == before
+    Path(first.staging, "grid.parquet").unlink()
+    assert inspect(slide, make_plan(tmp_path)) == first
+    assert Path(first.staging, "grid.parquet").is_file()
 
 
 def test_a_slide_that_moved_keeps_its_staging_and_tells_its_new_place(slide, tmp_path):

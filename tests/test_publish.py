@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from staged_slides import CONFIDENCE, FACTS, GENES, PANEL, TILE_PX, Slide, stage, write
+from staged_slides import CONFIDENCE, FACTS, GENES, PANEL, SCANNED_FROM, TILE_PX, Slide, stage, write
 
 from ingest import tiling
 from mclstexp import storage
@@ -134,7 +134,7 @@ def test_squares_lie_where_the_tiles_were_cut(slides: dict[str, Slide], out: Pat
     assert np.array_equal(rings[:, 0, 0], rings[:, 0, 4])
     edge = 32 * slide.record.scale
     low, high = rings.min(axis=(1, 2)), rings.max(axis=(1, 2))
-    assert low == pytest.approx(np.floor(slide.place) - edge / 2)
+    assert low == pytest.approx(np.floor(slide.place) - edge / 2 - SCANNED_FROM)
     assert high - low == pytest.approx(np.full_like(low, edge))
     assert {len({tuple(corner) for corner in ring[0]}) for ring in rings.tolist()} == {4}
     names = slide.grid.loc[slide.complete, "spot_id"]

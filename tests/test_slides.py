@@ -1,5 +1,6 @@
 """Slides: exact crops, exact resampling, one behaviour over pyramids and plain images, damage refused."""
 
+import errno
 import os
 import resource
 import struct
@@ -15,8 +16,8 @@ import tifffile
 from PIL import Image
 
 from ingest import slides
-from ingest.slides import open_slide
-from mclstexp.errors import SourceError
+from ingest.slides import open_slide, scanned_from
+from mclstexp.errors import SourceError, StorageError
 
 real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 
@@ -246,11 +247,6 @@ def test_what_is_no_image_is_refused(tmp_path, content):
         open_slide(tmp_path / "a.svs")
 
 
-def test_missing_image(tmp_path):
-    with pytest.raises(SourceError, match=r"none\.svs"):
-        open_slide(tmp_path / "none.svs")
-
-
 def test_pillows_limit_is_left_as_it_was(tmp_path):
     before = Image.MAX_IMAGE_PIXELS
     write_plain(tmp_path / "a.png", texture(64, 64))
@@ -302,3 +298,21 @@ def test_a_real_section_as_pyramid_and_as_jpeg_show_the_same():
         for scale in (1.0, 3.5):
             tiles = [slide.read_tile(2500.0, 2500.0, 224, scale).astype(float) for slide in (svs, jpeg)]
             assert np.corrcoef(tiles[0].ravel(), tiles[1].ravel())[0, 1] > 0.97
+
+
+def test_a_lost_file_is_no_damaged_slide(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        open_slide(tmp_path / "gone.svs")
+
+    def stale(*_args, **_options):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    write_plain(tmp_path / "a.png", texture())
+    monkeypatch.setattr(slides, "open", stale, raising=False)
+    with pytest.raises(StorageError, match=r"image a.png cannot be read now: \[Errno 116\] Stale file handle"):
+        open_slide(tmp_path / "a.png")
+
+
+def test_where_the_scanned_region_begins():
+    assert scanned_from({}) == (0, 0)
+    assert scanned_from({"openslide.bounds-x": "30000", "openslide.bounds-y": "1200"}) == (30000, 1200)

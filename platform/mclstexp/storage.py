@@ -236,12 +236,14 @@ def delete(uri: str) -> None:
 def delete_folder(uri: str) -> None:
     """Removes all files under `uri`, and on disk the folders that this leaves empty."""
     uri = absolute(uri)
+    if is_s3(uri):
+        object_store.delete_all(list_files(uri))
+        return
     for file in list_files(uri):
         delete(file)
-    if not is_s3(uri):
-        for folder, _, _ in os.walk(uri, topdown=False):
-            with suppress(OSError):  # somebody wrote into it meanwhile
-                os.rmdir(folder)
+    for folder, _, _ in os.walk(uri, topdown=False):
+        with suppress(OSError):  # somebody wrote into it meanwhile
+            os.rmdir(folder)
 
 
 def _read_file(path: str, start: int, length: int | None) -> bytes:

@@ -18,6 +18,7 @@ from mclstexp.errors import ConflictError, PredictError
 
 FOLDER, OWNER, SUMMARY = "ledger", "prediction.json", "summary.csv"
 _READERS = 32
+_TRIES = 5
 PREDICTED = ("done", "empty")
 State = Literal["done", "empty", "quarantined", "failed"]
 """`empty`: no tissue, so nothing is written. `quarantined`: the slide is at fault. `failed`: a fault that may pass."""
@@ -55,11 +56,18 @@ class Owner(_Record):
 
 
 def owner(out: str) -> Owner | None:
-    """Returns whose predictions a folder holds; None where it holds none."""
+    """Returns whose predictions a folder holds; None where it holds none.
+
+    Raises:
+        PredictError: its record cannot be read.
+    """
+    place = storage.join(out, OWNER)
     try:
-        return Owner.model_validate_json(storage.read(storage.join(out, OWNER)))
+        return Owner.model_validate_json(storage.read(place))
     except FileNotFoundError:
         return None
+    except ValidationError as error:
+        raise PredictError(f"{place} was written by another version or by hand: {error}; give another --out") from None
 
 
 def claim(out: str, new: Owner) -> None:
@@ -108,11 +116,17 @@ def record(out: str, new: Entry) -> None:
         ConflictError: another run keeps writing this slide's entry.
     """
     place = _place(out, new.slide_id)
-    previous = storage.version(place)
-    there = entry(out, new.slide_id)
-    if there is not None and there.state in PREDICTED and new.state not in PREDICTED:
-        return
-    storage.publish(place, new.model_dump_json(indent=1).encode(), previous)
+    for tries_left in reversed(range(_TRIES)):
+        previous = storage.version(place)
+        there = entry(out, new.slide_id)
+        if there is not None and there.state in PREDICTED and new.state not in PREDICTED:
+            return
+        try:
+            storage.publish(place, new.model_dump_json(indent=1).encode(), previous)
+            return
+        except ConflictError:
+            if not tries_left:
+                raise
 
 
 def summarise(out: str, found: Mapping[str, Entry]) -> str:

@@ -33,8 +33,8 @@ from mclstexp.settings import PredictConfig
 
 MAX_TRIES = 3
 """Times that a slide is tried in one run."""
-MAX_PUBLISHING = 4
-"""Slides that are put together at once."""
+MIN_PUBLISHING = 4
+"""Slides that are put together at once, at least; on large clusters one for every two readers."""
 _DIED = f"a process that worked on it died in each of {MAX_TRIES} tries"
 
 
@@ -196,7 +196,7 @@ class _Run:
             self._parts.clear()
             self._faults.clear()
             self._try(left)
-            left = [name for name in left if name not in self._report.entries]
+            left = [name for name in left if name not in self._report.entries and not self._is_answered(name)]
         for name in left:
             self.settle(name, "failed", self._faults.get(name) or self._stopped or _DIED)
 
@@ -208,7 +208,7 @@ class _Run:
         try:
             for row in parts.iter_rows():
                 self._take(row)
-                self._published(wait=len(self._publishing) >= MAX_PUBLISHING)
+                self._published(wait=len(self._publishing) >= max(MIN_PUBLISHING, work.dealt.num_readers // 2))
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:  # what is left is tried again
             self._stopped = f"the stream of tiles ended: {error}"
         while self._publishing:
@@ -229,13 +229,19 @@ class _Run:
         self._show()
 
     def _begin_publishing(self, name: str, staging: str) -> None:
-        work, there = self._work, ledger.entry(self._work.out, name)
-        if there is not None and _answers(there, work.cohort):  # another run on the same output was first
-            self._report.entries[name] = there
+        work = self._work
+        if self._is_answered(name):
             return
-        if there is not None:
-            ledger.forget(work.out, name)  # its files are about to be replaced
+        ledger.forget(work.out, name)  # its files are about to be replaced
         self._publishing[self._publish.remote(staging, work.out, work.facts, work.genes)] = (name, staging)
+
+    def _is_answered(self, name: str) -> bool:
+        """Tells whether another run on the same output was first, and takes its answer."""
+        there = ledger.entry(self._work.out, name)
+        if there is None or not _answers(there, self._work.cohort):
+            return False
+        self._report.entries[name] = there
+        return True
 
     def _published(self, wait: bool) -> None:
         """Settles slides whose files are there; waits for one where asked to."""

@@ -1,7 +1,8 @@
 """Chosen genes of a slide as GeoJSON that QuPath opens: one square a tile, with its values as measurements.
 
-QuPath reads a FeatureCollection whose coordinates are pixels of the full-resolution image, from its upper left corner
-(File > Import objects from file; https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html).
+QuPath reads a FeatureCollection whose coordinates are pixels of the full-resolution image, from the upper left corner
+of the scanned region where a file says it, as those of some scanners do (openslide.bounds-x), else of the whole image;
+tables and h5ad files count from the whole image's (File > Import objects from file; https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html).
 `properties` hold `objectType` ("detection": QuPath keeps hundreds of thousands of them without asking to edit each),
 `name`, `isLocked` and `measurements`, an object of numbers since QuPath 0.4; Measure > Show measurement maps colours
 the squares by them. Text takes about ten times the room of the table, so it is written for chosen genes alone.
@@ -54,11 +55,11 @@ def _features(
     """Yields a feature a row; `labels` names its measurements by column."""
     corners = [tile_corner(rows[name].to_numpy(), record, facts).tolist() for name in ("x_px", "y_px")]
     values = zip(*(_shortest(rows[name].to_numpy()) for name in labels), strict=True)
-    edge = tile_edge(record, facts)
+    edge, (x, y) = tile_edge(record, facts), record.scanned_from_px
     for name, left, top, row in zip(rows["spot_id"].to_pylist(), *corners, values, strict=True):
         measured = {label: value for label, value in zip(labels.values(), row, strict=True) if np.isfinite(value)}
         properties = {"objectType": "detection", "name": name, "isLocked": False, "measurements": measured}
-        yield {"type": "Feature", "geometry": _square(left, top, edge), "properties": properties}
+        yield {"type": "Feature", "geometry": _square(left - x, top - y, edge), "properties": properties}
 
 
 def _square(left: float, top: float, edge: float) -> dict[str, object]:

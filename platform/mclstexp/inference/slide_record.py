@@ -45,6 +45,8 @@ class SlideRecord(BaseModel):
     mpp_source: str
     scale: float
     """Level-0 pixels along a tile pixel."""
+    scanned_from_px: tuple[float, float]
+    """x and y of the scanned region's corner, level 0."""
     num_tiles: int
     tile_area_mm2: float
     """Area of all tiles; where they overlap it counts twice."""
