@@ -71,9 +71,11 @@ def _looked(cohort: SlideCohort) -> tuple[list[tuple[SlideSource, Inspection]], 
 
 
 def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]], model: ModelVersion) -> _Rates:
-    """Reads and embeds some tiles of the slide that has most."""
+    """Reads some tiles of the slide that has most, and predicts them."""
     plan = cohort.plan
     source, inspection = max(found, key=lambda one: one[1].record.num_tiles)
+    if not inspection.record.num_tiles:
+        raise SourceError(f"none of the {len(found)} slides looked at shows tissue; lower predict.min_tissue")
     scale, grid = inspection.record.scale, read_grid(inspection.staging, inspection.record.num_tiles)
     left, top = corners(grid.slice(0, _TIMED_TILES), plan.tiles.size_px, scale)
     with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path, open_slide(path) as slide:
@@ -85,10 +87,10 @@ def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]],
         raise SourceError(f"slide {source.slide_id} has no pixels where its tissue is")
     torch.set_num_threads(1)  # as each actor has one CPU
     embed = network_of(model).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    batch = np.stack((tiles * MICRO_BATCH)[: min(MICRO_BATCH, _TIMED_TILES)])
-    embed(batch[:1])
+    batch = np.stack((tiles * MICRO_BATCH)[:MICRO_BATCH])
+    model.predict(embed(batch[:1]))
     started = time.perf_counter()
-    embed(batch)
+    model.predict(embed(batch))
     return _Rates(read_s / len(left), (time.perf_counter() - started) / len(batch))
 
 
@@ -113,8 +115,8 @@ def _words(
         *(f"  {fault}" for fault in faults),
         f"tiles      {total:,} ({min(tiles):,} to {max(tiles):,} a slide) of {model.tile_size_px} px at "
         f"{model.mpp:.4g} um/px, {sum(i.record.tile_area_mm2 for _, i in found):.4g} mm2 in the slides looked at",
-        f"workers    {dealt.num_readers} read ({1 / rates.read_s:.3g} tiles/s each), {dealt.num_embedders} embed on "
-        f"{'GPUs' if dealt.uses_gpu else 'CPUs'} ({1 / rates.embed_s:.3g} tiles/s each)",
+        f"workers    {dealt.num_readers} read ({1 / rates.read_s:.3g} tiles/s each), {dealt.num_embedders} embed and "
+        f"retrieve on {'GPUs' if dealt.uses_gpu else 'CPUs'} ({1 / rates.embed_s:.3g} tiles/s each)",
         f"time       about {_duration(seconds)}; for 1,000 such slides "
         f"{_duration(seconds / len(cohort.sources) * 1000)}",
         f"memory     about {(in_flight + bank_bytes) / 2**30:.2g} GiB of object store, whatever the slides' sizes",

@@ -104,7 +104,8 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
     mask, seen = find_tissue_on_thumbnail(slide, mpp)
     stain = not_h_and_e(seen, mask.is_tissue)
     _require_stain(stain, plan)
-    table = _tiles(source, plan, slide, mask, scale, mpp)
+    given = plan.positions.get(source.slide_id)
+    table = _tiles(given, plan, slide, mask, scale, mpp)
     small, small_scale = small_picture(slide)
     record = SlideRecord(
         slide_id=source.slide_id,
@@ -122,6 +123,7 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
         tile_area_mm2=len(table) * (plan.tiles.size_px * scale * mpp) ** 2 / _UM2_PER_MM2,
         tissue_area_mm2=float(mask.is_tissue.sum()) * (mask.scale * mpp) ** 2 / _UM2_PER_MM2,
         missing_tiles=0,
+        left_out_positions=0 if given is None else len(given) - len(table),
         thumbnail_scale=small_scale,
         not_h_and_e=stain,
     )
@@ -146,9 +148,11 @@ def _require_stain(reason: str, plan: CohortPlan) -> None:
         raise SourceError(f"not H&E: {reason}; set predict.other_stains=true to predict it all the same")
 
 
-def _tiles(source: SlideSource, plan: CohortPlan, slide: Slide, mask: TissueMask, scale: float, mpp: float) -> pa.Table:
+def _tiles(
+    given: pa.Table | None, plan: CohortPlan, slide: Slide, mask: TissueMask, scale: float, mpp: float
+) -> pa.Table:
     """Returns the tiles of a slide (GRID_SCHEMA) in curve order: given ones, or those of a grid that show tissue."""
-    size_px, given = plan.tiles.size_px, plan.positions.get(source.slide_id)
+    size_px = plan.tiles.size_px
     if given is None:
         column, row, x, y = grid(slide.width, slide.height, size_px, scale, plan.overlap)
         places = {"spot_id": tile_names(column, row).tolist(), "array_row": row, "array_col": column}
@@ -169,7 +173,7 @@ def _tiles(source: SlideSource, plan: CohortPlan, slide: Slide, mask: TissueMask
 
 
 def _require_on_slide(kept: np.ndarray, x: np.ndarray, y: np.ndarray, slide: Slide) -> None:
-    """Refuses positions of another image; a few off this one are left out and are missing in the count of tiles."""
+    """Refuses positions of another image; a few off this one are left out and counted."""
     if kept.sum() >= _LEAST_ON_SLIDE * len(kept):
         return
     centred, exchanged = (int(inside(a, b, 0, slide.width, slide.height).sum()) for a, b in ((x, y), (y, x)))

@@ -66,6 +66,7 @@ def stage(
         tile_area_mm2=1.0,
         tissue_area_mm2=1.0,
         missing_tiles=0,
+        left_out_positions=0,
         thumbnail_scale=max(4.0, max(across, down) * edge / 512),
         not_h_and_e="",
     )

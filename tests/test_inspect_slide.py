@@ -127,6 +127,7 @@ def test_given_positions(slide, tmp_path):
     places = zip(*(table[name].to_pylist() for name in ("spot_id", "x_px", "y_px")), strict=True)
     assert {name: (x, y) for name, x, y in places} == {"a": (8.0, 8.0), "b": (300.25, 200.5), "e": (504.0, 504.0)}
     assert table["array_row"].null_count == table["array_col"].null_count == found.record.num_tiles == 3
+    assert found.record.left_out_positions == 2
     share = dict(zip(table["spot_id"].to_pylist(), table["tissue_fraction"].to_pylist(), strict=True))
     assert share == {"a": 0.0, "b": 1.0, "e": 0.0}
 

@@ -39,6 +39,8 @@ class Entry(_Record):
     num_tiles: int = 0
     missing_tiles: int = 0
     """Tiles that the slide has no pixels of."""
+    left_out_positions: int = 0
+    """Given positions whose tile would lie off the image or cross its edge."""
     tile_area_mm2: float = 0.0
     tissue_area_mm2: float = 0.0
     genes: str = ""

@@ -154,7 +154,7 @@ def _answers(entry: Entry, cohort: Cohort) -> bool:
 def _entry(
     slide_id: str, key: str, state: ledger.State, reason: str, record: SlideRecord | None, genes: Sequence[str]
 ) -> Entry:
-    names = ("num_tiles", "missing_tiles", "tile_area_mm2", "tissue_area_mm2")
+    names = ("num_tiles", "missing_tiles", "left_out_positions", "tile_area_mm2", "tissue_area_mm2")
     found = {name: getattr(record, name) for name in names} if record else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     drawn = ",".join(genes) if state == "done" else ""

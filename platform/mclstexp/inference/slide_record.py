@@ -53,6 +53,8 @@ class SlideRecord(BaseModel):
     tissue_area_mm2: float
     missing_tiles: int
     """Tiles without pixels; 0 at inspection."""
+    left_out_positions: int
+    """Given positions whose tile would lie off the image or cross its edge."""
     thumbnail_scale: float
     """Level-0 pixels along a pixel of the thumbnail."""
     not_h_and_e: str
