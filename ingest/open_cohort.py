@@ -98,7 +98,7 @@ def open_cohort(
         tiles=model.config.tiles.model_copy(update=free | {"size_px": model.tile_size_px}),
         mpp=model.mpp,
         model_digest=model.digest,
-        scratch=config.scratch or str(Path(gettempdir(), f"mclstexp-slides-{os.getuid()}")),
+        scratch=str(Path(config.scratch or gettempdir(), f"mclstexp-slides-{os.getuid()}")),
         scratch_budget_bytes=int(config.scratch_gb * 1e9),
         num_readers=1,
         overlap=config.overlap,

@@ -7,6 +7,7 @@ where all are in use a download waits. Nobody may therefore wait while holding a
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ _MANY_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
 _POLL_S = 0.2
 _MAX_WAIT_S = 900.0
 _ROOM = ".room"
+_COPY = re.compile(r"[0-9a-f]{16}-\d+")
+"""Names of copies' folders; what else lies in the scratch folder is not ours."""
 
 
 @contextmanager
@@ -120,7 +123,7 @@ def _entries(folder: Path) -> list[Path]:
     """Returns all copies, whole or under way, those used longest ago first."""
     used = []
     for entry in folder.iterdir():
-        if entry.is_dir():
+        if entry.is_dir() and _COPY.fullmatch(entry.name):
             lock = _lock_path(entry)
             used.append((lock.stat().st_mtime_ns if lock.exists() else 0, entry))
     return [entry for _, entry in sorted(used)]

@@ -32,6 +32,7 @@ from mclstexp.data.genes import GenePanel, fit_panel
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ConfigError, PredictError, StorageError
+from mclstexp.inference import ledger
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.cosine import KEY_BLOCK
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
@@ -289,6 +290,25 @@ def _when(condition: Callable[[], object], act: Callable[[], None]) -> threading
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
+
+
+def test_a_passing_fault_of_the_store_costs_no_slide(
+    predicted: Path, model: ModelVersion, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slides").mkdir()
+    shutil.copy(slides / "big1.tif", tmp_path / "slides")
+    faults = iter([StorageError("the store said 503"), StorageError("again")])
+    original = ledger.record
+
+    def record(*arguments: object) -> None:
+        for fault in faults:
+            raise fault
+        original(*arguments)
+
+    monkeypatch.setattr(ledger, "record", record)
+    report = _predict(model, tmp_path / "slides", tmp_path / "out")
+    assert report.counts() == {"done": 1}
+    assert (tmp_path / "out" / "big1.parquet").read_bytes() == (predicted / "big1.parquet").read_bytes()
 
 
 def test_a_killed_embedder_and_a_sharded_bank_change_nothing(

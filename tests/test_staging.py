@@ -51,6 +51,11 @@ def test_a_copy_stays_until_it_is_cleared(s3, tmp_path, monkeypatch):
             clear(str(tmp_path / "scratch"))  # in use: stays
             assert Path(path).exists()
     assert len(downloads) == 1
+    foreign = tmp_path / "scratch" / "thesis"
+    foreign.mkdir()
+    clear(str(tmp_path / "scratch"))
+    assert foreign.is_dir()
+    foreign.rmdir()
     clear(str(tmp_path / "scratch"))
     assert not (tmp_path / "scratch").exists()
     clear(str(tmp_path / "scratch"))

@@ -7,8 +7,8 @@ that a reader should go by the ledger, which is written last.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +19,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from mclstexp import storage
 from mclstexp.data.stream import MAX_RETRIES
-from mclstexp.errors import ConflictError, UserError
+from mclstexp.errors import ConflictError, StorageError, UserError
 from mclstexp.inference import ledger
 from mclstexp.inference.ledger import Entry, Owner
 from mclstexp.inference.model_facts import ModelFacts, choose_genes
@@ -124,15 +124,16 @@ def predict_cohort(
         _Work(model, cohort, out, facts, tuple(genes), dealt, config.bank_shards), report, lambda: show(report, total)
     )
     for name, reason in cohort.unreadable.items():
-        run.settle(name, "failed", reason)
+        run.fail(name, reason)
     run.run(left)
     for entry, fault in redraw(report.skipped, out, facts, genes):
         report.skipped[entry.slide_id] = entry
         report.num_redrawn += not fault
         report.undrawn |= {entry.slide_id: fault} if fault else {}
     found = {**report.skipped, **report.entries}
-    clear_staging(out, {name for name, entry in found.items() if entry.state != "failed"})
     report.summary = ledger.summarise(out, found)
+    with suppress(StorageError):  # the next run clears what is left
+        clear_staging(out, {name for name, entry in found.items() if entry.state != "failed"})
     return report
 
 
@@ -198,7 +199,7 @@ class _Run:
             self._try(left)
             left = [name for name in left if name not in self._report.entries and not self._is_answered(name)]
         for name in left:
-            self.settle(name, "failed", self._faults.get(name) or self._stopped or _DIED)
+            self.fail(name, self._faults.get(name) or self._stopped or _DIED)
 
     def _try(self, slide_ids: Sequence[str]) -> None:
         work = self._work
@@ -207,7 +208,8 @@ class _Run:
         self._stopped = ""
         try:
             for row in parts.iter_rows():
-                self._take(row)
+                with self._faults_of(str(row["slide_id"])):
+                    self._take(row)
                 self._published(wait=len(self._publishing) >= max(MIN_PUBLISHING, work.dealt.num_readers // 2))
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:  # what is left is tried again
             self._stopped = f"the stream of tiles ended: {error}"
@@ -256,8 +258,25 @@ class _Run:
                 self._faults[name] = record
                 continue
             key = staging.rpartition("-")[2]
-            self.settle(name, "done" if record.num_tiles else "empty", key=key, record=record)
-            remove_staging(staging)
+            with self._faults_of(name):
+                self.settle(name, "done" if record.num_tiles else "empty", key=key, record=record)
+                remove_staging(staging)
+
+    @contextmanager
+    def _faults_of(self, name: str) -> Iterator[None]:
+        """Keeps a fault of the store to the slide that it struck, which the next try takes up."""
+        try:
+            yield
+        except StorageError as error:
+            self._faults[name] = str(error)
+
+    def fail(self, name: str, reason: str) -> None:
+        """Gives a slide up in this run."""
+        try:
+            self.settle(name, "failed", reason)
+        except StorageError as error:  # its entry cannot be written; the summary tells of it
+            key = self._work.cohort.attempt_keys.get(name, "")
+            self._report.entries[name] = _entry(name, key, "failed", f"{reason}; {error}", None, ())
 
     def settle(
         self, name: str, state: ledger.State, reason: str = "", key: str = "", record: SlideRecord | None = None
