@@ -38,9 +38,9 @@ def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: 
             f"trained on {', '.join(split.train)} ({spots} spots), validated on {', '.join(split.validation)}, never "
             f"seen: {', '.join(split.test) or 'no section'}",
             f"each trial: {resources.plan(config)}; {at_once(config)} at once",
-            f"{1000 * tile_s:.1f} ms a tile forward and back on this machine: {hours[0]:.2f} to {hours[1]:.2f} hours "
-            "of it for the image tower with its validations, less where several machines share them; the spots' tower "
-            "adds a little, each trial takes some seconds to start",
+            f"{1000 * tile_s:.1f} ms a tile forward and back on one CPU core or GPU here: {hours[0]:.2f} to "
+            f"{hours[1]:.2f} hours of one for the image tower and its validations, shared by all that the trials hold; "
+            "the spots' tower adds a little, each trial takes some seconds to start",
         ]
     )
 
@@ -57,7 +57,8 @@ def expected_epochs(config: Config, trials: int) -> int:
 
 
 def tile_seconds(config: Config, tile_size_px: int) -> float:
-    """Returns the seconds that a tile takes forward and back through the image tower on this machine's CPU or GPU."""
+    """Returns the seconds that a tile takes forward and back through the image tower on one CPU core, or on a GPU."""
+    torch.set_num_threads(1)  # several wait for each other where other work holds a core, up to 50 times as long
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = config.model.model_copy(update={"image_weights": "random"})
     tower = ImageTower(settings, tile_size_px).to(device).to(memory_format=torch.channels_last).train()
