@@ -3,7 +3,7 @@
     python benchmarks/bank_scale.py --keys 100000,1000000 --bank-up-to 1000000
     python benchmarks/bank_scale.py --keys 10000000 --bank-up-to 0
 
-Keys are made, asked and dropped a block at a time, so that any number can be searched in 4 GiB; only the search is
+Keys are made, asked and dropped a block at a time, so that any number can be searched in 6 GiB; only the search is
 timed. A key is one of 1,000 random directions, plus variation along 16 directions that all share, plus noise; queries
 are made alike. Up to `--bank-up-to` keys a whole bank with a payload is asked too, in shards and as one, and both must
 give the same bits. The approximate index is Faiss's inverted lists of 8-bit codes (pip install -e ".[bench]").

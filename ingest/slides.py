@@ -276,7 +276,7 @@ def _named_errors(name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(name) from None
     except (openslide.OpenSlideError, OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None) in _PASSING:
             raise StorageError(f"image {name} cannot be read now: {error}") from error

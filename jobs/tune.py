@@ -36,14 +36,13 @@ def main() -> None:
     trials = num_trials(space, search, asked)
     name = arguments.name or f"sweep-{config.digest()}-{manifest.digest()[:6]}-{digest(space)}-{search}{trials}"
     uri = storage.join(storage.absolute(arguments.out), name)
+    _launch.connect(config)  # a plan says what runs side by side
     if arguments.dry_run:
-        _launch.connect(config)  # to see what runs side by side
         resources.require(config)
         print(describe(config, SECTIONS))
         print(plan(manifest, config, space, search, trials))
         print(f"would go into {uri}")
         return
-    _launch.connect(config)
     _run(arguments, config, space, search, trials, name, uri)
 
 

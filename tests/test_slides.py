@@ -301,7 +301,7 @@ def test_a_real_section_as_pyramid_and_as_jpeg_show_the_same():
 
 
 def test_a_lost_file_is_no_damaged_slide(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"^gone\.svs$"):
         open_slide(tmp_path / "gone.svs")
 
     def stale(*_args, **_options):

@@ -127,4 +127,4 @@ def _assert_tracked(folder: Path, table: pd.DataFrame) -> None:
         assert run.info.status == ("FINISHED" if row["state"] == FINISHED else "KILLED")
         assert run.data.metrics["validation/model/mse"] > 0
         history = client.get_metric_history(run.info.run_id, "validation_pcc")
-        assert len({metric.step for metric in history}) == row["epochs"]
+        assert len({metric.step for metric in history}) >= row["epochs"]

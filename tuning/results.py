@@ -24,16 +24,16 @@ def publish(sweep: Sweep, trials: Sequence[Trial]) -> Trial:
     """
     config, run_id, table = sweep.plan.config, sweep.plan.mlflow_run_id, summary.trial_table(trials)
     Console(width=120).print(_printed(table))
-    storage.write(storage.join(sweep.uri, summary.TABLE), table.to_csv(index=False).encode())
-    try:
-        best = summary.best_trial(trials)
-    except RunError:
-        tracking.finish_run(config.tracking, run_id, "FAILED")
-        raise
-    heading = _heading(sweep, best)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table.to_csv(folder / summary.TABLE, index=False)
+        try:
+            best = summary.best_trial(trials)
+        except RunError:
+            storage.upload_folder(name, sweep.uri, last=summary.TABLE)
+            tracking.finish_run(config.tracking, run_id, "FAILED")
+            raise
+        heading = _heading(sweep, best)
         (folder / summary.BEST).write_text(summary.best_config(best, config))
         pictures.draw_parallel(folder / pictures.PARALLEL, table, sweep.space, heading)
         pictures.draw_temperature_depth(folder / pictures.MAP, table, sweep.space, heading)

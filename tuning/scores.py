@@ -49,7 +49,9 @@ def _settle(sweep: Sweep, trial: Trial) -> None:
 def _complete_curve(run: trainer.Run, trial: Trial) -> None:
     """Adds the score for which a trial was stopped, which its process may not have lived to log."""
     config, newest = run.config.tracking, trainer.last_checkpoint(run)
-    step = int(newest[1]["step"]) if newest else 0
+    if newest is None or newest.metrics["epoch"] + 1 != trial.epochs:  # it went on, and logged that score
+        return
+    step = int(newest.metrics["step"])
     if step not in tracking.curves(config, run.mlflow_run_id, (VALIDATION_PCC,))["step"].to_list():
         metrics = tracking.metric_log(config, run.mlflow_run_id)
         metrics.log(step, {VALIDATION_PCC: trial.score})
@@ -69,7 +71,7 @@ def finished_model(run: trainer.Run) -> ModelVersion | None:
         checkpoint = trainer.last_checkpoint(run)
         if checkpoint is None:
             return None
-        finish.finish(run, checkpoint[0])
+        finish.finish(run, checkpoint.uri)
     with tempfile.TemporaryDirectory() as scratch:
         return ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
 

@@ -52,9 +52,10 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
 def _last_scores(run: trainer.Run) -> dict[str, Any] | None:
     """Returns what a run that has all its epochs has to report."""
     newest = trainer.last_checkpoint(run)
-    if newest is None or VALIDATION_PCC not in newest[1] or newest[1]["epoch"] + 1 < run.config.train.epochs:
+    metrics = newest.metrics if newest else {}
+    if VALIDATION_PCC not in metrics or metrics["epoch"] + 1 < run.config.train.epochs:
         return None
-    return _said(newest[1])
+    return _said(metrics)
 
 
 def _said(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def predict_cohort(
     storage.require_conditional_puts(out)
     ledger.claim(out, Owner(model_digest=model.digest, settings=dict(cohort.settings)))
     there = ledger.entries(out, [*cohort.attempt_keys, *cohort.unreadable])
-    report = Report(skipped=_settled(there, cohort, config.retry_quarantined))
+    again = config.retry_quarantined
+    report = Report(skipped={name: entry for name, entry in there.items() if _stands(entry, cohort, again)})
     left = [name for name in cohort.attempt_keys if name not in report.skipped]
     total = len(left) + len(cohort.unreadable)
     run = _Run(
@@ -137,12 +138,8 @@ def predict_cohort(
     return report
 
 
-def _settled(there: Mapping[str, Entry], cohort: Cohort, retry_quarantined: bool) -> dict[str, Entry]:
-    """Returns the entries of slides that running again would not change."""
-    return {name: entry for name, entry in there.items() if _stands(entry, cohort, retry_quarantined)}
-
-
 def _stands(entry: Entry, cohort: Cohort, retry_quarantined: bool) -> bool:
+    """Tells whether running again would not change a slide's entry."""
     same_attempt = entry.key == cohort.attempt_keys.get(entry.slide_id)
     return _answers(entry, cohort) or (entry.state == "quarantined" and same_attempt and not retry_quarantined)
 
@@ -197,7 +194,7 @@ class _Run:
             self._parts.clear()
             self._faults.clear()
             self._try(left)
-            left = [name for name in left if name not in self._report.entries and not self._is_answered(name)]
+            left = [name for name in left if not self._is_settled(name)]
         for name in left:
             self.fail(name, self._faults.get(name) or self._stopped or _DIED)
 
@@ -231,18 +228,23 @@ class _Run:
         self._show()
 
     def _begin_publishing(self, name: str, staging: str) -> None:
-        work = self._work
-        if self._is_answered(name):
+        work, there = self._work, ledger.entry(self._work.out, name)
+        if self._takes(there):
             return
-        ledger.forget(work.out, name)  # its files are about to be replaced
+        if there is not None:
+            ledger.forget(work.out, name)  # its files are about to be replaced
         self._publishing[self._publish.remote(staging, work.out, work.facts, work.genes)] = (name, staging)
 
-    def _is_answered(self, name: str) -> bool:
-        """Tells whether another run on the same output was first, and takes its answer."""
-        there = ledger.entry(self._work.out, name)
+    def _is_settled(self, name: str) -> bool:
+        with self._faults_of(name):
+            return name in self._report.entries or self._takes(ledger.entry(self._work.out, name))
+        return False  # nobody can tell now
+
+    def _takes(self, there: Entry | None) -> bool:
+        """Takes an answer that another run on the same output was first to give, and tells whether there is one."""
         if there is None or not _answers(there, self._work.cohort):
             return False
-        self._report.entries[name] = there
+        self._report.entries[there.slide_id] = there
         return True
 
     def _published(self, wait: bool) -> None:
@@ -275,8 +277,7 @@ class _Run:
         try:
             self.settle(name, "failed", reason)
         except StorageError as error:  # its entry cannot be written; the summary tells of it
-            key = self._work.cohort.attempt_keys.get(name, "")
-            self._report.entries[name] = _entry(name, key, "failed", f"{reason}; {error}", None, ())
+            self._report.entries[name] = _entry(name, "", "failed", f"{reason}; {error}", None, ())
 
     def settle(
         self, name: str, state: ledger.State, reason: str = "", key: str = "", record: SlideRecord | None = None

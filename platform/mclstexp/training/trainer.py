@@ -7,6 +7,7 @@ name is refused. Ray Train restarts workers and keeps the checkpoints; the recor
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import ray
 import torch
@@ -180,17 +181,21 @@ def fit(
     return _uri(run, result.checkpoint)
 
 
-def last_checkpoint(run: Run) -> tuple[str, Metrics] | None:
-    """Returns the newest checkpoint of a run that is not under way: its URI, and what was reported with it.
+class LastCheckpoint(NamedTuple):
+    """A checkpoint and what was reported with it."""
 
-    None where there is none.
-    """
+    uri: str
+    metrics: Metrics
+
+
+def last_checkpoint(run: Run) -> LastCheckpoint | None:
+    """Returns the newest checkpoint of a run that is not under way; None where it has none."""
     filesystem, path = storage.filesystem(run.uri)
     try:
         result = ray.train.Result.from_path(path, filesystem)
     except RuntimeError:  # it was killed before its first checkpoint
         return None
-    return (_uri(run, result.checkpoint), result.metrics or {}) if result.checkpoint else None
+    return LastCheckpoint(_uri(run, result.checkpoint), result.metrics or {}) if result.checkpoint else None
 
 
 def _uri(run: Run, checkpoint: ray.train.Checkpoint) -> str:
