@@ -104,7 +104,7 @@ def _command(folder: Path, out: Path) -> list[str]:
 
 
 def _settled(out: Path) -> set[str]:
-    return {name for name, entry in _ledger(out).items() if entry["state"] != "failed"}
+    return {name for name, entry in _ledger(out).items() if entry["state"] in STATES and entry["state"] != "failed"}
 
 
 def _ledger(out: Path) -> dict[str, dict[str, str]]:

@@ -1,15 +1,15 @@
 """From slides to a Ray Dataset of tile batches: inspect, cut into stretches, read; one row a part, as it comes.
 
 A stretch is what one task reads: long enough to pay for opening a slide, short enough that several readers share a
-large one. Every row is a block of its own, and Ray stops a reader that is two blocks ahead, so that memory is bounded
-by the number of readers and not by a slide's size. Rows come in any order and say where they belong; what a slide does
-wrong is a row too. A process that dies is started again a few times; then its parts stay missing, for the caller to
-see.
+large one; a plain image, which each of them would decode whole, is a single stretch. Every row is a block of its own,
+and Ray stops a reader that is two blocks ahead, so that memory is bounded by the number of readers and not by a
+slide's size. Rows come in any order and say where they belong; what a slide does wrong is a row too. A process that
+dies is started again a few times; then its parts stay missing, for the caller to see.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from mclstexp.inference.slide_table import read_grid, read_record
 from mclstexp.settings import TilesConfig
 
 STRETCH_PARTS = 16
-"""Most parts that one task reads: 4,096 tiles."""
+"""Most parts of a pyramid that one task reads: 4,096 tiles."""
 _NO_PART = -1
 NO_PROGRESS_S = 6 * 3600.0
 """Without a row for so long, the run ends with an error."""
@@ -52,7 +52,7 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
             .map_batches(cast(Any, _Inspect(plan)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
             .map_batches(
                 _Read,
-                fn_constructor_args=(plan,),
+                fn_constructor_args=(replace(plan, positions={}),),  # only inspection needs all slides' positions
                 batch_size=1,
                 compute=ActorPoolStrategy(
                     min_size=1,
@@ -105,13 +105,14 @@ class _Inspect:
         missing = [part for part in range(total) if part not in there]
         if not missing:
             yield _stretch(source, inspection.staging, [], 0, NOTHING_LEFT, "")
-        for start in range(0, len(missing), STRETCH_PARTS):
-            yield _stretch(source, inspection.staging, missing[start : start + STRETCH_PARTS], len(missing), TILES, "")
+        step = STRETCH_PARTS if inspection.record.reads_regions else max(1, len(missing))
+        for start in range(0, len(missing), step):
+            yield _stretch(source, inspection.staging, missing[start : start + step], len(missing), TILES, "")
 
 
 class _Read:
-    """The actor that reads stretches; it keeps the last local slide open. Remote ones it lets go after each stretch,
-    since a node's scratch folder waits for its holders.
+    """The actor that reads stretches; it keeps the last local pyramid open. Remote slides it lets go after each
+    stretch, since a node's scratch folder waits for its holders, and plain images, which fill memory.
     """
 
     def __init__(self, plan: CohortPlan) -> None:
@@ -129,11 +130,12 @@ class _Read:
             record = read_record(stretch["staging"])
             table = read_grid(stretch["staging"], record.num_tiles)
             left, top = corners(table, self._plan.tiles.size_px, record.scale)
-            for part in stretch["parts"]:
-                if part != _NO_PART:
-                    rows_of = slice(part * PART_TILES, (part + 1) * PART_TILES)
-                    tiles = self._tiles(stretch["image"], left[rows_of], top[rows_of], record.scale)
-                    yield self._row(stretch, part, tiles, TILES, "")
+            for part in map(int, stretch["parts"].split()):
+                rows_of = slice(part * PART_TILES, (part + 1) * PART_TILES)
+                tiles = self._tiles(stretch["image"], left[rows_of], top[rows_of], record.scale)
+                yield self._row(stretch, part, tiles, TILES, "")
+            if not record.reads_regions:
+                self._release()
         except Exception as error:  # whatever is wrong with a slide stops no other
             self._release()
             yield self._row(stretch, _NO_PART, [], *_verdict(error))
@@ -194,7 +196,6 @@ def _verdict(error: Exception) -> tuple[str, str]:
 
 
 def _stretch(source: SlideSource, staging: str, parts: list[int], num_left: int, state: str, reason: str) -> Batch:
-    filled = [*parts, *[_NO_PART] * (STRETCH_PARTS - len(parts))]
     texts = {"slide_id": source.slide_id, "image": source.image, "staging": staging, "state": state, "reason": reason}
-    numbers = {"parts": np.array([filled]), "num_left": np.array([num_left])}
-    return {name: np.array([text], object) for name, text in texts.items()} | numbers
+    texts |= {"parts": " ".join(map(str, parts))}
+    return {name: np.array([text], object) for name, text in texts.items()} | {"num_left": np.array([num_left])}

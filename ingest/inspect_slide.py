@@ -118,6 +118,7 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
         mpp=mpp,
         mpp_source=origin,
         scale=scale,
+        reads_regions=slide.reads_regions,
         scanned_from_px=slide.scanned_from,
         num_tiles=len(table),
         tile_area_mm2=len(table) * (plan.tiles.size_px * scale * mpp) ** 2 / _UM2_PER_MM2,

@@ -21,8 +21,8 @@ from ingest.slide_list import list_slides, read_positions, require_positions
 from ingest.staging import clear
 from mclstexp import storage
 from mclstexp.errors import SourceError, StorageError
+from mclstexp.inference.cohort import Cohort
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.predict import Cohort
 from mclstexp.settings import PredictConfig
 
 _AT_ONCE = 32
@@ -70,6 +70,7 @@ class SlideCohort:
         return Cohort(
             answer_keys={s.slide_id: _answer_keys(s, prints[s.slide_id], plan) for s in there},
             attempt_keys={s.slide_id: attempt_key(s, prints[s.slide_id], plan) for s in there},
+            fingerprints=prints,
             unreadable={name: value.reason for name, value in found.items() if isinstance(value, _Unreadable)},
             settings=_settings(plan),
             tile_batches=batches,

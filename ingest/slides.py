@@ -36,6 +36,10 @@ class _Levels(Protocol):
     """Pixels at several resolutions; level 0 is the finest."""
 
     @property
+    def reads_regions(self) -> bool:
+        """Whether a region is read by itself, or the whole image decoded for any."""
+
+    @property
     def downsamples(self) -> tuple[float, ...]:
         """Level-0 pixels along a pixel of each level."""
 
@@ -67,6 +71,8 @@ class Slide:
         self.width, self.height = levels.dimensions[0]
         self.mpp = levels.mpp
         """Micrometres per level-0 pixel as the file says, or None."""
+        self.reads_regions = levels.reads_regions
+        """Whether a region is read by itself, or the whole image decoded for any."""
         self.scanned_from = levels.scanned_from
         """x and y of the scanned region's corner, where some viewers' coordinates begin; (0, 0) in most files."""
 
@@ -147,6 +153,8 @@ def open_slide(path: str | Path) -> Slide:
 class _Pyramid:
     """Levels of a file that OpenSlide reads."""
 
+    reads_regions = True
+
     def __init__(self, path: str) -> None:
         self._slide = openslide.OpenSlide(path)
         self.dimensions = self._slide.level_dimensions
@@ -171,6 +179,7 @@ class _Plain:
     """The one level of a JPEG, PNG or TIFF image, decoded at the first read."""
 
     downsamples: tuple[float, ...] = (1.0,)
+    reads_regions = False
     scanned_from = (0.0, 0.0)
 
     def __init__(self, path: str) -> None:

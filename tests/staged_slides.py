@@ -61,6 +61,7 @@ def stage(
         mpp=0.5 / scale,
         mpp_source="its image",
         scale=scale,
+        reads_regions=True,
         scanned_from_px=SCANNED_FROM,
         num_tiles=num_tiles,
         tile_area_mm2=1.0,

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import round_slide
 import tifffile
+from PIL import Image
 from round_slide import MPP, SIZE, TILE, tissue_image
 
 from ingest import cohort
@@ -131,10 +132,21 @@ def test_a_cohort_gives_every_part_once_and_every_fault_a_row(ray_session, tmp_p
 def test_a_large_slide_is_cut_into_stretches(tmp_path):
     source = slide_of(tmp_path, "a", tissue_image())
     stretches = [flat(row) for row in _Inspect(make_plan(tmp_path, overlap=0.75))(rows_of(source))]
-    parts = [[part for part in row["parts"].tolist() if part >= 0] for row in stretches]
+    parts = [[int(part) for part in row["parts"].split()] for row in stretches]
     assert len(stretches) >= 2
     assert [len(row) for row in parts[:-1]] == [STRETCH_PARTS] * (len(stretches) - 1)
     assert [part for row in parts for part in row] == list(range(stretches[0]["num_left"]))
+
+
+def test_a_plain_image_is_a_single_stretch_and_held_no_longer(tmp_path):
+    image, plan = tissue_image(), make_plan(tmp_path, overlap=0.75)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    source = SlideSource("a", "P", "", str(tmp_path / "a.png"), MPP)
+    (row,) = (flat(row) for row in _Inspect(plan)(rows_of(source)))
+    assert len(row["parts"].split()) == row["num_left"] > STRETCH_PARTS
+    reader = _Read(plan)
+    assert len(read_all(source, plan, reader)) == row["num_left"]
+    assert reader._slide is None
 
 
 def test_tiles_without_pixels_are_told(tmp_path):

@@ -34,9 +34,10 @@ from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ConfigError, PredictError, StorageError
 from mclstexp.inference import ledger
 from mclstexp.inference.bank import Bank
+from mclstexp.inference.cohort import Cohort, Report
 from mclstexp.inference.cosine import KEY_BLOCK
 from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.inference.predict import Cohort, Report, predict_cohort
+from mclstexp.inference.predict import predict_cohort
 from mclstexp.inference.retrieval import retrieve
 from mclstexp.inference.shards import split_bank
 from mclstexp.model.towers import TwoTowers
@@ -292,22 +293,26 @@ def _when(condition: Callable[[], object], act: Callable[[], None]) -> threading
     return thread
 
 
-def test_a_passing_fault_of_the_store_costs_no_slide(
+def test_a_passing_fault_of_the_store_and_a_claim_of_another_run_cost_no_slide(
     predicted: Path, model: ModelVersion, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slides").mkdir()
     shutil.copy(slides / "big1.tif", tmp_path / "slides")
-    faults = iter([StorageError("the store said 503"), StorageError("again")])
-    original = ledger.record
+    original, out, tries = ledger.fulfil, str(tmp_path / "out"), []
 
-    def record(*arguments: object) -> None:
-        for fault in faults:
-            raise fault
+    def fulfil(*arguments: object) -> None:
+        tries.append(arguments)
+        if len(tries) == 1:  # another run with other settings is about to replace the same files
+            theirs = ledger.Entry(slide_id="big1", key="theirs", state="publishing")
+            ledger.claim_slide(out, theirs, over=ledger.entry(out, "big1"))
+        if len(tries) == 2:
+            raise StorageError("the store said 503")
         original(*arguments)
 
-    monkeypatch.setattr(ledger, "record", record)
-    report = _predict(model, tmp_path / "slides", tmp_path / "out")
-    assert report.counts() == {"done": 1}
+    monkeypatch.setattr(ledger, "fulfil", fulfil)
+    report = _predict(model, tmp_path / "slides", out)
+    assert (report.counts(), len(tries)) == ({"done": 1}, 3)
+    assert _ledger(tmp_path / "out")["big1"] == report.entries["big1"].model_dump()
     assert (tmp_path / "out" / "big1.parquet").read_bytes() == (predicted / "big1.parquet").read_bytes()
 
 

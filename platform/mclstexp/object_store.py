@@ -71,8 +71,8 @@ def put(uri: str, data: bytes) -> None:
         client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
-def exchange(uri: str, data: bytes, previous: str | None) -> None:
-    """Writes an object only if its ETag is still `previous` (None: must not exist yet).
+def exchange(uri: str, data: bytes, previous: str | None) -> str:
+    """Writes an object only if its ETag is still `previous` (None: must not exist yet), and returns the new one.
 
     Raises:
         ConflictError: it is not; nothing was written.
@@ -81,15 +81,17 @@ def exchange(uri: str, data: bytes, previous: str | None) -> None:
     with _errors("publish", uri):
         try:
             if previous is None:
-                client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                answer = client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             else:
-                client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=previous)
+                answer = client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=previous)
         except ClientError as error:
             if _code(error) not in _LOST_RACE | _MISSING:
                 raise
             # A put that boto repeated after a lost answer meets its own first try.
             if not _holds(uri, data):
                 raise ConflictError(uri) from error
+            return head(uri)[1]
+        return str(answer["ETag"])
 
 
 def upload(local: str, uri: str) -> None:

@@ -125,8 +125,11 @@ def write(uri: str, data: bytes) -> None:
         file.write(data)
 
 
-def publish(uri: str, data: bytes, previous: str | None) -> None:
+def publish(uri: str, data: bytes, previous: str | None) -> str:
     """Writes an object only if it is still at `previous` (a `version`; None: must not exist yet).
+
+    Returns:
+        The new version.
 
     Raises:
         ConflictError: somebody else published in between; nothing was written.
@@ -134,9 +137,8 @@ def publish(uri: str, data: bytes, previous: str | None) -> None:
     uri = absolute(uri)
     try:
         if is_s3(uri):
-            object_store.exchange(uri, data, previous)
-        else:
-            _exchange_file(uri, data, previous)
+            return object_store.exchange(uri, data, previous)
+        return _exchange_file(uri, data, previous)
     except ConflictError:
         raise ConflictError(
             f"another writer published {uri} first; nothing was changed: run the same command again"
@@ -252,12 +254,13 @@ def _read_file(path: str, start: int, length: int | None) -> bytes:
         return file.read(-1 if length is None else length)
 
 
-def _exchange_file(path: str, data: bytes, previous: str | None) -> None:
+def _exchange_file(path: str, data: bytes, previous: str | None) -> str:
     with _errors("publish", path), _locked(path):
         if version(path) != previous:
             raise ConflictError(path)
         with _replacing(Path(path)) as file:
             file.write(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

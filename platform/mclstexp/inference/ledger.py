@@ -1,8 +1,10 @@
-"""What became of each slide of a cohort: one small object a slide, written once its files are there.
+"""What became of each slide of a cohort: one small object a slide.
 
 An entry names everything that the answer depends on (its key), so that a run that is started again does what is left
-or changed and nothing else. Entries are exchanged conditionally: of two runs on one output the later one sees what the
-earlier one wrote and leaves it. The price is one request a slide at the start of a run.
+or changed and nothing else. Before a run replaces a slide's files it claims the entry, and afterwards it exchanges its
+claim for the answer: where another run with other settings claimed the slide meanwhile, that fails and the run begins
+anew, so that an answer only ever stands beside files of its own. The price is one request a slide at the start of a
+run and two more at its end.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,11 +19,13 @@ from mclstexp import storage
 from mclstexp.errors import ConflictError, PredictError
 
 FOLDER, OWNER, SUMMARY = "ledger", "prediction.json", "summary.csv"
+DRAWING = "drawing "
 _READERS = 32
 _TRIES = 5
 PREDICTED = ("done", "empty")
-State = Literal["done", "empty", "quarantined", "failed"]
-"""`empty`: no tissue, so nothing is written. `quarantined`: the slide is at fault. `failed`: a fault that may pass."""
+State = Literal["done", "empty", "quarantined", "failed", "publishing"]
+"""`empty`: no tissue, so nothing is written. `quarantined`: the slide is at fault. `failed`: a fault that may pass.
+`publishing`: a claim, by a run that is replacing its files or died at it."""
 
 
 class _Record(BaseModel):
@@ -35,6 +39,8 @@ class Entry(_Record):
     key: str
     """Of everything that the answer depends on; where there is none, of what the attempt depended on."""
     state: State
+    fingerprint: str = ""
+    """Of the image, as `ingest.fingerprint` gives it; empty where it could not be read."""
     reason: str = ""
     num_tiles: int = 0
     missing_tiles: int = 0
@@ -44,7 +50,8 @@ class Entry(_Record):
     tile_area_mm2: float = 0.0
     tissue_area_mm2: float = 0.0
     genes: str = ""
-    """Chosen genes of its overview and GeoJSON, with commas; empty: the overview shows the panel's first."""
+    """Chosen genes of its overview and GeoJSON, with commas; empty: the overview shows the panel's first. While they
+    are drawn anew: `DRAWING` and the genes to come."""
     finished: str = ""
     """When, ISO 8601 in UTC. The predictions themselves hold no time."""
 
@@ -111,20 +118,52 @@ def entry(out: str, slide_id: str) -> Entry | None:
         raise PredictError(f"{_place(out, slide_id)} is no ledger entry of this version: {error}; remove it") from None
 
 
-def record(out: str, new: Entry) -> None:
-    """Writes a slide's entry; a prediction that is there stays, also where another run failed at the slide.
+def claim_slide(out: str, new: Entry, over: Entry | None) -> str:
+    """Says that a slide's files are about to be replaced; runs that make the same claim share it.
+
+    Args:
+        out: root of the predictions.
+        new: the claim; it says nothing of the run or the time.
+        over: the entry that it takes the place of, as it was read.
+
+    Returns:
+        The claim's version, for `fulfil`.
 
     Raises:
-        ConflictError: another run keeps writing this slide's entry.
+        ConflictError: another run has written the entry meanwhile.
+    """
+    place = _place(out, new.slide_id)
+    previous = storage.version(place)
+    if entry(out, new.slide_id) not in (over, new):
+        raise ConflictError(f"another run has written {place} meanwhile")
+    return storage.publish(place, _bytes(new), previous)
+
+
+def fulfil(out: str, new: Entry, claimed: str) -> None:
+    """Writes what came of a claim.
+
+    Raises:
+        ConflictError: another run has written the entry meanwhile, so that the files may be its own.
+    """
+    storage.publish(_place(out, new.slide_id), _bytes(new), claimed)
+
+
+def set_aside(out: str, new: Entry) -> None:
+    """Writes that a slide was quarantined or has failed; a prediction of the same image stays, as it does where a
+    failed run cannot know the image.
+
+    Raises:
+        ConflictError: other runs keep writing this slide's entry.
     """
     place = _place(out, new.slide_id)
     for tries_left in reversed(range(_TRIES)):
         previous = storage.version(place)
         there = entry(out, new.slide_id)
-        if there is not None and there.state in PREDICTED and new.state not in PREDICTED:
+        same_image = there is not None and (new.state == "failed" or there.fingerprint == new.fingerprint)
+        if there is not None and there.state in PREDICTED and same_image:
             return
         try:
-            storage.publish(place, new.model_dump_json(indent=1).encode(), previous)
+            storage.publish(place, _bytes(new), previous)
             return
         except ConflictError:
             if not tries_left:
@@ -139,13 +178,12 @@ def summarise(out: str, found: Mapping[str, Entry]) -> str:
     return place
 
 
-def forget(out: str, slide_id: str) -> None:
-    """Removes a slide's entry: while its files are being replaced it must not vouch for them."""
-    storage.delete(_place(out, slide_id))
-
-
 def _place(out: str, slide_id: str) -> str:
     return storage.join(out, FOLDER, f"{slide_id}.json")
+
+
+def _bytes(written: Entry) -> bytes:
+    return written.model_dump_json(indent=1).encode()
 
 
 def _words(whose: Owner) -> str:

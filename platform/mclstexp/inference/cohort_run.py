@@ -1,0 +1,205 @@
+"""One run's slides on their way from parts to published files.
+
+A slide is tried a few times; what it takes up again is what its staging folder lacks. Before its files are replaced its
+ledger entry is claimed, so that runs with other settings on the same output mix no files.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+from ray.data.exceptions import ExecutionTimeoutError
+
+from mclstexp.data.stream import MAX_RETRIES
+from mclstexp.errors import ConflictError, StorageError, UserError
+from mclstexp.inference import ledger
+from mclstexp.inference.cohort import Cohort, Report
+from mclstexp.inference.ledger import Entry
+from mclstexp.inference.model_facts import ModelFacts
+from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.predict_stage import Stages, predicted_parts
+from mclstexp.inference.publish import publish_slide
+from mclstexp.inference.slide_record import FAILED, QUARANTINED, TILES, SlideRecord
+from mclstexp.inference.staging_folder import remove_staging
+
+MAX_TRIES = 3
+"""Times that a slide is tried in one run."""
+MIN_PUBLISHING = 4
+"""Slides that are put together at once, at least; on large clusters one for every two readers."""
+_DIED = f"a process that worked on it died in each of {MAX_TRIES} tries"
+_RECORDED = ("num_tiles", "missing_tiles", "left_out_positions", "tile_area_mm2", "tissue_area_mm2")
+
+
+@dataclass(frozen=True)
+class _Publishing:
+    """A slide whose files are being replaced."""
+
+    claim: Entry
+    claimed: str
+    """The claim's version."""
+    staging: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run works with."""
+
+    model: ModelVersion
+    cohort: Cohort
+    out: str
+    facts: ModelFacts
+    genes: tuple[str, ...]
+    dealt: Stages
+    bank_shards: int
+
+
+class CohortRun:
+    """One run's slides on their way: parts that are awaited, slides that are being published."""
+
+    def __init__(self, work: Work, report: Report, show: Callable[[], None]) -> None:
+        self._work, self._report, self._show = work, report, show
+        self._publish = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_publish_guarded)
+        self._publishing: dict[ray.ObjectRef, _Publishing] = {}
+        self._parts: Counter[str] = Counter()
+        self._faults: dict[str, str] = {}
+        """Why slides of the current try are not done, where something said so."""
+        self._stopped = ""
+        """Why the current try ended early, if it did."""
+
+    def run(self, slide_ids: Sequence[str]) -> None:
+        """Tries all slides, and those that failed again."""
+        left = list(slide_ids)
+        for _ in range(MAX_TRIES):
+            if not left:
+                return
+            self._parts.clear()
+            self._faults.clear()
+            self._try(left)
+            left = [name for name in left if not self._is_settled(name)]
+        for name in left:
+            self.fail(name, self._faults.get(name) or self._stopped or _DIED)
+
+    def _try(self, slide_ids: Sequence[str]) -> None:
+        work = self._work
+        tiles = work.cohort.tile_batches(slide_ids)
+        parts = predicted_parts(tiles, work.model, work.dealt, work.bank_shards)
+        self._stopped = ""
+        try:
+            for row in parts.iter_rows():
+                with self._faults_of(str(row["slide_id"])):
+                    self._take(row)
+                self._published(wait=len(self._publishing) >= max(MIN_PUBLISHING, work.dealt.num_readers // 2))
+        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:  # what is left is tried again
+            self._stopped = f"the stream of tiles ended: {error}"
+        while self._publishing:
+            self._published(wait=True)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        name = str(row["slide_id"])
+        if row["state"] == QUARANTINED:
+            self._set_aside(name, "quarantined", str(row["reason"]))
+        elif row["state"] == FAILED:
+            self._faults[name] = str(row["reason"])
+        else:
+            self._parts[name] += 1
+            if row["state"] == TILES:
+                self._report.num_tiles += int(row["num_tiles"])
+            if row["state"] != TILES or self._parts[name] == int(row["num_left"]):
+                self._begin_publishing(name, str(row["staging"]))
+        self._show()
+
+    def _begin_publishing(self, name: str, staging: str) -> None:
+        work, there = self._work, ledger.entry(self._work.out, name)
+        if self._takes(there):
+            return
+        genes = ",".join(work.genes)
+        claim = Entry(slide_id=name, key=staging.rpartition("-")[2], state="publishing", genes=genes)
+        claimed = ledger.claim_slide(work.out, claim, over=there)
+        reference = self._publish.remote(staging, work.out, work.facts, work.genes)
+        self._publishing[reference] = _Publishing(claim, claimed, staging)
+
+    def _is_settled(self, name: str) -> bool:
+        with self._faults_of(name):
+            return name in self._report.entries or self._takes(ledger.entry(self._work.out, name))
+        return False  # nobody can tell now
+
+    def _takes(self, there: Entry | None) -> bool:
+        """Takes an answer that another run on the same output was first to give, and tells whether there is one."""
+        if there is None or not self._work.cohort.is_answer(there):
+            return False
+        self._report.entries[there.slide_id] = there
+        return True
+
+    def _published(self, wait: bool) -> None:
+        """Settles slides whose files are there; waits for one where asked to."""
+        done, _ = ray.wait(list(self._publishing), timeout=None if wait else 0) if self._publishing else ([], [])
+        for reference in done:
+            there = self._publishing.pop(reference)
+            name = there.claim.slide_id
+            try:
+                record = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                record = f"putting its files together failed: {error}"
+            if isinstance(record, str):
+                self._faults[name] = record
+                continue
+            with self._faults_of(name):
+                self._fulfil(there, record)
+                remove_staging(there.staging)
+
+    def _fulfil(self, published: _Publishing, record: SlideRecord) -> None:
+        name, claim = published.claim.slide_id, published.claim
+        found = {field: getattr(record, field) for field in _RECORDED} | {"fingerprint": record.fingerprint}
+        state = {"state": "done"} if record.num_tiles else {"state": "empty", "genes": ""}
+        entry = claim.model_copy(update=found | state | {"finished": _now()})
+        try:
+            ledger.fulfil(self._work.out, entry, published.claimed)
+        except ConflictError:
+            if not self._takes(ledger.entry(self._work.out, name)):
+                raise
+        self._report.entries.setdefault(name, entry)
+        self._show()
+
+    @contextmanager
+    def _faults_of(self, name: str) -> Iterator[None]:
+        """Keeps a fault of the store, or a claim that was lost, to its slide, which the next try takes up."""
+        try:
+            yield
+        except (StorageError, ConflictError) as error:
+            self._faults[name] = str(error)
+
+    def fail(self, name: str, reason: str) -> None:
+        """Gives a slide up in this run."""
+        try:
+            self._set_aside(name, "failed", reason)
+        except StorageError as error:  # its entry cannot be written; the summary tells of it
+            self._report.entries[name] = self._fault(name, "failed", f"{reason}; {error}")
+
+    def _set_aside(self, name: str, state: ledger.State, reason: str) -> None:
+        entry = self._fault(name, state, reason)
+        with suppress(ConflictError):
+            ledger.set_aside(self._work.out, entry)
+        if not self._takes(ledger.entry(self._work.out, name)):
+            self._report.entries[name] = entry
+        self._show()
+
+    def _fault(self, name: str, state: ledger.State, reason: str) -> Entry:
+        cohort = self._work.cohort
+        key, image = cohort.attempt_keys.get(name, ""), cohort.fingerprints.get(name, "")
+        return Entry(slide_id=name, key=key, state=state, fingerprint=image, reason=reason, finished=_now())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _publish_guarded(staging: str, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> SlideRecord | str:
+    """Publishes a slide; returns a user's error as text, for raised it would be wrapped into a traceback."""
+    try:
+        return publish_slide(staging, out, facts, genes)
+    except (UserError, FileNotFoundError) as error:
+        return str(error)
