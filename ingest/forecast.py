@@ -1,7 +1,8 @@
 """What predicting a cohort will take, before anything is spent: slides looked at, a few tiles timed.
 
 Tissue tiles are counted as a run would count them; of a large cohort some slides, spread evenly, stand for the others.
-Reading and embedding are timed on this machine by a few tiles; a cluster's other machines are taken to be alike.
+Reading and embedding are timed by a few tiles on this machine or, where a cluster has GPUs, on one of those; all other
+machines are taken to be alike.
 """
 
 import tempfile
@@ -10,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import ray
 import torch
 
 from ingest.cohort import as_stored
 from ingest.cohort_plan import SlideSource
 from ingest.inspect_slide import Inspection, corners, inspect
 from ingest.open_cohort import SlideCohort
-from ingest.slides import open_slide
-from ingest.staging import staged
+from ingest.slides import PLAIN_BYTES_PER_PX, open_slide
+from ingest.staging import clear, staged
 from mclstexp.errors import SourceError, UserError
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
@@ -29,15 +31,17 @@ MAX_LOOKED = 24
 """Slides that are opened."""
 _TIMED_TILES = 32
 _BYTES_A_VALUE = 8  # float32 in Parquet and in .h5ad, before compression
+_STAGED_BYTES_A_VALUE = 4
 _PARTS_IN_FLIGHT = 4  # for each reader: Ray stops one that is two ahead, others are on their way
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """Seconds that a tile takes a process."""
+    """Seconds that a tile takes a process, and whether it had a GPU."""
 
     read_s: float
     embed_s: float
+    on_gpu: bool
 
 
 def forecast(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str:
@@ -54,6 +58,30 @@ def forecast(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str:
             raise UserError(f"none of the {len(picked)} slides that were looked at can be predicted: {faults[0]}")
         rates = _timed(local, found, model)
     return _words(cohort, model, dealt, found, faults, rates)
+
+
+def forecast_on_a_gpu(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str:
+    """Returns what `forecast` does, made on one of the cluster's GPUs where it has any. Ray must be connected.
+
+    Raises:
+        UserError: as `forecast`.
+    """
+    if not (dealt.uses_gpu and ray.cluster_resources().get("GPU")):
+        return forecast(cohort, model, dealt)
+    plan = ray.get(ray.remote(num_gpus=1)(_forecast_guarded).remote(cohort, model, dealt))
+    if isinstance(plan, UserError):
+        raise plan
+    return plan
+
+
+def _forecast_guarded(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str | UserError:
+    """Forecasts; returns a user's error, for raised it would be wrapped into a traceback."""
+    try:
+        return forecast(cohort, model, dealt)
+    except UserError as error:
+        return error
+    finally:
+        clear(cohort.plan.scratch)
 
 
 def _spread(number: int, most: int) -> list[int]:
@@ -91,7 +119,7 @@ def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]],
     model.predict(embed(batch[:1]))
     started = time.perf_counter()
     model.predict(embed(batch))
-    return _Rates(read_s / len(left), (time.perf_counter() - started) / len(batch))
+    return _Rates(read_s / len(left), (time.perf_counter() - started) / len(batch), torch.cuda.is_available())
 
 
 def _words(
@@ -106,8 +134,12 @@ def _words(
     share = len(found) / (len(found) + len(faults))
     total = round(float(np.mean(tiles)) * len(cohort.sources) * share)
     seconds = total * max(rates.read_s / dealt.num_readers, rates.embed_s / dealt.num_embedders)
+    timed = ", timed on a CPU for want of a GPU" if dealt.uses_gpu and not rates.on_gpu else ""
+    plain = [i.record.width_px * i.record.height_px for _, i in found if not i.record.reads_regions]
+    plain_bytes = PLAIN_BYTES_PER_PX * max(plain, default=0) * dealt.num_readers
     part_bytes = PART_TILES * model.tile_size_px**2 * 3
     bank_bytes = 0 if model.bank is None else model.bank.keys.nbytes * 2 + model.bank.payload.nbytes
+    staged_bytes = max(tiles) * len(model.panel) * _STAGED_BYTES_A_VALUE * dealt.num_readers
     in_flight = part_bytes * (_PARTS_IN_FLIGHT * dealt.num_readers + 2 * dealt.num_embedders)
     looked = f"{len(found) + len(faults)} of them looked at"
     lines = [
@@ -116,13 +148,14 @@ def _words(
         f"tiles      {total:,} ({min(tiles):,} to {max(tiles):,} a slide) of {model.tile_size_px} px at "
         f"{model.mpp:.4g} um/px, {sum(i.record.tile_area_mm2 for _, i in found):.4g} mm2 in the slides looked at",
         f"workers    {dealt.num_readers} read ({1 / rates.read_s:.3g} tiles/s each), {dealt.num_embedders} embed and "
-        f"retrieve on {'GPUs' if dealt.uses_gpu else 'CPUs'} ({1 / rates.embed_s:.3g} tiles/s each)",
+        f"retrieve on {'GPUs' if dealt.uses_gpu else 'CPUs'} ({1 / rates.embed_s:.3g} tiles/s each{timed})",
         f"time       about {_duration(seconds)}; for 1,000 such slides "
         f"{_duration(seconds / len(cohort.sources) * 1000)}",
-        f"memory     about {(in_flight + bank_bytes) / 2**30:.2g} GiB of object store, whatever the slides' sizes",
+        f"memory     about {(in_flight + bank_bytes) / 2**30:.2g} GiB of object store, whatever the slides' sizes, and "
+        f"{plain_bytes / 2**30:.2g} GiB for plain images, which are decoded whole",
         f"scratch    at most {cohort.plan.scratch_budget_bytes / 1e9:.3g} GB on each node, for remote slides",
         f"output     at most {total * len(model.panel) * _BYTES_A_VALUE / 1e9:.3g} GB before compression "
-        f"({len(model.panel)} genes)",
+        f"({len(model.panel)} genes), and meanwhile {staged_bytes / 1e9:.3g} GB in its staging folder",
     ]
     return "\n".join(lines)
 

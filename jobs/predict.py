@@ -64,15 +64,17 @@ def _plan(model, cohort, config: Config) -> None:  # noqa: ANN001
 
     import torch
 
-    from ingest.forecast import forecast
+    from ingest.forecast import forecast, forecast_on_a_gpu
     from mclstexp.inference.predict_stage import cluster_size, stages
 
     print(describe(config, SECTIONS))
-    size = config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS), torch.cuda.device_count()
     if "RAY_ADDRESS" in os.environ:
         _launch.connect(config)  # to a cluster that is there
-        size = cluster_size()
-    print(forecast(cohort, model, stages(*size)))
+        print(forecast_on_a_gpu(cohort, model, stages(*cluster_size(config.predict))))
+        return
+    asked, num_cpus = config.predict, config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS)
+    num_gpus = torch.cuda.device_count() if asked.num_gpus is None else asked.num_gpus
+    print(forecast(cohort, model, stages(asked.num_cpus or num_cpus, num_gpus)))
 
 
 def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN001
@@ -107,7 +109,8 @@ def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None
     from mclstexp import resources
     from mclstexp.inference.predict import predict_cohort
 
-    _launch.connect(config, MIN_CPUS)
+    _launch.connect(config, max(MIN_CPUS, config.predict.num_cpus or 0))
+    resources.require_to_predict(config)
     places = [f"--samples {arguments.samples}", f"--out {arguments.out}"]
     places += [f"--spots {arguments.spots}"] if arguments.spots else []
     resources.require_shared(config, places)
@@ -142,9 +145,11 @@ def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
     counts = report.counts()
     words = ", ".join(f"{counts[state]} {state}" for state in ("done", "empty", "skipped", "quarantined", "failed"))
     print(f"{words} of {sum(counts.values())} slides; {report.num_tiles:,} tiles in {seconds:.0f} s", end="")
-    if counts["done"]:
-        hours = seconds / 3600 / counts["done"] * 1000
-        print(f" ({report.num_tiles / seconds:.1f} tiles/s, {hours:.1f} h for 1,000 such slides)", end="")
+    tiles = [entry.num_tiles for entry in report.entries.values() if entry.state == "done"]
+    if tiles and report.num_tiles:  # an earlier run may have predicted some of their tiles
+        rate = report.num_tiles / seconds
+        hours = sum(tiles) / len(tiles) * 1000 / rate / 3600
+        print(f" ({rate:.1f} tiles/s, {hours:.1f} h for 1,000 such slides)", end="")
     if report.num_redrawn:
         print(f"\n{report.num_redrawn} of the skipped slides were drawn with the genes that were asked for", end="")
     print(f"\nsummary {report.summary}\npredictions {out}")

@@ -141,6 +141,24 @@ def test_one_node_may_use_its_own_places(nodes: list[dict]) -> None:
     resources.require_shared(Config(), LOCAL)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, ""),
+        ({"predict_num_cpus": 6, "predict_num_gpus": 1}, ""),
+        ({"predict_num_cpus": 7, "predict_num_gpus": 1}, r"asks for 7 CPU\(s\), the cluster has 6; lower predict\.num"),
+        ({"predict_num_gpus": 2}, r"asks for 2 GPU\(s\), the cluster has 1; .*cluster\.wait_s"),
+    ],
+)
+def test_prediction_is_refused_what_the_cluster_lacks(nodes: list[dict], settings: dict, message: str) -> None:
+    nodes += [_node(CPU=0), _node(CPU=2), _node(CPU=4, GPU=1)]
+    if not message:
+        resources.require_to_predict(_config(**settings))
+        return
+    with pytest.raises(ResourceError, match=message):
+        resources.require_to_predict(_config(**settings))
+
+
 @pytest.mark.ray
 def test_a_real_cluster_is_asked_for_nodes_and_refused_in_time(ray_session: None) -> None:
     resources.require(_config(train_num_workers=4))
@@ -149,4 +167,8 @@ def test_a_real_cluster_is_asked_for_nodes_and_refused_in_time(ray_session: None
         ResourceError, match=r"asks for 7 CPUs .* the cluster has 6; the data stream would starve: lower train\.num"
     ):
         resources.require(_config(train_num_workers=6, cluster_wait_s=1.5))
+    assert 1.5 <= time.monotonic() - started < 15
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=r"asks for 1 GPU\(s\), the cluster has 0"):
+        resources.require_to_predict(_config(predict_num_gpus=1, cluster_wait_s=1.5))
     assert 1.5 <= time.monotonic() - started < 15

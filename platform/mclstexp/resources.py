@@ -7,7 +7,7 @@ to wait. The check counts what the nodes have, not what is free: another job on 
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from mclstexp.errors import ResourceError
 _POLL_S = 1.0
 Node = dict[str, Any]
 """An entry of `ray.nodes()`."""
+_Bundles = Sequence[tuple[dict[str, float], dict[str, str]]]
+"""What is claimed together on one node, and the labels that the node must have."""
 
 
 def local_ray(config: Config, min_cpus: int = 2) -> dict[str, object]:
@@ -60,12 +62,20 @@ def require(config: Config) -> None:
     Raises:
         ResourceError: it cannot, even after `cluster.wait_s`; names the numbers and the setting to change.
     """
-    fault = _lack(config, _alive_nodes())
-    if fault and config.cluster.wait_s:
-        with _asked_for(config):
-            fault = _lack_after_waiting(config)
-    if fault:
-        raise ResourceError(fault)
+    pool = {"pool": config.cluster.data_pool} if config.cluster.data_pool else {}
+    bundles = [(worker_resources(config), worker_nodes(config) or {})] * config.train.num_workers
+    _require(lambda nodes: _lack(config, nodes), [*bundles, ({"CPU": 1}, pool)], config.cluster.wait_s)
+
+
+def require_to_predict(config: Config) -> None:
+    """Checks that the cluster has the CPUs and GPUs that prediction was told to use.
+
+    Raises:
+        ResourceError: it has not, even after `cluster.wait_s`; names the numbers and the settings to change.
+    """
+    asked = {"CPU": config.predict.num_cpus or 0, "GPU": config.predict.num_gpus or 0}
+    bundles: _Bundles = [({kind: 1.0}, {}) for kind, number in asked.items() for _ in range(number)]
+    _require(lambda nodes: _lack_to_predict(asked, nodes), bundles, config.cluster.wait_s)
 
 
 def runs_at_once(config: Config) -> int:
@@ -105,26 +115,42 @@ def _alive_nodes() -> list[Node]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _lack_after_waiting(config: Config) -> str:
-    deadline = time.monotonic() + config.cluster.wait_s
-    while (fault := _lack(config, _alive_nodes())) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    return fault
+def _require(lack: Callable[[list[Node]], str], bundles: _Bundles, wait_s: float) -> None:
+    """Raises what `lack` says of the nodes, after waiting for an autoscaler to add some."""
+    fault = lack(_alive_nodes())
+    if fault and wait_s:
+        deadline = time.monotonic() + wait_s
+        with _asked_for(bundles):
+            while (fault := lack(_alive_nodes())) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+    if fault:
+        raise ResourceError(fault)
 
 
 @contextmanager
-def _asked_for(config: Config) -> Iterator[None]:
+def _asked_for(bundles: _Bundles) -> Iterator[None]:
     """Asks an autoscaler for the run's nodes: it acts on requests alone, and nothing of the run is pending yet."""
     from ray.autoscaler.sdk import request_resources
 
-    pool = {"pool": config.cluster.data_pool} if config.cluster.data_pool else {}
-    workers = [worker_resources(config)] * config.train.num_workers
-    selectors = [worker_nodes(config) or {}] * len(workers)
-    request_resources(bundles=[*workers, {"CPU": 1}], bundle_label_selectors=[*selectors, pool])
+    resources, selectors = ([*each] for each in zip(*bundles, strict=True))
+    request_resources(bundles=resources, bundle_label_selectors=selectors)
     try:
         yield
     finally:
         request_resources(bundles=[])  # or the nodes would never go
+
+
+def _lack_to_predict(asked: Mapping[str, int], nodes: list[Node]) -> str:
+    """Returns what of the asked CPUs and GPUs is not there, or nothing."""
+    there = {kind: sum(_has(node, kind) for node in nodes) for kind in asked}
+    lacking = [kind for kind in asked if there[kind] < asked[kind]]
+    if not lacking:
+        return ""
+    found = " and ".join(f"{asked[kind]} {kind}(s), the cluster has {there[kind]}" for kind in lacking)
+    return (
+        f"prediction asks for {found}; lower predict.num_cpus and predict.num_gpus, or leave them empty to take what "
+        "is there, or raise cluster.wait_s where nodes can be added"
+    )
 
 
 def _lack(config: Config, nodes: list[Node]) -> str:

@@ -254,6 +254,10 @@ class PredictConfig(Section):
     """Whether images that do not look like H&E are predicted, with a flag, instead of being set aside."""
     retry_quarantined: bool = False
     """Whether slides that were set aside before are tried again."""
+    num_cpus: int | None = Field(None, ge=2)
+    """CPUs that look at slides, read and, without GPUs, embed them; empty: those that are there."""
+    num_gpus: int | None = Field(None, ge=0)
+    """GPUs that embed; empty: those that are there. `cluster.wait_s` says how long to wait for either."""
     bank_shards: int = Field(1, ge=1)
     """Actors that hold the reference bank between them; 1: every node holds it whole."""
     scratch: str | None = None

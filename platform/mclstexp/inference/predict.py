@@ -40,7 +40,7 @@ def predict_cohort(
         genes: names of genes that are drawn and written as GeoJSON, for slides that are done too; none: the panel's
             first are drawn, and slides that are done stay as they are.
         show: told of progress.
-        config: how slides are cut and the bank is held.
+        config: how slides are cut, the bank is held and how much of the cluster is used.
 
     Raises:
         PredictError: `out` holds predictions by another model, or cut otherwise.
@@ -49,7 +49,7 @@ def predict_cohort(
     """
     out, facts = storage.absolute(out), facts_of(model)
     choose_genes(facts.panel, genes)
-    dealt = stages(*cluster_size())
+    dealt = stages(*cluster_size(config))
     cohort = make_cohort(dealt.num_readers)
     storage.require_conditional_puts(out)
     ledger.claim(out, Owner(model_digest=model.digest, settings=dict(cohort.settings)))

@@ -23,7 +23,7 @@ from mclstexp.inference.retrieval import Retrieved, held, regressed, resolve, re
 from mclstexp.inference.shard_actors import ShardActors, start_shards
 from mclstexp.inference.shards import Shards, split_bank
 from mclstexp.inference.slide_record import FAILED, TILES
-from mclstexp.settings import RetrievalConfig
+from mclstexp.settings import PredictConfig, RetrievalConfig
 
 MICRO_BATCH = 64
 """Tiles that go through the encoder at once; fixed, for other sizes may round otherwise."""
@@ -38,10 +38,11 @@ class Stages:
     uses_gpu: bool
 
 
-def cluster_size() -> tuple[int, int]:
-    """Returns the cluster's CPUs and GPUs."""
-    resources = ray.cluster_resources()
-    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+def cluster_size(config: PredictConfig) -> tuple[int, int]:
+    """Returns the CPUs and GPUs that prediction uses: those that it was told to, else all that the cluster has."""
+    there = ray.cluster_resources()
+    num_gpus = config.num_gpus if config.num_gpus is not None else int(there.get("GPU", 0))
+    return config.num_cpus or int(there.get("CPU", 0)), num_gpus
 
 
 def stages(num_cpus: int, num_gpus: int) -> Stages:
@@ -54,7 +55,8 @@ def stages(num_cpus: int, num_gpus: int) -> Stages:
     if num_cpus < needed:
         raise ResourceError(
             f"prediction needs {needed} CPU(s) ({'' if num_gpus else 'one to embed tiles, '}one to read them, one to "
-            f"look at slides), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or add a node"
+            f"look at slides), it has {num_cpus}; raise predict.num_cpus, or cluster.local_cpus on one machine, or "
+            "add a node"
         )
     embedders = num_gpus or max(1, (num_cpus - 1) // 2)
     return Stages(num_cpus - 1 - (0 if num_gpus else embedders), embedders, bool(num_gpus))
