@@ -30,9 +30,9 @@ fix: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/stream_modes.py
 
-# A cohort predicted calmly and while its processes are killed: both must give the same files.
+# A cohort predicted calmly and while its processes are killed: both must give the same files. On an S3 server: S3=1
 chaos: $(STAMP)
-	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/chaos.py $(if $(S3),--s3)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \

@@ -1,10 +1,11 @@
 """Predicts a cohort calmly, then again while its processes are killed at random, and compares what came out.
 
-    python benchmarks/chaos.py --slides 50 --kills 12 --seed 0
+    python benchmarks/chaos.py --slides 50 --kills 12 --seed 0 [--s3]
 
 Slides are synthetic, from a few tiles to thousands, some truncated, blank or without resolution. Readers, embedders,
 any of Ray's workers, the raylet and the job itself are killed; a job that died is started again with the same command.
-Ends with an error unless every slide came to what it must, every published file is the same to the byte and staging is
+With --s3 slides, model and outputs lie on an S3 server on this machine, which is killed and started again too. Ends
+with an error unless every slide came to what it must, every published file is the same to the byte and staging is
 empty.
 """
 
@@ -22,9 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import numpy as np  # noqa: E402
 from chaos_inputs import Expected, make_model, make_slides  # noqa: E402
-from chaos_run import KINDS, ChaosError, Kills, Outcome, run_calmly, run_under_kills  # noqa: E402
+from chaos_places import Place, on_disk, on_s3  # noqa: E402
+from chaos_run import KINDS, STORE, ChaosError, Kills, Outcome, run_calmly, run_under_kills  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+from mclstexp import storage  # noqa: E402
 
 LEAST_SLIDES = 8
 STATES = ("done", "empty", "quarantined", "failed")
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=50, help=f"slides, at least {LEAST_SLIDES}")
     parser.add_argument("--kills", type=int, default=12, help="processes that are killed, of each kind in turn")
     parser.add_argument("--seed", type=int, default=0, help="of slides, model, kills and their times")
+    parser.add_argument("--s3", action="store_true", help="slides, model and outputs on an S3 server")
     parser.add_argument("--out", help="new folder for inputs, outputs and logs [a temporary one]")
     arguments = parser.parse_args()
     if arguments.slides < LEAST_SLIDES:
@@ -45,32 +50,34 @@ def main() -> None:
         folder = Path(arguments.out or scratch).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=not arguments.out)
-            compare(folder, arguments.slides, arguments.kills, arguments.seed)
+            with on_disk(folder) if not arguments.s3 else on_s3(folder) as place:
+                compare(folder, place, arguments.slides, arguments.kills, arguments.seed)
         except (ChaosError, FileExistsError) as error:
             sys.exit(f"error: {error}")
 
 
-def compare(folder: Path, num_slides: int, num_kills: int, seed: int) -> None:
+def compare(folder: Path, place: Place, num_slides: int, num_kills: int, seed: int) -> None:
     """Makes slides and a model, runs calmly and under kills, and checks and prints what came of it."""
     expected = make_slides(folder, num_slides, seed)
     make_model(folder / "model", seed)
-    calm, killed = folder / "calm", folder / "killed"
-    print(f"{num_slides} slides in {folder}; a calm run", flush=True)
-    calmly = run_calmly(_command(folder, calm), folder / "calm.log")
+    place.take(folder, ("slides", "model"))
+    calm, killed = storage.join(place.root, "calm"), storage.join(place.root, "killed")
+    print(f"{num_slides} slides in {place.root}; a calm run", flush=True)
+    calmly = run_calmly(_command(folder, place.root, calm), folder / "calm.log")
     require_ledger(calm, expected)
     print(f"{calmly.seconds:.0f} s; the same under {num_kills} kills", flush=True)
     rng = np.random.default_rng(seed)
-    kinds = tuple(kind for _ in range(0, num_kills, len(KINDS)) for kind in rng.permutation(KINDS))[:num_kills]
-    kills = Kills(kinds, calmly.seconds / max(1, num_kills), rng)
-    hit = run_under_kills(
-        _command(folder, killed), folder / "killed.log", kills, lambda: _settled(killed) == set(expected)
-    )
+    every = (*KINDS, STORE) if place.restart else KINDS
+    kinds = tuple(str(kind) for _ in range(0, num_kills, len(every)) for kind in rng.permutation(every))[:num_kills]
+    kills = Kills(kinds, calmly.seconds / max(1, num_kills), rng, place.restart)
+    command = _command(folder, place.root, killed)
+    hit = run_under_kills(command, folder / "killed.log", kills, lambda: _settled(killed) == set(expected))
     require_ledger(killed, expected)
     num_files = require_same(calm, killed)
     _say(calmly, hit, killed, num_files)
 
 
-def require_ledger(out: Path, expected: dict[str, Expected]) -> None:
+def require_ledger(out: str, expected: dict[str, Expected]) -> None:
     """Checks what became of each slide, and that nothing of it is left in staging."""
     found = _ledger(out)
     faults = [f"there is no entry of {name}" for name in expected.keys() - found.keys()]
@@ -78,13 +85,13 @@ def require_ledger(out: Path, expected: dict[str, Expected]) -> None:
         wanted = expected[name]
         if entry["state"] != wanted.state or wanted.reason not in entry["reason"]:
             faults.append(f"{name} is {entry['state']} ({entry['reason']}), expected {wanted.state} {wanted.reason}")
-    faults += [f"left in staging: {path}" for path in (out / "staging").rglob("*")]
+    faults += [f"left in staging: {uri}" for uri in storage.list_files(storage.join(out, "staging"))]
     if faults:
         listed = "\n  ".join(faults)
         raise ChaosError(f"{out} is not what it must be:\n  {listed}")
 
 
-def require_same(calm: Path, killed: Path) -> int:
+def require_same(calm: str, killed: str) -> int:
     """Checks that two outputs hold the same files, but for when slides were done; returns their number."""
     digests, others = _digests(calm), _digests(killed)
     differing = [name for name in sorted(digests.keys() | others.keys()) if digests.get(name) != others.get(name)]
@@ -94,42 +101,44 @@ def require_same(calm: Path, killed: Path) -> int:
     return len(digests)
 
 
-def _command(folder: Path, out: Path) -> list[str]:
+def _command(folder: Path, root: str, out: str) -> list[str]:
     return [
-        *(sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", str(folder / "model")),
-        *("--samples", str(folder / "slides"), "--out", str(out), "--genes", "GENE03,GENE07"),
+        *(sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", storage.join(root, "model")),
+        *("--samples", storage.join(root, "slides"), "--out", out, "--genes", "GENE03,GENE07"),
         *("--tracking.uri", f"sqlite:///{folder}/mlflow.db"),
         *("--cluster.local_cpus", "5", "--cluster.object_store_mb", "400"),  # two readers and two embedders
     ]
 
 
-def _settled(out: Path) -> set[str]:
+def _settled(out: str) -> set[str]:
     return {name for name, entry in _ledger(out).items() if entry["state"] in STATES and entry["state"] != "failed"}
 
 
-def _ledger(out: Path) -> dict[str, dict[str, str]]:
-    return {path.stem: json.loads(path.read_text()) for path in (out / "ledger").glob("*.json")}
+def _ledger(out: str) -> dict[str, dict[str, str]]:
+    uris = [uri for uri in storage.list_files(storage.join(out, "ledger")) if uri.endswith(".json")]
+    return {Path(uri).stem: json.loads(storage.read(uri)) for uri in uris}
 
 
-def _digests(out: Path) -> dict[str, str]:
+def _digests(out: str) -> dict[str, str]:
     """Returns a digest by file; ledger and summary without when. Locks and what a killed writer left are no results."""
     found = {}
-    for path in out.rglob("*"):
-        if path.is_dir() or path.name.startswith(".") or path.suffix == ".lock":
+    for uri in storage.list_files(out):
+        name = uri.removeprefix(f"{out}/")
+        if Path(name).name.startswith(".") or name.endswith(".lock"):
             continue
-        data = path.read_bytes()
-        if path.parent.name == "ledger":
+        data = storage.read(uri)
+        if name.startswith("ledger/"):
             data = json.dumps(json.loads(data) | {WHEN: ""}).encode()
-        elif path.name == "summary.csv":
+        elif name == "summary.csv":
             data = str([row | {WHEN: ""} for row in csv.DictReader(data.decode().splitlines())]).encode()
-        found[str(path.relative_to(out))] = hashlib.sha256(data).hexdigest()
+        found[name] = hashlib.sha256(data).hexdigest()
     return found
 
 
-def _say(calmly: Outcome, hit: Outcome, out: Path, num_files: int) -> None:
+def _say(calmly: Outcome, hit: Outcome, out: str, num_files: int) -> None:
     states = Counter(entry["state"] for entry in _ledger(out).values())
     table = Table("", "calm run", "killed run", title="predict under kills")
-    for kind in KINDS:
+    for kind in (*KINDS, STORE):
         table.add_row(f"{kind}s killed", "0", str(hit.kills[kind]))
     table.add_row("kills in all", "0", str(hit.kills.total()))
     table.add_row("starts of the job", str(calmly.starts), str(hit.starts))

@@ -17,6 +17,8 @@ import psutil
 
 KINDS = ("reader", "embedder", "worker", "raylet", "driver")
 """What is killed: an actor of either stage, any of Ray's workers, the node's own process, the job itself."""
+STORE = "store"
+"""The S3 server, where there is one: killed and started again."""
 FATAL = ("raylet", "driver")
 """After these the job must be started again."""
 _WORDS = {"reader": "_Read)", "embedder": "_Predict)", "worker": "ray::"}
@@ -40,6 +42,7 @@ class Kills:
     longest_pause_s: float
     """Most that passes between two of them, while slides are read."""
     rng: np.random.Generator
+    restart_store: Callable[[], None] | None = None
 
 
 @dataclass
@@ -85,7 +88,7 @@ def _kill_while_running(job: "_Job", left: list[str], kills: Kills, outcome: Out
     """Kills what is left to be killed, first in line first; tells whether the job ended by itself."""
     while job.wait_until(job.has_begun) and left:
         due = time.monotonic() + kills.rng.uniform(_LEAST_PAUSE_S, max(_LEAST_PAUSE_S, kills.longest_pause_s))
-        if not job.wait_until(lambda: time.monotonic() > due and job.kill_one(left[0], kills.rng)):  # noqa: B023
+        if not job.wait_until(lambda: time.monotonic() > due and _kill_one(job, left[0], kills)):  # noqa: B023
             return True
         kind = left.pop(0)
         outcome.kills[kind] += 1
@@ -93,6 +96,14 @@ def _kill_while_running(job: "_Job", left: list[str], kills: Kills, outcome: Out
         if kind in FATAL:
             return False
     job.wait_until(lambda: False)
+    return True
+
+
+def _kill_one(job: "_Job", kind: str, kills: Kills) -> bool:
+    """Kills a process of a kind; tells whether there was one."""
+    if kind != STORE or kills.restart_store is None:
+        return job.kill_one(kind, kills.rng)
+    kills.restart_store()
     return True
 
 
