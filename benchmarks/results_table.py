@@ -2,7 +2,8 @@
 
     python benchmarks/results_table.py OUT/studies
 
-A row is the mean over the folds that are there; floors and probes stand in the same table, fitted on the same folds.
+A row is the mean over the sections of all folds that are there (as published) or, where patients are apart, over each
+patient's mean, as on score cards. Floors and probes stand in the same table, fitted on the same folds.
 """
 
 import io
@@ -45,7 +46,7 @@ def _recipe(study: Path) -> str:
 def _rows(fold: Path) -> pd.DataFrame:
     record = json.loads((fold / "scores" / "score_card.json").read_text())
     sections = pd.read_json(io.StringIO(json.dumps(record["sections"])), orient="records", dtype={"section_id": str})
-    return sections.assign(fold=fold.name, own=next(iter(record["targets"])))
+    return sections.assign(fold=fold.name, own=next(iter(record["targets"])), protocol=record["protocol"])
 
 
 def _tables(rows: pd.DataFrame) -> Iterator[str]:
@@ -60,14 +61,15 @@ def _tables(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row a method: means over sections, as of the published protocol."""
+    """Returns a row a method: means over patients where the protocol keeps them apart, else over sections."""
+    unit = "patient_id" if (rows["protocol"] == "patient").all() else "section_id"
     order = rows.drop_duplicates("method").sort_values(
         "kind", key=lambda kinds: kinds.map(KIND_ORDER.index), kind="stable"
     )
-    found = {
-        title: rows[rows["gene_set"] == genes].groupby("method")[score].mean().reindex(order["method"])
-        for title, (genes, score) in COLUMNS.items()
-    }
+    found = {}
+    for title, (genes, score) in COLUMNS.items():
+        by_unit = rows[rows["gene_set"] == genes].groupby(["method", unit])[score].mean()
+        found[title] = by_unit.groupby("method").mean().reindex(order["method"])
     return pd.DataFrame(found).rename_axis("method").reset_index()
 
 

@@ -29,6 +29,7 @@ SETTINGS = {
     "model": {"image_encoder": "small_cnn", "spot_width": 64, "learn_temperature": False},
     "train": {"epochs": 12, "tower_lr": 2e-3},
     "tune": {"grace_epochs": 2, "reduction": 2},
+    "cluster": {"local_cpus": 4},  # two trials at once
 }
 
 
