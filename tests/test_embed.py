@@ -1,7 +1,7 @@
 """The image side of a model on its own, and what happens to a table when the process that embeds it dies."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -49,6 +49,22 @@ def test_the_image_side_alone_embeds_as_the_two_towers_do(l2_normalise: bool) ->
     found = _network(config).build(CPU)(TILES)
     assert found.dtype == np.float32
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_networks_digest_is_of_all_that_its_answers_depend_on() -> None:
+    plain = _network(_config())
+    same = [_network(_config()), _network(_config(temperature=0.3))]
+    assert {network.digest() for network in same} == {plain.digest()}
+    name, value = next(iter(plain.tower.items()))
+    others = [
+        replace(plain, tower=plain.tower | {name: value + 1}),
+        replace(plain, head=None),
+        replace(plain, precision="bf16"),
+        _network(_config(input_scaling="unit")),
+        _network(_config(test_turns=True)),
+        _network(_config(l2_normalise=False)),
+    ]
+    assert len({network.digest() for network in (plain, *others)}) == 1 + len(others)
 
 
 def test_a_tile_is_embedded_the_same_in_any_company() -> None:

@@ -81,7 +81,7 @@ def floor_features(
         probe_weights: `imagenet`, or a file: adds the pretrained encoder's features.
         show: told of progress.
         feature_cache: folder (local or s3://) that keeps the features of encoders that were not trained here: they
-            are the same for all models of one encoder and tile table. None: nothing is kept.
+            are the same for all models of one encoder and tile. None: nothing is kept.
 
     Raises:
         ConfigError, ModelError: the probe's weights cannot be had or do not fit.
@@ -106,7 +106,8 @@ def _embed_once(
     reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show, cache: str
 ) -> dict[str, Batch]:
     """Returns the same as `embed_shown`, read from where it is kept for the sections that are there."""
-    places = {name: storage.join(cache, f"{name}-{reader.manifest.section(name).sha256}.npz") for name in section_ids}
+    table = {name: reader.manifest.section(name).sha256 for name in section_ids}
+    places = {name: storage.join(cache, network.digest(), f"{name}-{sha256}.npz") for name, sha256 in table.items()}
     missing = [name for name, place in places.items() if not storage.exists(place)]
     for name, arrays in embed_shown(reader, missing, network, what, show).items() if missing else ():
         buffer = io.BytesIO()

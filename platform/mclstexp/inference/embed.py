@@ -4,12 +4,15 @@ Sections come back one after the other in the order asked for, so that a caller 
 under way and memory does not grow with the cohort.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import ray
+import safetensors.torch
 import torch
 from ray.data import ActorPoolStrategy
 
@@ -26,6 +29,7 @@ from mclstexp.training.augment import fixed_turns
 from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.optim import uses_bf16
 
+_IMAGE_SETTINGS = ("image_encoder", "input_scaling", "test_turns", "predictor", "embedding_dim", "l2_normalise")
 _TILES_WORTH_AN_ACTOR = 256  # fewer are embedded sooner than another process has imported torch
 
 
@@ -41,6 +45,14 @@ class ImageNetwork:
     head: dict[str, torch.Tensor] | None
     """State dict of the head: an embedding's or, in direct regression, the genes'. None: features of the encoder."""
     precision: str = "auto"
+
+    def digest(self) -> str:
+        """Returns 16 hex digits of everything that its answers depend on."""
+        shape = [self.config[name] for name in _IMAGE_SETTINGS]
+        found = hashlib.sha256(json.dumps([shape, self.tile_size_px, self.precision]).encode())
+        for part in (self.tower, self.head or {}):
+            found.update(safetensors.torch.save({name: value.contiguous() for name, value in part.items()}))
+        return found.hexdigest()[:16]
 
     def build(self, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
         """Returns the map from tiles, uint8 (n, size, size, 3), to embeddings or features, float32 (n, D)."""
