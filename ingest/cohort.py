@@ -25,7 +25,7 @@ from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.data.stream import MAX_RETRIES, Batch, ordered
 from mclstexp.errors import SourceError, UserError
 from mclstexp.inference.parts import parts_done
-from mclstexp.inference.slide_record import FAILED, NOTHING_LEFT, PART_TILES, QUARANTINED, TILES, num_parts
+from mclstexp.inference.slide_record import FAILED, NOTHING_LEFT, PART_TILES, QUARANTINED, TILES, SlideRecord, num_parts
 from mclstexp.inference.slide_table import read_grid, read_record
 from mclstexp.settings import TilesConfig
 
@@ -67,6 +67,11 @@ def tile_batches(sources: Sequence[SlideSource], plan: CohortPlan) -> ray.data.D
         )
 
 
+def stretch_parts(record: SlideRecord) -> int:
+    """Returns the most parts of a slide that one task reads."""
+    return STRETCH_PARTS if record.reads_regions else max(1, num_parts(record.num_tiles))
+
+
 def as_stored(tile: np.ndarray, tiles: TilesConfig) -> np.ndarray:
     """Returns a tile, uint8 (size, size, 3), with the pixels that it would have in a tile table."""
     if tiles.encoding == "png":  # exact
@@ -105,7 +110,7 @@ class _Inspect:
         missing = [part for part in range(total) if part not in there]
         if not missing:
             yield _stretch(source, inspection.staging, [], 0, NOTHING_LEFT, "")
-        step = STRETCH_PARTS if inspection.record.reads_regions else max(1, len(missing))
+        step = stretch_parts(inspection.record)
         for start in range(0, len(missing), step):
             yield _stretch(source, inspection.staging, missing[start : start + step], len(missing), TILES, "")
 

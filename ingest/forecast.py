@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from ingest.cohort import as_stored
+from ingest.cohort import as_stored, stretch_parts
 from ingest.cohort_plan import SlideSource
 from ingest.inspect_slide import Inspection, corners, inspect
 from ingest.open_cohort import SlideCohort
@@ -23,12 +23,13 @@ from ingest.staging import clear, staged
 from mclstexp.errors import SourceError, UserError
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.predict_stage import MICRO_BATCH, Stages
-from mclstexp.inference.slide_record import PART_TILES
+from mclstexp.inference.predict_stage import MICRO_BATCH, Stages, embedding_device
+from mclstexp.inference.slide_record import PART_TILES, num_parts
 from mclstexp.inference.slide_table import read_grid
 
 MAX_LOOKED = 24
 """Slides that are opened."""
+_GPU_PATIENCE_S = 600.0
 _TIMED_TILES = 32
 _BYTES_A_VALUE = 8  # float32 in Parquet and in .h5ad, before compression
 _STAGED_BYTES_A_VALUE = 4
@@ -56,7 +57,7 @@ def forecast(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str:
         found, faults = _looked(local)
         if not found:
             raise UserError(f"none of the {len(picked)} slides that were looked at can be predicted: {faults[0]}")
-        rates = _timed(local, found, model)
+        rates = _timed(local, found, model, dealt.uses_gpu)
     return _words(cohort, model, dealt, found, faults, rates)
 
 
@@ -68,7 +69,11 @@ def forecast_on_a_gpu(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -
     """
     if not (dealt.uses_gpu and ray.cluster_resources().get("GPU")):
         return forecast(cohort, model, dealt)
-    plan = ray.get(ray.remote(num_gpus=1)(_forecast_guarded).remote(cohort, model, dealt))
+    asked = ray.remote(num_cpus=0, num_gpus=1)(_forecast_guarded).remote(cohort, model, dealt)
+    if not ray.wait([asked], timeout=_GPU_PATIENCE_S)[0]:  # others may hold all of them
+        ray.cancel(asked)
+        return forecast(cohort, model, dealt)
+    plan = ray.get(asked)
     if isinstance(plan, UserError):
         raise plan
     return plan
@@ -98,7 +103,9 @@ def _looked(cohort: SlideCohort) -> tuple[list[tuple[SlideSource, Inspection]], 
     return found, faults
 
 
-def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]], model: ModelVersion) -> _Rates:
+def _timed(
+    cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]], model: ModelVersion, uses_gpu: bool
+) -> _Rates:
     """Reads some tiles of the slide that has most, and predicts them."""
     plan = cohort.plan
     source, inspection = max(found, key=lambda one: one[1].record.num_tiles)
@@ -114,12 +121,13 @@ def _timed(cohort: SlideCohort, found: Sequence[tuple[SlideSource, Inspection]],
     if not tiles:
         raise SourceError(f"slide {source.slide_id} has no pixels where its tissue is")
     torch.set_num_threads(1)  # as each actor has one CPU
-    embed = network_of(model).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = embedding_device(uses_gpu)
+    embed = network_of(model).build(device)
     batch = np.stack((tiles * MICRO_BATCH)[:MICRO_BATCH])
     model.predict(embed(batch[:1]))
     started = time.perf_counter()
     model.predict(embed(batch))
-    return _Rates(read_s / len(left), (time.perf_counter() - started) / len(batch), torch.cuda.is_available())
+    return _Rates(read_s / len(left), (time.perf_counter() - started) / len(batch), device.type == "cuda")
 
 
 def _words(
@@ -133,10 +141,12 @@ def _words(
     tiles = [inspection.record.num_tiles for _, inspection in found]
     share = len(found) / (len(found) + len(faults))
     total = round(float(np.mean(tiles)) * len(cohort.sources) * share)
-    seconds = total * max(rates.read_s / dealt.num_readers, rates.embed_s / dealt.num_embedders)
+    stretches = [-(-num_parts(i.record.num_tiles) // stretch_parts(i.record)) for _, i in found]
+    num_reading = min(dealt.num_readers, max(1, round(float(np.mean(stretches)) * len(cohort.sources) * share)))
+    seconds = total * max(rates.read_s / num_reading, rates.embed_s / dealt.num_embedders)
     timed = ", timed on a CPU for want of a GPU" if dealt.uses_gpu and not rates.on_gpu else ""
     plain = [i.record.width_px * i.record.height_px for _, i in found if not i.record.reads_regions]
-    plain_bytes = PLAIN_BYTES_PER_PX * max(plain, default=0) * dealt.num_readers
+    plain_bytes = PLAIN_BYTES_PER_PX * max(plain, default=0) * num_reading
     part_bytes = PART_TILES * model.tile_size_px**2 * 3
     bank_bytes = 0 if model.bank is None else model.bank.keys.nbytes * 2 + model.bank.payload.nbytes
     staged_bytes = max(tiles) * len(model.panel) * _STAGED_BYTES_A_VALUE * dealt.num_readers

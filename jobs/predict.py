@@ -156,7 +156,9 @@ def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
     faults = [f"{name}: {reason}" for name, reason in report.faults().items()]
     if faults:
         listed = "\n  ".join(faults)
-        raise PredictError(f"{len(faults)} slide(s) could not be predicted, the others are in {out}:\n  {listed}")
+        raise PredictError(
+            f"{len(faults)} slide(s) could not be predicted or drawn, the others are in {out}:\n  {listed}"
+        )
 
 
 if __name__ == "__main__":

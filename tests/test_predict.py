@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -232,9 +233,11 @@ def test_a_run_with_other_genes_draws_what_is_done_and_predicts_nothing(
     assert _predict(model, slides, tmp_path, (names[1], names[4]), idle=True).num_redrawn == 0
     assert _predict(model, slides, tmp_path, idle=True).num_redrawn == 0
     (tmp_path / "small.h5ad").unlink()
+    before = _ledger(tmp_path)["small"]
     report = _predict(model, slides, tmp_path, (names[0],), idle=True)
     assert (report.num_redrawn, set(report.faults())) == (2, {"broken", "small"})
     assert "small.h5ad" in report.faults()["small"]
+    assert _ledger(tmp_path)["small"] == before, "its pictures are still those that the ledger names"
 
 
 def test_a_replaced_slide_is_done_again_and_no_other(
@@ -293,27 +296,37 @@ def _when(condition: Callable[[], object], act: Callable[[], None]) -> threading
     return thread
 
 
-def test_a_passing_fault_of_the_store_and_a_claim_of_another_run_cost_no_slide(
+def test_passing_faults_of_the_store_and_runs_with_other_settings_cost_no_slide(
     predicted: Path, model: ModelVersion, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another run claims one slide while this one publishes it, and is done with another, with pictures of its own."""
+    names = ("big1", "small")
     (tmp_path / "slides").mkdir()
-    shutil.copy(slides / "big1.tif", tmp_path / "slides")
-    original, out, tries = ledger.fulfil, str(tmp_path / "out"), []
+    for name in names:
+        shutil.copy(slides / f"{name}.tif", tmp_path / "slides")
+    original, out, tries = ledger.fulfil, str(tmp_path / "out"), Counter()
 
-    def fulfil(*arguments: object) -> None:
-        tries.append(arguments)
-        if len(tries) == 1:  # another run with other settings is about to replace the same files
-            theirs = ledger.Entry(slide_id="big1", key="theirs", state="publishing")
-            ledger.claim_slide(out, theirs, over=ledger.entry(out, "big1"))
-        if len(tries) == 2:
+    def fulfil(out: str, new: ledger.Entry, claimed: str) -> None:
+        tries[new.slide_id] += 1
+        turn = new.slide_id, tries[new.slide_id]
+        if turn in (("big1", 1), ("small", 1)):
+            mine = ledger.entry(out, new.slide_id)
+            key = "theirs" if new.slide_id == "big1" else new.key
+            theirs = ledger.Entry(slide_id=new.slide_id, key=key, state="publishing", genes="G")
+            version = ledger.claim_slide(out, theirs, over=mine)
+            if new.slide_id == "small":
+                original(out, new.model_copy(update={"genes": "G"}), version)
+        if turn == ("big1", 2):
             raise StorageError("the store said 503")
-        original(*arguments)
+        original(out, new, claimed)
 
     monkeypatch.setattr(ledger, "fulfil", fulfil)
-    report = _predict(model, tmp_path / "slides", out)
-    assert (report.counts(), len(tries)) == ({"done": 1}, 3)
-    assert _ledger(tmp_path / "out")["big1"] == report.entries["big1"].model_dump()
-    assert (tmp_path / "out" / "big1.parquet").read_bytes() == (predicted / "big1.parquet").read_bytes()
+    report = _predict(model, tmp_path / "slides", out, (model.panel.names()[2],))
+    assert (report.counts(), tries) == ({"done": 2}, {"big1": 3, "small": 2})
+    assert _ledger(tmp_path / "out") == {name: report.entries[name].model_dump() for name in names}
+    files, expected = _digests(tmp_path / "out"), _digests(predicted)
+    assert files == {path: digest for path, digest in expected.items() if path in files}
+    assert {"small.parquet", "overviews/small.png", "geojson/small.geojson"} < set(files)
 
 
 def test_a_killed_embedder_and_a_sharded_bank_change_nothing(

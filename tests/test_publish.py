@@ -27,7 +27,7 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError, PartError, StorageError
 from mclstexp.inference.model_facts import choose_genes, gene_labels
 from mclstexp.inference.parts import parts_done
-from mclstexp.inference.publish import publish_slide, redraw_slide
+from mclstexp.inference.publish import publish_slide, redrawn
 from mclstexp.inference.slide_geojson import write_geojson
 from mclstexp.inference.slide_h5ad import write_h5ad
 from mclstexp.inference.slide_overview import MOST_GENES, draw_overview, paint
@@ -227,7 +227,9 @@ def test_a_slide_that_is_drawn_again_has_the_files_of_a_run_with_these_genes(
     for name, slide in slides.items():
         publish_slide(str(slide.staging), str(tmp_path), FACTS, ["DUP"] if name == "A" else [])
         before = _files(tmp_path)
-        redraw_slide(name, str(tmp_path), FACTS, GENES)
+        with redrawn(name, str(tmp_path), FACTS, GENES) as replace_published:
+            assert _files(tmp_path) == before
+            replace_published()
         changed = {path for path, data in _files(tmp_path).items() if before.get(path) != data}
         assert changed == {f"overviews/{name}.png", f"geojson/{name}.geojson"}
     assert _files(tmp_path) == _files(out)
@@ -239,8 +241,11 @@ def test_a_table_that_does_not_know_its_slide_is_not_drawn_again(
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     pq.write_table(pq.read_table(out / "A.parquet").replace_schema_metadata(None), tmp_path / "A.parquet")
     before = _files(tmp_path)
-    with pytest.raises(StorageError, match="no table of a slide by this version"):
-        redraw_slide("A", str(tmp_path), FACTS, GENES)
+    with (
+        pytest.raises(StorageError, match="no table of a slide by this version"),
+        redrawn("A", str(tmp_path), FACTS, GENES),
+    ):
+        pass
     assert _files(tmp_path) == before
 
 

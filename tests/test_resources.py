@@ -95,6 +95,7 @@ def test_a_ray_on_this_machine_holds_every_run(nodes: list[dict], num_workers: i
         ([_node(CPU=8), _node(CPU=8)], {"train_num_workers": 4}, 2),
         ([_node(CPU=3)], {"train_num_workers": 2}, 1),
         ([_node(CPU=8, GPU=1)], {"train_use_gpu": True, "train_gpus_per_worker": 0.5}, 2),
+        ([_node(CPU=16, GPU=2)], {"train_use_gpu": True, "train_gpus_per_worker": 0.4}, 4),
         ([_node("cpu", CPU=8), _node(CPU=2), _node(CPU=3)], {"cluster_data_pool": "cpu"}, 5),
     ],
 )

@@ -33,6 +33,17 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
     assert space == {"train.tower_lr": Range(1e-5, 1e-3, log=True), "model.temperature": Choice((0.05, 1))}
 
 
+def test_a_range_is_whole_where_its_setting_is_however_its_ends_are_spelt(tmp_path: Path) -> None:
+    space = _load(
+        tmp_path, "retrieval.k: {low: 10, high: 1e3, log: true}\nmodel.temperature: {low: 1, high: 10, log: true}\n"
+    )
+    domains = param_space(space, "random")
+    assert {type(domains["retrieval.k"].sample()) for _ in range(50)} == {int}
+    assert any(domains["model.temperature"].sample() % 1 for _ in range(50))
+    with pytest.raises(ConfigError, match=r"retrieval\.k=10\.5"):
+        _load(tmp_path, "retrieval.k: {low: 10.5, high: 100}\n")
+
+
 def test_the_shipped_space_is_one() -> None:
     space = load_space(ROOT / "jobs" / "configs" / "sweep.yaml", Config())
     assert {"model.temperature", "model.spot_layers"} <= set(space)

@@ -18,7 +18,7 @@ from tuning.forecast import expected_epochs
 from tuning.results import publish
 from tuning.space import Choice, Range, Space
 from tuning.summary import best_config, best_trial, trial_table
-from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial, with_validation
+from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial, with_absolute_paths, with_validation
 from tuning.trial import TrialPlan
 
 NAN = float("nan")
@@ -74,6 +74,24 @@ def test_a_quarter_of_the_training_patients_validate_and_none_that_is_tested(tmp
     assert not any("I" in split.validation_patients for split in drawn)
     named = override(config, {"split.validation_patients": ["C"]})
     assert with_validation(manifest, named).split.validation_patients == ("C",)
+
+
+def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path: Path) -> None:
+    counts = np.ones((4, 8), np.int32)
+    manifest = make_table(tmp_path, dict.fromkeys(("A1", "A2", "B1", "C1"), counts))
+    config = override(Config(), {"split.protocol": "reference", "split.test_sections": ["A1"]})
+    drawn = {with_validation(manifest, override(config, {"tune.seed": seed})).split for seed in range(20)}
+    assert {name for split in drawn for name in split.validation_patients} == {"B", "C"}
+
+
+def test_local_files_are_named_absolutely_for_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = {"genes.panel": "panel.txt", "model.image_weights": "weights.pth", "tracking.uri": "sqlite:///mlflow.db"}
+    config = with_absolute_paths(override(Config(), asked))
+    found = (config.genes.panel, config.model.image_weights, config.tracking.uri)
+    assert found == (f"{tmp_path}/panel.txt", f"{tmp_path}/weights.pth", f"sqlite:///{tmp_path}/mlflow.db")
+    elsewhere = {"model.image_weights": "s3://bucket/w.pth", "tracking.uri": "http://mlflow:5000"}
+    assert with_absolute_paths(override(Config(), elsewhere)) == override(Config(), elsewhere)
 
 
 def test_one_patient_is_not_enough(tmp_path: Path) -> None:

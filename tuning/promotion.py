@@ -47,12 +47,13 @@ def promote(sweep: Sweep, best: Trial) -> Promotion:
         return _decided(sweep, Promotion(version, True, f"{config.model_name} had no champion"))
     if earlier == version:
         return _decided(sweep, Promotion(version, True, "it is the champion already"))
-    with tempfile.TemporaryDirectory() as scratch:
-        champion = ModelVersion.load(tracking.fetch_model(config, f"models:/{config.model_name}/{earlier}", scratch))
-    obstacle = _obstacle(run, champion)
-    if obstacle:
-        return _decided(sweep, Promotion(version, False, f"not compared with version {earlier}: {obstacle}"))
     try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = tracking.fetch_model(config, f"models:/{config.model_name}/{earlier}", scratch)
+            champion = ModelVersion.load(folder)
+        obstacle = _obstacle(run, champion)
+        if obstacle:
+            return _decided(sweep, Promotion(version, False, f"not compared with version {earlier}: {obstacle}"))
         pairs = _pairs(run, champion, _replicates(sweep, best))
         difference = compare(pairs, run.config.tune.block_um, run.config.tune.seed)
     except UserError as error:

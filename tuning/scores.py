@@ -12,7 +12,6 @@ from rich.progress import Progress
 
 from mclstexp import storage, tracking
 from mclstexp.config import Config
-from mclstexp.errors import UserError
 from mclstexp.evaluation.cross_validation import FEATURES, RESULT, SCORES
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.inference.model_version import ModelVersion
@@ -31,14 +30,14 @@ def score_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
         for trial in trials:
             try:
                 _settle(sweep, trial)
-            except UserError as error:  # settings that do not go together have no run, a lost network no version
+            except Exception as error:  # whatever is wrong with one trial costs no other, nor the sweep its table
                 bar.console.print(f"trial {trial.name}: no score card ({error})", soft_wrap=True, highlight=False)
             bar.advance(task)
 
 
 def _settle(sweep: Sweep, trial: Trial) -> None:
     run = open_trial(trial.name, trial.settings, sweep.plan)
-    if trial.state == STOPPED:
+    if trial.state != FAILED:
         _complete_curve(run, trial)
     tags = {"trial.state": trial.state, "trial.reason": trial.reason}
     if trial.state != FAILED:
@@ -47,7 +46,7 @@ def _settle(sweep: Sweep, trial: Trial) -> None:
 
 
 def _complete_curve(run: trainer.Run, trial: Trial) -> None:
-    """Adds the score for which a trial was stopped, which its process may not have lived to log."""
+    """Adds a trial's last score, which its process may not have lived to log."""
     config, newest = run.config.tracking, trainer.last_checkpoint(run)
     if newest is None or newest.metrics["epoch"] + 1 != trial.epochs:  # it went on, and logged that score
         return

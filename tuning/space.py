@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -48,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A number from `low` to `high`, whole where both are, drawn evenly or (`log`) evenly in its logarithm."""
+    """A number from `low` to `high`, whole where the setting is, drawn evenly or (`log`) evenly in its logarithm."""
 
     low: float
     high: float
@@ -157,7 +157,7 @@ def _parsed(name: str, values: object) -> Choice | Range:
     if isinstance(values, list) and values:
         return Choice(tuple(map(_number, values)))
     if isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
-        low, high = _number(values["low"]), _number(values["high"])
+        low, high = (_end(name, _number(values[end])) for end in ("low", "high"))
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
         if numbers and low < high and not (values.get("log") and low <= 0):
             return Range(low, high, bool(values.get("log", False)))
@@ -165,6 +165,17 @@ def _parsed(name: str, values: object) -> Choice | Range:
         f"{name}: {values!r} is neither a list of values nor {{low: A, high: B, log: true|false}} with A < B "
         "(and A > 0 with log)"
     )
+
+
+def _end(name: str, value: Any) -> Any:
+    """Returns an end of a range as its setting's kind of number, however it is spelt; 1e3 is whole for a whole one."""
+    section, field = leaf_fields()[name]
+    kinds = {section.model_fields[field].annotation, *get_args(section.model_fields[field].annotation)}
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if int in kinds:
+        return int(value) if value == int(value) else value
+    return float(value)
 
 
 def _number(value: object) -> Any:

@@ -2,11 +2,14 @@
 
 Ray Tune keeps which trials there are and what became of them, each trial's training keeps its own checkpoints. A
 resumed sweep repeats no finished trial; unfinished ones go on from their last checkpoint, failed ones too where
-tune.retry_failed asks for it, and as many at once as at first. What a scheduler has learnt of trials that ended before
-is lost in a resume, so that later ones are stopped a little later.
+tune.retry_failed asks for it. What a scheduler has learnt of trials that ended before is lost in a resume, so that
+later ones are stopped a little later. How many trials run at once is bounded by a share that each holds of the
+driver's node, since Ray Tune reserves nothing for what a trial's training claims; two sweeps from one node take
+turns.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +18,6 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
@@ -23,10 +25,11 @@ from mclstexp import resources, storage
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.errors import SplitError
+from mclstexp.errors import RunError, SplitError
 from mclstexp.training import trainer
 from mclstexp.training.record import StudyRecord, open_record
 from mclstexp.training.validation import VALIDATION_PCC
+from tuning.halving import halving
 from tuning.progress import ShowTrials, shown
 from tuning.release import ReleaseStopped
 from tuning.space import Space, param_space
@@ -34,9 +37,14 @@ from tuning.trial import EPOCHS, TrialPlan, run_trial
 
 RECORD, TRIALS, STATE = "sweep.json", "trials", "tune"
 VALIDATION_SHARE = 0.25
+_SQLITE = "sqlite:///"
+_SHARES = 10_000
+"""Parts that Ray divides a resource into."""
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its table of settings would be printed even at verbosity 0
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # a sweep that is killed early is known too
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")  # the next is made up when there is room for it
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths are the driver's
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that failed is told by its reason
 
 FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
@@ -84,8 +92,9 @@ def with_validation(manifest: Manifest, config: Config) -> Config:
         SplitError: fewer than two patients are left.
     """
     if not config.split.validation_patients:
-        train = make_split(manifest, config.split).train
-        patients = sorted({manifest.section(name).patient_id for name in train})
+        split = make_split(manifest, config.split)
+        trained, tested = ({manifest.section(name).patient_id for name in names} for names in (split.train, split.test))
+        patients = sorted(trained - tested)
         if len(patients) < 2:
             raise SplitError(
                 f"a sweep needs a patient to validate on beside those that train; only {', '.join(patients)} is left"
@@ -97,6 +106,19 @@ def with_validation(manifest: Manifest, config: Config) -> Config:
     return override(config, {"train.validate_every": 1}, "the sweep")
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """Returns the configuration with its local files named absolutely: trials run in other processes."""
+    database, weights, panel = config.tracking.uri, config.model.image_weights, config.genes.panel
+    changed: dict[str, object] = {}
+    if database.startswith(_SQLITE):
+        changed["tracking.uri"] = _SQLITE + os.path.abspath(database.removeprefix(_SQLITE))
+    if weights not in ("random", "imagenet"):
+        changed["model.image_weights"] = storage.absolute(weights)
+    if panel not in ("hvg", "hvg_union"):
+        changed["genes.panel"] = storage.absolute(panel)
+    return override(config, changed, "the sweep")
+
+
 def open_sweep(
     data: str, uri: str, config: Config, space: Space, search: str, trials: int, start_tracking: Callable[[], str]
 ) -> Sweep:
@@ -105,6 +127,7 @@ def open_sweep(
     Raises:
         RunError: the place holds a sweep of other settings, data, space, search or length.
     """
+    config = with_absolute_paths(config)
     asked: dict[str, object] = {
         "identity": trainer.identity(config),
         "manifest_digest": load_manifest(data).digest(),
@@ -122,11 +145,17 @@ def run_trials(sweep: Sweep) -> list[Trial]:
     """Runs all trials that have not ended yet, with a line for each score, and returns what became of all.
 
     Ray must be connected.
+
+    Raises:
+        RunError: it was interrupted, which Ray Tune takes for the end.
     """
     with shown(sweep.trials):
         results = _tuner(sweep).fit()
     # A result lacks the settings of a trial that failed before its first score; Ray Tune's own record has them.
     records, epochs = results._experiment_analysis.trials, sweep.plan.config.train.epochs
+    ended = sum(record.status in (tune.experiment.Trial.TERMINATED, tune.experiment.Trial.ERROR) for record in records)
+    if ended < sweep.trials:
+        raise RunError(f"interrupted after {ended} of {sweep.trials} trials; run the same command again to go on")
     return [_trial(record, results[place], epochs) for place, record in enumerate(records)]
 
 
@@ -135,10 +164,11 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
         run_trial(settings, sweep.plan)
 
     here = f"node:{ray.util.get_node_ip_address()}"  # the node that sees the driver's files
-    trainable = tune.with_resources(trial, {"cpu": 0, here: 0.001})
+    share = math.floor(_SHARES / at_once(sweep.plan.config)) / _SHARES
+    trainable = tune.with_resources(trial, {"cpu": 0, here: share})
     filesystem, root = storage.filesystem(sweep.uri)
     state = f"{root}/{STATE}"
-    if tune.Tuner.can_restore(state, storage_filesystem=filesystem):
+    if _has_begun(sweep):
         again = sweep.plan.config.tune.retry_failed
         return tune.Tuner.restore(state, trainable, resume_errored=again, storage_filesystem=filesystem)
     return tune.Tuner(
@@ -149,8 +179,7 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
             mode="max",
             num_samples=1 if sweep.search == "grid" else sweep.trials,
             search_alg=_searcher(sweep),
-            scheduler=scheduler(sweep.plan.config),
-            max_concurrent_trials=at_once(sweep.plan.config) if sweep.search == "optuna" else None,
+            scheduler=halving(sweep.plan.config),
         ),
         run_config=tune.RunConfig(
             name=STATE,
@@ -162,35 +191,29 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
     )
 
 
+def _has_begun(sweep: Sweep) -> bool:
+    """Tells whether Ray Tune has recorded a trial; it writes other files before."""
+    written = storage.list_files(storage.join(sweep.uri, STATE))
+    return any(uri.rpartition("/")[2].startswith("experiment_state-") for uri in written)
+
+
 def at_once(config: Config) -> int:
-    """Returns how many trials run side by side: Ray Tune reserves nothing for what a trial's training claims."""
+    """Returns how many trials run side by side."""
     held = resources.runs_at_once(config)
     return min(held, config.tune.max_concurrent or held)
-
-
-def scheduler(config: Config) -> ASHAScheduler:
-    """Returns asynchronous successive halving over epochs (Li et al. 2020, https://arxiv.org/abs/1810.05934)."""
-    tuning, epochs = config.tune, config.train.epochs
-    return ASHAScheduler(
-        time_attr=EPOCHS,
-        max_t=epochs,
-        grace_period=min(tuning.grace_epochs, epochs),
-        reduction_factor=tuning.reduction,
-        stop_last_trials=False,  # a trial that has all its epochs ends by itself
-    )
 
 
 def _searcher(sweep: Sweep) -> Any:
     seed = sweep.plan.config.tune.seed
     if sweep.search == "optuna":
         return OptunaSearch(param_space(sweep.space, sweep.search), metric=VALIDATION_PCC, mode="max", seed=seed)
-    return BasicVariantGenerator(max_concurrent=at_once(sweep.plan.config), random_state=seed)
+    return BasicVariantGenerator(random_state=seed)
 
 
 def _trial(record: Any, result: tune.Result, epochs: int) -> Trial:
     metrics = result.metrics or {}
     done = int(metrics.get(EPOCHS, 0))
-    state = FAILED if result.error else FINISHED if done >= epochs else STOPPED
+    state = FAILED if record.status == record.ERROR else FINISHED if done >= epochs else STOPPED
     return Trial(
         name=record.trial_id,
         settings=dict(record.config),

@@ -88,9 +88,10 @@ def exchange(uri: str, data: bytes, previous: str | None) -> str:
             if _code(error) not in _LOST_RACE | _MISSING:
                 raise
             # A put that boto repeated after a lost answer meets its own first try.
-            if not _holds(uri, data):
+            held = _version_holding(uri, data)
+            if held is None:
                 raise ConflictError(uri) from error
-            return head(uri)[1]
+            return held
         return str(answer["ETag"])
 
 
@@ -147,11 +148,16 @@ def _address(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _holds(uri: str, data: bytes) -> bool:
+def _version_holding(uri: str, data: bytes) -> str | None:
+    """Returns an object's ETag if these are its bytes."""
+    bucket, key = _address(uri)
     try:
-        return get(uri, 0, None) == data
-    except FileNotFoundError:
-        return False
+        answer = client().get_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if _code(error) in _MISSING:
+            return None
+        raise
+    return str(answer["ETag"]) if answer["Body"].read() == data else None
 
 
 def _code(error: ClientError) -> str:

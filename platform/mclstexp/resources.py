@@ -16,6 +16,7 @@ from mclstexp.config import Config
 from mclstexp.errors import ResourceError
 
 _POLL_S = 1.0
+_ROUNDING = 1e-9
 Node = dict[str, Any]
 """An entry of `ray.nodes()`."""
 _Bundles = Sequence[tuple[dict[str, float], dict[str, str]]]
@@ -205,4 +206,5 @@ def _slots(config: Config, node: Node, data_cpus: int = 0) -> int:
     slots = _has(node, "CPU") // (config.train.cpus_per_worker + data_cpus)
     if not config.train.use_gpu:
         return slots
-    return min(slots, int(_has(node, "GPU") / config.train.gpus_per_worker))
+    each = int(1 / config.train.gpus_per_worker + _ROUNDING)  # a worker's share lies on one GPU
+    return min(slots, _has(node, "GPU") * each)

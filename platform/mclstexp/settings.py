@@ -255,7 +255,8 @@ class PredictConfig(Section):
     retry_quarantined: bool = False
     """Whether slides that were set aside before are tried again."""
     num_cpus: int | None = Field(None, ge=2)
-    """CPUs that look at slides, read and, without GPUs, embed them; empty: those that are there."""
+    """CPUs for reading and, without GPUs, embedding, but for one; empty: those that are there. Slides are looked at on
+    any that is free."""
     num_gpus: int | None = Field(None, ge=0)
     """GPUs that embed; empty: those that are there. `cluster.wait_s` says how long to wait for either."""
     bank_shards: int = Field(1, ge=1)

@@ -4,6 +4,8 @@ A slide is tried a few times; what it takes up again is what its staging folder 
 ledger entry is claimed, so that runs with other settings on the same output mix no files.
 """
 
+import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +32,7 @@ MAX_TRIES = 3
 """Times that a slide is tried in one run."""
 MIN_PUBLISHING = 4
 """Slides that are put together at once, at least; on large clusters one for every two readers."""
+_PAUSE_S = 5.0
 _DIED = f"a process that worked on it died in each of {MAX_TRIES} tries"
 _RECORDED = ("num_tiles", "missing_tiles", "left_out_positions", "tile_area_mm2", "tissue_area_mm2")
 
@@ -69,6 +72,8 @@ class CohortRun:
         """Why slides of the current try are not done, where something said so."""
         self._stopped = ""
         """Why the current try ended early, if it did."""
+        self._lost: set[str] = set()
+        """Slides whose claim another run took, so that our files may be among its own."""
 
     def run(self, slide_ids: Sequence[str]) -> None:
         """Tries all slides, and those that failed again."""
@@ -76,6 +81,8 @@ class CohortRun:
         for _ in range(MAX_TRIES):
             if not left:
                 return
+            if self._lost:  # the other run may be as quick as this one
+                time.sleep(random.uniform(0, _PAUSE_S))
             self._parts.clear()
             self._faults.clear()
             self._try(left)
@@ -131,6 +138,8 @@ class CohortRun:
         """Takes an answer that another run on the same output was first to give, and tells whether there is one."""
         if there is None or not self._work.cohort.is_answer(there):
             return False
+        if there.slide_id in self._lost and there.state == "done" and there.genes != ",".join(self._work.genes):
+            return False  # our pictures may lie where its own should
         self._report.entries[there.slide_id] = there
         return True
 
@@ -158,9 +167,11 @@ class CohortRun:
         entry = claim.model_copy(update=found | state | {"finished": _now()})
         try:
             ledger.fulfil(self._work.out, entry, published.claimed)
+            self._lost.discard(name)
         except ConflictError:
+            self._lost.add(name)
             if not self._takes(ledger.entry(self._work.out, name)):
-                raise
+                raise ConflictError("another run was replacing its files; run the same command again") from None
         self._report.entries.setdefault(name, entry)
         self._show()
 
@@ -175,14 +186,14 @@ class CohortRun:
     def fail(self, name: str, reason: str) -> None:
         """Gives a slide up in this run."""
         try:
-            self._set_aside(name, "failed", reason)
+            self._set_aside(name, "failed", reason, also_predictions=name in self._lost)
         except StorageError as error:  # its entry cannot be written; the summary tells of it
             self._report.entries[name] = self._fault(name, "failed", f"{reason}; {error}")
 
-    def _set_aside(self, name: str, state: ledger.State, reason: str) -> None:
+    def _set_aside(self, name: str, state: ledger.State, reason: str, also_predictions: bool = False) -> None:
         entry = self._fault(name, state, reason)
         with suppress(ConflictError):
-            ledger.set_aside(self._work.out, entry)
+            ledger.set_aside(self._work.out, entry, also_predictions)
         if not self._takes(ledger.entry(self._work.out, name)):
             self._report.entries[name] = entry
         self._show()

@@ -3,8 +3,8 @@
 An entry names everything that the answer depends on (its key), so that a run that is started again does what is left
 or changed and nothing else. Before a run replaces a slide's files it claims the entry, and afterwards it exchanges its
 claim for the answer: where another run with other settings claimed the slide meanwhile, that fails and the run begins
-anew, so that an answer only ever stands beside files of its own. The price is one request a slide at the start of a
-run and two more at its end.
+anew, so that an answer stands beside files of its own. The price is one request a slide at the start of a run and five
+more at its end.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,7 +40,7 @@ class Entry(_Record):
     """Of everything that the answer depends on; where there is none, of what the attempt depended on."""
     state: State
     fingerprint: str = ""
-    """Of the image, as `ingest.fingerprint` gives it; empty where it could not be read."""
+    """Of the image, as `ingest.fingerprint` gives it; empty where it could not be read, and in claims."""
     reason: str = ""
     num_tiles: int = 0
     missing_tiles: int = 0
@@ -134,7 +134,10 @@ def claim_slide(out: str, new: Entry, over: Entry | None) -> str:
     """
     place = _place(out, new.slide_id)
     previous = storage.version(place)
-    if entry(out, new.slide_id) not in (over, new):
+    there = entry(out, new.slide_id)
+    if there == new and previous == storage.version(place):  # some stores give equal bytes another version
+        return str(previous)
+    if there not in (over, new):
         raise ConflictError(f"another run has written {place} meanwhile")
     return storage.publish(place, _bytes(new), previous)
 
@@ -148,9 +151,14 @@ def fulfil(out: str, new: Entry, claimed: str) -> None:
     storage.publish(_place(out, new.slide_id), _bytes(new), claimed)
 
 
-def set_aside(out: str, new: Entry) -> None:
+def set_aside(out: str, new: Entry, also_predictions: bool = False) -> None:
     """Writes that a slide was quarantined or has failed; a prediction of the same image stays, as it does where a
     failed run cannot know the image.
+
+    Args:
+        out: root of the predictions.
+        new: the entry.
+        also_predictions: whether no prediction stays, since this run may have written among its files.
 
     Raises:
         ConflictError: other runs keep writing this slide's entry.
@@ -159,8 +167,7 @@ def set_aside(out: str, new: Entry) -> None:
     for tries_left in reversed(range(_TRIES)):
         previous = storage.version(place)
         there = entry(out, new.slide_id)
-        same_image = there is not None and (new.state == "failed" or there.fingerprint == new.fingerprint)
-        if there is not None and there.state in PREDICTED and same_image:
+        if there is not None and not also_predictions and _outlives(there, new):
             return
         try:
             storage.publish(place, _bytes(new), previous)
@@ -168,6 +175,11 @@ def set_aside(out: str, new: Entry) -> None:
         except ConflictError:
             if not tries_left:
                 raise
+
+
+def _outlives(there: Entry, fault: Entry) -> bool:
+    same_image = fault.state == "failed" or there.fingerprint in ("", fault.fingerprint)
+    return there.state in PREDICTED and same_image
 
 
 def summarise(out: str, found: Mapping[str, Entry]) -> str:

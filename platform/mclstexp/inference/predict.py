@@ -63,8 +63,9 @@ def predict_cohort(
     for name, reason in cohort.unreadable.items():
         run.fail(name, reason)
     run.run(left)
-    for entry, fault in redraw(report.skipped, out, facts, genes):
-        report.skipped[entry.slide_id] = entry
+    for entry, fault in redraw({**report.skipped, **report.entries}, out, facts, genes):
+        of_which = report.skipped if entry.slide_id in report.skipped else report.entries
+        of_which[entry.slide_id] = entry
         report.num_redrawn += not fault
         report.undrawn |= {entry.slide_id: fault} if fault else {}
     found = {**report.skipped, **report.entries}

@@ -81,7 +81,9 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
     with ordered():  # for its warnings alone: a Dataset keeps the context that it was made in
         return tiles.map_batches(
             _Predict,
-            fn_constructor_args=(ray.put(network_of(model)), ray.put(None if shards else bank), shards, config),
+            fn_constructor_args=(
+                *(ray.put(network_of(model)), ray.put(None if shards else bank), shards, config, dealt.uses_gpu),
+            ),
             batch_size=1,
             compute=ActorPoolStrategy(min_size=1, max_size=dealt.num_embedders),
             num_gpus=1 if dealt.uses_gpu else None,
@@ -89,6 +91,11 @@ def predicted_parts(tiles: Dataset, model: ModelVersion, dealt: Stages, bank_sha
             max_restarts=-1,  # as of readers: a dead actor is not replaced by another
             max_task_retries=MAX_RETRIES,
         )
+
+
+def embedding_device(uses_gpu: bool) -> torch.device:
+    """Returns what tiles are embedded on; a process that reserved no GPU may see one all the same."""
+    return torch.device("cuda" if uses_gpu and torch.cuda.is_available() else "cpu")
 
 
 def facts_of(model: ModelVersion) -> ModelFacts:
@@ -101,11 +108,16 @@ class _Predict:
     """Embeds a part's tiles, asks the bank and writes the part."""
 
     def __init__(
-        self, network: ray.ObjectRef, bank: ray.ObjectRef, shards: ShardActors | None, config: RetrievalConfig
+        self,
+        network: ray.ObjectRef,
+        bank: ray.ObjectRef,
+        shards: ShardActors | None,
+        config: RetrievalConfig,
+        uses_gpu: bool,
     ) -> None:
         built: ImageNetwork = ray.get(network)
         whole: Bank | None = ray.get(bank)
-        self._embed = built.build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._embed = built.build(embedding_device(uses_gpu))
         self._shards: Shards | None = shards if whole is None else held(whole)
         self._config = config
 

@@ -6,7 +6,8 @@ slide's files. Neither memory nor imports are those of prediction: no weights, n
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mclstexp import storage
@@ -54,7 +55,6 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
         return record
     thumbnail = read_thumbnail(staging_uri)
     shown = chosen or list(range(min(OVERVIEW_GENES, len(model_facts.panel))))
-    outline = storage.join(out_uri, GEOJSON, f"{name}.geojson")
     with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         table, data, picture, squares = (Path(scratch, f"slide.{kind}") for kind in ("parquet", "h5ad", "png", "json"))
         record = write_table(table, staging_uri, record, model_facts)
@@ -64,20 +64,23 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: ModelFacts, genes
             write_geojson(squares, table, record, model_facts, chosen)
         storage.write(shown_at, preview)
         storage.upload(data, storage.join(out_uri, f"{name}.h5ad"))
-        storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{name}.png"))
-        storage.upload(squares, outline) if chosen else storage.delete(outline)
+        _upload_pictures(picture, squares if chosen else None, name, out_uri)
         storage.upload(table, storage.join(out_uri, f"{name}.parquet"))
     return record
 
 
-def redraw_slide(slide_id: str, out_uri: str, model_facts: ModelFacts, genes: Sequence[str]) -> None:
-    """Replaces overview and GeoJSON of a published slide by those of other genes, as `publish_slide` writes them.
+@contextmanager
+def redrawn(slide_id: str, out_uri: str, model_facts: ModelFacts, genes: Sequence[str]) -> Iterator[Callable[[], None]]:
+    """Draws overview and GeoJSON of a published slide with other genes, as `publish_slide` would have.
 
     Args:
         slide_id: the slide.
         out_uri: root of the predictions.
         model_facts: the model that made them.
         genes: chosen genes by symbol, gene id or Ensembl id, at least one.
+
+    Yields:
+        What replaces the published ones; until it is called, nothing has changed.
 
     Raises:
         ConfigError: the panel lacks a chosen gene; names the nearest.
@@ -89,8 +92,13 @@ def redraw_slide(slide_id: str, out_uri: str, model_facts: ModelFacts, genes: Se
         table, data, picture, squares = (Path(scratch, f"slide.{kind}") for kind in ("parquet", "h5ad", "png", "json"))
         storage.download(storage.join(out_uri, f"{slide_id}.parquet"), table)
         storage.download(storage.join(out_uri, f"{slide_id}.h5ad"), data)
-        record = published_record(table)
-        draw_overview(picture, table, record, model_facts, chosen, published_thumbnail(data, slide_id))
+        record, thumbnail = published_record(table), published_thumbnail(data, slide_id)
+        draw_overview(picture, table, record, model_facts, chosen, thumbnail)
         write_geojson(squares, table, record, model_facts, chosen)
-        storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{slide_id}.png"))
-        storage.upload(squares, storage.join(out_uri, GEOJSON, f"{slide_id}.geojson"))
+        yield lambda: _upload_pictures(picture, squares, slide_id, out_uri)
+
+
+def _upload_pictures(picture: Path, squares: Path | None, slide_id: str, out_uri: str) -> None:
+    outline = storage.join(out_uri, GEOJSON, f"{slide_id}.geojson")
+    storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{slide_id}.png"))
+    storage.upload(squares, outline) if squares else storage.delete(outline)

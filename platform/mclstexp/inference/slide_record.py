@@ -45,7 +45,7 @@ class SlideRecord(BaseModel):
     mpp_source: str
     scale: float
     """Level-0 pixels along a tile pixel."""
-    reads_regions: bool
+    reads_regions: bool = True
     """Whether a region of the image is read by itself, or the whole image decoded for any."""
     scanned_from_px: tuple[float, float]
     """x and y of the scanned region's corner, level 0."""
