@@ -15,22 +15,18 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_absolute_error, mean_squared_error
+from untrained import untrained_version
 
-from mclstexp.config import Config, override
-from mclstexp.data.folds import make_split
-from mclstexp.data.genes import GenePanel, Normaliser, fit_panel
+from mclstexp.data.genes import GenePanel, Normaliser
 from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
-from mclstexp.data.spots import make_reader
 from mclstexp.data.table import read_columns, read_counts
 from mclstexp.errors import ConfigError, ModelError, SplitError, TableError, UserError
 from mclstexp.evaluation.evaluate import evaluate, held_out
 from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.evaluation.targets import TARGETS, scored_targets
-from mclstexp.inference.bank import build_bank
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.build import build_network
-from mclstexp.model.towers import TwoTowers
 from mclstexp.report.results import model_rows, open_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")]  # MLflow
@@ -49,29 +45,6 @@ SETTINGS = {
 }
 
 
-def _version(tiles: str, **changes: object) -> ModelVersion:
-    config = override(Config(), SETTINGS | changes)
-    manifest = load_manifest(tiles)
-    split = make_split(manifest, config.split)
-    panel = fit_panel(tiles, manifest, split.train, config.genes)
-    torch.manual_seed(0)
-    reader = make_reader(tiles, manifest, panel, config)
-    record = TrainingRecord(
-        manifest_digest=manifest.digest(),
-        protocol=config.split.protocol,
-        sections=split.train,
-        patients=tuple(sorted({manifest.section(name).patient_id for name in split.train})),
-        validation_sections=split.validation,
-        test_sections=split.test,
-        epochs=1,
-    )
-    geometry = (manifest.tile_size_px, manifest.mpp)
-    network = build_network(config.model, len(panel), 0, manifest.tile_size_px).eval()
-    retrieves = isinstance(network, TwoTowers)
-    bank = build_bank(network, reader, split.train, False, lambda: None) if retrieves else None
-    return ModelVersion(config, panel, geometry, 0, record, network.state_dict(), bank)
-
-
 @pytest.fixture(scope="module")
 def manifest(tiles: str) -> Manifest:
     return load_manifest(tiles)
@@ -80,7 +53,7 @@ def manifest(tiles: str) -> Manifest:
 @pytest.fixture(scope="module")
 def version(tiles: str) -> ModelVersion:
     """Held out P3S1, trained on all others: a sibling of the tested patient among them."""
-    return _version(tiles, **{"split.protocol": "reference", "split.test_sections": ["P3S1"]})
+    return untrained_version(tiles, SETTINGS | {"split.protocol": "reference", "split.test_sections": ["P3S1"]})
 
 
 @dataclass(frozen=True)
@@ -246,7 +219,7 @@ def test_the_report_reads_what_the_job_wrote(version: ModelVersion, scored: Scor
 
 
 def test_a_direct_regression_is_right_in_its_own_unit_alone(tiles: str) -> None:
-    version = _version(tiles, **{"model.predictor": "regression", "split.test_patients": ["P3"]})
+    version = untrained_version(tiles, SETTINGS | {"model.predictor": "regression", "split.test_patients": ["P3"]})
     card = evaluate(version, tiles, lambda *_: None, ["P3S1"])
     rows = card.rows[(card.rows["method"] == "model") & (card.rows["gene_set"] == "all")].set_index("target")
     said = _regression(version, _tiles_of(tiles, "P3S1"))
@@ -266,7 +239,7 @@ def _regression(version: ModelVersion, images: np.ndarray) -> np.ndarray:
 
 
 def test_what_the_model_held_out_is_scored_unless_asked_otherwise(tiles: str, manifest: Manifest) -> None:
-    version = _version(tiles, **{"split.test_patients": ["P3"]})
+    version = untrained_version(tiles, SETTINGS | {"split.test_patients": ["P3"]})
     assert held_out(version, manifest) == ["P3S1", "P3S2"]
     assert held_out(version, manifest, ["P3S2"]) == ["P3S2"]
 

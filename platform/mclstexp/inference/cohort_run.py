@@ -72,8 +72,8 @@ class CohortRun:
         """Why slides of the current try are not done, where something said so."""
         self._stopped = ""
         """Why the current try ended early, if it did."""
-        self._lost: set[str] = set()
-        """Slides whose claim another run took, so that our files may be among its own."""
+        self._unsure: set[str] = set()
+        """Slides with files of ours that no entry of ours vouches for: another run took the claim, or we failed midway."""
 
     def run(self, slide_ids: Sequence[str]) -> None:
         """Tries all slides, and those that failed again."""
@@ -81,7 +81,7 @@ class CohortRun:
         for _ in range(MAX_TRIES):
             if not left:
                 return
-            if self._lost:  # the other run may be as quick as this one
+            if self._unsure:  # another run on the same slides may be as quick as this one
                 time.sleep(random.uniform(0, _PAUSE_S))
             self._parts.clear()
             self._faults.clear()
@@ -138,7 +138,7 @@ class CohortRun:
         """Takes an answer that another run on the same output was first to give, and tells whether there is one."""
         if there is None or not self._work.cohort.is_answer(there):
             return False
-        if there.slide_id in self._lost and there.state == "done" and there.genes != ",".join(self._work.genes):
+        if there.slide_id in self._unsure and there.state == "done" and there.genes != ",".join(self._work.genes):
             return False  # our pictures may lie where its own should
         self._report.entries[there.slide_id] = there
         return True
@@ -155,6 +155,7 @@ class CohortRun:
                 record = f"putting its files together failed: {error}"
             if isinstance(record, str):
                 self._faults[name] = record
+                self._unsure.add(name)
                 continue
             with self._faults_of(name):
                 self._fulfil(there, record)
@@ -167,9 +168,9 @@ class CohortRun:
         entry = claim.model_copy(update=found | state | {"finished": _now()})
         try:
             ledger.fulfil(self._work.out, entry, published.claimed)
-            self._lost.discard(name)
+            self._unsure.discard(name)
         except ConflictError:
-            self._lost.add(name)
+            self._unsure.add(name)
             if not self._takes(ledger.entry(self._work.out, name)):
                 raise ConflictError("another run was replacing its files; run the same command again") from None
         self._report.entries.setdefault(name, entry)
@@ -186,7 +187,7 @@ class CohortRun:
     def fail(self, name: str, reason: str) -> None:
         """Gives a slide up in this run."""
         try:
-            self._set_aside(name, "failed", reason, also_predictions=name in self._lost)
+            self._set_aside(name, "failed", reason, also_predictions=name in self._unsure)
         except StorageError as error:  # its entry cannot be written; the summary tells of it
             self._report.entries[name] = self._fault(name, "failed", f"{reason}; {error}")
 

@@ -1,0 +1,37 @@
+"""A model version for a real tile table that took no training."""
+
+import torch
+
+from mclstexp.config import Config, override
+from mclstexp.data.folds import make_split
+from mclstexp.data.genes import fit_panel
+from mclstexp.data.schema import load_manifest
+from mclstexp.data.spots import make_reader
+from mclstexp.inference.bank import build_bank
+from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.model.build import build_network
+from mclstexp.model.towers import TwoTowers
+
+
+def untrained_version(tiles: str, settings: dict[str, object]) -> ModelVersion:
+    """Returns a version of random weights with the bank of the training sections that its settings leave."""
+    config = override(Config(), settings)
+    manifest = load_manifest(tiles)
+    split = make_split(manifest, config.split)
+    panel = fit_panel(tiles, manifest, split.train, config.genes)
+    torch.manual_seed(0)
+    reader = make_reader(tiles, manifest, panel, config)
+    record = TrainingRecord(
+        manifest_digest=manifest.digest(),
+        protocol=config.split.protocol,
+        sections=split.train,
+        patients=tuple(sorted({manifest.section(name).patient_id for name in split.train})),
+        validation_sections=split.validation,
+        test_sections=split.test,
+        epochs=1,
+    )
+    geometry = (manifest.tile_size_px, manifest.mpp)
+    network = build_network(config.model, len(panel), 0, manifest.tile_size_px).eval()
+    retrieves = isinstance(network, TwoTowers)
+    bank = build_bank(network, reader, split.train, False, lambda: None) if retrieves else None
+    return ModelVersion(config, panel, geometry, 0, record, network.state_dict(), bank)
