@@ -73,7 +73,7 @@ class CohortRun:
         self._stopped = ""
         """Why the current try ended early, if it did."""
         self._unsure: set[str] = set()
-        """Slides with files of ours that no entry of ours vouches for: another run took the claim, or we failed midway."""
+        """Slides with files of ours that no entry of ours vouches for: a claim was lost, or publishing failed."""
 
     def run(self, slide_ids: Sequence[str]) -> None:
         """Tries all slides, and those that failed again."""
