@@ -69,7 +69,8 @@ def report(grid: pd.DataFrame, halving: pd.DataFrame, num_seeds: int) -> None:
     least = points.loc[best, "mean"] - points.loc[best, "sem"]
     chosen = halving[halving["state"] == "finished"].iloc[0]
     place = (chosen[TEMPERATURE], int(chosen[DEPTH]))
-    print(f"best of the grid {best}; the sweep chose {place}: {points.loc[place, 'mean']:.4f} in the grid")
+    names = " and ".join(f"temperature {temperature:g} with {depth} layers" for temperature, depth in (best, place))
+    print(f"best of the grid and choice of the sweep: {names}, which has {points.loc[place, 'mean']:.4f} in the grid")
     print(f"within one standard error of the best (at least {least:.4f}): {points.loc[place, 'mean'] >= least}")
     by_temperature = points["mean"].unstack(TEMPERATURE).max()
     print(f"best depth of each temperature\n{by_temperature.round(4).to_string()}")
