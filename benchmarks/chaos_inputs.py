@@ -13,6 +13,8 @@ from ingest.synthetic import MPP, CohortSpec, make_cohort, write_pyramid
 TILE_PX, NUM_GENES, NUM_SPOTS, WIDTH = 64, 24, 300, 16
 HUGE, MEDIUM, TINY = (64, 65), (18, 27), (3, 9)
 """Bounds of a slide's edge in tiles: 4,096 tiles; 324 to 676; 9 to 64."""
+BACKGROUND = 220
+"""Least value of a channel where there is no tissue."""
 SETTINGS = {
     "tiles.size_px": TILE_PX,
     "tiles.mpp": MPP,
@@ -83,9 +85,15 @@ def _write(path: Path, kind: str, edge_px: int, texture: np.ndarray, rng: np.ran
 
 
 def _tissue(texture: np.ndarray, edge_px: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the texture from a random place on, repeated, and a little brighter towards a corner: no tile repeats."""
-    rolled = np.roll(texture, rng.integers(0, len(texture), 2), (0, 1))
+    """Returns the texture from a random place on, repeated, and a little brighter towards a corner: no tile repeats.
+
+    The place is drawn again until at least half of the image is tissue.
+    """
     times = -(-edge_px // len(texture))
-    image = np.tile(rolled, (times, times, 1))[:edge_px, :edge_px]
+    while True:
+        rolled = np.roll(texture, rng.integers(0, len(texture), 2), (0, 1))
+        image = np.tile(rolled, (times, times, 1))[:edge_px, :edge_px]
+        if (image.min(axis=2) < BACKGROUND).mean() > 1 / 2:
+            break
     ramp = np.linspace(0.94, 1.0, edge_px)
     return (image * (ramp[:, None] * ramp)[..., None]).astype(np.uint8)
