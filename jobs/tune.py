@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Searches settings: many trainings under Ray Tune, scored on patients that none of them trains on.
+"""Searches settings: many trainings under Ray Tune, scored after every epoch on patients that none of them trains on.
 
 Run the same command again and it goes on: no finished trial is repeated. Test patients (--split.test_*) are never seen.
 """

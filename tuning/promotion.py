@@ -93,7 +93,7 @@ def _obstacle(run: trainer.Run, champion: ModelVersion) -> str:
 
 
 def _replicates(sweep: Sweep, best: Trial) -> list[ModelVersion]:
-    """Returns the models of the best settings under seeds that no trial had.
+    """Returns the models of the best settings under the seeds that follow the best trial's own.
 
     Raises:
         RunError: a training failed or left no checkpoint.
