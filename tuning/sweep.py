@@ -9,7 +9,6 @@ turns.
 """
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +37,8 @@ from tuning.trial import EPOCHS, TrialPlan, run_trial
 RECORD, TRIALS, STATE = "sweep.json", "trials", "tune"
 VALIDATION_SHARE = 0.25
 _SQLITE = "sqlite:///"
-_SHARES = 10_000
-"""Parts that Ray divides a resource into."""
+_PARTS, _SHARED = 10_000, 9_900
+"""Parts that Ray divides a resource into, and those that trials hold; others may need a little of it too."""
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its table of settings would be printed even at verbosity 0
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # a sweep that is killed early is known too
@@ -164,7 +163,7 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
         run_trial(settings, sweep.plan)
 
     here = f"node:{ray.util.get_node_ip_address()}"  # the node that sees the driver's files
-    share = math.floor(_SHARES / at_once(sweep.plan.config)) / _SHARES
+    share = _SHARED // at_once(sweep.plan.config) / _PARTS
     trainable = tune.with_resources(trial, {"cpu": 0, here: share})
     filesystem, root = storage.filesystem(sweep.uri)
     state = f"{root}/{STATE}"
