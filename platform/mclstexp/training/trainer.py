@@ -23,6 +23,7 @@ from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader, num_positions
 from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
+from mclstexp.inference.retrieval import resolve
 from mclstexp.model.build import build_network
 from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.feed import make_feed
@@ -148,8 +149,11 @@ def fit(
     Raises:
         UserError: what the workers raised, where a user can mend it.
         RunError: the workers failed more often than train.max_failures allows.
+        ModelError: retrieval.k exceeds the training spots.
     """
     train = run.config.train
+    if run.config.model.predictor == "retrieval":
+        resolve(run.config.retrieval, sum(run.manifest.section(name).num_spots for name in run.split.train))
     plan = make_plan(run, board_name)
     trainer = TorchTrainer(
         train_worker,
