@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import ray
@@ -29,7 +30,7 @@ from mclstexp.inference.slide_table import read_grid
 
 MAX_LOOKED = 24
 """Slides that are opened."""
-_GPU_PATIENCE_S = 600.0
+_GPU_PATIENCE_S = 120.0
 _TIMED_TILES = 32
 _BYTES_A_VALUE = 8  # float32 in Parquet and in .h5ad, before compression
 _STAGED_BYTES_A_VALUE = 4
@@ -69,24 +70,30 @@ def forecast_on_a_gpu(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -
     """
     if not (dealt.uses_gpu and ray.cluster_resources().get("GPU")):
         return forecast(cohort, model, dealt)
-    asked = ray.remote(num_cpus=0, num_gpus=1)(_forecast_guarded).remote(cohort, model, dealt)
-    if not ray.wait([asked], timeout=_GPU_PATIENCE_S)[0]:  # others may hold all of them
-        ray.cancel(asked)
+    somewhere: Any = ray.remote(num_cpus=0, num_gpus=1)(_OnGpu).remote()
+    if not ray.wait([somewhere.is_there.remote()], timeout=_GPU_PATIENCE_S)[0]:  # others may hold all of them
+        ray.kill(somewhere)
         return forecast(cohort, model, dealt)
-    plan = ray.get(asked)
+    plan = ray.get(somewhere.forecast.remote(cohort, model, dealt))
     if isinstance(plan, UserError):
         raise plan
-    return plan
+    return str(plan)
 
 
-def _forecast_guarded(cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str | UserError:
-    """Forecasts; returns a user's error, for raised it would be wrapped into a traceback."""
-    try:
-        return forecast(cohort, model, dealt)
-    except UserError as error:
-        return error
-    finally:
-        clear(cohort.plan.scratch)
+class _OnGpu:
+    """The actor that forecasts where a GPU is."""
+
+    def is_there(self) -> bool:
+        return True
+
+    def forecast(self, cohort: SlideCohort, model: ModelVersion, dealt: Stages) -> str | UserError:
+        """Returns a user's error too, for raised it would be wrapped into a traceback."""
+        try:
+            return forecast(cohort, model, dealt)
+        except UserError as error:
+            return error
+        finally:
+            clear(cohort.plan.scratch)
 
 
 def _spread(number: int, most: int) -> list[int]:

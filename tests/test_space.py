@@ -42,6 +42,8 @@ def test_a_range_is_whole_where_its_setting_is_however_its_ends_are_spelt(tmp_pa
     assert any(domains["model.temperature"].sample() % 1 for _ in range(50))
     with pytest.raises(ConfigError, match=r"retrieval\.k=10\.5"):
         _load(tmp_path, "retrieval.k: {low: 10.5, high: 100}\n")
+    with pytest.raises(ConfigError, match=r"retrieval\.k=inf"):
+        _load(tmp_path, "retrieval.k: {low: 10, high: .inf}\n")
 
 
 def test_the_shipped_space_is_one() -> None:

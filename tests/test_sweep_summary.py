@@ -1,6 +1,7 @@
 """What a sweep comes to: which trial is best, whether its file trains as it is, and pictures of odd sweeps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -13,7 +14,7 @@ from mclstexp import tracking
 from mclstexp.config import Config, load_config, override
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import RunError, SplitError
-from tuning import pictures
+from tuning import pictures, sweep
 from tuning.forecast import expected_epochs
 from tuning.results import publish
 from tuning.space import Choice, Range, Space
@@ -82,6 +83,22 @@ def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path:
     config = override(Config(), {"split.protocol": "reference", "split.test_sections": ["A1"]})
     drawn = {with_validation(manifest, override(config, {"tune.seed": seed})).split for seed in range(20)}
     assert {name for split in drawn for name in split.validation_patients} == {"B", "C"}
+
+
+@pytest.mark.parametrize(
+    ("status", "last", "has_ended"),
+    [
+        ("TERMINATED", {"epochs": 9}, True),
+        ("TERMINATED", {"epochs": 3, "done": True}, True),  # by the scheduler
+        ("TERMINATED", {"epochs": 3, "done": False}, False),  # by an interrupt
+        ("TERMINATED", None, False),
+        ("RUNNING", {"epochs": 3}, False),
+        ("ERROR", None, True),
+    ],
+)
+def test_an_interrupted_trial_has_not_ended(status: str, last: dict | None, has_ended: bool) -> None:
+    record = SimpleNamespace(status=status, last_result=last, ERROR="ERROR")
+    assert sweep._has_ended(record, 9) == has_ended
 
 
 def test_local_files_are_named_absolutely_for_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

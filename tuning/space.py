@@ -174,7 +174,7 @@ def _end(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if int in kinds:
-        return int(value) if value == int(value) else value
+        return int(value) if float(value).is_integer() else value
     return float(value)
 
 

@@ -8,6 +8,7 @@ driver's node, since Ray Tune reserves nothing for what a trial's training claim
 turns.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from tuning.trial import EPOCHS, TrialPlan, run_trial
 RECORD, TRIALS, STATE = "sweep.json", "trials", "tune"
 VALIDATION_SHARE = 0.25
 _SQLITE = "sqlite:///"
+_SEARCH_STATES = ("basic-variant-state-", "search_gen_state-")
 _PARTS, _SHARED = 10_000, 9_900
 """Parts that Ray divides a resource into, and those that trials hold; others may need a little of it too."""
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -126,7 +128,8 @@ def open_sweep(
     Raises:
         RunError: the place holds a sweep of other settings, data, space, search or length.
     """
-    config = with_absolute_paths(config)
+    if not ray.get_runtime_context().runtime_env.get("working_dir"):  # where there is one, trials begin in it too
+        config = with_absolute_paths(config)
     asked: dict[str, object] = {
         "identity": trainer.identity(config),
         "manifest_digest": load_manifest(data).digest(),
@@ -152,10 +155,16 @@ def run_trials(sweep: Sweep) -> list[Trial]:
         results = _tuner(sweep).fit()
     # A result lacks the settings of a trial that failed before its first score; Ray Tune's own record has them.
     records, epochs = results._experiment_analysis.trials, sweep.plan.config.train.epochs
-    ended = sum(record.status in (tune.experiment.Trial.TERMINATED, tune.experiment.Trial.ERROR) for record in records)
+    ended = sum(_has_ended(record, epochs) for record in records)
     if ended < sweep.trials:
         raise RunError(f"interrupted after {ended} of {sweep.trials} trials; run the same command again to go on")
     return [_trial(record, results[place], epochs) for place, record in enumerate(records)]
+
+
+def _has_ended(record: Any, epochs: int) -> bool:
+    """Tells whether a trial has come to its end: an interrupt calls those under way terminated too."""
+    last = record.last_result or {}
+    return record.status == record.ERROR or bool(last.get("done")) or last.get(EPOCHS, 0) >= epochs
 
 
 def _tuner(sweep: Sweep) -> tune.Tuner:
@@ -191,9 +200,11 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
 
 
 def _has_begun(sweep: Sweep) -> bool:
-    """Tells whether Ray Tune has recorded a trial; it writes other files before."""
-    written = storage.list_files(storage.join(sweep.uri, STATE))
-    return any(uri.rpartition("/")[2].startswith("experiment_state-") for uri in written)
+    """Tells whether Ray Tune has recorded a trial and what it is to try next; it writes other files before."""
+    written = {uri.rpartition("/")[2]: uri for uri in storage.list_files(storage.join(sweep.uri, STATE))}
+    states = sorted(name for name in written if name.startswith("experiment_state-"))
+    searched = any(name.startswith(_SEARCH_STATES) for name in written)
+    return searched and bool(states) and bool(json.loads(storage.read(written[states[-1]]))["trial_data"])
 
 
 def at_once(config: Config) -> int:

@@ -73,7 +73,7 @@ class CohortRun:
         self._stopped = ""
         """Why the current try ended early, if it did."""
         self._unsure: set[str] = set()
-        """Slides with files of ours that no entry of ours vouches for: a claim was lost, or publishing failed."""
+        """Slides that may have files of ours which no entry of ours vouches for: claimed, and not done by us."""
 
     def run(self, slide_ids: Sequence[str]) -> None:
         """Tries all slides, and those that failed again."""
@@ -126,6 +126,7 @@ class CohortRun:
         genes = ",".join(work.genes)
         claim = Entry(slide_id=name, key=staging.rpartition("-")[2], state="publishing", genes=genes)
         claimed = ledger.claim_slide(work.out, claim, over=there)
+        self._unsure.add(name)
         reference = self._publish.remote(staging, work.out, work.facts, work.genes)
         self._publishing[reference] = _Publishing(claim, claimed, staging)
 
@@ -155,7 +156,6 @@ class CohortRun:
                 record = f"putting its files together failed: {error}"
             if isinstance(record, str):
                 self._faults[name] = record
-                self._unsure.add(name)
                 continue
             with self._faults_of(name):
                 self._fulfil(there, record)
@@ -170,7 +170,6 @@ class CohortRun:
             ledger.fulfil(self._work.out, entry, published.claimed)
             self._unsure.discard(name)
         except ConflictError:
-            self._unsure.add(name)
             if not self._takes(ledger.entry(self._work.out, name)):
                 raise ConflictError("another run was replacing its files; run the same command again") from None
         self._report.entries.setdefault(name, entry)

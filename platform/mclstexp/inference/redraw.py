@@ -4,6 +4,7 @@ Nothing is predicted again. A run that names no genes leaves the pictures as the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import ray
 
@@ -39,27 +40,40 @@ def redraw(
 def _drawn(entry: Entry, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> tuple[Entry, str]:
     """Returns a slide's new entry, or its old one and why it was not drawn: raised it would become a traceback."""
     try:
-        for _ in range(_TRIES):
-            try:
-                return _draw(entry, out, facts, genes), ""
-            except ConflictError:  # another run is at work on the slide, and our pictures may be among its files
-                there = ledger.entry(out, entry.slide_id)
-                if there is None or there.state != "done":
-                    break
-                entry = there
-        fault = "another run was replacing its files; run the same command again"
-        ledger.set_aside(out, entry.model_copy(update={"state": "failed", "reason": fault}), also_predictions=True)
+        return _draw_until_kept(entry, out, facts, genes)
     except (UserError, FileNotFoundError) as error:
-        fault = str(error)
+        return entry, str(error)
+
+
+def _draw_until_kept(entry: Entry, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> tuple[Entry, str]:
+    uploaded = False
+    for _ in range(_TRIES):
+        with suppress(ConflictError):  # another run is at work on the slide
+            drawn = _draw(entry, out, facts, genes)
+            if drawn:
+                return drawn, ""
+            uploaded = True
+        there = ledger.entry(out, entry.slide_id)
+        if there is None or there.state != "done":
+            break
+        entry = there
+    fault = "another run was replacing its files; run the same command again"
+    if uploaded:  # and our pictures may be among its own
+        entry = entry.model_copy(update={"state": "failed", "reason": fault})
+        ledger.set_aside(out, entry, also_predictions=True)
     return entry, fault
 
 
-def _draw(entry: Entry, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> Entry:
+def _draw(entry: Entry, out: str, facts: ModelFacts, genes: tuple[str, ...]) -> Entry | None:
+    """Returns a slide's new entry; None where another run took the claim after the pictures were replaced."""
     wanted = ",".join(genes)
     with redrawn(entry.slide_id, out, facts, genes) as replace_published:
         claim = entry.model_copy(update={"genes": ledger.DRAWING + wanted})
         claimed = ledger.claim_slide(out, claim, over=entry)
         replace_published()
         new = entry.model_copy(update={"genes": wanted})
-        ledger.fulfil(out, new, claimed)
+        try:
+            ledger.fulfil(out, new, claimed)
+        except ConflictError:
+            return None
     return new
