@@ -63,15 +63,15 @@ def compare(folder: Path, place: Place, num_slides: int, num_kills: int, seed: i
     place.take(folder, ("slides", "model"))
     calm, killed = storage.join(place.root, "calm"), storage.join(place.root, "killed")
     print(f"{num_slides} slides in {place.root}; a calm run", flush=True)
-    calmly = run_calmly(_command(folder, place.root, calm), folder / "calm.log")
+    calmly = run_calmly(job_command(folder, place.root, calm), folder / "calm.log")
     require_ledger(calm, expected)
     print(f"{calmly.seconds:.0f} s; the same under {num_kills} kills", flush=True)
     rng = np.random.default_rng(seed)
     every = (*KINDS, STORE) if place.restart else KINDS
     kinds = tuple(str(kind) for _ in range(0, num_kills, len(every)) for kind in rng.permutation(every))[:num_kills]
     kills = Kills(kinds, calmly.seconds / max(1, num_kills), rng, place.restart)
-    command = _command(folder, place.root, killed)
-    hit = run_under_kills(command, folder / "killed.log", kills, lambda: _settled(killed) == set(expected))
+    command = job_command(folder, place.root, killed)
+    hit = run_under_kills(command, folder / "killed.log", kills, lambda: settled(killed) == set(expected))
     require_ledger(killed, expected)
     num_files = require_same(calm, killed)
     _say(calmly, hit, killed, num_files)
@@ -79,7 +79,7 @@ def compare(folder: Path, place: Place, num_slides: int, num_kills: int, seed: i
 
 def require_ledger(out: str, expected: dict[str, Expected]) -> None:
     """Checks what became of each slide, and that nothing of it is left in staging."""
-    found = _ledger(out)
+    found = entries(out)
     faults = [f"there is no entry of {name}" for name in expected.keys() - found.keys()]
     for name, entry in found.items():
         wanted = expected[name]
@@ -101,7 +101,8 @@ def require_same(calm: str, killed: str) -> int:
     return len(digests)
 
 
-def _command(folder: Path, root: str, out: str) -> list[str]:
+def job_command(folder: Path, root: str, out: str) -> list[str]:
+    """Returns the job over slides and model below a root, on this machine."""
     return [
         *(sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", storage.join(root, "model")),
         *("--samples", storage.join(root, "slides"), "--out", out, "--genes", "GENE03,GENE07"),
@@ -110,11 +111,13 @@ def _command(folder: Path, root: str, out: str) -> list[str]:
     ]
 
 
-def _settled(out: str) -> set[str]:
-    return {name for name, entry in _ledger(out).items() if entry["state"] in STATES and entry["state"] != "failed"}
+def settled(out: str) -> set[str]:
+    """Returns the slides that no further run would take up."""
+    return {name for name, entry in entries(out).items() if entry["state"] in STATES and entry["state"] != "failed"}
 
 
-def _ledger(out: str) -> dict[str, dict[str, str]]:
+def entries(out: str) -> dict[str, dict[str, str]]:
+    """Returns the ledger's entries by slide."""
     uris = [uri for uri in storage.list_files(storage.join(out, "ledger")) if uri.endswith(".json")]
     return {Path(uri).stem: json.loads(storage.read(uri)) for uri in uris}
 
@@ -136,7 +139,7 @@ def _digests(out: str) -> dict[str, str]:
 
 
 def _say(calmly: Outcome, hit: Outcome, out: str, num_files: int) -> None:
-    states = Counter(entry["state"] for entry in _ledger(out).values())
+    states = Counter(entry["state"] for entry in entries(out).values())
     table = Table("", "calm run", "killed run", title="predict under kills")
     for kind in (*KINDS, STORE):
         table.add_row(f"{kind}s killed", "0", str(hit.kills[kind]))

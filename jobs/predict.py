@@ -113,7 +113,7 @@ def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None
     resources.require_to_predict(config)
     places = [f"--samples {arguments.samples}", f"--out {arguments.out}"]
     places += [f"--spots {arguments.spots}"] if arguments.spots else []
-    resources.require_shared(config, places)
+    resources.require_shared(config, places, uses_tracking=arguments.model.startswith("models:/"))
     started = time.monotonic()
     try:
         with _bars() as show:
