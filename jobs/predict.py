@@ -151,7 +151,7 @@ def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
         hours = sum(tiles) / len(tiles) * 1000 / rate / 3600
         print(f" ({rate:.1f} tiles/s, {hours:.1f} h for 1,000 such slides)", end="")
     if report.num_redrawn:
-        print(f"\n{report.num_redrawn} of the skipped slides were drawn with the genes that were asked for", end="")
+        print(f"\n{report.num_redrawn} slides that were done were drawn with the genes that were asked for", end="")
     print(f"\nsummary {report.summary}\npredictions {out}")
     faults = [f"{name}: {reason}" for name, reason in report.faults().items()]
     if faults:

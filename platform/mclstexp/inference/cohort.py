@@ -47,9 +47,9 @@ class Report:
     num_tiles: int = 0
     """Tiles that were embedded in this run."""
     num_redrawn: int = 0
-    """Slides that were settled before and now show this run's genes."""
+    """Slides that were done, before or by another run meanwhile, and now show this run's genes."""
     undrawn: dict[str, str] = field(default_factory=dict)
-    """Slides that were settled before and could not be drawn with this run's genes, with the reason."""
+    """Such slides that could not be drawn with this run's genes, with the reason."""
     summary: str = ""
     """URI of a table with a row a slide."""
 
