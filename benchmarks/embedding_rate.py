@@ -47,14 +47,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    embed = network(arguments.encoder, arguments.size_px, arguments.precision).build(device)
     sizes = [int(size) for size in arguments.batches.split(",")]
     shape = (max(sizes), arguments.size_px, arguments.size_px, 3)
     tiles = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    built = network(arguments.encoder, arguments.size_px, arguments.precision)
+    embedders = {size: built.build(device, size) for size in sizes}
     rates: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
     for count in range(arguments.rounds + 1):
         for size in sizes:
-            rate = timed(embed, tiles[:size])
+            rate = timed(embedders[size], tiles[:size])
             if count:  # the first round warms up
                 rates[size].append(rate)
     print(

@@ -24,7 +24,7 @@ from ingest.staging import clear, staged
 from mclstexp.errors import SourceError, UserError
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.predict_stage import MICRO_BATCH, Stages, embedding_device
+from mclstexp.inference.predict_stage import Stages, embedding_device
 from mclstexp.inference.slide_record import PART_TILES, num_parts
 from mclstexp.inference.slide_table import read_grid
 
@@ -130,7 +130,7 @@ def _timed(
     torch.set_num_threads(1)  # as each actor has one CPU
     device = embedding_device(uses_gpu)
     embed = network_of(model).build(device)
-    batch = np.stack((tiles * MICRO_BATCH)[:MICRO_BATCH])
+    batch = np.stack((tiles * _TIMED_TILES)[:_TIMED_TILES])
     model.predict(embed(batch[:1]))
     started = time.perf_counter()
     model.predict(embed(batch))

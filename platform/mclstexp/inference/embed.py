@@ -30,6 +30,7 @@ from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.optim import uses_bf16
 
 _IMAGE_SETTINGS = ("image_encoder", "input_scaling", "test_turns", "predictor", "embedding_dim", "l2_normalise")
+_TILES_AT_ONCE = {"cpu": 16, "cuda": 64}  # larger batches are slower on a CPU (docs/scaling.md)
 _TILES_WORTH_AN_ACTOR = 256  # fewer are embedded sooner than another process has imported torch
 
 
@@ -54,8 +55,14 @@ class ImageNetwork:
             found.update(safetensors.torch.save({name: value.contiguous() for name, value in part.items()}))
         return found.hexdigest()[:16]
 
-    def build(self, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
-        """Returns the map from tiles, uint8 (n, size, size, 3), to embeddings or features, float32 (n, D)."""
+    def build(self, device: torch.device, batch: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+        """Returns the map from tiles, uint8 (n, size, size, 3), n > 0, to embeddings or features, float32 (n, D).
+
+        Args:
+            device: where it computes.
+            batch: tiles that go through the network at once (other sizes may round otherwise); None: what suits the
+                device.
+        """
         config = ModelConfig.model_validate(self.config | {"image_weights": "random"})
         tower = ImageTower(config, self.tile_size_px)
         tower.load_state_dict(self.tower)
@@ -64,13 +71,17 @@ class ImageNetwork:
             network.append(_head(config, tower.num_features, self.head))
         network = network.eval().to(device).to(memory_format=torch.channels_last)
         bf16 = uses_bf16(self.precision, device)
+        size = batch or _TILES_AT_ONCE[device.type]
+
+        def at_once(tiles: np.ndarray) -> np.ndarray:
+            images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
 
         @torch.inference_mode()
         def embed(tiles: np.ndarray) -> np.ndarray:
             tiles = fixed_turns(tiles) if config.test_turns else tiles
-            images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
+            return np.concatenate([at_once(tiles[start : start + size]) for start in range(0, len(tiles), size)])
 
         return embed
 

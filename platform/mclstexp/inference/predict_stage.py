@@ -25,9 +25,6 @@ from mclstexp.inference.shards import Shards, split_bank
 from mclstexp.inference.slide_record import FAILED, TILES
 from mclstexp.settings import PredictConfig, RetrievalConfig
 
-MICRO_BATCH = 64
-"""Tiles that go through the encoder at once; fixed, for other sizes may round otherwise."""
-
 
 @dataclass(frozen=True)
 class Stages:
@@ -136,6 +133,5 @@ class _Predict:
 
     def answer(self, tiles: np.ndarray) -> Retrieved:
         """Returns what the model says of tiles, uint8 (n, size, size, 3)."""
-        starts = range(0, len(tiles), MICRO_BATCH)
-        queries = np.concatenate([self._embed(tiles[start : start + MICRO_BATCH]) for start in starts])
+        queries = self._embed(tiles)
         return regressed(queries) if self._shards is None else retrieve(queries, self._shards, self._config)

@@ -33,8 +33,11 @@ from mclstexp.training.validation import ValidationSet
 
 RECORD = "run.json"
 GROUP_TIMEOUT_S = 300
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
-"""Lets glibc keep freed memory; else each batch's activations are fetched from the system anew."""
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_ARENA_MAX": "1"}
+"""Lets glibc keep freed memory; else each batch's activations are fetched from the system anew.
+
+One arena, since Ray Train calls the worker in a thread, and the arenas of threads hold no block of over 64 MiB.
+"""
 _FREE_TRAIN_SETTINGS = {
     "num_workers",
     "use_gpu",
