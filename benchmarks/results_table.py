@@ -37,9 +37,12 @@ def _recipe(study: Path) -> str:
     """Returns which settings a study's folds share, of those that its table must name."""
     identity = json.loads((study / "study.json").read_text())["identity"]
     train, model, genes = (identity[name] for name in ("train", "model", "genes"))
+    random_spots = train["batching"] == "random_spots"
+    batch = f"{train['batch_spots']} spots" if random_spots else f"{train['batch_sentences']} sentences"
+    panel, unit = Path(genes["panel"]).name, f"log base {genes['log_base']}, scale {genes['scale']:g}"
     return (
-        f"{train['epochs']} epochs, seed {train['seed']}, encoder {model['image_encoder']}, panel {genes['panel']}, "
-        f"own target {genes['target']} (log base {genes['log_base']}, scale {genes['scale']:g})"
+        f"{train['epochs']} epochs in batches of {batch}, precision {train['precision']}, seed {train['seed']}, encoder "
+        f"{model['image_encoder']}, panel {panel}, own target {genes['target']} ({unit})"
     )
 
 
@@ -50,14 +53,16 @@ def _rows(fold: Path) -> pd.DataFrame:
 
 
 def _tables(rows: pd.DataFrame) -> Iterator[str]:
-    """Yields a table for each target, the models' own first, and one of the model by section."""
+    """Yields for each target, the models' own first, a table by method and one of the model by section."""
     own = rows["own"].iloc[0]
     yield f"Sections {', '.join(sorted(rows['section_id'].unique()))} ({rows['fold'].nunique()} fold(s))"
     for target in sorted(rows["target"].unique(), key=lambda name: name != own):
-        yield f"\nTarget {target}\n\n{_markdown(_means(rows[rows['target'] == target]))}"
-    model = rows[(rows["target"] == own) & (rows["kind"] == "model")]
-    by_section = pd.concat([_means(part).assign(method=name) for name, part in model.groupby("section_id")])
-    yield f"\nThe model by section, target {own}\n\n{_markdown(by_section.rename(columns={'method': 'section'}))}"
+        stated = rows[rows["target"] == target]
+        yield f"\nTarget {target}\n\n{_markdown(_means(stated))}"
+        model = stated[stated["kind"] == "model"]
+        by_section = pd.concat([_means(part).assign(method=name) for name, part in model.groupby("section_id")])
+        table = _markdown(by_section.rename(columns={"method": "section"}))
+        yield f"\nThe model by section, target {target}\n\n{table}"
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:

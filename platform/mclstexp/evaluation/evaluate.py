@@ -108,7 +108,7 @@ def evaluate(
     if (reader.columns < 0).any():
         raise ModelError(f"there is no truth for all genes of the model: {coverage(model.panel, reader.columns)}")
     training, tested = ([read_measured(reader, name) for name in part] for part in (model.training.sections, names))
-    targets = scored_targets(reader.target)
+    targets = scored_targets(reader.target, reader.input)
     banks = _banks(model, reader.target, training, targets)
     embedded = embed_shown(reader, names, network_of(model), "model", show)
     features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show, feature_cache)

@@ -22,13 +22,16 @@ training input, log10(1 + 1e4 c / spot total over the panel), and truth and payl
 the section)."""
 
 
-def scored_targets(own: Normaliser) -> dict[str, Normaliser]:
-    """Returns by name what a score card states: a model's own target first, then `per_spot` and `per_gene`.
+def scored_targets(own: Normaliser, seen: Normaliser) -> dict[str, Normaliser]:
+    """Returns by name what a score card states, each once.
 
-    Its own target has its name in `TARGETS`, or else its unit in words.
+    The model's own target first, then `per_spot`, `per_gene` and what the model's spots were `seen` in: in mclSTExp's
+    recipe `per_spot_panel`, the per-spot unit of its published figures. One without a name in `TARGETS` is called by
+    its unit.
     """
     known = {target: name for name, target in TARGETS.items()}
-    return {known.get(own, own.unit()): own} | {name: TARGETS[name] for name in ("per_spot", "per_gene")}
+    stated = (own, TARGETS["per_spot"], TARGETS["per_gene"], seen)
+    return {known.get(target, target.unit()): target for target in stated}
 
 
 def normalise_section(target: Normaliser, counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
