@@ -41,7 +41,7 @@ def _recipe(study: Path) -> str:
     batch = f"{train['batch_spots']} spots" if random_spots else f"{train['batch_sentences']} sentences"
     panel, unit = Path(genes["panel"]).name, f"log base {genes['log_base']}, scale {genes['scale']:g}"
     return (
-        f"{train['epochs']} epochs in batches of {batch}, precision {train['precision']}, seed {train['seed']}, encoder "
+        f"{train['epochs']} epochs, batches of {batch}, precision {train['precision']}, seed {train['seed']}, encoder "
         f"{model['image_encoder']}, panel {panel}, own target {genes['target']} ({unit})"
     )
 
