@@ -52,3 +52,11 @@ def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / STATE).unlink()
     with pytest.raises(RunError, match="no complete checkpoint"):
         load_checkpoint(str(tmp_path), *trainee)
+
+
+def test_a_score_that_is_not_better_counts_as_worse() -> None:
+    state = TrainState({})
+    for score, num_worse in ((-0.1, 0), (-0.2, 1), (-0.1, 2), (0.3, 0), (0.2, 1)):
+        state.judge(score)
+        assert state.num_worse == num_worse
+    assert state.best_score == 0.3

@@ -26,7 +26,10 @@ def test_every_encoder_maps_images_to_its_features(name: str, features: int) -> 
     assert (num_features, tuple(found.shape)) == (features, (2, features))
 
 
-@pytest.mark.parametrize(("name", "features"), [("timm/resnet10t", 512), ("timm/vit_tiny_patch16_224", 192)])
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("timm/resnet10t", 512), ("timm/vit_tiny_patch16_224", 192), ("timm/mobilenetv3_small_050", 1024)],
+)
 def test_any_timm_name_is_an_encoder_with_random_weights_or_a_file(name: str, features: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     source, num_features = build_image_encoder(name, "random", 32)

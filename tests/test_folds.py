@@ -54,7 +54,7 @@ def test_a_trained_sibling_is_refused_under_patient_and_allowed_under_reference(
 @pytest.mark.parametrize("protocol", ["patient", "reference"])
 @pytest.mark.parametrize("test", [{"test_patients": ("BELA",)}, {"test_sections": ("BELA1",)}])
 def test_a_validation_patient_is_never_tested(protocol: str, test: dict[str, object]) -> None:
-    with pytest.raises(SplitError, match="share BELA"):
+    with pytest.raises(SplitError, match=r"share BELA.*num_validation_patients"):
         _split(protocol=protocol, validation_patients=("BELA",), **test)
 
 
@@ -77,3 +77,28 @@ def test_unknown_names_are_answered_with_the_nearest(setting: str, name: str, ne
 def test_something_must_be_left_to_train_on() -> None:
     with pytest.raises(SplitError, match="no section is left to train on: 4 are held out, 2 validate"):
         _split(test_patients=("ANNA", "BELA"), validation_patients=("CARL",))
+
+
+def test_drawn_validation_patients_are_never_tested_and_always_the_same() -> None:
+    for tested, others in (("ANNA", "BC"), ("BELA", "AC"), ("CARL", "AB")):
+        split = _split(test_patients=(tested,), num_validation_patients=1)
+        validating = {name[0] for name in split.validation}
+        assert validating < set(others)
+        assert {name[0] for name in split.train} == set(others) - validating
+        assert split == _split(test_patients=(tested,), num_validation_patients=1)
+
+
+def test_siblings_of_a_tested_section_train_but_do_not_validate() -> None:
+    split = _split(test_sections=("BELA1",), protocol="reference", num_validation_patients=1)
+    assert "BELA2" in split.train
+    assert {name[:4] for name in split.validation} <= {"ANNA", "CARL"}
+
+
+def test_drawing_leaves_someone_to_train_on() -> None:
+    with pytest.raises(SplitError, match=r"num_validation_patients=2 leaves no patient.* there are 2 \(ANNA, CARL\)"):
+        _split(test_patients=("BELA",), num_validation_patients=2)
+
+
+def test_validation_patients_are_named_or_drawn() -> None:
+    with pytest.raises(SplitError, match="not both"):
+        _split(validation_patients=("BELA",), num_validation_patients=1)

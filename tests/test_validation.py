@@ -1,5 +1,6 @@
-"""The score of a model while it trains: what its finished version would say of the validation patients."""
+"""The score of a model while it trains, which is that of its finished version, and early stopping."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.training import finish, trainer
-from mclstexp.training.checkpoint import TrainState, save_checkpoint
+from mclstexp.training.checkpoint import STATE, TrainState, save_checkpoint
 from mclstexp.training.optim import make_optimizer
 from mclstexp.training.step import Trainee
-from mclstexp.training.validation import ValidationSet, validate
+from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {
@@ -24,7 +25,6 @@ SETTINGS = {
     "model.image_encoder": "small_cnn",
     "model.spot_width": 16,
     "model.spot_layers": 1,
-    "train.validate_every": 1,
     "train.precision": "fp32",
 }
 REGRESSION = {"model.predictor": "regression"}
@@ -42,6 +42,21 @@ def test_the_score_is_that_of_the_finished_version(tiles: str, tmp_path: Path, c
     save_checkpoint(str(folder), trainee.model, trainee.optimizer, trainee.state)
     finish.finish(run, str(folder))
     assert found == pytest.approx(_score(run, ModelVersion.load(finish.model_uri(run))), abs=1e-5)
+
+
+def test_training_that_gets_no_better_stops_and_its_best_checkpoint_is_the_model(tiles: str, tmp_path: Path) -> None:
+    frozen = {"train.tower_lr": 1e-30, "train.head_lr": 1e-30, "train.weight_decay": 0.0, "model.batch_norm": "frozen"}
+    changed = SETTINGS | frozen | {"train.epochs": 9, "train.patience": 2, "train.num_workers": 2}
+    run = trainer.open_run(tiles, str(tmp_path), "run", override(Config(), changed), lambda full, name: "untracked")
+    posted: list[dict[str, float]] = []
+    best = trainer.fit(run, lambda step, metrics: posted.append(metrics))
+    scores = [metrics[VALIDATION_PCC] for metrics in posted if VALIDATION_PCC in metrics]
+    assert len(scores) == 3, "the first and as many as patience lasts"
+    assert len(set(scores)) == 1
+    assert json.loads((Path(best) / STATE).read_text())["epoch"] == 0
+    assert trainer.fit(run, lambda step, metrics: None) == best, "a finished run trains no more"
+    finish.finish(run, best)
+    assert ModelVersion.load(finish.model_uri(run)).training.epochs == 1
 
 
 def _trainee(run: trainer.Run) -> Trainee:

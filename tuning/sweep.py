@@ -11,11 +11,10 @@ turns.
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -25,7 +24,7 @@ from mclstexp import resources, storage
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.errors import RunError, SplitError
+from mclstexp.errors import RunError
 from mclstexp.training import trainer
 from mclstexp.training.record import StudyRecord, open_record
 from mclstexp.training.validation import VALIDATION_PCC
@@ -85,26 +84,31 @@ class Trial:
 
 
 def with_validation(manifest: Manifest, config: Config) -> Config:
-    """Returns the configuration with validation patients: those that it names, else a quarter of the training ones.
+    """Returns the configuration with validation patients: those that it asks for, else a quarter of the training ones.
 
-    They are drawn by tune.seed, at least one; patients that are tested are in neither.
+    At least one is drawn, of those that no test holds. Early stopping is off: halving judges trials by their last
+    scores, and stops them.
 
     Raises:
-        SplitError: fewer than two patients are left.
+        SplitError: no patient would be left to train on.
     """
-    if not config.split.validation_patients:
+    split = make_split(manifest, config.split)
+    if not split.validation:
+        free = _patients(manifest, split.train) - _patients(manifest, split.test)
+        count = max(1, round(VALIDATION_SHARE * len(free)))
+        config = override(config, {"split.num_validation_patients": count}, "the sweep")
         split = make_split(manifest, config.split)
-        trained, tested = ({manifest.section(name).patient_id for name in names} for names in (split.train, split.test))
-        patients = sorted(trained - tested)
-        if len(patients) < 2:
-            raise SplitError(
-                f"a sweep needs a patient to validate on beside those that train; only {', '.join(patients)} is left"
-            )
-        count = max(1, round(VALIDATION_SHARE * len(patients)))
-        drawn = np.random.default_rng(config.tune.seed).choice(patients, count, replace=False)
-        config = override(config, {"split.validation_patients": sorted(map(str, drawn))}, "the sweep")
-    make_split(manifest, config.split)
-    return override(config, {"train.validate_every": 1}, "the sweep")
+    changed: dict[str, object] = {
+        "split.validation_patients": sorted(_patients(manifest, split.validation)),
+        "split.num_validation_patients": 0,
+        "train.validate_every": 1,
+        "train.patience": 0,
+    }
+    return override(config, changed, "the sweep")
+
+
+def _patients(manifest: Manifest, names: Iterable[str]) -> set[str]:
+    return {manifest.section(name).patient_id for name in names}
 
 
 def with_absolute_paths(config: Config) -> Config:

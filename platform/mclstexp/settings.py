@@ -51,13 +51,8 @@ class StorageConfig(Section):
 
     def environment(self) -> dict[str, str]:
         """Returns the block as AWS environment variables (no secrets), for the driver and all workers."""
-        values = {
-            "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_ENDPOINT_URL_S3": self.endpoint_url,
-            "AWS_REGION": self.region,
-            "AWS_DEFAULT_REGION": self.region,
-            "AWS_PROFILE": self.profile,
-        }
+        values = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), self.endpoint_url)
+        values |= dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), self.region) | {"AWS_PROFILE": self.profile}
         return {name: value for name, value in values.items() if value}
 
 
@@ -99,8 +94,7 @@ class GenesConfig(Section):
     """Which genes are predicted, and in which unit."""
 
     panel: str = "hvg"
-    """`hvg` (most variable over the training sections), `hvg_union` (most variable within any, as the paper says), or a
-    file with one gene a line."""
+    """`hvg`: most variable over the training sections; `hvg_union`: within any (paper); or a file, a gene a line."""
     num_genes: int = Field(1000, ge=1)
     """Genes in an `hvg` panel; genes that each section adds to an `hvg_union`."""
     min_spots: int = Field(0, ge=0)
@@ -127,7 +121,9 @@ class SplitConfig(Section):
     test_patients: tuple[str, ...] = ()
     """Held-out patients, with all their sections."""
     validation_patients: tuple[str, ...] = ()
-    """Patients kept from training to choose the retrieval's k and temperature, and settings in a sweep."""
+    """Patients kept from training to choose the epoch, the retrieval's k and temperature, and settings in a sweep."""
+    num_validation_patients: int = Field(0, ge=0)
+    """Validation patients to be drawn from those that no test holds, in cross-validation anew for each fold."""
 
 
 class ModelConfig(Section):
@@ -208,8 +204,10 @@ class TrainConfig(Section):
     """Arithmetic of the towers; auto: bf16 where the device computes it natively."""
     compile: bool = False
     """Whether the image tower is compiled (torch.compile)."""
-    validate_every: int = Field(0, ge=0)
-    """Epochs between scores on the validation patients; 0: none."""
+    validate_every: int = Field(1, ge=0)
+    """Epochs between scores on the validation patients, where there are any; 0: none, and no early stopping."""
+    patience: int = Field(10, ge=0)
+    """Scores without a better one that end training; the model is the best checkpoint. 0: all epochs, the last one."""
     num_workers: int = Field(1, ge=1)
     """Training workers."""
     use_gpu: bool = False
@@ -221,7 +219,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; with early stopping the best ones, and the newest."""
     max_failures: int = Field(3, ge=0)
     """Restarts of the worker group before the run gives up."""
     seed: int = Field(0, ge=0)
@@ -255,8 +253,7 @@ class PredictConfig(Section):
     retry_quarantined: bool = False
     """Whether slides that were set aside before are tried again."""
     num_cpus: int | None = Field(None, ge=2)
-    """CPUs for reading and, without GPUs, embedding, but for one; empty: those that are there. Slides are looked at on
-    any that is free."""
+    """CPUs that read and, without GPUs, embed, but for one; empty: those that are there."""
     num_gpus: int | None = Field(None, ge=0)
     """GPUs that embed; empty: those that are there. `cluster.wait_s` says how long to wait for either."""
     bank_shards: int = Field(1, ge=1)
@@ -277,7 +274,7 @@ class TuneConfig(Section):
     max_concurrent: int | None = Field(None, ge=1)
     """Most trials at once; empty: as many as the cluster holds."""
     seed: int = Field(0, ge=0)
-    """Seed of the search and of the choice of validation patients."""
+    """Seed of the search."""
     retry_failed: bool = False
     """Whether a sweep that is run again tries its failed trials again."""
     replicates: int = Field(3, ge=3)

@@ -94,8 +94,9 @@ def build_bank(
         model: in evaluation mode, on the CPU.
         reader: of the tile table, with the model's panel and normalisers.
         section_ids: the training sections, in the order of their keys.
-        random_spots: keys are made in batches of 32 spots in stored order over all sections, as the published code
-            does; else each sentence attends to itself.
+        random_spots: keys are made in batches of 32 spots over all sections, as the published code does, though in
+            stored order, where neighbours stand together (it takes the counts file's); else each sentence attends to
+            itself.
         done: called after each section.
     """
     parts = []

@@ -119,7 +119,8 @@ def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.
         _load(encoder, _imagenet_state(name), "imagenet")
     elif weights != "random":
         _load(encoder, _read_state(weights), weights)
-    return encoder, cast(int, encoder.num_features)
+    width = getattr(encoder, "head_hidden_size", encoder.num_features)  # timm: of what a classifier would see
+    return encoder, cast(int, width)
 
 
 def _timm(name: str, tile_size_px: int) -> nn.Module:

@@ -25,6 +25,15 @@ class TrainState:
     step: int = 0
     """Optimiser steps since the start of the run."""
     consumed: list[str | int] = field(default_factory=list)
+    best_score: float | None = None
+    """Highest score on the validation patients; None before the first."""
+    num_worse: int = 0
+    """Scores since that one."""
+
+    def judge(self, score: float) -> None:
+        """Takes note of a score on the validation patients."""
+        better = self.best_score is None or score > self.best_score
+        self.best_score, self.num_worse = (score, 0) if better else (self.best_score, self.num_worse + 1)
 
 
 def save_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:

@@ -1,5 +1,6 @@
-"""From a run's last checkpoint to a model version: bank, retrieval settings and threshold in one folder."""
+"""From a run's checkpoint to a model version: bank, retrieval settings and threshold in one folder."""
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mclstexp.inference.out_of_distribution import drawn_sections, ood_similarit
 from mclstexp.inference.retrieval import ValidationSection, choose, resolve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import RetrievalConfig
-from mclstexp.training.checkpoint import WEIGHTS
+from mclstexp.training.checkpoint import STATE, WEIGHTS
 from mclstexp.training.trainer import Run
 
 FOLDER = "model"
@@ -39,7 +40,8 @@ def finish(run: Run, checkpoint_uri: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         weights_file = Path(scratch, WEIGHTS)
         storage.download(storage.join(checkpoint_uri, WEIGHTS), weights_file)
-        version = _version(run, load_file(weights_file))
+        state = json.loads(storage.read(storage.join(checkpoint_uri, STATE)))
+        version = _version(run, load_file(weights_file), state["epoch"] + 1)
         folder = Path(scratch, FOLDER)
         folder.mkdir()
         version.save(folder)
@@ -48,14 +50,14 @@ def finish(run: Run, checkpoint_uri: str) -> None:
             storage.upload(path, storage.join(model_uri(run), path.name))
 
 
-def _version(run: Run, weights: dict[str, torch.Tensor]) -> ModelVersion:
+def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int) -> ModelVersion:
     config, manifest = run.config, run.manifest
     version = ModelVersion(
         config=config,
         panel=run.panel,
         geometry=(manifest.tile_size_px, manifest.mpp),
         num_positions=num_positions(run.reader),
-        training=_record(run),
+        training=_record(run, epochs),
         weights=weights,
         bank=None,
     )
@@ -106,7 +108,7 @@ def _retrieval(run: Run, queries: Mapping[str, np.ndarray], bank: Bank) -> Retri
     return choose(sections, bank, run.config.retrieval)
 
 
-def _record(run: Run) -> TrainingRecord:
+def _record(run: Run, epochs: int) -> TrainingRecord:
     return TrainingRecord(
         manifest_digest=run.manifest.digest(),
         protocol=run.config.split.protocol,
@@ -114,5 +116,5 @@ def _record(run: Run) -> TrainingRecord:
         patients=tuple(sorted({run.manifest.section(name).patient_id for name in run.split.train})),
         validation_sections=run.split.validation,
         test_sections=run.split.test,
-        epochs=run.config.train.epochs,
+        epochs=epochs,
     )

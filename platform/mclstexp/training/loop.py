@@ -49,9 +49,17 @@ def train_worker(settings: dict[str, TrainPlan]) -> None:
     trainee = build(plan)
     resume(trainee)
     for epoch in range(trainee.state.epoch, trainee.config.train.epochs):
+        if is_out_of_patience(trainee):
+            return
         if epoch != trainee.state.epoch:
             trainee.state.epoch, trainee.state.consumed = epoch, []
         run_epoch(trainee, plan)
+
+
+def is_out_of_patience(trainee: Trainee) -> bool:
+    """Tells whether early stopping ends the training: on all ranks alike, and again when it is resumed."""
+    patience = trainee.config.train.patience
+    return bool(patience) and trainee.state.num_worse >= patience
 
 
 def build(plan: TrainPlan) -> Trainee:
@@ -103,6 +111,7 @@ def run_epoch(trainee: Trainee, plan: TrainPlan) -> None:
         last, scores = place == steps_left, Metrics()
         if last and plan.validation and (state.epoch + 1) % train.validate_every == 0:
             scores = {VALIDATION_PCC: validate(trainee, plan.validation)}
+            state.judge(scores[VALIDATION_PCC])
         if last or place % train.checkpoint_every == 0:
             checkpoint(trainee, loss, scores)
         meter.post(state, loss, scores, last)

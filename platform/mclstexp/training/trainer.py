@@ -29,7 +29,7 @@ from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.feed import make_feed
 from mclstexp.training.loop import TrainPlan, train_worker
 from mclstexp.training.progress import Metrics, ProgressBoard, followed
-from mclstexp.training.validation import ValidationSet
+from mclstexp.training.validation import VALIDATION_PCC, ValidationSet
 
 RECORD = "run.json"
 GROUP_TIMEOUT_S = 300
@@ -42,7 +42,6 @@ _FREE_TRAIN_SETTINGS = {
     "num_workers",
     "use_gpu",
     "gpus_per_worker",
-    "validate_every",
     "cpus_per_worker",
     "checkpoint_every",
     "keep_checkpoints",
@@ -141,7 +140,9 @@ def fit(
     callbacks: Sequence[UserCallback] = (),
     board_name: str | None = None,
 ) -> str:
-    """Trains the run to its end and returns the URI of its last checkpoint; finished work is not repeated.
+    """Trains the run to its end and returns the URI of the checkpoint to be its model; finished work is not repeated.
+
+    That is the last one or, with early stopping, the one that scored best on the validation patients.
 
     Args:
         run: as `open_run` returns it.
@@ -158,6 +159,7 @@ def fit(
     if run.config.model.predictor == "retrieval":
         resolve(run.config.retrieval, sum(run.manifest.section(name).num_spots for name in run.split.train))
     plan = make_plan(run, board_name)
+    early_stopping = bool(plan.validation and train.patience)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
@@ -172,7 +174,10 @@ def fit(
             name=run.name,
             storage_path=storage.filesystem(run.out)[1],
             storage_filesystem=storage.filesystem(run.out)[0],
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=train.keep_checkpoints,
+                checkpoint_score_attribute=VALIDATION_PCC if early_stopping else None,
+            ),
             failure_config=FailureConfig(max_failures=train.max_failures),
             callbacks=list(callbacks),  # type: ignore[arg-type]  # the same
             worker_runtime_env={"env_vars": KEEP_MEMORY},
@@ -185,7 +190,16 @@ def fit(
             raise _cause(error, train.max_failures) from error
     if result.checkpoint is None:
         raise RunError(f"the run {run.name} ended without a checkpoint; see its log")
-    return _uri(run, result.checkpoint)
+    return _uri(run, _best(result) if early_stopping else result.checkpoint)
+
+
+def _best(result: ray.train.Result) -> ray.train.Checkpoint:
+    """Returns the checkpoint that scored best on the validation patients, and says which it is."""
+    scored = [(found, metrics) for found, metrics in result.best_checkpoints if VALIDATION_PCC in metrics]
+    best, metrics = max(scored, key=lambda one: one[1][VALIDATION_PCC])
+    epoch, score, last = metrics["epoch"] + 1, metrics[VALIDATION_PCC], result.metrics["epoch"] + 1
+    print(f"the model is the checkpoint after epoch {epoch} of {last}, best on the validation patients ({score:.3f})")
+    return best
 
 
 class LastCheckpoint(NamedTuple):

@@ -1,11 +1,11 @@
 """How good a model is on validation patients while it trains, by the same retrieval that predicts.
 
-Image embedding is shared out among the ranks; rank 0 makes the bank's keys and scores, while the others wait at the
-checkpoint that follows. That fits validation sets of minutes, not of hours (the group's time limit is five minutes).
+Image embedding is shared out among the ranks; rank 0 makes the bank's keys and scores, while the others wait
+for it. That fits validation sets of minutes, not of hours (the group's time limit is five minutes).
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +41,19 @@ class ValidationSet:
 
 
 def validate(trainee: Trainee, data: ValidationSet) -> float:
-    """Returns the model's `VALIDATION_PCC`; every rank must call it, and ranks other than 0 get NaN.
+    """Returns the model's `VALIDATION_PCC`; every rank must call it.
 
     k and the temperature of retrieval are those that score best where the configuration leaves them open, as a
     finished model's are.
     """
     embedded = _gathered(trainee, _embed_share(trainee, data))
-    if trainee.rank != 0:
-        return float("nan")
+    scores = [_score(trainee, data, embedded) if trainee.rank == 0 else float("nan")]
+    if trainee.world_size > 1:
+        dist.broadcast_object_list(scores, src=0)
+    return scores[0]
+
+
+def _score(trainee: Trainee, data: ValidationSet, embedded: Mapping[Place, np.ndarray]) -> float:
     spots = {name: data.reader.read_section(name) for name in data.validation}
     said = {name: np.concatenate([embedded[place] for place in data.places() if place[0] == name]) for name in spots}
     sections = [
