@@ -1,6 +1,7 @@
 """The image side of a model on its own, and what happens to a table when the process that embeds it dies."""
 
 import os
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.data import ExecutionResources
 
 from mclstexp.config import Config
 from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.stream import ordered
 from mclstexp.errors import ResourceError
 from mclstexp.inference.embed import ImageNetwork, embed_sections, encoder_network
 from mclstexp.inference.model_version import ModelVersion
@@ -128,6 +131,39 @@ def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     with pytest.raises(ResourceError, match=r"needs 2 CPU\(s\), the cluster has 1; raise cluster\.local_cpus"):
         list(embed_sections("", empty, [], network, lambda spots: None))
+
+
+@ray.remote(num_cpus=4)
+class _OtherRuns:
+    """Holds the CPUs that are not in a run's share."""
+
+    def ready(self) -> None:
+        """Returns when it holds them."""
+
+
+@pytest.mark.ray
+def test_a_run_that_has_its_share_embeds_while_others_hold_all_else(
+    tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mclstexp.inference.embed._TILES_WORTH_AN_ACTOR", 1)  # as a large table would ask for
+    manifest = load_manifest(tiles)
+    names, network, found = [manifest.sections[0].section_id], _network(_config()), {}
+    others = _OtherRuns.remote()  # 4 of the session's 6 CPUs: half of all would leave none to read on
+    ray.get(others.ready.remote())
+
+    def embed() -> None:
+        found.update(embed_sections(tiles, manifest, names, network, lambda spots: None))
+
+    try:
+        with ordered(ExecutionResources.for_limits(cpu=2)):
+            thread = threading.Thread(target=embed, daemon=True)
+            thread.start()
+            thread.join(timeout=120)
+            hangs = thread.is_alive()
+    finally:
+        ray.kill(others)
+    assert not hangs
+    assert len(found[names[0]]["embedding"]) == manifest.sections[0].num_spots
 
 
 @pytest.mark.ray

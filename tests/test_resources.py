@@ -7,6 +7,7 @@ import pytest
 from mclstexp import resources
 from mclstexp.config import Config, override
 from mclstexp.errors import ResourceError
+from mclstexp.inference.embed import num_embedders
 
 LOCAL = ["--data tiles", "--out s3://bucket/runs"]
 
@@ -104,6 +105,42 @@ def test_runs_at_once_are_those_whose_workers_each_fit_a_node_with_their_data(
 ) -> None:
     nodes += alive
     assert resources.runs_at_once(_config(cluster_data_cpus=1, **settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("alive", "settings"),
+    [
+        ([_node(CPU=2)], {}),
+        ([_node(CPU=4)], {}),
+        ([_node(CPU=6)], {}),
+        ([_node(CPU=9)], {"train_cpus_per_worker": 2}),
+        ([_node(CPU=16)], {"train_cpus_per_worker": 3}),
+        ([_node(CPU=3), _node(CPU=3), _node(CPU=1)], {}),
+        ([_node(CPU=64), _node(CPU=64)], {"train_num_workers": 4, "train_cpus_per_worker": 3}),
+        ([_node("cpu", CPU=1), _node(CPU=2)], {"cluster_data_pool": "cpu"}),
+        ([_node("cpu", CPU=8), _node(CPU=2), _node(CPU=3)], {"cluster_data_pool": "cpu"}),
+    ],
+)
+def test_runs_side_by_side_leave_a_cpu_to_read_on_whether_they_train_or_embed(
+    nodes: list[dict], alive: list[dict], settings: dict[str, object]
+) -> None:
+    nodes += alive
+    config = _config(cluster_data_cpus=1, **settings)
+    runs, share = resources.runs_at_once(config), resources.share_of_run(config)
+    embedders = num_embedders(int(share["cpu"]), 0)
+    training = config.train.num_workers * config.train.cpus_per_worker
+    for embedding in range(1, runs + 1):
+        held = embedding * embedders + (runs - embedding) * training
+        assert held < sum(node["Resources"]["CPU"] for node in alive), f"{embedding} of {runs} runs embed"
+
+
+def test_a_run_alone_embeds_with_half_of_the_cpus_or_with_every_gpu(nodes: list[dict]) -> None:
+    nodes += [_node(CPU=5), _node(CPU=4)]
+    alone = _config(train_num_workers=4)
+    assert num_embedders(int(resources.share_of_run(alone)["cpu"]), 0) == 4
+    nodes.append(_node(CPU=8, GPU=4))
+    assert resources.share_of_run(_config(train_num_workers=4, train_use_gpu=True)) == {"cpu": 17, "gpu": 4}
+    assert resources.share_of_run(_config(train_num_workers=2, train_use_gpu=True)) == {"cpu": 8, "gpu": 2}
 
 
 def test_workers_stay_off_the_pool_that_decodes_for_them() -> None:

@@ -86,6 +86,17 @@ def runs_at_once(config: Config) -> int:
     return max(1, slots // config.train.num_workers)
 
 
+def share_of_run(config: Config) -> dict[str, float]:
+    """Returns the `cpu` and `gpu` that each of `runs_at_once` may use to embed tiles, while the others train or embed.
+
+    Embedders that take half of it (`embed.num_embedders`) leave a CPU to read tiles on, whatever the other runs do.
+    Two CPUs at least, and a GPU where there is one: without a CPU for each a run could never embed.
+    """
+    nodes, runs = _alive_nodes(), runs_at_once(config)
+    cpus, gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
+    return {"cpu": max(2, cpus // runs), "gpu": max(1, gpus // runs)}
+
+
 def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = True) -> None:
     """Refuses places that only one node can see where the work is done on several, or on another than the head.
 

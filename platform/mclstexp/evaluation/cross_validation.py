@@ -14,12 +14,14 @@ from typing import Any
 
 import pandas as pd
 import ray
+from ray.data import ExecutionResources
 
 from mclstexp import resources, storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.stream import ordered
 from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.evaluation.score_card import ScoreCard
@@ -217,9 +219,13 @@ def _run(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> None:
     run = trainer.open_run(study.data, study.uri, fold.name, fold.config, start)
     metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
     try:
+        checkpoint = None
         if not finish.is_finished(run):
-            finish.finish(run, trainer.fit(run, _both(metrics, board, run.config.train.epochs)))
-        _score(run, study, metrics)
+            checkpoint = trainer.fit(run, _both(metrics, board, run.config.train.epochs))
+        with ordered(ExecutionResources.for_limits(**resources.share_of_run(run.config))):
+            if checkpoint is not None:
+                finish.finish(run, checkpoint)
+            _score(run, study, metrics)
     finally:
         metrics.close()
     tracking.finish_run(run.config.tracking, run.mlflow_run_id)

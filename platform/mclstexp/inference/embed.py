@@ -1,7 +1,8 @@
 """Images to embeddings over a whole tile table: decode on CPU tasks, embed on an actor pool.
 
 Sections come back one after the other in the order asked for, so that a caller can write one while the next is
-under way and memory does not grow with the cohort.
+under way and memory does not grow with the cohort. Ray Data knows nothing of other work on the cluster and starts all
+actors of a pool at once, so runs that embed side by side must each be given a share (`resources.share_of_run`).
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import numpy as np
 import ray
 import safetensors.torch
 import torch
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import decode_tiles
@@ -144,17 +145,31 @@ def embed_sections(
             parts = []
 
 
-def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
-    resources = ray.cluster_resources()
-    num_gpus, num_cpus = (int(resources.get(kind, 0)) for kind in ("GPU", "CPU"))
-    needed = 1 if num_gpus else 2  # decoding tasks starve for ever where the actors hold every CPU
+def num_embedders(num_cpus: int, num_gpus: int) -> int:
+    """Returns how many actors embed tiles where the work may use so much: each holds a GPU, else one of half the CPUs.
+
+    Raises:
+        ResourceError: there is no CPU to read on, and tasks that read starve for ever where actors hold every CPU.
+    """
+    needed = 1 if num_gpus else 2
     if num_cpus < needed:
         raise ResourceError(
             f"embedding needs {needed} CPU(s), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or "
             "add a node"
         )
+    return num_gpus or num_cpus // 2
+
+
+def _room() -> tuple[int, int]:
+    """Returns the CPUs and GPUs that datasets made here may use: the cluster's, within the limits of `ordered`."""
+    there, limits = ray.cluster_resources(), DataContext.get_current().execution_options.resource_limits
+    return int(min(there.get("CPU", 0), limits.cpu)), int(min(there.get("GPU", 0), limits.gpu))
+
+
+def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
+    num_cpus, num_gpus = _room()
     num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in places)
-    actors = min(num_gpus or max(1, int(resources.get("CPU", 0)) // 2), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
+    actors = min(num_embedders(num_cpus, num_gpus), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
     rows = [{"section_id": name, "group": group} for name, group in places]
     with ordered():
         dataset = (
