@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 
 from mclstexp import tracking
 from mclstexp.config import Config, override
@@ -86,6 +87,17 @@ def test_names_that_look_like_numbers_or_gaps_stay_names(tmp_path: Path) -> None
     ]
     assert table["pcc"].iloc[0] == 0.5
     assert pd.isna(table["pcc"].iloc[1])
+
+
+@pytest.mark.ray
+def test_a_folds_board_lives_on_the_node_that_it_is_asked_for(ray_session: None) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    board = cross_validation._make_board({"ray.io/node-id": here})
+    assert ray.get(board.take.remote(), timeout=60) == []
+    elsewhere = cross_validation._make_board({"ray.io/node-id": "f" * len(here)})  # no such node: it never starts
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(elsewhere.take.remote(), timeout=2)
+    ray.kill(elsewhere)
 
 
 @pytest.mark.ray

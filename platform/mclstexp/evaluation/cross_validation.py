@@ -135,7 +135,7 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
     running: dict[ray.ObjectRef, tuple[Fold, ray.actor.ActorHandle]] = {}
     while waiting or running:
         while waiting and len(running) < resources.runs_at_once(waiting[0].config):
-            fold, board = waiting.pop(0), ProgressBoard.remote()  # type: ignore[attr-defined]
+            fold, board = waiting.pop(0), _make_board(here)
             running[task.remote(fold, study, board)] = (fold, board)
             show(fold.name, 0.0)
         done, _ = ray.wait(list(running), timeout=POLL_S)
@@ -150,6 +150,11 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
                 failed[fold.name] = reason
             ended()
     return failed
+
+
+def _make_board(node: dict[str, str]) -> ray.actor.ActorHandle:
+    """Returns a board on the node of these labels: one that dies with another node would end the driver with it."""
+    return ProgressBoard.options(label_selector=node).remote()  # type: ignore[attr-defined,no-any-return]
 
 
 def is_scored(study: Study, fold: Fold) -> bool:
