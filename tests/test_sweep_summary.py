@@ -19,7 +19,7 @@ from tuning.forecast import expected_epochs
 from tuning.results import publish
 from tuning.space import Choice, Range, Space
 from tuning.summary import best_config, best_trial, trial_table
-from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial, with_absolute_paths, with_validation
+from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial, with_validation
 from tuning.trial import TrialPlan
 
 NAN = float("nan")
@@ -100,16 +100,6 @@ def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path:
 def test_an_interrupted_trial_has_not_ended(status: str, last: dict | None, has_ended: bool) -> None:
     record = SimpleNamespace(status=status, last_result=last, ERROR="ERROR")
     assert sweep._has_ended(record, 9) == has_ended
-
-
-def test_local_files_are_named_absolutely_for_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    asked = {"genes.panel": "panel.txt", "model.image_weights": "weights.pth", "tracking.uri": "sqlite:///mlflow.db"}
-    config = with_absolute_paths(override(Config(), asked))
-    found = (config.genes.panel, config.model.image_weights, config.tracking.uri)
-    assert found == (f"{tmp_path}/panel.txt", f"{tmp_path}/weights.pth", f"sqlite:///{tmp_path}/mlflow.db")
-    elsewhere = {"model.image_weights": "s3://bucket/w.pth", "tracking.uri": "http://mlflow:5000"}
-    assert with_absolute_paths(override(Config(), elsewhere)) == override(Config(), elsewhere)
 
 
 def test_one_patient_is_not_enough(tmp_path: Path) -> None:

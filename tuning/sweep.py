@@ -25,6 +25,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError
+from mclstexp.task_files import config_for_tasks
 from mclstexp.training import trainer
 from mclstexp.training.record import StudyRecord, open_record
 from mclstexp.training.validation import VALIDATION_PCC
@@ -36,7 +37,6 @@ from tuning.trial import EPOCHS, TrialPlan, run_trial
 
 RECORD, TRIALS, STATE = "sweep.json", "trials", "tune"
 VALIDATION_SHARE = 0.25
-_SQLITE = "sqlite:///"
 _SEARCH_STATES = ("basic-variant-state-", "search_gen_state-")
 _PARTS, _SHARED = 10_000, 9_900
 """Parts that Ray divides a resource into, and those that trials hold; others may need a little of it too."""
@@ -111,19 +111,6 @@ def _patients(manifest: Manifest, names: Iterable[str]) -> set[str]:
     return {manifest.section(name).patient_id for name in names}
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """Returns the configuration with its local files named absolutely: trials run in other processes."""
-    database, weights, panel = config.tracking.uri, config.model.image_weights, config.genes.panel
-    changed: dict[str, object] = {}
-    if database.startswith(_SQLITE):
-        changed["tracking.uri"] = _SQLITE + os.path.abspath(database.removeprefix(_SQLITE))
-    if weights not in ("random", "imagenet"):
-        changed["model.image_weights"] = storage.absolute(weights)
-    if panel not in ("hvg", "hvg_union"):
-        changed["genes.panel"] = storage.absolute(panel)
-    return override(config, changed, "the sweep")
-
-
 def open_sweep(
     data: str, uri: str, config: Config, space: Space, search: str, trials: int, start_tracking: Callable[[], str]
 ) -> Sweep:
@@ -132,8 +119,7 @@ def open_sweep(
     Raises:
         RunError: the place holds a sweep of other settings, data, space, search or length.
     """
-    if not ray.get_runtime_context().runtime_env.get("working_dir"):  # where there is one, trials begin in it too
-        config = with_absolute_paths(config)
+    config = config_for_tasks(config)
     asked: dict[str, object] = {
         "identity": trainer.identity(config),
         "manifest_digest": load_manifest(data).digest(),

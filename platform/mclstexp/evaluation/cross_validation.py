@@ -27,6 +27,7 @@ from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.evaluation.score_card import ScoreCard
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.metric_log import MetricLog
+from mclstexp.task_files import config_for_tasks, weights_for_tasks
 from mclstexp.training import finish, trainer
 from mclstexp.training.progress import Metrics, ProgressBoard
 from mclstexp.training.record import StudyRecord, open_record
@@ -128,6 +129,7 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
 
     `show` is told how far each is, `ended` is called after each.
     """
+    folds, study = _for_tasks(folds, study)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
     task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_run_guarded)
     waiting = [fold for fold in folds if not is_scored(study, fold)]
@@ -152,9 +154,15 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
     return failed
 
 
+def _for_tasks(folds: Sequence[Fold], study: Study) -> tuple[list[Fold], Study]:
+    """Returns both with their local files named as tasks find them."""
+    named = [replace(fold, config=config_for_tasks(fold.config)) for fold in folds]
+    return named, replace(study, probe_weights=weights_for_tasks(study.probe_weights))
+
+
 def _make_board(node: dict[str, str]) -> ray.actor.ActorHandle:
     """Returns a board on the node of these labels: one that dies with another node would end the driver with it."""
-    return ProgressBoard.options(label_selector=node).remote()  # type: ignore[attr-defined,no-any-return]
+    return ProgressBoard.options(label_selector=node).remote()  # type: ignore[attr-defined]
 
 
 def is_scored(study: Study, fold: Fold) -> bool:
