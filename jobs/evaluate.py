@@ -21,7 +21,7 @@ ARGUMENTS = [
     Argument("data", "tile table with the model's training sections and those to score"),
     Argument("out", "where the results go [runs/scores/MODEL_DIGEST, or runs/cross_validation]", required=False),
     Argument("name", "the cross-validation's name; the same name goes on [made from settings and data]", False),
-    Argument("folds", "sections or patients to hold out in turn: A,B,... [all]", required=False, default=""),
+    Argument("folds", "sections or patients to hold out in turn now: A,B,... [all]", required=False, default=""),
     Argument("sections", "sections to score: A,B,... [those that the model held out]", required=False, default=""),
     Argument("probe-weights", "imagenet or a file: adds the ridge on that encoder's features [none]", required=False),
     *MARKER_ARGUMENTS,
@@ -123,12 +123,13 @@ def _publish(card, out: str, config, run_id: str) -> None:  # noqa: ANN001
 
 
 def _cross_validate(arguments, config) -> None:  # noqa: ANN001
-    """Trains and scores every fold that is not scored yet, and writes one result."""
+    """Trains and scores every fold that is asked for and not scored yet, and writes one result of all scored ones."""
     from rich.console import Console
 
     from mclstexp import resources, storage, tracking
     from mclstexp.data.schema import load_manifest
     from mclstexp.evaluation import cross_validation as study_of
+    from mclstexp.evaluation.joined_card import collect
     from mclstexp.model.encoders import require_weights
 
     manifest, protocol = load_manifest(arguments.data), arguments.protocol
@@ -160,7 +161,7 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
     )
     failed = _run_folds(folds, study)
     study_of.require_all(failed, folds, study)
-    card = study_of.collect(folds, study)
+    card = collect(study_of.scored_folds(manifest, study), study)
     Console(width=120).print(card.table())
     _publish(card, uri, config, study.mlflow_run_id)
     tracking.finish_run(config.tracking, study.mlflow_run_id)
@@ -173,7 +174,7 @@ def _run_folds(folds, study) -> dict[str, str]:  # noqa: ANN001
     from mclstexp.evaluation.cross_validation import is_scored, run_folds
 
     with Progress() as bar:
-        left = [fold for fold in folds if not is_scored(study, fold)]
+        left = [fold for fold in folds if not is_scored(study, fold.name)]
         overall = bar.add_task("folds", total=len(folds), completed=len(folds) - len(left))
         tasks = {}
 

@@ -1,20 +1,23 @@
 """Cross-validation: every fold holds out what it says, is run once, and fails alone."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import ray
+from small_table import section_entry
 
 from mclstexp import tracking
 from mclstexp.config import Config, override
-from mclstexp.data.schema import load_manifest
+from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError
-from mclstexp.evaluation import cross_validation
-from mclstexp.evaluation.cross_validation import Study, collect, is_scored, make_folds, open_study, run_folds
+from mclstexp.evaluation import cross_validation, joined_card
+from mclstexp.evaluation.cross_validation import Study, is_scored, make_folds, open_study, run_folds, scored_folds
 from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.joined_card import collect
 from mclstexp.inference.model_version import ModelVersion
 
 SETTINGS = {
@@ -42,7 +45,7 @@ def test_each_protocol_holds_out_each_section_or_patient_once(tiles: str, tmp_pa
     folds = make_folds(manifest, config, "patient")
     assert [fold.config.split.test_patients for fold in folds] == [("P1",), ("P2",), ("P3",)]
     assert {fold.config.split.protocol for fold in folds} == {"patient"}
-    assert [fold.name for fold in make_folds(manifest, config, "patient", ["P2"])] == ["P2"]
+    assert [fold.name for fold in make_folds(manifest, config, "patient", ["P3", "P2", "P3"])] == ["P3", "P2"]
 
 
 @pytest.mark.ray
@@ -69,6 +72,34 @@ def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path) -> None:
         _study(tiles, tmp_path, _config(tmp_path, **{"train.epochs": 2}))
 
 
+def _cohort(*patients: str) -> Manifest:
+    """A manifest of one measured section a patient, with nothing in it."""
+    tiles = {"tile_size_px": 8, "mpp": 1.0, "encoding": "jpeg", "jpeg_quality": 90, "sentence_length": 2}
+    genes = {"genes_file": "", "genes_sha256": "", "num_genes": 1}
+    return Manifest(**tiles, **genes, sections=tuple(section_entry(f"{name}1", name) for name in patients))
+
+
+def test_a_fold_that_is_named_twice_is_made_once(tmp_path: Path) -> None:
+    folds = make_folds(_cohort("A", "B", "C"), _config(tmp_path), "patient", ["C", "A", "C"])
+    assert [fold.name for fold in folds] == ["C", "A"]
+
+
+def test_a_card_joins_all_scored_folds_whichever_were_asked_for_last(
+    tmp_path: Path, make_result: Callable[..., Path]
+) -> None:
+    study, manifest = Study("", str(tmp_path), "patient", "", None, {}), _cohort("A", "B", "C")
+    for name in ("C", "A", "other"):
+        folder = Path(tmp_path, name, "scores")
+        folder.mkdir(parents=True)
+        make_result(folder, "patient", {name: f"run of {name}"})
+    assert scored_folds(manifest, study) == ["A", "C"]
+    card = collect(scored_folds(manifest, study), study)
+    assert card.training_runs == {"A": "run of A", "C": "run of C"}
+    one = pd.read_csv(tmp_path / "A" / "scores" / "score_card.csv")
+    assert len(card.rows) == 2 * len(one)
+    assert card.model_digest.endswith("(2 folds)")
+
+
 def _assert_same_floors_without_the_cache(study: Study, tiles: str) -> None:
     assert len(list(Path(study.uri, "features", "random").glob("*/*.npz"))) == 6
     fresh = evaluate(ModelVersion.load(f"{study.uri}/P3/model"), tiles, lambda *_: None)
@@ -80,7 +111,7 @@ def test_names_that_look_like_numbers_or_gaps_stay_names(tmp_path: Path) -> None
     rows = [("reference", "007", "NA", "nan", "0.5"), ("reference", "151507", "01", "MARCH1", "")]
     columns = ["protocol", "section_id", "patient_id", "gene", "pcc"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "per_gene.csv", index=False)
-    table = cross_validation._read_table(str(tmp_path / "per_gene.csv"))
+    table = joined_card._read_table(str(tmp_path / "per_gene.csv"))
     assert table[["section_id", "patient_id", "gene"]].to_numpy().tolist() == [
         ["007", "NA", "nan"],
         ["151507", "01", "MARCH1"],
@@ -104,32 +135,34 @@ def test_a_folds_board_lives_on_the_node_that_it_is_asked_for(ray_session: None)
 @pytest.mark.slow
 def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path) -> None:
     config = _config(tmp_path)
-    study, folds = _study(tiles, tmp_path, config), make_folds(load_manifest(tiles), config, "patient", ["P3"])
+    manifest = load_manifest(tiles)
+    study, folds = _study(tiles, tmp_path, config), make_folds(manifest, config, "patient", ["P3", "P2"])
     broken = cross_validation.Fold("broken", override(folds[0].config, {"genes.panel": "none.txt"}))
     ended: list[str] = []
     failed = run_folds([*folds, broken], study, lambda fold, share: None, lambda: ended.append("one"))
     assert list(failed) == ["broken"], failed
-    assert "genes.panel=none.txt" in failed["broken"]
-    assert len(ended) == 2
-    assert [is_scored(study, fold) for fold in (*folds, broken)] == [True, False]
+    assert f"genes.panel={Path.cwd()}/none.txt" in failed["broken"]
+    assert len(ended) == 3
+    assert [is_scored(study, fold.name) for fold in (*folds, broken)] == [True, True, False]
     for fold in folds:
         record = json.loads(Path(study.uri, fold.name, "model", "model.json").read_text())["training"]
         assert fold.name not in record["patients"]
         assert all(name.startswith(fold.name) for name in record["test_sections"])
     _assert_same_floors_without_the_cache(study, tiles)
-    card = collect(folds, study)
-    assert card.predictions == {name: f"P3/scores/sections/{name}.h5ad" for name in ("P3S1", "P3S2")}
+    card = collect(scored_folds(manifest, study), study)
+    tested = ("P2S1", "P2S2", "P3S1", "P3S2")
+    assert card.predictions == {name: f"{name[:2]}/scores/sections/{name}.h5ad" for name in tested}
     assert all(Path(study.uri, path).is_file() for path in card.predictions.values())
-    assert list(card.training_runs) == ["P3"]
-    assert set(card.rows["section_id"]) == {"P3S1", "P3S2"}
+    assert list(card.training_runs) == ["P2", "P3"]
+    assert set(card.rows["section_id"]) == set(tested)
     assert not any(note.startswith("LEAK") for note in card.notes)
     own = card.rows.query("target == @card.target and method == 'model' and gene_set == 'all'")
     assert card.scores()[card.target]["model"]["mse"] == pytest.approx(own["mse"].mean())
     card.save(tmp_path)
     means = pd.read_csv(tmp_path / "gene_means.csv").query("target == @card.target and method == 'model'")
     first = card.per_gene.query("target == @card.target and method == 'model' and gene == @means['gene'].iloc[0]")
-    assert means["mean"].iloc[0] == pytest.approx(first["pcc"].mean(), nan_ok=True)
+    assert means["mean"].iloc[0] == pytest.approx(first.groupby("patient_id")["pcc"].mean().mean(), nan_ok=True)
     assert run_folds(folds, study, lambda fold, share: None, lambda: ended.append("again")) == {}
     assert "again" not in ended
-    with pytest.raises(RunError, match=r"1 of 2 fold\(s\) failed"):
+    with pytest.raises(RunError, match=r"1 of 3 fold\(s\) failed"):
         cross_validation.require_all(failed, [*folds, broken], study)

@@ -5,14 +5,10 @@ drive them; a fold that is scored is never run again, one that was interrupted g
 fails does not stop the others.
 """
 
-import io
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import pandas as pd
 import ray
 from ray.data import ExecutionResources
 
@@ -24,7 +20,6 @@ from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.stream import ordered
 from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
-from mclstexp.evaluation.score_card import ScoreCard
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.metric_log import MetricLog
 from mclstexp.task_files import config_for_tasks, weights_for_tasks
@@ -33,10 +28,7 @@ from mclstexp.training.progress import Metrics, ProgressBoard
 from mclstexp.training.record import StudyRecord, open_record
 
 RECORD, SCORES, FEATURES = "study.json", "scores", "features"
-RESULT, ROWS, PER_GENE = "score_card.json", "score_card.csv", "per_gene.csv"
-LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
-NAMES = ("section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
-"""Columns of saved tables that hold names; all others hold numbers."""
+RESULT = "score_card.json"
 POLL_S = 1.0
 Show = Callable[[str, float], None]
 """Called with (fold, share of its training that is done)."""
@@ -103,7 +95,7 @@ def open_study(
 
 
 def make_folds(manifest: Manifest, config: Config, protocol: str, only: Sequence[str] = ()) -> list[Fold]:
-    """Returns a fold for each measured section (`reference`) or patient (`patient`), or for those named in `only`.
+    """Returns a fold for each measured section (`reference`) or patient (`patient`), or once for each name in `only`.
 
     Raises:
         SplitError: the settings hold data out themselves, a name in `only` is unknown, or a fold cannot be trained.
@@ -111,17 +103,21 @@ def make_folds(manifest: Manifest, config: Config, protocol: str, only: Sequence
     if config.split.test_sections or config.split.test_patients:
         raise SplitError("cross-validation holds each section or patient out in turn; leave split.test_* empty")
     unit, setting = ("section", "test_sections") if protocol == "reference" else ("patient", "test_patients")
-    measured = [entry for entry in manifest.sections if entry.measured]
-    names = sorted({str(getattr(entry, f"{unit}_id")) for entry in measured})
+    names = _fold_names(manifest, protocol)
     unknown = sorted(set(only) - set(names))
     if unknown:
         raise SplitError(f"--folds: no measured {unit} {', '.join(unknown)}; there are {', '.join(names)}")
     folds = []
-    for name in only or names:
+    for name in dict.fromkeys(only or names):
         changed: dict[str, object] = {"split.protocol": protocol, f"split.{setting}": [name]}
         folds.append(Fold(name, override(config, changed, f"fold {name}")))
         make_split(manifest, folds[-1].config.split)
     return folds
+
+
+def _fold_names(manifest: Manifest, protocol: str) -> list[str]:
+    unit = "section_id" if protocol == "reference" else "patient_id"
+    return sorted({str(getattr(entry, unit)) for entry in manifest.sections if entry.measured})
 
 
 def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[], None]) -> dict[str, str]:
@@ -132,7 +128,7 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show, ended: Callable[[
     folds, study = _for_tasks(folds, study)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
     task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_run_guarded)
-    waiting = [fold for fold in folds if not is_scored(study, fold)]
+    waiting = [fold for fold in folds if not is_scored(study, fold.name)]
     failed: dict[str, str] = {}
     running: dict[ray.ObjectRef, tuple[Fold, ray.actor.ActorHandle]] = {}
     while waiting or running:
@@ -165,54 +161,14 @@ def _make_board(node: dict[str, str]) -> ray.actor.ActorHandle:
     return ProgressBoard.options(label_selector=node).remote()  # type: ignore[attr-defined]
 
 
-def is_scored(study: Study, fold: Fold) -> bool:
-    """Tells whether a fold's score card was saved."""
-    return storage.exists(storage.join(study.uri, fold.name, SCORES, RESULT))
+def is_scored(study: Study, fold: str) -> bool:
+    """Tells whether the score card of the fold of that name was saved."""
+    return storage.exists(storage.join(study.uri, fold, SCORES, RESULT))
 
 
-def collect(folds: Sequence[Fold], study: Study) -> ScoreCard:
-    """Returns one score card over all folds' sections; what only some folds note stands under their names."""
-    records: list[dict[str, Any]] = []
-    rows: list[pd.DataFrame] = []
-    per_gene: list[pd.DataFrame] = []
-    for fold in folds:
-        place = storage.join(study.uri, fold.name, SCORES)
-        records.append(json.loads(storage.read(storage.join(place, RESULT))))
-        for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
-            parts.append(_read_table(storage.join(place, name)))
-    genes = pd.concat(per_gene, ignore_index=True)
-    shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
-    own = [
-        f"fold {fold.name}: {note}"
-        for fold, record in zip(folds, records, strict=True)
-        for note in record["notes"]
-        if note not in shared and not note.startswith("LEAK")
-    ]
-    leaks = any(note.startswith("LEAK") for record in records for note in record["notes"])
-    digests = [record["model_digest"] for record in records]
-    return ScoreCard(
-        protocol=study.protocol,
-        targets=records[0]["targets"],
-        model_digest=digests[0] if len(folds) == 1 else f"{digests[0]} to {digests[-1]} ({len(folds)} folds)",
-        notes=(*([LEAK] if leaks else []), "each fold has a model, a panel and floors of its own", *shared, *own),
-        genes=sorted(genes["gene"].unique()),
-        rows=pd.concat(rows, ignore_index=True),
-        per_gene=genes,
-        predictions={
-            name: f"{fold.name}/{SCORES}/{path}"
-            for fold, record in zip(folds, records, strict=True)
-            for name, path in record["predictions"].items()
-        },
-        training_runs={name: run_id for record in records for name, run_id in record["training_runs"].items()},
-    )
-
-
-def _read_table(uri: str) -> pd.DataFrame:
-    """Returns a saved table as it was: names stay texts, a patient NA and a section 007 too."""
-    text = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False).drop(columns="protocol")
-    for name in text.columns.difference(list(NAMES)):
-        text[name] = pd.to_numeric(text[name].replace("", None))
-    return text
+def scored_folds(manifest: Manifest, study: Study) -> list[str]:
+    """Returns the names of all folds of the study that are scored, whichever run asked for them."""
+    return [name for name in _fold_names(manifest, study.protocol) if is_scored(study, name)]
 
 
 def _run_guarded(fold: Fold, study: Study, board: ray.actor.ActorHandle) -> str:

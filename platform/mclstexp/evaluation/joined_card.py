@@ -1,0 +1,62 @@
+"""One score card of a cross-validation, put together from those that its folds saved."""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from mclstexp import storage
+from mclstexp.evaluation.cross_validation import RESULT, SCORES, Study
+from mclstexp.evaluation.score_card import ScoreCard
+
+ROWS, PER_GENE = "score_card.csv", "per_gene.csv"
+LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
+NAMES = ("section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
+"""Columns of saved tables that hold names; all others hold numbers."""
+
+
+def collect(folds: Sequence[str], study: Study) -> ScoreCard:
+    """Returns one score card over the sections of scored folds; what only some folds note stands under their names."""
+    records: list[dict[str, Any]] = []
+    rows: list[pd.DataFrame] = []
+    per_gene: list[pd.DataFrame] = []
+    for fold in folds:
+        place = storage.join(study.uri, fold, SCORES)
+        records.append(json.loads(storage.read(storage.join(place, RESULT))))
+        for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
+            parts.append(_read_table(storage.join(place, name)))
+    genes = pd.concat(per_gene, ignore_index=True)
+    shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
+    own = [
+        f"fold {fold}: {note}"
+        for fold, record in zip(folds, records, strict=True)
+        for note in record["notes"]
+        if note not in shared and not note.startswith("LEAK")
+    ]
+    leaks = any(note.startswith("LEAK") for record in records for note in record["notes"])
+    digests = [record["model_digest"] for record in records]
+    return ScoreCard(
+        protocol=study.protocol,
+        targets=records[0]["targets"],
+        model_digest=digests[0] if len(folds) == 1 else f"{digests[0]} to {digests[-1]} ({len(folds)} folds)",
+        notes=(*([LEAK] if leaks else []), "each fold has a model, a panel and floors of its own", *shared, *own),
+        genes=sorted(genes["gene"].unique()),
+        rows=pd.concat(rows, ignore_index=True),
+        per_gene=genes,
+        predictions={
+            name: f"{fold}/{SCORES}/{path}"
+            for fold, record in zip(folds, records, strict=True)
+            for name, path in record["predictions"].items()
+        },
+        training_runs={name: run_id for record in records for name, run_id in record["training_runs"].items()},
+    )
+
+
+def _read_table(uri: str) -> pd.DataFrame:
+    """Returns a saved table as it was: names stay texts, a patient NA and a section 007 too."""
+    text = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False).drop(columns="protocol")
+    for name in text.columns.difference(list(NAMES)):
+        text[name] = pd.to_numeric(text[name].replace("", None))
+    return text
