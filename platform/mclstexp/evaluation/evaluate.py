@@ -27,7 +27,7 @@ from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
 from mclstexp.evaluation.targets import scored_targets
 from mclstexp.inference.bank import Bank
 from mclstexp.inference.embed import network_of
-from mclstexp.inference.model_version import ModelVersion
+from mclstexp.inference.model_version import ModelVersion, TrainingRecord
 from mclstexp.inference.retrieval import resolve, retrieve
 
 Labels = dict[str, str | int | list[str]]
@@ -42,7 +42,8 @@ def held_out(
     With `on_validation` it is the model's validation sections, which the score card then says.
 
     Raises:
-        SplitError: there are none, or one was fitted on, shares a training patient under `patient`, or lacks counts.
+        SplitError: there are none, or one was fitted on, shares a patient with training or validation under `patient`,
+            or lacks counts.
         TableError, ModelError: the table lacks them or the model's training sections, or was cut otherwise.
     """
     model.require_table(manifest)
@@ -55,12 +56,13 @@ def held_out(
     seen = [name for name in names if name in fitted]
     if seen:
         raise SplitError(f"the model was fitted on {', '.join(seen)}; it can be scored on other sections only")
-    siblings = [entry.section_id for entry in entries if entry.patient_id in record.patients]
-    if siblings and record.protocol == "patient":
-        raise SplitError(
-            f"the model was trained on other sections of the patients of {', '.join(siblings)}; under the protocol "
-            "patient it can be scored on other patients only"
-        )
+    trained, validated = _siblings(record, manifest, names)
+    for what, siblings in (("was trained", trained), ("had its settings chosen", validated)):
+        if siblings and record.protocol == "patient":
+            raise SplitError(
+                f"the model {what} on other sections of the patients of {', '.join(siblings)}; under the protocol "
+                "patient it can be scored on other patients only"
+            )
     unmeasured = [entry.section_id for entry in entries if not entry.measured]
     if unmeasured:
         raise SplitError(f"{', '.join(unmeasured)} have no measured expression to score against")
@@ -72,6 +74,20 @@ def held_out(
             "prepare them together with the sections to score"
         )
     return names
+
+
+def _siblings(record: TrainingRecord, manifest: Manifest, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns those of the sections whose patient's other sections the model was trained on, and validated on.
+
+    Sections that it was validated on themselves are not among the latter. Versions that do not name their validation
+    patients have those of their validation sections that the table holds.
+    """
+    validated = {entry.patient_id for entry in manifest.sections if entry.section_id in record.validation_sections}
+    validated |= set(record.validation_patients)
+    patient_of = {name: manifest.section(name).patient_id for name in names}
+    trained_on = [name for name, patient in patient_of.items() if patient in record.patients]
+    others = {name: patient for name, patient in patient_of.items() if name not in record.validation_sections}
+    return trained_on, [name for name, patient in others.items() if patient in validated]
 
 
 def evaluate(
@@ -226,9 +242,11 @@ def _notes(
     ]
     if set(names) & set(record.validation_sections):
         notes.insert(0, "VALIDATION: settings were chosen on these sections, no figure here is a test result")
-    siblings = sorted({manifest.section(name).patient_id for name in names} & set(record.patients))
-    if siblings:
-        notes.insert(0, f"LEAK that this protocol allows: other sections of patients {', '.join(siblings)} trained")
+    trained, validated = _siblings(record, manifest, names)
+    for saw, siblings in (("chose settings", validated), ("trained", trained)):
+        if siblings:
+            patients = ", ".join(sorted({manifest.section(name).patient_id for name in siblings}))
+            notes.insert(0, f"LEAK that this protocol allows: other sections of patients {patients} {saw}")
     if manifest.digest() != record.manifest_digest:
         notes.append(f"scored on tile table {manifest.digest()}, trained on tile table {record.manifest_digest}")
     notes += [f"{name}: the panel lacks {', '.join(genes)}" for name, genes in lacking.items() if genes]

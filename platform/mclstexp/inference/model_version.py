@@ -44,6 +44,8 @@ class TrainingRecord(BaseModel):
     sections: tuple[str, ...]
     patients: tuple[str, ...]
     validation_sections: tuple[str, ...]
+    validation_patients: tuple[str, ...] = ()
+    """Theirs; empty in versions that do not name them."""
     test_sections: tuple[str, ...]
     epochs: int
 

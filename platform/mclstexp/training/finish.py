@@ -109,12 +109,17 @@ def _retrieval(run: Run, queries: Mapping[str, np.ndarray], bank: Bank) -> Retri
 
 
 def _record(run: Run, epochs: int) -> TrainingRecord:
+    trained, validated = (
+        tuple(sorted({run.manifest.section(name).patient_id for name in names}))
+        for names in (run.split.train, run.split.validation)
+    )
     return TrainingRecord(
         manifest_digest=run.manifest.digest(),
         protocol=run.config.split.protocol,
         sections=run.split.train,
-        patients=tuple(sorted({run.manifest.section(name).patient_id for name in run.split.train})),
+        patients=trained,
         validation_sections=run.split.validation,
+        validation_patients=validated,
         test_sections=run.split.test,
         epochs=epochs,
     )
