@@ -14,7 +14,7 @@ from mclstexp import tracking
 from mclstexp.config import Config, override
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError
-from mclstexp.evaluation import cross_validation, joined_card
+from mclstexp.evaluation import cross_validation
 from mclstexp.evaluation.cross_validation import Study, is_scored, make_folds, open_study, run_folds, scored_folds
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.evaluation.joined_card import collect
@@ -105,19 +105,6 @@ def _assert_same_floors_without_the_cache(study: Study, tiles: str) -> None:
     fresh = evaluate(ModelVersion.load(f"{study.uri}/P3/model"), tiles, lambda *_: None)
     cached = pd.read_csv(f"{study.uri}/P3/scores/score_card.csv").drop(columns="protocol")
     pd.testing.assert_frame_equal(cached, fresh.rows)
-
-
-def test_names_that_look_like_numbers_or_gaps_stay_names(tmp_path: Path) -> None:
-    rows = [("reference", "007", "NA", "nan", "0.5"), ("reference", "151507", "01", "MARCH1", "")]
-    columns = ["protocol", "section_id", "patient_id", "gene", "pcc"]
-    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "per_gene.csv", index=False)
-    table = joined_card._read_table(str(tmp_path / "per_gene.csv"))
-    assert table[["section_id", "patient_id", "gene"]].to_numpy().tolist() == [
-        ["007", "NA", "nan"],
-        ["151507", "01", "MARCH1"],
-    ]
-    assert table["pcc"].iloc[0] == 0.5
-    assert pd.isna(table["pcc"].iloc[1])
 
 
 @pytest.mark.ray

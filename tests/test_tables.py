@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from mclstexp.evaluation.tables import gene_sets, gene_table, mean_intervals, set_table
+from mclstexp.evaluation.tables import gene_sets, gene_table, mean_intervals, read_table, set_table
 from mclstexp.evaluation.targets import TARGETS, normalise_section
 
 
@@ -130,3 +130,12 @@ def test_targets_by_hand() -> None:
     assert list(TARGETS) == list(expected)
     for name, target in TARGETS.items():
         np.testing.assert_allclose(normalise_section(target, counts, totals), expected[name], rtol=1e-6)
+
+
+def test_names_that_look_like_numbers_or_gaps_stay_names_when_read_again() -> None:
+    rows = [
+        ("reference", "007", "NA", "per_spot", "nan", 0.5, 3),
+        ("reference", "151507", "01", "1e3", "MARCH1", np.nan, 0),
+    ]
+    table = pd.DataFrame(rows, columns=["protocol", "section_id", "patient_id", "target", "gene", "pcc", "undefined"])
+    pd.testing.assert_frame_equal(read_table(table.to_csv(index=False).encode()), table)

@@ -1,6 +1,5 @@
 """One score card of a cross-validation, put together from those that its folds saved."""
 
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +9,10 @@ import pandas as pd
 from mclstexp import storage
 from mclstexp.evaluation.cross_validation import RESULT, SCORES, Study
 from mclstexp.evaluation.score_card import ScoreCard
+from mclstexp.evaluation.tables import read_table
 
 ROWS, PER_GENE = "score_card.csv", "per_gene.csv"
 LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
-NAMES = ("section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
-"""Columns of saved tables that hold names; all others hold numbers."""
 
 
 def collect(folds: Sequence[str], study: Study) -> ScoreCard:
@@ -26,7 +24,7 @@ def collect(folds: Sequence[str], study: Study) -> ScoreCard:
         place = storage.join(study.uri, fold, SCORES)
         records.append(json.loads(storage.read(storage.join(place, RESULT))))
         for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
-            parts.append(_read_table(storage.join(place, name)))
+            parts.append(read_table(storage.read(storage.join(place, name))).drop(columns="protocol"))
     genes = pd.concat(per_gene, ignore_index=True)
     shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
     own = [
@@ -52,11 +50,3 @@ def collect(folds: Sequence[str], study: Study) -> ScoreCard:
         },
         training_runs={name: run_id for record in records for name, run_id in record["training_runs"].items()},
     )
-
-
-def _read_table(uri: str) -> pd.DataFrame:
-    """Returns a saved table as it was: names stay texts, a patient NA and a section 007 too."""
-    text = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False).drop(columns="protocol")
-    for name in text.columns.difference(list(NAMES)):
-        text[name] = pd.to_numeric(text[name].replace("", None))
-    return text

@@ -6,6 +6,7 @@ All tables are long, one row a thing: the caller adds the columns that say which
 Shapes: N spots, G genes.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from mclstexp.evaluation.metrics import errors_per_gene, highest_genes, pearson_
 ALL, HEG, HVG = "all", "heg50", "hvg50"
 AVERAGED = ("pcc", "pcc_density_free", "mse", "rmse", "mae")
 """Columns of a `set_table` that are averaged over units."""
+NAMES = ("protocol", "section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
+"""Columns of saved tables that hold names; all others hold numbers."""
 LEVEL = 0.95
 """Coverage of the confidence intervals."""
 
@@ -65,6 +68,14 @@ def set_table(genes: pd.DataFrame, sets: Mapping[str, np.ndarray]) -> pd.DataFra
     Errors are NaN where `genes` has none.
     """
     return pd.DataFrame([{"gene_set": name} | _set_row(genes.iloc[columns]) for name, columns in sets.items()])
+
+
+def read_table(data: bytes) -> pd.DataFrame:
+    """Returns a table of scores as it was before it was saved as CSV: a patient NA and a section 007 stay names."""
+    table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
+    for name in table.columns.difference(list(NAMES)):
+        table[name] = pd.to_numeric(table[name].replace("", None))
+    return table
 
 
 def mean_intervals(rows: pd.DataFrame, value: str, by: Sequence[str], unit: str) -> pd.DataFrame:

@@ -6,7 +6,6 @@ at a time, so that memory does not grow with the cohort.
 Shapes: N spots of one section, G genes of its panel.
 """
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ResultError
 from mclstexp.evaluation.score_card import MODEL
 from mclstexp.evaluation.section_file import MEASURED
+from mclstexp.evaluation.tables import read_table
 from mclstexp.report.section_axes import Thumbnail
 
 RECORD, PER_GENE, GENE_MEANS = "score_card.json", "per_gene.csv", "gene_means.csv"
@@ -203,7 +203,7 @@ def _read(uri: str, name: str) -> bytes:
 
 
 def _own_target(data: bytes, target: str) -> pd.DataFrame:
-    table = pd.read_csv(io.BytesIO(data), keep_default_na=False, na_values=[""], dtype={"gene": str})
+    table = read_table(data)
     return table[table["target"] == target]
 
 
