@@ -61,15 +61,18 @@ def _result(truth: np.ndarray, prediction: np.ndarray) -> SectionResult:
 
 def _with_scores(scores: dict[str, tuple[float, ...]]) -> ScoreCard:
     """A card of one section whose methods have the given PCC all, PCC HEG50, density-free PCC, MSE and MAE."""
-    rows = []
+    rows, genes = [], []
     for method, (every, highest, density_free, mse, mae) in scores.items():
-        own = {"method": method, "kind": MODEL if method == MODEL else FLOOR, "target": "per_spot"}
-        of = {"section_id": "B1", "patient_id": "B", "num_spots": 9, "num_genes": 8}
-        values = {"pcc_density_free": density_free, "mse": mse, "rmse": mse**0.5, "mae": mae}
-        counts = {"undefined": 0, "undefined_density_free": 0}
-        rows += [own | of | values | counts | {"gene_set": "all", "pcc": every}]
-        rows += [own | of | values | counts | {"gene_set": "heg50", "pcc": highest}]
-    return ScoreCard(**(_card(1.0, 1.0).__dict__ | {"rows": pd.DataFrame(rows)}))
+        of = {"section_id": "B1", "patient_id": "B", "target": "per_spot", "method": method}
+        own = {"kind": MODEL if method == MODEL else FLOOR, "gene_set": "all", "num_spots": 9, "num_genes": 100}
+        values = {"pcc": every, "pcc_density_free": density_free, "mse": mse, "rmse": mse**0.5, "mae": mae}
+        rows.append(of | own | values | {"undefined": 0, "undefined_density_free": 0})
+        low, high = (
+            {"pcc": pcc, "pcc_density_free": density_free, "truth_mean": mean, "truth_variance": 1.0}
+            for pcc, mean in ((2 * every - highest, 1.0), (highest, 2.0))
+        )
+        genes += [of | part | {"gene": f"G{place}"} for place, part in enumerate([low] * 50 + [high] * 50)]
+    return ScoreCard(**(_card(1.0, 1.0).__dict__ | {"rows": pd.DataFrame(rows), "per_gene": pd.DataFrame(genes)}))
 
 
 def _row(frame: pd.DataFrame, **where: str) -> pd.Series:
@@ -154,6 +157,40 @@ def test_a_verdict_has_the_interval_of_the_paired_difference() -> None:
 def test_a_model_without_correlations_loses_them() -> None:
     (verdict,) = _with_scores({MODEL: (NAN, NAN, NAN, 1.0, 1.0), "ridge on RGB": (0.1, 0.1, 0.1, 2.0, 2.0)}).verdicts()
     assert "the ridge on RGB WINS on the rest, the model stands at PCC all undefined" in verdict
+
+
+def _half_silent() -> ScoreCard:
+    """A card whose model says nothing of three of seven genes and is good on the others; an eighth gene is constant."""
+    rng = np.random.default_rng(1)
+    truth, totals = rng.normal(5, 1, (30, 8)), rng.lognormal(7, 1, 30)
+    truth[:, 7] = 0.1
+    silent = truth + 0.7 * rng.normal(size=truth.shape)
+    silent[:, 4:] = 5.0
+    rows, genes = [], []
+    for method, kind, said in (
+        (MODEL, MODEL, silent),
+        ("ridge on RGB", FLOOR, truth + rng.normal(size=truth.shape)),
+    ):
+        table = gene_table(truth, said, totals)
+        of = {"section_id": "B1", "patient_id": "B", "target": "per_spot", "method": method}
+        rows.append(set_table(table, gene_sets(truth, {})).assign(**of, num_spots=30, kind=kind))
+        genes.append(table.assign(**of, gene=GENES))
+    return ScoreCard(**(_card(1.0, 1.0).__dict__ | {"rows": pd.concat(rows), "per_gene": pd.concat(genes)}))
+
+
+def test_a_gene_that_a_method_says_nothing_of_counts_as_no_correlation_in_verdicts() -> None:
+    card = _half_silent()
+    stated = {method: _row(card.means(), method=method, gene_set="all") for method in (MODEL, "ridge on RGB")}
+    assert stated[MODEL]["pcc"] > stated["ridge on RGB"]["pcc"]  # over the genes that each has
+    assert (stated[MODEL]["undefined"], stated["ridge on RGB"]["undefined"]) == (4, 1)
+    model, ridge = (card.per_gene.query("method == @name")["pcc"].to_numpy() for name in stated)
+    for score in ("PCC all", "PCC HEG50"):  # seven genes vary, and all of them are among the highest
+        expected = model[:4].sum() / 7 - ridge[:7].sum() / 7
+        assert expected < 0
+        assert f"{score} {expected:+.3f}" in card.verdicts()[0].partition("the ridge on RGB WINS")[2]
+    free = {name: card.per_gene.query("method == @name")["pcc_density_free"].to_numpy()[:7] for name in stated}
+    expected = np.nan_to_num(free[MODEL]).sum() / 7 - free["ridge on RGB"].sum() / 7
+    assert f"PCC density-free {expected:+.3f}" in card.verdicts()[0]
 
 
 def _printed(card: ScoreCard) -> str:

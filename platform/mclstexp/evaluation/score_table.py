@@ -29,7 +29,8 @@ _OWN = (
 _OTHERS = (("PCC all", ALL, "pcc"), ("PCC HEG50", HEG, "pcc"), ("MSE", ALL, "mse"))
 _LEGEND = """\
 HEG50, HVG50: the 50 genes of highest mean and variance in the section; density-free: given the spots' library size
-undefined: genes without a correlation, summed over sections and left out of the mean"""
+undefined: genes without a correlation, summed over sections and left out of the mean; verdicts count one as 0
+where the measured gene varies, so that silence wins nothing"""
 
 
 class _Column(NamedTuple):

@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.stats
 
 from mclstexp.evaluation.density import density_free_pearson
-from mclstexp.evaluation.metrics import errors_per_gene, highest_genes, pearson_per_gene, variable_genes
+from mclstexp.evaluation.metrics import centred, errors_per_gene, highest_genes, pearson_per_gene, variable_genes
 
 ALL, HEG, HVG = "all", "heg50", "hvg50"
 AVERAGED = ("pcc", "pcc_density_free", "mse", "rmse", "mae")
@@ -28,8 +28,8 @@ LEVEL = 0.95
 def gene_table(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> pd.DataFrame:
     """Returns one prediction's scores of one section by gene: G rows in the panel's order.
 
-    Columns, float64: truth_mean and truth_variance over spots; pcc; pcc_density_free (`density_free_pearson`); mse;
-    mae. A correlation is NaN where it is not defined.
+    Columns, float64: truth_mean and truth_variance over spots (0 only where the gene is constant); pcc;
+    pcc_density_free (`density_free_pearson`); mse; mae. A correlation is NaN where it is not defined.
 
     Args:
         truth: measured expression, (N, G).
@@ -40,7 +40,7 @@ def gene_table(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) ->
     return pd.DataFrame(
         {
             "truth_mean": truth.mean(axis=0, dtype=np.float64),
-            "truth_variance": truth.var(axis=0, dtype=np.float64),
+            "truth_variance": (centred(truth) ** 2).mean(axis=0),
             "pcc": pearson_per_gene(truth, prediction),
             "pcc_density_free": density_free_pearson(truth, prediction, totals),
             "mse": mse,
