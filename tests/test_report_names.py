@@ -1,19 +1,27 @@
-"""A report of sections whose names look like numbers, as sample sheets often have them."""
+"""Names in a report: sections whose names look like numbers, and genes that share a symbol."""
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from mclstexp.data.genes import GenePanel
+from mclstexp.evaluation.gene_labels import unique_labels
 from mclstexp.evaluation.measured import MeasuredSection
 from mclstexp.evaluation.score_card import MODEL, ScoreCard
 from mclstexp.evaluation.section_file import SectionResult
 from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
-from mclstexp.report.biology import significant_genes
+from mclstexp.report.biology import order_genes, section_names, significant_genes, unique_names
+from mclstexp.report.map_data import gene_data
 from mclstexp.report.results import Result, open_result
+from mclstexp.report.score_view import gene_lines
 
 PATIENTS = {"01": "007", "02": "1e3"}
 PANEL = GenePanel(("ENSG1", "ENSG5", "ENSG6"), ("GNAS", "TWICE", "TWICE"), ("ENSG1", "ENSG5", "ENSG6"))
+GENES = pa.table({"gene_id": PANEL.gene_id, "symbol": PANEL.symbol, "ensembl_id": PANEL.ensembl_id})
+LABELS = unique_labels(PANEL, GENES)
 
 
 def _section(name: str) -> SectionResult:
@@ -32,9 +40,9 @@ def _card() -> ScoreCard:
         name, table = result.section.section_id, gene_table(result.truth, result.prediction, result.section.totals)
         of = {"section_id": name, "patient_id": PATIENTS[name], "target": "per_spot", "method": MODEL}
         rows.append(set_table(table, gene_sets(result.truth, {})).assign(**of, num_spots=30, kind=MODEL))
-        per_gene.append(table.assign(**of, gene=PANEL.names()))
+        per_gene.append(table.assign(**of, gene=LABELS))
     tables = pd.concat(rows, ignore_index=True), pd.concat(per_gene, ignore_index=True)
-    return ScoreCard("patient", {"per_spot": "ln(1 + x)"}, "abc", (), PANEL.names(), *tables, tuple(results))
+    return ScoreCard("patient", {"per_spot": "ln(1 + x)"}, "abc", (), LABELS, *tables, tuple(results))
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +56,36 @@ def test_names_that_look_like_numbers_stay_names(result: Result) -> None:
     own = result.per_gene[["section_id", "patient_id"]].drop_duplicates().to_numpy().tolist()
     assert own == [list(pair) for pair in PATIENTS.items()]
     assert significant_genes(result).loc[0, "sections"] == 2
+
+
+def test_a_symbol_of_several_genes_has_their_id_behind_it() -> None:
+    assert LABELS == ["GNAS", "TWICE (ENSG5)", "TWICE (ENSG6)"]
+    alone = GenePanel(("ENSG5", "x"), ("TWICE", ""), ("ENSG5", ""))  # a panel without the other one
+    table = pa.table({"gene_id": ["ENSG1", "ENSG5", "ENSG6", "x"], "symbol": ["GNAS", "TWICE", "TWICE", ""]})
+    assert unique_labels(alone, table) == ["TWICE (ENSG5)", "x"]
+
+
+def test_genes_that_share_a_symbol_have_means_of_their_own(result: Result) -> None:
+    means, rows = (table.set_index("gene") for table in (result.gene_means, result.per_gene))
+    assert sorted(means.index) == sorted(LABELS)
+    for label in LABELS:
+        assert means.loc[label, "mean"] == pytest.approx(rows.loc[label, "pcc"].mean())
+    ranked = significant_genes(result).set_index("gene")
+    assert ranked["sections"].to_dict() == dict.fromkeys(LABELS, 2)
+    assert ranked.loc["TWICE (ENSG5)", "pcc"] > ranked.loc["TWICE (ENSG6)", "pcc"]
+
+
+def test_the_table_of_genes_calls_them_as_the_chooser_and_the_maps_do(result: Result) -> None:
+    in_table = {line.gene for line in gene_lines(result)}
+    ordered = order_genes(result, significant_genes(result), {}, ["TWICE"])
+    assert in_table == set(LABELS) == set(ordered.names)
+    assert ordered.sets == {"chosen": ["TWICE (ENSG5)"]}
+    section = result.section("01")
+    assert set(gene_data(section, section_names(result, section), in_table)) == in_table
+
+
+def test_genes_of_an_older_result_are_told_apart_on_the_page(result: Result) -> None:
+    older = replace(result, per_gene=result.per_gene.assign(gene=result.per_gene["gene"].str.partition(" ")[0]))
+    assert set(older.per_gene["gene"]) == {"GNAS", "TWICE"}
+    assert unique_names(older) == LABELS
+    assert set(order_genes(older, significant_genes(older), {}, []).names) == set(LABELS)

@@ -12,13 +12,14 @@ import pandas as pd
 
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel, Normaliser, coverage
-from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.table import read_thumbnail
 from mclstexp.errors import ModelError, SplitError
 from mclstexp.evaluation import baselines
 from mclstexp.evaluation.ceiling import noise_ceiling
 from mclstexp.evaluation.floors import SEED, Floors, Show, embed_shown, floor_features
+from mclstexp.evaluation.gene_labels import unique_labels
 from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.measured import MeasuredSection, read_measured, restate
 from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard
@@ -128,6 +129,7 @@ def evaluate(
     banks = _banks(model, reader.target, training, targets)
     embedded = embed_shown(reader, names, network_of(model), "model", show)
     features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show, feature_cache)
+    labels = unique_labels(model.panel, load_genes(root, manifest))
     marker_sets, lacking = marker_columns(markers or {}, model.panel)
     notes = _notes(model, manifest, names, lacking)
     rows, genes = [], []
@@ -139,13 +141,13 @@ def evaluate(
             known_unit = target == reader.target or model.bank is not None
             tables = _gene_tables(section, target, said, known_unit, floors)
             rows += _set_rows(section, name, tables, gene_sets(section.expression(target), marker_sets))
-            genes += _gene_rows(section, name, tables, model.panel.names())
+            genes += _gene_rows(section, name, tables, labels)
     return ScoreCard(
         protocol=model.training.protocol,
         targets={name: target.unit() for name, target in targets.items()},
         model_digest=model.digest,
         notes=tuple(notes),
-        genes=model.panel.names(),
+        genes=labels,
         rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(genes, ignore_index=True),
         sections=tuple(

@@ -40,12 +40,13 @@ class ScoreCard:
     notes: tuple[str, ...]
     """What else a reader must know: training sections, leaks that the protocol allows, how floors were fitted."""
     genes: list[str]
+    """Their labels, each once (`gene_labels.unique_labels`)."""
     rows: pd.DataFrame
     """One row a section, target, method and gene set: section_id, patient_id, num_spots, target, method, kind, and the
     columns of `tables.set_table`."""
     per_gene: pd.DataFrame
-    """One row a section, target, method and gene: section_id, patient_id, target, method, gene, and the columns of
-    `tables.gene_table`."""
+    """One row a section, target, method and gene: section_id, patient_id, target, method, gene (its label), and
+    the columns of `tables.gene_table`."""
     sections: tuple[SectionResult, ...] = ()
     """The predictions, where they are at hand; the first is drawn."""
     predictions: Mapping[str, str] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import pandas as pd
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError
 from mclstexp.evaluation.domains import DomainComparison, compare_domains
+from mclstexp.evaluation.gene_labels import with_id
 from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.significance import rank_genes, section_significance
 from mclstexp.report.domain_maps import number_labels
@@ -46,17 +47,17 @@ def significant_genes(result: Result) -> pd.DataFrame:
     return ranked
 
 
-def unique_names(panel: GenePanel) -> list[str]:
-    """Returns the panel's names, with the id behind those that several genes have."""
-    names = panel.names()
+def unique_names(result: Result) -> list[str]:
+    """Returns the names of the result's genes, each once: its tables' own, but older tables call several alike."""
+    names = _table_names(result)
     repeated = pd.Series(names).duplicated(keep=False)
-    parts = zip(names, panel.gene_id, repeated, strict=True)
-    return [f"{name} ({gene_id})" if is_repeated else name for name, gene_id, is_repeated in parts]
+    parts = zip(names, result.panel.gene_id, repeated, strict=True)
+    return [with_id(name, gene_id) if is_repeated else name for name, gene_id, is_repeated in parts]
 
 
 def section_names(result: Result, section: Section) -> list[str]:
     """Returns the names of a section's genes as the whole result names them."""
-    named = dict(zip(result.panel.gene_id, unique_names(result.panel), strict=True))
+    named = dict(zip(result.panel.gene_id, unique_names(result), strict=True))
     return [named[gene_id] for gene_id in section.panel.gene_id]
 
 
@@ -75,7 +76,7 @@ def order_genes(
             f"--genes: {', '.join(lacking[CHOSEN])} not among the {len(result.panel)} genes of {result.uri}; its "
             "per_gene.csv lists them"
         )
-    names = unique_names(result.panel)
+    names = unique_names(result)
     sets = {name: [names[column] for column in found] for name, found in columns.items()}
     rest = [names[column] for column in _by_interest(result, ranked)]
     ordered = list(dict.fromkeys([name for genes in sets.values() for name in genes] + rest))
@@ -105,12 +106,19 @@ def domain_table(protocol: str, section_id: str, found: DomainComparison) -> pd.
     return found.table.assign(**of, **smoothing)[[*of, *found.table.columns, *smoothing]]
 
 
+def _table_names(result: Result) -> list[str]:
+    """Returns what the result's tables call the genes of its panel."""
+    known, panel = set(result.per_gene["gene"]), result.panel
+    pairs = [(name, with_id(name, gene_id)) for name, gene_id in zip(panel.names(), panel.gene_id, strict=True)]
+    return [label if label in known else name for name, label in pairs]
+
+
 def _by_interest(result: Result, ranked: pd.DataFrame) -> np.ndarray:
     """Returns the panel's columns by the better of two ranks: significance, and mean measured expression."""
     significance = ranked.set_index("gene")["rank"]
     height = model_rows(result.per_gene).groupby("gene")["truth_mean"].mean().rank(ascending=False)
     best = pd.concat([significance, height], axis=1).min(axis=1)
-    return np.argsort(best.reindex(result.panel.names()).to_numpy(), kind="stable")
+    return np.argsort(best.reindex(_table_names(result)).to_numpy(), kind="stable")
 
 
 def _drawn(sets: Mapping[str, list[str]], rest: list[str], ranked: pd.DataFrame) -> list[str]:
