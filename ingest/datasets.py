@@ -135,7 +135,6 @@ def _cscc(folder: _Folder) -> list[Row]:
 
 
 def _cscc_row(folder: _Folder, files: list[str], patient: str, name: str) -> Row:
-    packed = next((f" (unpack it: gunzip {uri})" for uri in files if uri.endswith(f"{name}.jpg.gz")), "")
     start = r"(GSM\d+_)?"
     counts, spots = f"{name}_stdata.tsv", f"spot_data-selection-{name}.tsv"
     return {
@@ -143,7 +142,7 @@ def _cscc_row(folder: _Folder, files: list[str], patient: str, name: str) -> Row
         "patient_id": patient,
         "format": "legacy_st",
         "site": "cscc",
-        "image": folder.match(files, rf"{start}{name}\.jpe?g", f"*_{name}.jpg{packed}"),
+        "image": folder.match(files, rf"{start}{name}\.jpe?g(\.gz)?", f"*_{name}.jpg.gz"),
         "expression": folder.match(files, rf"{start}{counts}(\.gz)?", f"*_{counts}.gz"),
         "positions": folder.match(files, rf"{start}{spots}(\.gz)?", f"*_{spots}.gz"),
     }

@@ -5,10 +5,11 @@ An image in object storage is opened here only where the sheet leaves out its mp
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ingest.expression import Gene, Preview
+from ingest.gene_table import gene_rows
 from ingest.readers import read_preview
 from ingest.section import section_errors, source_mpp
 from ingest.sheet import SectionRow
@@ -44,18 +45,19 @@ def read_header(row: SectionRow) -> Header:
             return Header(*source_mpp(row, slide.mpp, preview.array_mpp), preview)
 
 
-def report(headers: Mapping[str, Header], table_genes: Collection[str] = ()) -> str:
+def report(headers: Mapping[str, Header], table: Sequence[Gene], num_present: int = 0) -> str:
     """Returns in words where the resolutions come from, how genes are named and how many all sections share.
 
     Args:
         headers: by section; those that were read in this run.
-        table_genes: ids of the genes that the tile table had before.
+        table: the gene table that holds their genes.
+        num_present: how many of its first genes the tile table had before.
     """
     genes = {name: header.preview.genes for name, header in headers.items() if header.preview.genes}
-    lines = [*_resolution_lines(headers), *_gene_lines(genes)]
-    if genes and table_genes:
-        met = len(_common(genes, genes).intersection(table_genes))
-        lines.append(f"genes      {met} of those in common are among the {len(table_genes)} of the table so far")
+    lines = [*_resolution_lines(headers), *_gene_lines(genes, table)]
+    if genes and num_present:
+        met = sum(row < num_present for row in _common(_rows(genes, table)))
+        lines.append(f"genes      {met} of those in common are among the {num_present} of the table so far")
     return "\n".join([*lines, *_left_out_lines(headers)])
 
 
@@ -82,13 +84,18 @@ def _resolution_lines(headers: Mapping[str, Header]) -> list[str]:
     ]
 
 
-def _gene_lines(genes: Mapping[str, tuple[Gene, ...]]) -> list[str]:
+def _gene_lines(genes: Mapping[str, tuple[Gene, ...]], table: Sequence[Gene]) -> list[str]:
+    rows = _rows(genes, table)
     systems: defaultdict[str, list[str]] = defaultdict(list)
     for section_id, named in genes.items():
         systems[naming_system(named)].append(section_id)
-    lines = [f"genes by   {system}: {_shared(genes, sections)}" for system, sections in systems.items()]
+    lines = [
+        f"genes by   {system}: {_shared({name: rows[name] for name in sections})}"
+        for system, sections in systems.items()
+    ]
     if len(systems) > 1:
-        lines.append(f"genes      {_shared(genes, list(genes))}; nothing is mapped from one way of naming to another")
+        lines.append(f"genes      {_shared(rows)}; nothing is looked up elsewhere")
+    lines += _joined_lines(genes, table)
     spellings: defaultdict[str, set[str]] = defaultdict(set)
     for symbol in {gene.symbol for named in genes.values() for gene in named}:
         spellings[symbol.upper()].add(symbol)
@@ -98,13 +105,38 @@ def _gene_lines(genes: Mapping[str, tuple[Gene, ...]]) -> list[str]:
     return lines
 
 
-def _shared(genes: Mapping[str, tuple[Gene, ...]], sections: list[str]) -> str:
-    sizes = _range([len(genes[name]) for name in sections])
-    return f"{len(_common(genes, sections))} in common of {sizes} in each of {_named(sections)}"
+def _joined_lines(genes: Mapping[str, tuple[Gene, ...]], table: Sequence[Gene]) -> list[str]:
+    """Says which symbols alone stand for an Ensembl gene, and which do not although one has the symbol."""
+    alone = {gene.gene_id for named in genes.values() for gene in named if not gene.ensembl_id}
+    rows, owned = gene_rows(table), {gene.symbol for gene in table if gene.ensembl_id}
+    joined = sorted(name for name in alone if table[rows[name]].ensembl_id)
+    apart = sorted(name for name in alone & owned if not table[rows[name]].ensembl_id)
+    lines = []
+    if joined:
+        lines.append(
+            f"genes      {len(joined)} symbols alone are taken for the Ensembl gene of that symbol: {_some(joined)}"
+        )
+    if apart:
+        lines.append(
+            f"genes      {len(apart)} symbols alone stay apart from Ensembl genes of that symbol: several have it, or "
+            f"one section or the table so far names both: {_some(apart)}"
+        )
+    return lines
 
 
-def _common(genes: Mapping[str, tuple[Gene, ...]], sections: Iterable[str]) -> set[str]:
-    return set.intersection(*({gene.gene_id for gene in genes[name]} for name in sections))
+def _rows(genes: Mapping[str, tuple[Gene, ...]], table: Sequence[Gene]) -> dict[str, set[int]]:
+    """Returns each section's rows of the gene table."""
+    row_of = gene_rows(table)
+    return {name: {row_of[gene.gene_id] for gene in named} for name, named in genes.items()}
+
+
+def _shared(rows: Mapping[str, set[int]]) -> str:
+    sizes = _range([len(each) for each in rows.values()])
+    return f"{len(_common(rows))} in common of {sizes} in each of {_named(list(rows))}"
+
+
+def _common(rows: Mapping[str, set[int]]) -> set[int]:
+    return set.intersection(*rows.values())
 
 
 def _range(values: Sequence[float]) -> str:
@@ -113,8 +145,11 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _named(sections: Sequence[str]) -> str:
-    more = ", ..." if len(sections) > _MOST_NAMED else ""
-    return f"{len(sections)} section(s) ({', '.join(sections[:_MOST_NAMED])}{more})"
+    return f"{len(sections)} section(s) ({_some(sections)})"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
 
 
 def _left_out_lines(headers: Mapping[str, Header]) -> list[str]:

@@ -5,14 +5,13 @@ joined on the rounded grid place. Counts are parsed line by line, slower than a 
 only what is not zero and a bad cell can be named.
 """
 
-import gzip
 import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -31,13 +30,13 @@ from ingest.expression import (
     require_unique,
     split_usable,
 )
+from ingest.packed import open_unpacked
 from mclstexp.errors import SourceError
 
 _MAX_LINE_BYTES = 64 * 2**20
 _MAX_POSITIONS_BYTES = 512 * 2**20
 _PLACE = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")
 _KIND = "tab-separated table"
-_GZIP_MAGIC = b"\x1f\x8b"
 _POSITION_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
 
 
@@ -89,28 +88,30 @@ def read_legacy_st_mpp(positions_path: str, pitch_um: float) -> float | None:
 
 def _read_counts(path: str) -> tuple[list[tuple[int, int]], tuple[Gene, ...], csr_array]:
     spot_ids: list[str] = []
+    in_line: list[str] = []
     columns: list[np.ndarray] = []
     values: list[np.ndarray] = []
     with _reading(path) as file:
         header = _fields(_next_line(file))
         genes: tuple[Gene, ...] = ()
-        while line := _next_line(file):
+        for number, line in enumerate(iter(lambda: _next_line(file), b""), start=2):
             if not line.strip():
                 continue
             fields = _fields(line)
             genes = genes or _genes(header, fields)
             spot_ids.append(fields[0])
-            row = _row(fields, genes)
+            in_line.append(f"{fields[0]} (line {number})")
+            row = _row(fields, genes, in_line[-1])
             columns.append(np.flatnonzero(row).astype(np.int32))
             values.append(row[columns[-1]])
     if not spot_ids:
         raise SourceError(f"{Path(path).name} has no spots")
     first = np.cumsum([0, *map(len, columns)])
     matrix = csr_array((np.concatenate(values), np.concatenate(columns), first), shape=(len(spot_ids), len(genes)))
-    places = [_place(spot_id, path) for spot_id in spot_ids]
     with naming(path, _KIND):
+        places = [_place(spot_id, spot) for spot_id, spot in zip(spot_ids, in_line, strict=True)]
         require_unique([_name(place) for place in places], "spot")
-        return places, genes, checked_counts(matrix, spot_ids, genes)
+        return places, genes, checked_counts(matrix, in_line, genes)
 
 
 def _genes(header: list[str], first_row: list[str]) -> tuple[Gene, ...]:
@@ -123,16 +124,15 @@ def _genes(header: list[str], first_row: list[str]) -> tuple[Gene, ...]:
     return genes
 
 
-def _row(fields: list[str], genes: tuple[Gene, ...]) -> np.ndarray:
+def _row(fields: list[str], genes: tuple[Gene, ...], spot: str) -> np.ndarray:
+    """Returns a line's values, float64 (genes,); `spot` is what it is called in errors, with its line."""
     if len(fields) != len(genes) + 1:
-        raise SourceError(f"spot {fields[0]} has {len(fields) - 1} values for {len(genes)} genes: is the file whole?")
+        raise SourceError(f"spot {spot} has {len(fields) - 1} values for {len(genes)} genes: is the file whole?")
     try:
         return np.array(fields[1:], np.float64)
     except ValueError:
         gene, text = next((g, text) for g, text in zip(genes, fields[1:], strict=True) if not _is_number(text))
-        raise SourceError(
-            f"gene {gene.gene_id} of spot {fields[0]} has the value {text!r}, which is no count"
-        ) from None
+        raise SourceError(f"gene {gene.gene_id} of spot {spot} has the value {text!r}, which is no count") from None
 
 
 def _is_number(text: str) -> bool:
@@ -156,14 +156,20 @@ def _read_positions(path: str) -> _Positions:
         number = table[columns].apply(pd.to_numeric, errors="coerce")
         wrong = ~np.isfinite(number.to_numpy(np.float64)).all(axis=1)
         if wrong.any():
-            line = int(wrong.argmax())
-            cells = ", ".join(f"{name} {table[name].iloc[line]}" for name in columns)
-            raise SourceError(f"row {line + 2} holds no position: {cells}")
+            row = int(wrong.argmax())
+            cells = ", ".join(f"{name} {table[name].iloc[row]}" for name in columns)
+            raise SourceError(f"line {_line_of(data, row)} holds no position: {cells}")
         places = list(zip(*(np.rint(number[name]).astype(int).tolist() for name in ("x", "y")), strict=True))
         require_unique([_name(place) for place in places], "spot")
     pixels = zip(number["pixel_x"].tolist(), number["pixel_y"].tolist(), strict=True)
     selected = (number["selected"] != 0).tolist() if "selected" in number else [True] * len(places)
     return _Positions(dict(zip(places, pixels, strict=True)), dict(zip(places, selected, strict=True)))
+
+
+def _line_of(data: bytes, row: int) -> int:
+    """Returns the line, counted from 1, of a row below the header; pandas counts no blank lines."""
+    filled = [number for number, line in enumerate(data.splitlines(), 1) if line.strip(b" ")]
+    return filled[row + 1]
 
 
 def _spots(places: list[tuple[int, int]], positions: _Positions, counts: csr_array) -> Spots:
@@ -173,10 +179,10 @@ def _spots(places: list[tuple[int, int]], positions: _Positions, counts: csr_arr
     return Spots(spot_id, pixel[:, 0], pixel[:, 1], array_row=grid[:, 1], array_col=grid[:, 0], counts=counts)
 
 
-def _place(spot_id: str, path: str) -> tuple[int, int]:
+def _place(spot_id: str, spot: str) -> tuple[int, int]:
     match = _PLACE.fullmatch(spot_id)
     if not match:
-        raise SourceError(f"{Path(path).name}: the spot {spot_id!r} is not named like 10x21")
+        raise SourceError(f"spot {spot} is not named like 10x21")
     return round(float(match[1])), round(float(match[2]))
 
 
@@ -199,7 +205,5 @@ def _fields(line: bytes) -> list[str]:
 @contextmanager
 def _reading(path: str) -> Iterator[IO[bytes]]:
     """Yields the file's decompressed bytes; whatever goes wrong meanwhile is a SourceError that names it."""
-    with naming(path, _KIND), open(path, "rb") as raw:
-        compressed = raw.read(2) == _GZIP_MAGIC
-        raw.seek(0)
-        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
+    with naming(path, _KIND), open_unpacked(path) as file:
+        yield file

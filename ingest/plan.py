@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ingest.expression import Gene
+from ingest.gene_table import merged_genes
 from ingest.header import Header, report
 from ingest.section import Recipe
 from ingest.sheet import SectionRow, read_sheet
@@ -58,7 +59,7 @@ class Plan:
     def sources(self) -> str:
         """What the sections' sources that were read say, in words; empty where none was."""
         num_present = self.previous.num_genes if self.previous else 0
-        return report(self.headers, {gene.gene_id for gene in self.genes[:num_present]})
+        return report(self.headers, self.genes, num_present)
 
 
 ReadHeaders = Callable[[list[SectionRow]], Iterable[Header]]
@@ -94,7 +95,7 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
         kept=tuple(entries[row.section_id] for row in rows if row.section_id in done),
         removed=tuple(name for name in entries if name not in names),
         mpp=mpp,
-        genes=_merged_genes(_present_genes(root, previous), headers),
+        genes=merged_genes(_present_genes(root, previous), [header.preview.genes for header in headers.values()]),
         previous=previous,
         version=version,
         known=known,
@@ -186,16 +187,3 @@ def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
 
 def _present_genes(root: str, previous: Manifest | None) -> list[Gene]:
     return [Gene(**gene) for gene in load_genes(root, previous).to_pylist()] if previous else []
-
-
-def _merged_genes(present: list[Gene], headers: Mapping[str, Header]) -> tuple[Gene, ...]:
-    """Returns the present genes in place, then new ones, so that stored gene indices stay valid.
-
-    A symbol that a later source knows for an Ensembl id is filled in.
-    """
-    genes = {gene.gene_id: gene for gene in present}
-    for gene in (gene for header in headers.values() for gene in header.preview.genes):
-        known = genes.setdefault(gene.gene_id, gene)
-        if gene.symbol and not known.symbol:
-            genes[gene.gene_id] = known._replace(symbol=gene.symbol)
-    return tuple(genes.values())

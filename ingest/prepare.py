@@ -20,6 +20,7 @@ import ray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ingest.expression import Gene
+from ingest.gene_table import gene_rows
 from ingest.header import Header, read_header
 from ingest.plan import Plan, describe, last_versions, make_plan
 from ingest.section import cut_section
@@ -112,7 +113,7 @@ def _headers(rows: list[SectionRow], bar: Progress) -> list[Header]:
 
 def _cut_all(plan: Plan, bar: Progress) -> tuple[list[SectionEntry], list[str]]:
     rows = list(plan.todo.values())
-    shared = (ray.put(plan.recipe), ray.put({gene.gene_id: row for row, gene in enumerate(plan.genes)})) if rows else ()
+    shared = (ray.put(plan.recipe), ray.put(gene_rows(plan.genes))) if rows else ()
     calls = [(row, *shared, plan.root, fingerprint) for fingerprint, row in plan.todo.items()]
     entries: list[SectionEntry] = []
     failures: list[str] = []

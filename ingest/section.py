@@ -67,7 +67,7 @@ def cut_section(
     """Writes one section's tiles, rejects and thumbnail under `root` and returns its manifest entry.
 
     Args:
-        gene_rows: row of the table's gene table by gene id.
+        gene_rows: row of the table's gene table by what a source may call the gene, see `gene_table.gene_rows`.
 
     Raises:
         SourceError: a source is damaged or contradicts another; names the section.
@@ -193,9 +193,9 @@ def _over_table_genes(expression: Expression, gene_rows: dict[str, int]) -> Spot
     counts = expression.spots.counts
     assert counts is not None, "a reader gives counts"
     row_of = np.array([gene_rows[gene.gene_id] for gene in expression.genes], np.int32)
-    shape = (len(expression.spots), len(gene_rows))
+    shape = (len(expression.spots), 1 + max(gene_rows.values(), default=-1))
     moved = csr_array((counts.data, row_of[counts.indices], counts.indptr), shape=shape)
-    moved.sort_indices()
+    moved.sum_duplicates()  # and sorts
     return replace(expression.spots, counts=moved)
 
 

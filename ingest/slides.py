@@ -7,15 +7,18 @@ A pyramid is read region by region from its best level; a plain image has no reg
 import errno
 import math
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import IO, Protocol, Self
 
 import numpy as np
 import openslide
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from ingest.packed import is_packed, open_unpacked
+from ingest.stated_mpp import stated_mpp
 from mclstexp.errors import SourceError, StorageError
 
 MAX_PLAIN_PX = 2**30
@@ -23,12 +26,12 @@ MAX_PLAIN_PX = 2**30
 PLAIN_BYTES_PER_PX = 4
 _MAX_SLIDE_EDGE_PX = 2**22
 _MAX_REGION_PX = 2048  # edge of what is read from a level at once
-_PLAUSIBLE_MPP = (0.05, 20.0)  # of a plain image's resolution tag; 72 dpi would be 353
-_AGREEING = 1.02  # ratio up to which resolutions count as equal
+_AGREEING = 1.02  # ratio up to which downsamples count as equal
 _OPAQUE = 255
 _PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE, errno.ENOMEM)
 """Faults of the file system or the machine; Pillow's own complaints have no number."""
 _ORIENTATION_TAG = 0x0112
+_FAULTS_OF_FILES = (OSError, EOFError, SyntaxError, ValueError, Warning)
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 
 
@@ -136,7 +139,7 @@ class Slide:
 
 
 def open_slide(path: str | Path) -> Slide:
-    """Opens a local slide or image; only its header is read.
+    """Opens a local slide or image (JPEG and PNG packed by gzip too); only its header is read.
 
     Raises:
         SourceError: it is no image, damaged, too large, of an unsupported kind, or contradicts itself.
@@ -163,7 +166,7 @@ class _Pyramid:
             raise SourceError(f"it claims {self.dimensions[0]} px, allowed are {_MAX_SLIDE_EDGE_PX} along an edge")
         properties = self._slide.properties
         names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-        self.mpp = _plausible(_common_mpp([float(properties[name]) for name in names if name in properties]))
+        self.mpp = stated_mpp([float(properties[name]) for name in names if name in properties])
         self.scanned_from = scanned_from(properties)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
@@ -176,15 +179,16 @@ class _Pyramid:
 
 
 class _Plain:
-    """The one level of a JPEG, PNG or TIFF image, decoded at the first read."""
+    """The one level of a JPEG, PNG or TIFF image, plain or packed by gzip, decoded at the first read."""
 
     downsamples: tuple[float, ...] = (1.0,)
     reads_regions = False
     scanned_from = (0.0, 0.0)
 
     def __init__(self, path: str) -> None:
+        self._packed = open_unpacked(path) if is_packed(path) else None
         with _careful_pillow():
-            self._image: Image.Image = Image.open(path, formats=["JPEG", "PNG", "TIFF"])
+            self._image = _open_image(self._packed or path)
             self.dimensions = (self._image.size,)
             if math.prod(self._image.size) > MAX_PLAIN_PX:
                 raise SourceError(
@@ -193,7 +197,7 @@ class _Plain:
                 )
             _require_plain(self._image)
             dpi = [float(value) for value in self._image.info.get("dpi", ()) if value > 0]
-        self.mpp = _plausible(_common_mpp([25400.0 / value for value in dpi]))
+        self.mpp = stated_mpp([25400.0 / value for value in dpi])
         self._decoded = False
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
@@ -205,6 +209,8 @@ class _Plain:
 
     def close(self) -> None:
         self._image.close()
+        if self._packed:
+            self._packed.close()
 
 
 def scanned_from(properties: Mapping[str, str]) -> tuple[float, float]:
@@ -252,19 +258,14 @@ def _is_opaque(image: Image.Image) -> bool:
     return image.getchannel("A").getextrema() == (_OPAQUE, _OPAQUE)
 
 
-def _common_mpp(values: list[float]) -> float | None:
-    if not values:
-        return None
-    if not all(math.isfinite(value) and value > 0 for value in values):
-        raise SourceError(f"its resolution is {values} micrometres per pixel; mend the file")
-    if max(values) > _AGREEING * min(values):
-        raise SourceError(f"its pixels are not square: {values} micrometres along x and y")
-    return sum(values) / len(values)
-
-
-def _plausible(mpp: float | None) -> float | None:
-    """Returns a resolution that a scan can have, or None: many programs write 72 dpi where they know nothing."""
-    return mpp if mpp and _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1] else None
+def _open_image(file: IO[bytes] | str) -> Image.Image:
+    """Opens a plain image, or what gzip packed; Pillow reads no TIFF from the latter."""
+    if isinstance(file, str):
+        return Image.open(file, formats=["JPEG", "PNG", "TIFF"])
+    try:
+        return Image.open(file, formats=["JPEG", "PNG"])
+    except UnidentifiedImageError:
+        raise SourceError("gzip packed it and it holds no JPEG or PNG; unpack it with gunzip") from None
 
 
 @contextmanager
@@ -286,7 +287,7 @@ def _named_errors(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(name) from None
-    except (openslide.OpenSlideError, OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+    except (openslide.OpenSlideError, Image.DecompressionBombError, zlib.error, *_FAULTS_OF_FILES) as error:
         if getattr(error, "errno", None) in _PASSING:
             raise StorageError(f"image {name} cannot be read now: {error}") from error
         raise SourceError(f"image {name} cannot be read, it is damaged or no slide: {error}") from error

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ingest.datasets import dataset_sheet
 from ingest.sheet import read_sheet
+from ingest.slides import open_slide
 from mclstexp import storage
 from mclstexp.errors import ConfigError, SourceError
 
@@ -171,13 +172,18 @@ def test_everything_that_is_missing_is_listed_at_once(her2st, cscc, alex10x):
     assert "lacks 96 part(s)" in lacks("her2st", alex10x)
 
 
-def test_packed_images_are_refused_with_the_command_that_unpacks_them(cscc, tmp_path):
+def test_images_may_be_packed_as_geo_publishes_them(cscc, tmp_path):
     plain = cscc / "GSM4284316_P2_ST_rep1.jpg"
     packed = plain.with_name(f"{plain.name}.gz")
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert rows_of("cscc", cscc, tmp_path)["P2_ST_rep1"].image == str(plain), "beside the plain file it is no matter"
     plain.unlink()
-    assert f"*_P2_ST_rep1.jpg (unpack it: gunzip {packed})" in lacks("cscc", cscc)
+    row = rows_of("cscc", cscc, tmp_path)["P2_ST_rep1"]
+    assert row.image == str(packed)
+    with open_slide(row.image) as slide:
+        assert (slide.width, slide.height) == (64, 64)
+    packed.unlink()
+    assert "*_P2_ST_rep1.jpg.gz" in lacks("cscc", cscc)
 
 
 def test_tables_may_be_unpacked(cscc, tmp_path):
@@ -189,7 +195,7 @@ def test_tables_may_be_unpacked(cscc, tmp_path):
 
 def test_a_damaged_positions_file_is_named(her2st):
     (her2st / "data/ST-spotfiles/D4_selection.tsv").write_text("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t?\n")
-    with pytest.raises(SourceError, match=r"D4_selection\.tsv: row 2 holds no position"):
+    with pytest.raises(SourceError, match=r"D4_selection\.tsv: line 2 holds no position"):
         dataset_sheet("her2st", str(her2st))
 
 

@@ -88,6 +88,11 @@ def test_both_ways_find_known_domains_and_unlabelled_spots_are_dropped_and_count
         assert set(found) == {NO_DOMAIN, 0, 1, 2}
 
 
+@pytest.mark.parametrize("missing", ["NA", "na", " NA ", "NaN", "<NA>", "", None, np.nan])
+def test_what_r_and_pandas_write_for_no_label_is_none(missing: object) -> None:
+    assert domains.is_labelled(["cancer", missing, "nasal mucosa"]).tolist() == [True, False, True]
+
+
 def test_domains_are_those_of_the_labelled_spots_after_smoothing_over_all() -> None:
     place, labels, expression = _section(noise=2.0)
     used = np.random.default_rng(2).random(len(place)) < 0.5
@@ -182,6 +187,16 @@ def test_a_section_of_a_few_spots_passes() -> None:
     place, _, expression = _section(noise=0.3)
     table = domains.compare_domains(["a", "b", "a"], place[:3], expression[:3], {}).table
     assert table["spots_used"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("num_spots", [0, 1])
+def test_a_spot_without_neighbours_has_a_pitch_and_only_itself_around(num_spots: int) -> None:
+    assert domains.spot_pitch(_square()[:num_spots]) == domains.NO_PITCH > 0
+    assert domains.spot_pitch(_square(2)[:2]) == PITCH_UM
+    if num_spots:
+        smooth = domains.neighbourhoods(_square()[:1])
+        assert smooth.num_neighbours == 0
+        np.testing.assert_array_equal(smooth.mean(np.array([[3.0, 4.0]])), [[3.0, 4.0]])
 
 
 @pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")

@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 from small_table import NAMES, make_sentence, make_table
 
+from mclstexp import storage
 from mclstexp.data import genes
 from mclstexp.data.genes import GenePanel, Normaliser
 from mclstexp.data.schema import GENE_SCHEMA, gene_names
@@ -175,6 +176,23 @@ def test_unknown_genes_of_a_panel_file_are_named_or_dropped(tmp_path: Path) -> N
     file.write_text("\n")
     with pytest.raises(ConfigError, match="no gene is left"):
         genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
+
+
+def test_a_panel_file_may_lie_in_object_storage(tmp_path: Path, s3: str) -> None:
+    manifest = make_table(tmp_path, {"A1": _counts(9, 0)})
+    storage.write(f"{s3}/panel.txt", b"MUC1\r\nTP53\r\n")
+    panel = genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/panel.txt"))
+    assert panel.gene_id == ("MUC1", "TP53")
+    with pytest.raises(ConfigError, match=rf"genes\.panel={s3}/none\.txt: there is no such file; give a file, hvg or"):
+        genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/none.txt"))
+
+
+def test_a_panel_that_is_no_text_file_is_refused(tmp_path: Path) -> None:
+    manifest = make_table(tmp_path, {"A1": _counts(9, 0)})
+    (tmp_path / "panel.xlsx").write_bytes(b"PK\xff\xfe")
+    for path in (tmp_path, tmp_path / "panel.xlsx"):
+        with pytest.raises(ConfigError, match=rf"genes\.panel={path}: .*; give a text file, hvg or hvg_union"):
+            genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(path)))
 
 
 def test_genes_are_aligned_by_ensembl_id_and_else_by_symbol() -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from ingest.array import array_mpp
 from ingest.expression import Preview, named_gene
+from ingest.gene_table import merged_genes
 from ingest.header import Header, naming_system, report
 
 BOTH, ENSEMBL, SYMBOLS = [
@@ -16,6 +17,11 @@ BOTH, ENSEMBL, SYMBOLS = [
 
 def headers(**genes):
     return {name: Header(0.5, "the sheet", Preview(tuple(named))) for name, named in genes.items()}
+
+
+def reported(present=(), **genes):
+    found = headers(**genes)
+    return report(found, merged_genes(present, [header.preview.genes for header in found.values()]), len(present))
 
 
 def test_the_stated_mapping_of_names():
@@ -42,7 +48,7 @@ def test_naming_systems(genes, system):
 
 
 def test_genes_in_common():
-    lines = report(headers(A=SYMBOLS, B=SYMBOLS[:2])).splitlines()
+    lines = reported(A=SYMBOLS, B=SYMBOLS[:2]).splitlines()
     assert lines == [
         "resolution 0.5 um/px by the sheet: 2 section(s) (A, B)",
         "genes by   symbols: 2 in common of 2 to 3 in each of 2 section(s) (A, B)",
@@ -50,29 +56,40 @@ def test_genes_in_common():
 
 
 def test_new_sections_are_compared_with_the_table():
-    text = report(headers(A=SYMBOLS), ["FASN", "ERBB2", "MUC1", "GNAT1"])
+    present = [named_gene(name) for name in ("FASN", "ERBB2", "MUC1", "GNAT1")]
+    text = reported(present, A=SYMBOLS)
     assert "genes      2 of those in common are among the 4 of the table so far" in text
 
 
-def test_ways_of_naming_are_not_mapped_onto_one_another():
-    text = report(headers(A=SYMBOLS, B=BOTH, C=ENSEMBL))
+def test_ways_of_naming_meet_in_the_gene_that_a_source_names_both_ways():
+    text = reported(A=SYMBOLS, B=BOTH, C=ENSEMBL)
     assert "genes by   symbols: 3 in common of 3 in each of 1 section(s) (A)" in text
     assert "genes by   Ensembl ids (ENSG) and symbols: 2 in common of 2 in each of 1 section(s) (B)" in text
-    assert "genes      0 in common of 2 to 3 in each of 3 section(s) (A, B, C); nothing is mapped" in text
-    assert "genes      1 in common of 2 in each of 2 section(s)" in report(headers(B=BOTH, C=ENSEMBL)), (
+    assert "genes      1 in common of 2 to 3 in each of 3 section(s) (A, B, C); nothing is looked up elsewhere" in text
+    assert "genes      2 symbols alone are taken for the Ensembl gene of that symbol: FASN, GNAS" in text
+    assert "stay apart" not in text
+    assert "genes      0 in common of 2 to 3 in each of 2 section(s) (A, C)" in reported(A=SYMBOLS, C=ENSEMBL)
+    assert "genes      1 in common of 2 in each of 2 section(s)" in reported(B=BOTH, C=ENSEMBL), (
         "Ensembl ids meet without versions"
     )
 
 
+def test_symbols_that_cannot_be_joined_are_named():
+    text = reported(A=SYMBOLS, B=[*BOTH, named_gene("GNAS", "ENSG00000000001")])
+    assert "genes      1 symbols alone are taken for the Ensembl gene of that symbol: FASN" in text
+    assert "genes      1 symbols alone stay apart from Ensembl genes of that symbol: several have it, or" in text
+    assert text.endswith("names both: GNAS")
+
+
 def test_species_that_differ_in_case_are_pointed_out():
-    text = report(headers(human=SYMBOLS, mouse=[named_gene("Gnas"), named_gene("Fasn")]))
+    text = reported(human=SYMBOLS, mouse=[named_gene("Gnas"), named_gene("Fasn")])
     assert "genes by   symbols: 0 in common" in text
     assert "2 symbols differ in case alone, as FASN, Fasn: they stay apart" in text
 
 
 def test_nothing_to_report_of_nothing():
-    assert report({}) == ""
-    assert report(headers(slide=[])) == "resolution 0.5 um/px by the sheet: 1 section(s) (slide)"
+    assert reported() == ""
+    assert reported(slide=[]) == "resolution 0.5 um/px by the sheet: 1 section(s) (slide)"
 
 
 def grid():

@@ -25,6 +25,8 @@ SPOTS = Spots(
         "Row.names\tx\ty\tlabel\n1x1\t9.02\t20.994\tcancer\n2x2\t9.018\t13.999\tfat\n3x3\t1\t1\tfat\n",
         "spot_id,label\n9x14,fat\n9x21,cancer\n",
         "Barcode,label\n9x14,fat\n9x21, cancer \n10x3,\n",
+        "spot_id,label\n9x14,fat\n9x21,cancer\n10x3,NA\n",
+        "spot_id\tlabel\n9x14\tfat\n9x21\tcancer\n10x3\tnan\n",
     ],
 )
 def test_labels_are_joined_by_id_or_rounded_place(tmp_path: Path, text: str) -> None:
@@ -42,6 +44,7 @@ def test_labels_are_joined_by_id_or_rounded_place(tmp_path: Path, text: str) -> 
         ("name,label\n9x14,fat\n", "neither spot_id or barcode nor x and y; it has name, label"),
         ("x,y,label\n9,14,fat\n9.2,14,cancer\n", "spot appears more than once: 9x14"),
         ("spot_id,label\n1x1,fat\n", r"none of its 1 rows is of one of the section's 3 spots \(such as 9x21"),
+        ("spot_id,label\n9x14,NA\n10x3,\n1x1,a\n", r"its 2 rows of the section's spots have no label \(empty or NA\)"),
         ("", "cannot be read"),
     ],
 )

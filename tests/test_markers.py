@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mclstexp import storage
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError
 from mclstexp.evaluation.markers import load_markers, marker_columns
@@ -52,6 +53,13 @@ def test_genes_are_found_by_symbol_or_ensembl_id_and_the_lacking_are_named(tmp_p
 def test_faults_are_named_with_their_place(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_markers(_file(tmp_path, text), "mine")
+
+
+def test_the_file_may_lie_in_object_storage(s3: str) -> None:
+    storage.write(f"{s3}/mine.yaml", b"mine:\n  tumour: [KRT8]\n")
+    assert load_markers(f"{s3}/mine.yaml", "mine")["tumour"].names() == ["KRT8"]
+    with pytest.raises(ConfigError, match=rf"cannot read the marker genes {s3}/none\.yaml: there is no such file"):
+        load_markers(f"{s3}/none.yaml", "mine")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

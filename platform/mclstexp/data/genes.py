@@ -8,19 +8,21 @@ turned into dense arrays over the panel each time they are read, which costs mic
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
+from mclstexp import storage
+from mclstexp.data.gene_naming import require_counts, why_none_shared
 from mclstexp.data.schema import Manifest, SectionEntry, gene_names, load_genes
 from mclstexp.data.table import read_counts
 from mclstexp.data.variability import most_variable, most_variable_of_any
-from mclstexp.errors import ConfigError, ModelError
+from mclstexp.errors import ConfigError, ModelError, StorageError
 from mclstexp.settings import GenesConfig
 
 Scheme = Literal["per_spot_all", "per_spot_panel", "per_gene"]
+_FITTED = ("hvg", "hvg_union")
 _NAMED_IN_ERROR = 5
 
 
@@ -109,21 +111,20 @@ def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config:
     `hvg` keeps the order of variability, `hvg_union` that of the gene table (`variability.py`), a file its own.
 
     Raises:
-        ConfigError: the panel file is missing, or names genes that the data lacks (`genes.missing`), or no gene is
-            left.
+        ConfigError: the panel file (local or `s3://`) is missing, or names genes that the data lacks
+            (`genes.missing`), or no gene is left, or a section names the file's genes otherwise (`gene_naming.py`).
     """
-    table = load_genes(root, manifest)
+    table, names = load_genes(root, manifest), list(section_ids)
     if config.panel == "hvg":
-        rows = most_variable(root, manifest, list(section_ids), config, table["gene_id"].to_pylist())
+        rows = most_variable(root, manifest, names, config, table["gene_id"].to_pylist())
     elif config.panel == "hvg_union":
-        rows = most_variable_of_any(root, manifest, list(section_ids), config)
+        rows = most_variable_of_any(root, manifest, names, config)
     else:
         rows = _rows_of_file(config, table)
+        if rows:
+            require_counts(root, manifest, names, f"genes.panel={config.panel}", rows, table)
     if not rows:
-        raise ConfigError(
-            f"no gene is left for the panel {config.panel}: none has counts in all training sections and in "
-            f"genes.min_spots={config.min_spots} of their spots"
-        )
+        raise ConfigError(f"no gene is left for the panel {config.panel}: {_why_none(root, manifest, names, config)}")
     picked = table.take(pa.array(rows))
     return GenePanel(*(tuple(picked[name].to_pylist()) for name in ("gene_id", "symbol", "ensembl_id")))
 
@@ -188,11 +189,20 @@ def _first_rows(names: list[str], rows: Iterable[int]) -> dict[str, int]:
     return first
 
 
+def _why_none(root: str, manifest: Manifest, section_ids: list[str], config: GenesConfig) -> str:
+    if config.panel not in _FITTED:
+        return "the file names none that the data has"
+    few = f"none has counts in all training sections and in genes.min_spots={config.min_spots} of their spots"
+    return why_none_shared(root, manifest, section_ids, load_genes(root, manifest)) or few
+
+
 def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
     try:
-        lines = [line.strip() for line in Path(config.panel).read_text().splitlines()]
-    except OSError as error:
-        raise ConfigError(f"genes.panel={config.panel}: {error.strerror}; give a file, hvg or hvg_union") from error
+        lines = [line.strip() for line in storage.read(config.panel).decode("utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise ConfigError(f"genes.panel={config.panel}: there is no such file; give a file, hvg or hvg_union") from None
+    except (StorageError, UnicodeDecodeError) as error:
+        raise ConfigError(f"genes.panel={config.panel}: {error}; give a text file, hvg or hvg_union") from error
     names = list(dict.fromkeys(line for line in lines if line))
     asked = GenePanel.from_names(names)
     columns = align(asked, genes)

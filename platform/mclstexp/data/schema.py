@@ -48,6 +48,8 @@ REJECT_SCHEMA = pa.schema(
     ]
 )
 GENE_SCHEMA = pa.schema([("gene_id", pa.string()), ("symbol", pa.string()), ("ensembl_id", pa.string())])
+NO_LABEL = frozenset({"", "na", "<na>", "nan"})
+"""What tables (R's and pandas' among them) write where a spot has no label, in lower case."""
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 

@@ -24,6 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.neighbors import kneighbors_graph, radius_neighbors_graph
 
+from mclstexp.data.schema import NO_LABEL
 from mclstexp.errors import SourceError
 
 NUM_COMPONENTS = 9
@@ -34,8 +35,10 @@ RESOLUTIONS = (1e-3, 1e2)
 RESOLUTION_TRIES = 25
 SMOOTHING_PITCHES = 1.57
 """Radius of smoothing in pitches, between √2 and √3: 8 neighbours on a square array, 6 on a hexagonal one."""
+NO_PITCH = 100.0
 MEASURED, SMOOTHED = "measured", "smoothed measured"
 UNDETERMINED = "undetermined"
+_UNLABELLED = NO_LABEL | {UNDETERMINED}
 NO_DOMAIN = -1
 
 
@@ -111,8 +114,8 @@ def compare_domains(
 
 
 def is_labelled(labels: Sequence[str | None]) -> np.ndarray:
-    """Returns bool (N,): false where a label is missing (None, NaN), empty, or "undetermined" in any case."""
-    return np.array([isinstance(label, str) and label.strip().lower() not in ("", UNDETERMINED) for label in labels])
+    """Returns bool (N,): false where a label is missing (None, NaN), empty, or in any case NA, NaN or undetermined."""
+    return np.array([isinstance(label, str) and label.strip().lower() not in _UNLABELLED for label in labels], bool)
 
 
 def agreement(labels: np.ndarray, domains: np.ndarray) -> Agreement:
@@ -209,8 +212,11 @@ def spot_pitch(place: np.ndarray) -> float:
     """Returns the distance of neighbouring spots (N, 2), in their unit.
 
     It is the median over spots of the mean distance to the four nearest, which on an array that lies a little askew
-    or is stretched says more than the nearest alone.
+    or is stretched says more than the nearest alone. A spot without neighbours has none: it gets 100, so that it is
+    drawn at a size that is seen.
     """
+    if len(place) < 2:
+        return NO_PITCH
     nearest = min(5, len(place))
     return float(np.median(cKDTree(place).query(place, k=nearest)[0][:, 1:].mean(axis=1)))
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mclstexp import storage
 from mclstexp.data.genes import GenePanel, align
-from mclstexp.errors import ConfigError
+from mclstexp.errors import ConfigError, StorageError
 from mclstexp.evaluation.tables import ALL, HEG, HVG
 
 _RESERVED = (ALL, HEG, HVG)
@@ -26,7 +27,7 @@ def load_markers(path: str | Path, cohort: str) -> dict[str, GenePanel]:
     """Returns the marker genes of one cohort by the name of their set, in the file's order.
 
     Args:
-        path: a YAML file: cohort, set and a list of genes (symbols or Ensembl ids).
+        path: a YAML file (local or `s3://`): cohort, set and a list of genes (symbols or Ensembl ids).
         cohort: which part of the file.
 
     Raises:
@@ -34,8 +35,10 @@ def load_markers(path: str | Path, cohort: str) -> dict[str, GenePanel]:
             name of a set that every score card has.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(storage.read(str(path)).decode())
+    except FileNotFoundError:
+        raise ConfigError(f"cannot read the marker genes {path}: there is no such file") from None
+    except (StorageError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the marker genes {path}: {error}") from error
     try:
         cohorts = _FILE.validate_python(tree)

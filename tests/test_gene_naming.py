@@ -1,0 +1,101 @@
+"""Sections that name the panel's genes otherwise are refused instead of read as zeros."""
+
+import logging
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_table import make_table
+
+from mclstexp.config import Config
+from mclstexp.data.genes import fit_panel
+from mclstexp.data.schema import GENE_SCHEMA, Manifest
+from mclstexp.data.spots import make_reader
+from mclstexp.errors import ConfigError, TableError
+from mclstexp.evaluation.measured import read_measured
+from mclstexp.settings import GenesConfig
+
+SYMBOLS = [("GNAS", "GNAS", ""), ("FASN", "FASN", "")]
+ENSEMBL = [("ENSG00000087460", "GNAS", "ENSG00000087460"), ("ENSG00000169710", "FASN", "ENSG00000169710")]
+NAMELESS = [(gene_id, "", ensembl_id) for gene_id, _, ensembl_id in ENSEMBL]
+OF_A = np.array([[3, 1, 0, 0], [0, 2, 0, 0], [5, 0, 0, 0]], np.int32)
+OF_V = OF_A[:, [2, 3, 0, 1]]
+
+
+def _table(root: Path, genes: list[tuple[str, str, str]], sections: dict[str, np.ndarray]) -> Manifest:
+    """A tile table over the given genes, as it could be published before symbols were joined."""
+    manifest = make_table(root, sections, [gene[0] for gene in genes])
+    columns = [list(column) for column in zip(*genes, strict=True)]
+    file = root / "genes.parquet"
+    pq.write_table(pa.table(columns, schema=GENE_SCHEMA), file)
+    return manifest.model_copy(update={"genes_sha256": sha256(file.read_bytes()).hexdigest()})
+
+
+def _panel_file(root: Path, *names: str) -> GenesConfig:
+    (root / "panel.txt").write_text("\n".join(names))
+    return GenesConfig(panel=str(root / "panel.txt"))
+
+
+@pytest.mark.parametrize("names", [("ENSG00000087460", "ENSG00000169710"), ("GNAS", "ENSG00000169710")])
+def test_a_table_that_holds_a_gene_under_two_names_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    manifest = _table(tmp_path, SYMBOLS + ENSEMBL, {"A1": OF_A, "V1": OF_V})
+    with pytest.raises(ConfigError, match=r"genes\.panel=.*: section (A1|V1) counts [12] of its 2 genes under another"):
+        fit_panel(str(tmp_path), manifest, ["A1", "V1"], _panel_file(tmp_path, *names))
+
+
+def test_the_message_says_which_section_and_name(tmp_path: Path) -> None:
+    manifest = _table(tmp_path, SYMBOLS + ENSEMBL, {"A1": OF_A, "V1": OF_V})
+    config = _panel_file(tmp_path, "GNAS", "FASN")
+    text = r"section V1 counts 2 of its 2 genes .*GNAS as ENSG00000087460, FASN as ENSG00000169710.*prepare into a new"
+    with pytest.raises(ConfigError, match=text):
+        fit_panel(str(tmp_path), manifest, ["A1", "V1"], config)
+    assert fit_panel(str(tmp_path), manifest, ["A1"], config).gene_id == ("GNAS", "FASN"), "held-out ones do not matter"
+
+
+def test_ensembl_genes_that_share_a_symbol_are_two_genes(tmp_path: Path) -> None:
+    genes = [ENSEMBL[0], ("ENSG00000000001", "GNAS", "ENSG00000000001")]
+    manifest = _table(tmp_path, genes, {"V1": OF_A[:, :2], "V2": OF_A[:, [2, 0]]})
+    panel = fit_panel(str(tmp_path), manifest, ["V1"], _panel_file(tmp_path, "ENSG00000087460"))
+    assert panel.gene_id == ("ENSG00000087460",)
+    panel = fit_panel(str(tmp_path), manifest, ["V1"], _panel_file(tmp_path, "ENSG00000000001"))
+    assert panel.symbol == ("GNAS",)
+
+
+def test_a_section_without_any_panel_gene_is_refused(tmp_path: Path) -> None:
+    manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "V1": OF_V})
+    with pytest.raises(ConfigError, match="section V1 has no count of any of its 2 genes") as caught:
+        fit_panel(str(tmp_path), manifest, ["A1", "V1"], _panel_file(tmp_path, "GNAS", "FASN"))
+    assert "(GNAS, FASN); the section names its genes ENSG00000087460, ENSG00000169710." in str(caught.value)
+
+
+def test_single_genes_without_counts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    silent = OF_A * [1, 0, 1, 1]
+    manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "A2": silent.astype(np.int32)})
+    with caplog.at_level(logging.WARNING):
+        panel = fit_panel(str(tmp_path), manifest, ["A1", "A2"], _panel_file(tmp_path, "GNAS", "FASN"))
+    assert panel.gene_id == ("GNAS", "FASN")
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "section A2 has no count of 1 of 2 genes"
+    ]
+
+
+@pytest.mark.parametrize("panel", ["hvg", "hvg_union"])
+def test_where_no_gene_is_shared_the_names_are_shown_instead_of_a_setting(tmp_path: Path, panel: str) -> None:
+    manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "V1": OF_V})
+    with pytest.raises(ConfigError) as caught:
+        fit_panel(str(tmp_path), manifest, ["A1", "V1"], GenesConfig(panel=panel))
+    text = str(caught.value)
+    assert "the training sections share no gene: A1 has GNAS, FASN; V1 has ENSG00000087460, ENSG00000169710." in text
+    assert "min_spots" not in text
+
+
+def test_a_held_out_section_of_other_names_is_not_scored_as_zeros(tmp_path: Path) -> None:
+    manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "V1": OF_V})
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(num_genes=2))
+    reader = make_reader(str(tmp_path), manifest, panel, Config())
+    np.testing.assert_array_equal(read_measured(reader, "A1").counts.sum(axis=0), OF_A.sum(axis=0)[[0, 1]])
+    with pytest.raises(TableError, match=r"section V1 of .* has no count of any of the panel's 2 genes"):
+        read_measured(reader, "V1")
