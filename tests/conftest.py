@@ -1,5 +1,7 @@
 """Shared real components: one local Ray, one S3 server, one synthetic cohort and its tile table, one kind of result.
 
+What is slow to make and used by several test files is made once, here: staged slides, a predicted cohort.
+
 The S3 server is SeaweedFS on loopback; MCLSTEXP_TEST_S3 (a URL, with AWS credentials beside it) names another one.
 """
 
@@ -15,6 +17,9 @@ import pytest
 from s3_server import S3Server, free_port
 
 if TYPE_CHECKING:
+    from predicted_cohort import PredictedCohort
+    from staged_slides import Slide
+
     from mclstexp.evaluation.section_file import SectionResult
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +126,45 @@ def tiles(cohort: str, ray_session: None, tmp_path_factory: pytest.TempPathFacto
     root = str(tmp_path_factory.mktemp("tiles") / "table")
     prepare(cohort, root, config, progress=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def two(cohort: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The sheet of two measured sections of different patients."""
+    from prepared_tables import copy_of
+
+    return copy_of(cohort, tmp_path_factory.mktemp("two"), ["P1S1", "P2S1"])
+
+
+@pytest.fixture
+def own_two(cohort: str, tmp_path: Path) -> str:
+    """The same, to be changed."""
+    from prepared_tables import copy_of
+
+    return copy_of(cohort, tmp_path / "cohort", ["P1S1", "P2S1"])
+
+
+@pytest.fixture(scope="session")
+def predicted_cohort(
+    tiles: str, cohort: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> "PredictedCohort":
+    """Slide files with faulty ones among them, an untrained model, and what it predicted in one calm run."""
+    from predicted_cohort import predict_calmly
+
+    return predict_calmly(tiles, cohort, tmp_path_factory.mktemp("predicted"))
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> "dict[str, Slide]":
+    """A last short part and missing tiles; two row groups at another resolution; given positions."""
+    from staged_slides import stage
+
+    folder = tmp_path_factory.mktemp("staging")
+    return {
+        "A": stage(folder, "A", 30, 20, missing=7),
+        "B": stage(folder, "B", 88, 50, scale=1.37, missing=40),
+        "C": stage(folder, "C", 16, 16, given=True),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,13 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 from untrained import untrained_version
 
-from mclstexp.data.genes import GenePanel, Normaliser
+from mclstexp.data.genes import GenePanel
 from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.table import read_columns, read_counts
 from mclstexp.errors import ConfigError, ModelError, SplitError, TableError, UserError
 from mclstexp.evaluation.evaluate import evaluate, held_out
 from mclstexp.evaluation.metrics import pearson_per_gene
-from mclstexp.evaluation.targets import TARGETS, scored_targets
 from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.build import build_network
 from mclstexp.report.results import model_rows, open_result
@@ -285,23 +284,6 @@ def test_a_bank_of_other_spots_is_refused(tiles: str, version: ModelVersion) -> 
     other.bank = replace(version.bank, spot_id=version.bank.spot_id[::-1])
     with pytest.raises(ModelError, match="not the same in the same order"):
         evaluate(other, tiles, lambda *_: None)
-
-
-@pytest.mark.parametrize(("name", "unit"), [("per_spot", "ln"), ("per_gene", "log10")])
-def test_the_models_own_target_comes_first_and_once(name: str, unit: str) -> None:
-    found = scored_targets(TARGETS[name], TARGETS[name])
-    assert list(found) == [name, *({"per_spot", "per_gene"} - {name})]
-    assert found[name].unit().startswith(unit)
-
-
-def test_a_target_without_a_name_is_called_by_its_unit() -> None:
-    own = Normaliser("per_spot_all", 1e6, "e")
-    assert list(scored_targets(own, own)) == [own.unit(), "per_spot", "per_gene"]
-
-
-def test_what_the_spots_were_seen_in_is_stated_too() -> None:
-    published = TARGETS["per_gene"], TARGETS["per_spot_panel"]
-    assert list(scored_targets(*published)) == ["per_gene", "per_spot", "per_spot_panel"]
 
 
 def test_markers_need_a_cohort(monkeypatch: pytest.MonkeyPatch) -> None:

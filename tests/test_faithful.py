@@ -5,7 +5,6 @@ run in float64 and agree to 1e-9; what the project computes in float32 agrees to
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -15,6 +14,7 @@ import numpy_reference as reference
 import pytest
 import torch
 from numpy_reference import Floats, Integers, Weights
+from rough_inputs import GENES, POSITIONS, SIZE_PX, Section, rough_section, roughen
 
 from mclstexp.config import Config, load_config, override
 from mclstexp.data.genes import normalisers
@@ -32,9 +32,9 @@ from mclstexp.settings import RetrievalConfig
 from mclstexp.training.augment import augment
 from mclstexp.training.checkpoint import plain_tensors
 
-GENES, POSITIONS, SIZE_PX, NEIGHBOURS = 60, 16, 64, 12
+NEIGHBOURS = 12
 NUM_SPOTS = {"A1": 23, "A2": 30, "B1": 18, "B2": 14}
-TEST, CONSTANT_GENE = "B2", 7
+TEST = "B2"
 LOOSE = {"rtol": 1e-4, "atol": 1e-4}
 SPOT_NAMES = {
     "position.x.weight": "x_table",
@@ -48,15 +48,6 @@ SPOT_NAMES = {
     "ffn.2": "ffn2",
 }
 HEAD_NAMES = {"project": "first", "refine": "second"}
-
-
-@dataclass(frozen=True)
-class Section:
-    """A fake section as it is measured: tiles uint8 (n, size, size, 3), counts (n, G), array column and row (n, 2)."""
-
-    tiles: np.ndarray
-    counts: Floats
-    position: Integers
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +65,7 @@ def visium() -> Config:
 @pytest.fixture(scope="module")
 def sections() -> dict[str, Section]:
     rng = np.random.default_rng(1)
-    return {name: _section(rng, num_spots) for name, num_spots in NUM_SPOTS.items()}
+    return {name: rough_section(rng, num_spots) for name, num_spots in NUM_SPOTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -83,39 +74,8 @@ def model(config: Config, sections: dict[str, Section]) -> Iterator[TwoTowers]:
         torch.manual_seed(2)
         towers = build_network(config.model, GENES, POSITIONS, SIZE_PX)
         assert isinstance(towers, TwoTowers)
-        _roughen(towers, sections["A1"].tiles)
+        roughen(towers, sections["A1"].tiles)
         yield towers.eval()
-
-
-def _section(rng: np.random.Generator, num_spots: int) -> Section:
-    """Tiles differ in colour and contrast, spots in depth, genes in level; one gene has the same count everywhere."""
-    ground = rng.uniform(0.2, 0.8, (num_spots, 1, 1, 3))
-    noise = rng.normal(0, 1, (num_spots, SIZE_PX, SIZE_PX, 3)) * rng.uniform(0.02, 0.25, (num_spots, 1, 1, 1))
-    depth, level = rng.uniform(0.3, 3, (num_spots, 1)), rng.lognormal(0.5, 1, GENES)
-    counts = rng.poisson(depth * level + 0.2).astype(np.float64)
-    counts[0] += 1  # no gene is without counts
-    counts[:, CONSTANT_GENE] = 3
-    tiles = ((ground + noise).clip(0, 1) * 255).round().astype(np.uint8)
-    return Section(tiles, counts, rng.integers(0, POSITIONS, (num_spots, 2)))
-
-
-@torch.no_grad()
-def _roughen(towers: TwoTowers, tiles: np.ndarray) -> None:
-    """Gives batch norms statistics of real features, then moves these and all vectors of weights at random."""
-    norms = [module for module in towers.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    towers.image_tower.train()(augment(torch.from_numpy(tiles), "none", torch.Generator()))
-    for norm in norms:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.running_mean += 0.3 * torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
-        norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.5, 2)
-    for name, parameter in towers.named_parameters():
-        if parameter.ndim == 1:
-            parameter += 0.3 * torch.randn_like(parameter)
-        elif name.startswith(("spot_", "image_head")) and "position" not in name:
-            parameter *= 2
 
 
 def _weights(module: torch.nn.Module, prefix: str = "", names: dict[str, str] | None = None) -> Weights:

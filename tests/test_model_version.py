@@ -3,49 +3,21 @@
 import hashlib
 import json
 import pickle
-import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from random_version import GENES
+from random_version import random_version as _version
 
-from mclstexp import metric_log, tracking
-from mclstexp.config import Config, override
+from mclstexp.config import override
 from mclstexp.data.genes import GenePanel
-from mclstexp.data.images import encode_tile
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import ModelError
-from mclstexp.inference.bank import Bank
 from mclstexp.inference.embed import network_of
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.inference.retrieval import retrieve
+from mclstexp.inference.model_version import ModelVersion
 from mclstexp.model.build import build_network
-from mclstexp.model.towers import TwoTowers
-
-SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "retrieval.k": 5, "retrieval.temperature": 0.1}
-GENES = ("GATA3", "ERBB2", "ENSG00000141736")
-
-
-def _version(seed: int = 0) -> ModelVersion:
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    config = override(Config(), SETTINGS)
-    names = np.array([str(i) for i in range(30)], object)
-    bank = Bank(*(rng.normal(size=(30, width)).astype(np.float32) for width in (256, 3)), names, names, names)
-    record = TrainingRecord(
-        manifest_digest="m",
-        protocol="patient",
-        sections=("A1",),
-        patients=("A",),
-        validation_sections=(),
-        test_sections=(),
-        epochs=1,
-    )
-    weights = TwoTowers(config.model, 3, 0, 32).state_dict()
-    panel = GenePanel(GENES, ("GATA3", "ERBB2", ""), ("", "", GENES[2]))
-    return ModelVersion(config, panel, (32, 0.5), 0, record, weights, bank, ood_similarity=0.25)
 
 
 @pytest.fixture
@@ -256,80 +228,3 @@ def test_a_version_of_schema_1_loads_with_no_threshold(folder: Path) -> None:
     loaded = ModelVersion.load(folder)
     assert loaded.ood_similarity is None
     assert np.array_equal(loaded.bank.keys, _version().bank.keys)
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[str], Path]:
-    """A registry with two runs and their versions; returns settings, run ids and the registered folder."""
-    path = tmp_path_factory.mktemp("registry")
-    config = override(Config(), SETTINGS | {"tracking.uri": f"sqlite:///{path}/mlflow.db"})
-    folder = path / "version"
-    folder.mkdir()
-    _version().save(folder)
-    runs = [tracking.start_run(config, name, {"a": "b"}) for name in ("first", "second")]
-    log = tracking.metric_log(config.tracking, runs[0])
-    for step in range(5):
-        log.log(step, {"loss": 5.0 - step})
-    log.close()
-    return config, runs, folder
-
-
-def test_a_run_registers_once_and_the_first_version_is_champion(
-    registry: tuple[Config, list[str], Path], tmp_path: Path
-) -> None:
-    config, (first, second), folder = registry
-    register = [tracking.register(config.tracking, run, str(folder), {}) for run in (first, first, second, second)]
-    assert register == ["1", "1", "2", "2"]
-    champion = tracking.fetch_model(config.tracking, "models:/mclstexp@champion", str(tmp_path))
-    assert ModelVersion.load(champion).digest == ModelVersion.load(folder).digest
-    assert tracking.tag_version(config.tracking, "models:/mclstexp@champion", {"score": "1"}) == first
-    for uri, hint in (
-        ("models:/mclstexp@best", "has the versions 1, 2"),
-        ("models:/mclstexp/3", "has the versions 1, 2"),
-        ("models:/other@champion", "there are the models mclstexp"),
-    ):
-        with pytest.raises(ModelError, match=hint):
-            tracking.fetch_model(config.tracking, uri, str(tmp_path))
-
-
-def test_metrics_and_parameters_reach_mlflow(registry: tuple[Config, list[str], Path]) -> None:
-    import mlflow
-
-    config, (first, _), _ = registry
-    client = mlflow.MlflowClient(config.tracking.uri)
-    history = client.get_metric_history(first, "loss")
-    assert sorted((metric.step, metric.value) for metric in history) == [(step, 5.0 - step) for step in range(5)]
-    assert client.get_run(first).data.params["model.image_encoder"] == "small_cnn"
-
-
-def test_a_dead_tracking_server_does_not_hold_up_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(metric_log, "FLUSH_S", 1.0)
-    config = override(Config(), {"tracking.uri": "http://127.0.0.1:9"})
-    log = tracking.metric_log(config.tracking, "no-run")
-    started = time.monotonic()
-    for step in range(100):
-        log.log(step, {"loss": 1.0})
-    assert time.monotonic() - started < 1
-    log.close()
-
-
-def test_mlflows_own_means_give_the_same_prediction(
-    registry: tuple[Config, list[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import mlflow
-
-    config, (first, _), folder = registry
-    tracking.register(config.tracking, first, str(folder), {})
-    mlflow.set_tracking_uri(config.tracking.uri)
-    tiles = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
-    frame = pd.DataFrame({"image": [encode_tile(tile, "png", 90) for tile in tiles]})
-    found = mlflow.pyfunc.load_model("models:/mclstexp/1").predict(frame)
-    version = ModelVersion.load(folder)
-    embed = network_of(version).build(torch.device("cpu"))
-    expected = retrieve(embed(tiles), version.bank, version.config.retrieval).prediction
-    assert list(found.columns) == list(version.panel.names())
-    np.testing.assert_allclose(found.to_numpy(), expected, rtol=1e-3, atol=1e-3)
-    too_large = pd.DataFrame({"image": [encode_tile(np.zeros((64, 64, 3), np.uint8), "png", 90)]})
-    with pytest.raises(ModelError, match=r"takes tiles of 32 px at 0\.5 um/px, got 64 x 64 px"):
-        mlflow.pyfunc.load_model("models:/mclstexp/1").predict(too_large)

@@ -7,42 +7,27 @@ import shutil
 import subprocess
 import sys
 import time
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import anndata
-import matplotlib
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from staged_slides import CONFIDENCE, FACTS, GENES, PANEL, SCANNED_FROM, TILE_PX, Slide, stage, write
+from staged_slides import CONFIDENCE, FACTS, GENES, PANEL, SCANNED_FROM, Slide
 
 from ingest import tiling
 from mclstexp import storage
-from mclstexp.data.genes import GenePanel
-from mclstexp.errors import ConfigError, PartError, StorageError
-from mclstexp.inference.model_facts import choose_genes, gene_labels
-from mclstexp.inference.parts import parts_done
+from mclstexp.errors import StorageError
 from mclstexp.inference.publish import publish_slide, redrawn
-from mclstexp.inference.slide_geojson import write_geojson
-from mclstexp.inference.slide_h5ad import write_h5ad
-from mclstexp.inference.slide_overview import MOST_GENES, draw_overview, paint
-from mclstexp.inference.slide_table import tile_corner, write_table
+from mclstexp.inference.slide_table import tile_corner
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Slide]:
-    """A last short part and missing tiles; two row groups at another resolution; given positions."""
-    folder = tmp_path_factory.mktemp("staging")
-    return {
-        "A": stage(folder, "A", 30, 20, missing=7),
-        "B": stage(folder, "B", 88, 50, scale=1.37, missing=40),
-        "C": stage(folder, "C", 16, 16, given=True),
-    }
+def slides(staged: dict[str, Slide]) -> dict[str, Slide]:
+    return staged
 
 
 @pytest.fixture(scope="module")
@@ -157,58 +142,6 @@ def test_corners_are_those_that_tiles_are_cut_at(slides: dict[str, Slide], size_
     assert np.array_equal(found, tiling.tile_corner(centres, size_px, scale))
 
 
-def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide], tmp_path: Path) -> None:
-    """Two pictures that differ in one gene differ exactly on its map, whose tiles then have their own colours."""
-    slide, pictures = stage(tmp_path, "G", 20, 12), {}
-    column, row = ((slide.grid[name].to_numpy() // TILE_PX) for name in ("x_px", "y_px"))
-    ramp = column + (row == 2) * (column == 15) * -10.0
-    for name, values in {"seen": ramp, "other": 19 - ramp}.items():
-        slide.answer.prediction[:, 1] = values
-        write(slide)
-        publish_slide(str(slide.staging), str(tmp_path / name), FACTS, ["FASN"])
-        pictures[name] = np.asarray(Image.open(tmp_path / name / "overviews" / "G.png").convert("RGB")).astype(int)
-    differ = (pictures["seen"] != pictures["other"]).any(axis=2)
-    top, bottom, left, right = (edge for axis in (1, 0) for edge in np.flatnonzero(differ.any(axis=axis))[[0, -1]])
-    assert (right - left) / (bottom - top) == pytest.approx(20 / 12, rel=0.03)
-    assert left > 0.45 * pictures["seen"].shape[1], "the slide itself stands first"
-    limits = np.quantile(ramp, [0.01, 0.99])
-    for tile in range(len(ramp)):
-        shade = (ramp[tile] - limits[0]) / (limits[1] - limits[0])
-        y = top + (row[tile] + 0.5) / 12 * (bottom - top)
-        x = left + (column[tile] + 0.5) / 20 * (right - left)
-        expected = 255 * np.array(matplotlib.colormaps["viridis"](shade)[:3])
-        assert pictures["seen"][round(y), round(x)] == pytest.approx(expected, abs=2), (row[tile], column[tile])
-
-
-def test_of_a_hundred_genes_over_a_long_slide_the_first_are_drawn(tmp_path: Path) -> None:
-    slide = stage(tmp_path, "L", 2, 60)
-    names = [f"GENE{number}" for number in range(100)]
-    place = {name: slide.grid[name].to_numpy() for name in ("x_px", "y_px")}
-    pq.write_table(pa.table(place | dict.fromkeys(names, slide.answer.prediction[:, 0])), tmp_path / "table.parquet")
-    facts = replace(FACTS, panel=GenePanel.from_names(names))
-    sizes = []
-    for num_genes in (MOST_GENES, 100):
-        thumbnail = np.full((384, 13, 3), 230, np.uint8)
-        places = tmp_path / "map.png", tmp_path / "table.parquet"
-        draw_overview(*places, slide.record, facts, range(num_genes), thumbnail)
-        sizes.append(Image.open(tmp_path / "map.png").size)
-    assert sizes[0][1] == pytest.approx(30_000, abs=1), "as many pixels as an edge may have"
-    assert sizes[1] == pytest.approx(sizes[0], abs=5), "a line more in the heading, and no map more"
-
-
-def test_paint_fills_boxes_and_means_where_they_overlap() -> None:
-    rng = np.random.default_rng(3)
-    first, values = rng.integers(0, (18, 9), (40, 2)), rng.normal(size=40)
-    last = first + rng.integers(1, 3, (40, 2))
-    expected = np.full((10, 20), np.nan)
-    for y in range(10):
-        for x in range(20):
-            over = [k for k in range(40) if first[k, 0] <= x < last[k, 0] and first[k, 1] <= y < last[k, 1]]
-            expected[y, x] = np.mean(values[over]) if over else np.nan
-    boxes = [np.stack([first[:, axis], last[:, axis]]) for axis in (0, 1)]
-    assert paint(*boxes, values, (10, 20)) == pytest.approx(expected, nan_ok=True)
-
-
 def test_the_first_genes_are_shown_where_none_are_chosen_and_no_squares_stay(
     slides: dict[str, Slide], out: Path, tmp_path: Path
 ) -> None:
@@ -253,6 +186,19 @@ def test_the_preview_is_copied_as_it_is(slides: dict[str, Slide], out: Path) -> 
     assert (out / "previews" / "A.jpg").read_bytes() == (slides["A"].staging / "preview.jpg").read_bytes()
 
 
+def test_a_slide_without_tiles_has_a_preview_and_nothing_of_an_earlier_image(
+    slides: dict[str, Slide], tmp_path: Path
+) -> None:
+    staging, folder = tmp_path / "C-key", tmp_path / "out"
+    shutil.copytree(slides["C"].staging, staging)
+    publish_slide(str(staging), str(folder), FACTS, GENES)
+    assert len(_files(folder)) == 5
+    empty = slides["C"].record.model_copy(update={"num_tiles": 0})
+    (staging / "slide.json").write_text(empty.model_dump_json())
+    assert publish_slide(str(staging), str(folder), FACTS, GENES) == empty
+    assert list(_files(folder)) == ["previews/C.jpg"]
+
+
 @pytest.mark.slow
 def test_the_same_bytes_later_in_another_process_and_place(slides: dict[str, Slide], out: Path, tmp_path: Path) -> None:
     time.sleep(1.1)  # times in files have seconds
@@ -276,134 +222,3 @@ def test_from_and_to_object_storage(slides: dict[str, Slide], out: Path, s3: str
     publish_slide(f"{s3}/staging/A", f"{s3}/out", FACTS, GENES)
     published = {uri.removeprefix(f"{s3}/out/"): storage.read(uri) for uri in storage.list_files(f"{s3}/out")}
     assert published == {name: data for name, data in _files(out).items() if Path(name).stem == "A"}
-
-
-def test_the_table_comes_last(slides: dict[str, Slide], tmp_path: Path) -> None:
-    (tmp_path / "geojson").write_text("a file where the folder should be")
-    with pytest.raises(StorageError):
-        publish_slide(str(slides["A"].staging), str(tmp_path), FACTS, GENES)
-    assert (tmp_path / "A.h5ad").exists()
-    assert not (tmp_path / "A.parquet").exists()
-
-
-@pytest.mark.parametrize(
-    ("damage", "fault"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "damaged and is removed"),
-        (lambda path: path.write_bytes(b""), "damaged and is removed"),
-        (lambda path: path.write_bytes((path.parent / "00002.safetensors").read_bytes()), r"float32 \(88, 6\)"),
-        (lambda path: path.unlink(), "is missing"),
-    ],
-)
-def test_a_damaged_part_is_named_and_counts_as_not_done(
-    slides: dict[str, Slide], tmp_path: Path, damage: object, fault: str
-) -> None:
-    staging = tmp_path / "A-key"
-    shutil.copytree(slides["A"].staging, staging)
-    assert parts_done(str(staging)) == {0, 1, 2}
-    damage(staging / "parts" / "00001.safetensors")
-    with pytest.raises(PartError, match=rf"A-key/parts/00001.safetensors .*{fault}"):
-        publish_slide(str(staging), str(tmp_path / "out"), FACTS, GENES)
-    assert parts_done(str(staging)) == {0, 2}
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("file", ["grid.parquet", "slide.json", "thumbnail.jpg"])
-def test_another_damage_of_the_staging_folder_is_named(slides: dict[str, Slide], tmp_path: Path, file: str) -> None:
-    shutil.copytree(slides["A"].staging, tmp_path / "A")
-    (tmp_path / "A" / file).write_bytes((slides["C"].staging / file).read_bytes()[:-30])
-    with pytest.raises(StorageError, match=rf"A/{file} is damaged.*remove .*A and run the same command again"):
-        publish_slide(str(tmp_path / "A"), str(tmp_path / "out"), FACTS, GENES)
-    if file == "thumbnail.jpg":
-        return
-    (tmp_path / "A" / file).write_bytes((slides["C"].staging / file).read_bytes())
-    with pytest.raises(StorageError, match=r"grid.parquet is damaged: it has (256|600) tiles"):
-        publish_slide(str(tmp_path / "A"), str(tmp_path / "out"), FACTS, GENES)
-
-
-def test_without_a_threshold_or_a_bank_nothing_is_called_out_of_distribution(tmp_path: Path) -> None:
-    """A direct regression: no similarity, no donors."""
-    slide = stage(tmp_path, "R", 5, 4)
-    for name in CONFIDENCE:
-        getattr(slide.answer, name)[:] = np.nan
-    write(slide)
-    publish_slide(str(slide.staging), str(tmp_path / "out"), replace(FACTS, ood_similarity=None), GENES)
-    table = pq.read_table(tmp_path / "out" / "R.parquet")
-    assert table.schema.field("out_of_distribution").type == pa.bool_()
-    assert table["out_of_distribution"].null_count == 20
-    assert np.isnan(table["similarity"].to_numpy()).all()
-    assert anndata.read_h5ad(tmp_path / "out" / "R.h5ad").obs["out_of_distribution"].isna().all()
-    text = (tmp_path / "out" / "geojson" / "R.geojson").read_text()
-    squares = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["features"]
-    assert list(squares[0]["properties"]["measurements"]) == ["GNAS", "FASN"]
-
-
-def test_a_slide_whose_tiles_all_lack_pixels_has_empty_files(tmp_path: Path) -> None:
-    slide = stage(tmp_path, "E", 5, 4, missing=20)
-    publish_slide(str(slide.staging), str(tmp_path / "out"), FACTS, GENES)
-    assert pq.read_table(tmp_path / "out" / "E.parquet").num_rows == 0
-    assert anndata.read_h5ad(tmp_path / "out" / "E.h5ad").shape == (0, len(PANEL))
-    assert json.loads((tmp_path / "out" / "geojson" / "E.geojson").read_text())["features"] == []
-
-
-def test_a_slide_without_tiles_has_a_preview_and_nothing_of_an_earlier_image(
-    slides: dict[str, Slide], tmp_path: Path
-) -> None:
-    staging, folder = tmp_path / "C-key", tmp_path / "out"
-    shutil.copytree(slides["C"].staging, staging)
-    publish_slide(str(staging), str(folder), FACTS, GENES)
-    assert len(_files(folder)) == 5
-    empty = slides["C"].record.model_copy(update={"num_tiles": 0})
-    (staging / "slide.json").write_text(empty.model_dump_json())
-    assert publish_slide(str(staging), str(folder), FACTS, GENES) == empty
-    assert list(_files(folder)) == ["previews/C.jpg"]
-
-
-def test_genes_are_found_by_any_name_and_unknown_ones_get_the_nearest(slides: dict[str, Slide], tmp_path: Path) -> None:
-    assert choose_genes(PANEL, ["FASN", "ENSG01", "GNAS", "DUP"]) == [1, 0, 2, 3]
-    assert gene_labels(PANEL, [1, 2, 3, 4]) == ["FASN", "DUP ENSG03", "DUP ENSG04", "ENSG05"]
-    assert gene_labels(PANEL, [2]) == ["DUP"]
-    with pytest.raises(
-        ConfigError, match=r"panel of 6 genes lacks gnas \(did you mean GNAS\?\); XQ \(it has, for exam"
-    ):
-        publish_slide(str(slides["A"].staging), str(tmp_path), FACTS, ["gnas", "FASN", "XQ"])
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
-    """Peak of Python and NumPy, and of Arrow, for a slide of six groups; the pictures' is that of the thumbnail."""
-    num_genes, num_groups, peaks = 256, 6, {}
-    facts = replace(FACTS, panel=GenePanel.from_names(f"G{index}" for index in range(num_genes)))
-    slide = stage(tmp_path, "M", 64, 64 * num_groups)
-    slide.answer.prediction = np.zeros((4096 * num_groups, num_genes), np.float32)
-    write(slide)
-    staging, record, table = str(slide.staging), slide.record, tmp_path / "table"
-    del slide
-    thumbnail = np.zeros((10, 10, 3), np.uint8)
-    writers = {
-        "table": lambda: write_table(table, staging, record, facts),
-        "h5ad": lambda: write_h5ad(tmp_path / "h5ad", table, record, facts, thumbnail),
-        "geojson": lambda: write_geojson(tmp_path / "geojson", table, record, facts, [0]),
-    }
-    default = pa.default_memory_pool()
-    for name, write_file in writers.items():
-        pool = pa.proxy_memory_pool(default)
-        pa.set_memory_pool(pool)
-        tracemalloc.start()
-        try:
-            write_file()
-            peaks[name] = (tracemalloc.get_traced_memory()[1], pool.max_memory())
-        finally:
-            tracemalloc.stop()
-            pa.set_memory_pool(default)
-    group = 4096 * num_genes * 4
-    in_groups = {name: np.array(peak) / group for name, peak in peaks.items()}
-    assert in_groups["table"].max() > 1, "a group has to be seen for this to mean anything"
-    assert {name: peak.tolist() for name, peak in in_groups.items() if peak.max() > 4} == {}
-
-
-def test_publishing_starts_without_torch() -> None:
-    script = "import sys, mclstexp.inference.publish; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "platform")}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)

@@ -1,14 +1,9 @@
 """The report: what the page holds, decoded again, against the result folder that it was made from."""
 
 import base64
-import contextlib
-import io
 import json
 import re
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,106 +11,16 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import report as job
-from matplotlib.figure import Figure
+from report_page import NAMES, SPOTS, Made
+from report_page import make_report as _report
+from report_page import run_job as _main
+from report_page import slides_of as _slides
 
-from mclstexp import storage, tracking
+from mclstexp import tracking
 from mclstexp.config import Config, override
-from mclstexp.errors import ConfigError, ResultError
-from mclstexp.report import map_data, page
-from mclstexp.report.results import open_result
+from mclstexp.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow
-NAMES = {
-    "ENSG1": "GNAS",
-    "ENSG2": "</script><b>bold",
-    "ENSG3": "a \"quoted\" & 'odd' <name>",
-    "ENSG4": "ENSG4",
-    "ENSG5": "TWICE (ENSG5)",
-    "ENSG6": "TWICE (ENSG6)",
-    "ENSG7": "FLAT",
-    "ENSG8": "ONLY-S1",
-}
-SPOTS = 56
-
-
-class _Page(HTMLParser):
-    """A page taken apart: every tag, the texts of tables' cells, what is visible, and the data in scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.tables: list[list[list[str]]] = []
-        self.best: list[str] = []
-        self.seen: list[str] = []
-        self.data: dict[str, Any] = {}
-        self._open: list[str] = []
-        self._cell: list[str] | None = None
-        self._is_best = False
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self._cell, self._is_best = [], "best" in (dict(attrs).get("class") or "").split()
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th") and self._cell is not None:
-            self.tables[-1][-1].append(" ".join("".join(self._cell).split()))
-            self.best += self.tables[-1][-1][-1:] if self._is_best else []
-            self._cell = None
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        inside = self._open[-1] if self._open else ""
-        if inside == "script" and self.tags[-1][1].get("type") == "application/json":
-            self.data[str(self.tags[-1][1]["id"])] = json.loads(data)
-        elif inside not in ("script", "style"):
-            self.seen.append(data)
-            if self._cell is not None:
-                self._cell.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.seen).split())
-
-
-@dataclass(frozen=True)
-class Made:
-    """A report and the result that it is of."""
-
-    run: Path
-    out: Path
-    html: str
-    page: _Page
-    printed: str
-    headings: list[str]
-    """What stands above the pictures."""
-
-
-def _main(*argv: object) -> str:
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", ["report.py", *map(str, argv)])
-        job.main()
-    return printed.getvalue()
-
-
-def _report(run: Path, *argv: object) -> Made:
-    headings: list[str] = []
-    suptitle = Figure.suptitle
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "suptitle", lambda self, t, **keys: (headings.append(t), suptitle(self, t, **keys))[1])
-        printed = _main("--run", run, "--tracking.uri", f"sqlite:///{run}/mlflow.db", *argv)
-    html = (run / "report" / "report.html").read_text()
-    return Made(run, run / "report", html, _Page(html), printed, headings)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +36,6 @@ def made(make_result: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     make_result(folder, training_runs={"known": run_id, "unknown": "0" * 32})
     (folder / "mine.yaml").write_text("tiny: {two: [ENSG3, ABSENT], one: [GNAS]}")
     return _report(folder, "--cohort", "tiny", "--markers", folder / "mine.yaml", "--genes", "ENSG4")
-
-
-def _slides(page: _Page) -> dict[str, dict[str, Any]]:
-    return {value["id"]: value for name, value in page.data.items() if name.startswith("section-")}
 
 
 def _values(gene: dict[str, Any]) -> np.ndarray:
@@ -285,58 +186,12 @@ def test_training_curves_are_drawn_and_an_unknown_run_is_named(made: Made) -> No
     assert (made.out / "training_curves.png").is_file()
 
 
-def test_without_mlflow_there_is_a_page_that_says_why(make_result: Callable[..., Path], tmp_path: Path) -> None:
-    alone = _report(make_result(tmp_path, "patient", {"fold": "abc"}))
-    assert "No training curves: there is no run abc: tracking.uri=" in alone.page.text
-    assert not (alone.out / "training_curves.png").exists()
-    assert not (tmp_path / "mlflow.db").exists()
-
-
-def test_a_page_that_would_become_too_large_says_what_it_leaves_out(
-    make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_result(tmp_path)
-    least = _report(run, "--genes", "FLAT", "--page-mb", "0.001")
-    assert "0 of 8 genes are in this page" in least.page.text
-    assert "by method: not in the page, which would become too large; see pcc_by_method.png" in least.page.text
-    monkeypatch.setattr(page, "_PICTURES_SHARE", 0.0)
-    a_map = 2 * 2 * SPOTS * 4 / 3 + 2 * 120
-    room = len(least.html.encode()) + 4.5 * a_map
-    some = _report(run, "--genes", "FLAT", "--page-mb", f"{room / 1e6:.6f}")
-    shown = some.page.data["choice"]["genes"]
-    assert 1 < len(shown) < len(NAMES)
-    assert "FLAT" in shown
-    assert f"{len(shown)} of 8 genes are in this page" in some.page.text
-    assert all(set(slide["genes"]) <= set(shown) for slide in _slides(some.page).values())
-    assert len(some.html.encode()) < 1.1 * room
-
-
 def test_a_dry_run_says_what_would_be_drawn(made: Made, tmp_path: Path) -> None:
     printed = _main("--run", made.run, "--out", tmp_path / "out", "--dry-run")
     assert "would draw 2 section(s), S1, S-2" in printed
     assert "training curves of: known, unknown" in printed
     assert f"into {tmp_path}/out" in printed
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_without_a_result_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match=rf"{tmp_path} has no score_card\.json.*python jobs/evaluate\.py .*--out"):
-        _main("--run", tmp_path)
-
-
-def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Path], tmp_path: Path) -> None:
-    make_result(tmp_path)
-    record = json.loads((tmp_path / "score_card.json").read_text())
-    (tmp_path / "sections" / "S1.h5ad").write_bytes(b"damaged")
-    with pytest.raises(ResultError, match=r"the prediction of section S1, .*S1\.h5ad, is damaged or lacks something"):
-        _main("--run", tmp_path)
-    (tmp_path / "sections" / "S1.h5ad").unlink()
-    with pytest.raises(ResultError, match=r"lacks sections/S1\.h5ad, which its score_card\.json names"):
-        _main("--run", tmp_path)
-    del record["predictions"]
-    (tmp_path / "score_card.json").write_text(json.dumps(record))
-    with pytest.raises(ResultError, match=r"older version \(predictions: Field required\)"):
-        _main("--run", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -350,41 +205,3 @@ def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Pat
 def test_mistakes_are_answered_with_what_to_do(made: Made, argv: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         _main("--run", made.run, *argv)
-
-
-@pytest.mark.slow
-def test_a_result_may_lie_in_object_storage(s3: str, make_result: Callable[..., Path], tmp_path: Path) -> None:
-    make_result(tmp_path, "patient")
-    for path in storage.list_files(str(tmp_path)):
-        storage.upload(path, f"{s3}/scores/{Path(path).relative_to(tmp_path)}")
-    printed = _main("--run", f"{s3}/scores")
-    assert printed.splitlines()[-1] == f"page {s3}/scores/report/report.html"
-    page = _Page(storage.read(f"{s3}/scores/report/report.html").decode())
-    assert set(_slides(page)) == {"S1", "S-2"}
-    assert storage.exists(f"{s3}/scores/report/genes_S1.png")
-
-
-def test_a_large_picture_of_a_slide_is_shrunk_and_spots_stay_on_it(
-    make_result: Callable[..., Path], tmp_path: Path
-) -> None:
-    path = make_result(tmp_path) / "sections" / "S1.h5ad"
-    stored = anndata.read_h5ad(path)
-    slide = stored.uns["spatial"]["S1"]
-    slide["images"]["hires"] = np.zeros((1500, 1800, 3), np.uint8)
-    slide["scalefactors"]["tissue_hires_scalef"] = 1.5
-    stored.write_h5ad(path)
-    data = map_data.slide_data(open_result(str(tmp_path), tmp_path).section("S1"))
-    assert (data["width"], data["height"]) == (900, 750)
-    np.testing.assert_allclose(np.stack([data["x"], data["y"]], axis=1), 0.75 * stored.obsm["spatial"], atol=0.05)
-
-
-def test_gene_maps_are_the_first_pictures_that_a_page_does_without(
-    make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page.pictures, "embedded", lambda path: "data:," + 9_994 * "x")
-    monkeypatch.setattr(page, "_PICTURES_SHARE", 1.0)
-    some = _report(make_result(tmp_path), "--page-mb", "0.035")
-    assert {path.name for path in some.out.glob("*.png") if f"({path.name})" in some.page.text} == {
-        *("pcc_by_method.png", "domains_S1_kmeans.png", "domains_S1_leiden.png")
-    }
-    assert "see genes_S1.png beside it" in some.page.text

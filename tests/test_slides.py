@@ -14,43 +14,13 @@ import openslide
 import pytest
 import tifffile
 from PIL import Image
+from slide_files import texture, write_plain, write_pyramid
 
 from ingest import slides
 from ingest.slides import open_slide, scanned_from
 from mclstexp.errors import SourceError, StorageError
 
 real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
-
-
-def texture(height=700, width=900, seed=0):
-    """A smooth colour field: resampling it hardly changes it, shifting it does."""
-    y, x = np.mgrid[:height, :width] + 0.5
-    waves = [128 + 100 * np.sin(x / (29 + 7 * c) + c) * np.cos(y / (37 + 5 * c) + seed) for c in range(3)]
-    return np.stack(waves, axis=2).round().astype(np.uint8)
-
-
-def write_pyramid(path, image, num_levels=3, mpp=0.5, **options):
-    """A tiled TIFF whose levels are block means; lossless, so that pixels can be compared exactly."""
-    with tifffile.TiffWriter(path) as tiff:
-        for level in range(num_levels):
-            step = 2**level
-            height, width = image.shape[0] // step, image.shape[1] // step
-            blocks = image[: height * step, : width * step].reshape(height, step, width, step, 3)
-            unit = {"resolution": (1e4 / mpp / step, 1e4 / mpp / step), "resolutionunit": "CENTIMETER"} if mpp else {}
-            tiff.write(
-                blocks.mean(axis=(1, 3)).round().astype(np.uint8),
-                tile=(128, 128),
-                photometric="rgb",
-                compression="deflate",
-                subfiletype=int(level > 0),
-                **(unit | options),
-            )
-
-
-def write_plain(path, image, **options):
-    Image.fromarray(image).save(path, **options)
-
-
 WRITERS = {
     "pyramid.tif": write_pyramid,
     "plain.tif": write_plain,

@@ -195,10 +195,10 @@ def fit(
 
 def _best(result: ray.train.Result) -> ray.train.Checkpoint:
     """Returns the checkpoint that scored best on the validation patients, and says which it is."""
-    scored = [(found, metrics) for found, metrics in result.best_checkpoints if VALIDATION_PCC in metrics]
+    scored = [(found, metrics) for found, metrics in result.best_checkpoints or [] if VALIDATION_PCC in metrics]
     best, metrics = max(scored, key=lambda one: one[1][VALIDATION_PCC])
-    epoch, score, last = metrics["epoch"] + 1, metrics[VALIDATION_PCC], result.metrics["epoch"] + 1
-    print(f"the model is the checkpoint after epoch {epoch} of {last}, best on the validation patients ({score:.3f})")
+    epoch, score = metrics["epoch"] + 1, metrics[VALIDATION_PCC]
+    print(f"the model is the checkpoint after epoch {epoch}, best on the validation patients (PCC {score:.3f})")
     return best
 
 

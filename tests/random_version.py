@@ -1,0 +1,33 @@
+"""A small model version of random weights and a random bank, made for no table."""
+
+import numpy as np
+import torch
+
+from mclstexp.config import Config, override
+from mclstexp.data.genes import GenePanel
+from mclstexp.inference.bank import Bank
+from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.model.towers import TwoTowers
+
+SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "retrieval.k": 5, "retrieval.temperature": 0.1}
+GENES = ("GATA3", "ERBB2", "ENSG00000141736")
+
+
+def random_version(seed: int = 0) -> ModelVersion:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    config = override(Config(), SETTINGS)
+    names = np.array([str(i) for i in range(30)], object)
+    bank = Bank(*(rng.normal(size=(30, width)).astype(np.float32) for width in (256, 3)), names, names, names)
+    record = TrainingRecord(
+        manifest_digest="m",
+        protocol="patient",
+        sections=("A1",),
+        patients=("A",),
+        validation_sections=(),
+        test_sections=(),
+        epochs=1,
+    )
+    weights = TwoTowers(config.model, 3, 0, 32).state_dict()
+    panel = GenePanel(GENES, ("GATA3", "ERBB2", ""), ("", "", GENES[2]))
+    return ModelVersion(config, panel, (32, 0.5), 0, record, weights, bank, ood_similarity=0.25)

@@ -1,0 +1,73 @@
+"""The overview of a slide: maps that lie where the tiles do, in the colours of their values, and are not too large."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from staged_slides import FACTS, TILE_PX, Slide, stage, write
+
+from mclstexp.data.genes import GenePanel
+from mclstexp.inference.publish import publish_slide
+from mclstexp.inference.slide_overview import MOST_GENES, draw_overview, paint
+
+
+@pytest.fixture(scope="module")
+def slides(staged: dict[str, Slide]) -> dict[str, Slide]:
+    return staged
+
+
+def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide], tmp_path: Path) -> None:
+    """Two pictures that differ in one gene differ exactly on its map, whose tiles then have their own colours."""
+    slide, pictures = stage(tmp_path, "G", 20, 12), {}
+    column, row = ((slide.grid[name].to_numpy() // TILE_PX) for name in ("x_px", "y_px"))
+    ramp = column + (row == 2) * (column == 15) * -10.0
+    for name, values in {"seen": ramp, "other": 19 - ramp}.items():
+        slide.answer.prediction[:, 1] = values
+        write(slide)
+        publish_slide(str(slide.staging), str(tmp_path / name), FACTS, ["FASN"])
+        pictures[name] = np.asarray(Image.open(tmp_path / name / "overviews" / "G.png").convert("RGB")).astype(int)
+    differ = (pictures["seen"] != pictures["other"]).any(axis=2)
+    top, bottom, left, right = (edge for axis in (1, 0) for edge in np.flatnonzero(differ.any(axis=axis))[[0, -1]])
+    assert (right - left) / (bottom - top) == pytest.approx(20 / 12, rel=0.03)
+    assert left > 0.45 * pictures["seen"].shape[1], "the slide itself stands first"
+    limits = np.quantile(ramp, [0.01, 0.99])
+    for tile in range(len(ramp)):
+        shade = (ramp[tile] - limits[0]) / (limits[1] - limits[0])
+        y = top + (row[tile] + 0.5) / 12 * (bottom - top)
+        x = left + (column[tile] + 0.5) / 20 * (right - left)
+        expected = 255 * np.array(matplotlib.colormaps["viridis"](shade)[:3])
+        assert pictures["seen"][round(y), round(x)] == pytest.approx(expected, abs=2), (row[tile], column[tile])
+
+
+def test_of_a_hundred_genes_over_a_long_slide_the_first_are_drawn(tmp_path: Path) -> None:
+    slide = stage(tmp_path, "L", 2, 60)
+    names = [f"GENE{number}" for number in range(100)]
+    place = {name: slide.grid[name].to_numpy() for name in ("x_px", "y_px")}
+    pq.write_table(pa.table(place | dict.fromkeys(names, slide.answer.prediction[:, 0])), tmp_path / "table.parquet")
+    facts = replace(FACTS, panel=GenePanel.from_names(names))
+    sizes = []
+    for num_genes in (MOST_GENES, 100):
+        thumbnail = np.full((384, 13, 3), 230, np.uint8)
+        places = tmp_path / "map.png", tmp_path / "table.parquet"
+        draw_overview(*places, slide.record, facts, range(num_genes), thumbnail)
+        sizes.append(Image.open(tmp_path / "map.png").size)
+    assert sizes[0][1] == pytest.approx(30_000, abs=1), "as many pixels as an edge may have"
+    assert sizes[1] == pytest.approx(sizes[0], abs=5), "a line more in the heading, and no map more"
+
+
+def test_paint_fills_boxes_and_means_where_they_overlap() -> None:
+    rng = np.random.default_rng(3)
+    first, values = rng.integers(0, (18, 9), (40, 2)), rng.normal(size=40)
+    last = first + rng.integers(1, 3, (40, 2))
+    expected = np.full((10, 20), np.nan)
+    for y in range(10):
+        for x in range(20):
+            over = [k for k in range(40) if first[k, 0] <= x < last[k, 0] and first[k, 1] <= y < last[k, 1]]
+            expected[y, x] = np.mean(values[over]) if over else np.nan
+    boxes = [np.stack([first[:, axis], last[:, axis]]) for axis in (0, 1)]
+    assert paint(*boxes, values, (10, 20)) == pytest.approx(expected, nan_ok=True)
