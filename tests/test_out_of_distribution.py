@@ -114,7 +114,7 @@ def test_training_ends_with_a_threshold_where_there_are_other_sections(
     monkeypatch.setattr(finish, "embed_sections", embed)
     run = _run(train, ("A2",))
     weights = TwoTowers(run.config.model, 4, 0, 32).eval().state_dict()
-    version = finish._version(run, weights)
+    version = finish._version(run, weights, 1)
     assert asked == [["A2", *train] if len(train) > 1 else ["A2"]], "one pass, and none in vain"
     assert version.config.retrieval.temperature is not None
     if len(train) == 1:
@@ -127,4 +127,4 @@ def test_training_ends_with_a_threshold_where_there_are_other_sections(
 def test_a_direct_regression_has_no_threshold_and_embeds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "embed_sections", None)
     run = _run(("A1", "B1"), (), **{"model.predictor": "regression"})
-    assert finish._version(run, {"a": torch.zeros(1)}).ood_similarity is None
+    assert finish._version(run, {"a": torch.zeros(1)}, 1).ood_similarity is None
