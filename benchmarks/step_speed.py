@@ -8,6 +8,7 @@ runs its workers. Run it on a quiet machine.
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -57,7 +58,9 @@ def measure(arguments: argparse.Namespace) -> None:
         loss.backward()
         times.append(1000 * (time.perf_counter() - started) / arguments.tiles)
     said = ", ".join(f"{value:.0f}" for value in times[1:])
-    print(f"  {said} ms a tile, {torch.get_num_threads()} threads, bf16 {native_bf16(device)}", flush=True)
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    about = f"{torch.get_num_threads()} threads, bf16 {native_bf16(device)}, peak memory {peak_gib:.1f} GiB"
+    print(f"  {said} ms a tile, {about}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ REGRESSION = {"model.predictor": "regression"}
 
 @pytest.mark.parametrize("changes", [{}, REGRESSION], ids=["retrieval", "regression"])
 def test_the_score_is_that_of_the_finished_version(tiles: str, tmp_path: Path, changes: dict[str, object]) -> None:
-    config = override(Config(), SETTINGS | changes)
-    run = trainer.open_run(tiles, str(tmp_path), "run", config, lambda full, name: "untracked")
+    run = _open(tiles, tmp_path, changes)
     trainee = _trainee(run)
     found = validate(trainee, ValidationSet(run.reader, run.split.train, run.split.validation))
     assert trainee.model.training, "training goes on where it was"
@@ -44,19 +43,38 @@ def test_the_score_is_that_of_the_finished_version(tiles: str, tmp_path: Path, c
     assert found == pytest.approx(_score(run, ModelVersion.load(finish.model_uri(run))), abs=1e-5)
 
 
-def test_training_that_gets_no_better_stops_and_its_best_checkpoint_is_the_model(tiles: str, tmp_path: Path) -> None:
+def test_training_that_gets_no_better_stops(tiles: str, tmp_path: Path) -> None:
     frozen = {"train.tower_lr": 1e-30, "train.head_lr": 1e-30, "train.weight_decay": 0.0, "model.batch_norm": "frozen"}
-    changed = SETTINGS | frozen | {"train.epochs": 9, "train.patience": 2, "train.num_workers": 2}
-    run = trainer.open_run(tiles, str(tmp_path), "run", override(Config(), changed), lambda full, name: "untracked")
+    run = _open(tiles, tmp_path, frozen | {"train.epochs": 9, "train.patience": 1, "train.num_workers": 2})
+    best, scores = _fit(run)
+    assert len(scores) == 2, "the first and as many as patience lasts"
+    assert len(set(scores)) == 1
+    assert trainer.fit(run, lambda step, metrics: None) == best, "a finished run trains no more"
+
+
+def test_the_model_is_the_best_checkpoint_though_it_is_not_the_newest(tiles: str, tmp_path: Path) -> None:
+    wild = {"train.tower_lr": 0.1, "train.head_lr": 0.1, "train.schedule": "constant"}
+    run = _open(tiles, tmp_path, wild | {"train.epochs": 4, "train.keep_checkpoints": 1})
+    best, scores = _fit(run)
+    place = int(np.argmax(scores))
+    assert place < len(scores) - 1, "chosen so that the last is not the best"
+    assert json.loads((Path(best) / STATE).read_text())["epoch"] == place
+    finish.finish(run, best)
+    model = ModelVersion.load(finish.model_uri(run))
+    assert model.training.epochs == place + 1
+    assert _score(run, model) == pytest.approx(scores[place], abs=1e-5)
+
+
+def _open(tiles: str, folder: Path, changes: dict[str, object]) -> trainer.Run:
+    config = override(Config(), SETTINGS | changes)
+    return trainer.open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
+
+
+def _fit(run: trainer.Run) -> tuple[str, list[float]]:
+    """Trains a run; returns its model's checkpoint and the scores on the way."""
     posted: list[dict[str, float]] = []
     best = trainer.fit(run, lambda step, metrics: posted.append(metrics))
-    scores = [metrics[VALIDATION_PCC] for metrics in posted if VALIDATION_PCC in metrics]
-    assert len(scores) == 3, "the first and as many as patience lasts"
-    assert len(set(scores)) == 1
-    assert json.loads((Path(best) / STATE).read_text())["epoch"] == 0
-    assert trainer.fit(run, lambda step, metrics: None) == best, "a finished run trains no more"
-    finish.finish(run, best)
-    assert ModelVersion.load(finish.model_uri(run)).training.epochs == 1
+    return best, [metrics[VALIDATION_PCC] for metrics in posted if VALIDATION_PCC in metrics]
 
 
 def _trainee(run: trainer.Run) -> Trainee:
