@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_version import GENES
-from random_version import random_version as _version
+from random_version import GENES, random_version
 
 from mclstexp.config import override
 from mclstexp.data.genes import GenePanel
@@ -24,12 +23,12 @@ from mclstexp.model.build import build_network
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "version"
     path.mkdir()
-    _version().save(path)
+    random_version().save(path)
     return path
 
 
 def test_a_direct_regression_has_no_bank_and_predicts_its_linear_map(tmp_path: Path) -> None:
-    source = _version()
+    source = random_version()
     config = override(source.config, {"model.predictor": "regression"})
     network = build_network(config.model, 3, 0, 32).eval()
     weights = network.state_dict()
@@ -45,7 +44,7 @@ def test_a_direct_regression_has_no_bank_and_predicts_its_linear_map(tmp_path: P
 
 
 def test_a_version_with_a_bank_that_its_kind_has_not_is_refused(tmp_path: Path) -> None:
-    source = _version()
+    source = random_version()
     source.config = override(source.config, {"model.predictor": "regression"})
     source.save(tmp_path)
     with pytest.raises(ModelError, match=r"has a bank, and model\.predictor=regression"):
@@ -53,7 +52,7 @@ def test_a_version_with_a_bank_that_its_kind_has_not_is_refused(tmp_path: Path) 
 
 
 def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
-    saved, loaded = _version(), ModelVersion.load(folder)
+    saved, loaded = random_version(), ModelVersion.load(folder)
     assert (loaded.config, loaded.panel, loaded.training) == (saved.config, saved.panel, saved.training)
     assert (loaded.tile_size_px, loaded.mpp, loaded.ood_similarity) == (32, 0.5, 0.25)
     assert (loaded.bank.keys == saved.bank.keys).all()
@@ -64,7 +63,7 @@ def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
 def test_the_same_version_has_the_same_bytes_and_name(folder: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()
-    _version().save(again)
+    random_version().save(again)
     assert all((again / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
     assert ModelVersion.load(again).digest == ModelVersion.load(folder).digest
 
@@ -158,7 +157,7 @@ def test_a_bank_or_weights_of_another_version_are_refused_with_both_values(
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    _version(1).save(other)
+    random_version(1).save(other)
     digests = {
         name: hashlib.sha256((of / "weights.safetensors").read_bytes()).hexdigest()[:12]
         for name, of in (("own", folder), ("other", other))
@@ -227,4 +226,4 @@ def test_a_version_of_schema_1_loads_with_no_threshold(folder: Path) -> None:
     _rewrite_record(folder, record | {"schema_version": 1})
     loaded = ModelVersion.load(folder)
     assert loaded.ood_similarity is None
-    assert np.array_equal(loaded.bank.keys, _version().bank.keys)
+    assert np.array_equal(loaded.bank.keys, random_version().bank.keys)

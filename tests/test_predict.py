@@ -12,12 +12,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from predicted_cohort import BIG_PX, GOOD, TILE_PX, PredictedCohort
-from predicted_cohort import digests as _digests
-from predicted_cohort import job as _job
-from predicted_cohort import ledger_entries as _ledger
-from predicted_cohort import predict as _predict
-from predicted_cohort import write_slide as _write_slide
+from predicted_cohort import BIG_PX, GOOD, TILE_PX, PredictedCohort, digests, job, ledger_entries, predict, write_slide
 
 from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.errors import ConfigError, PredictError
@@ -83,7 +78,7 @@ def test_every_whole_tile_on_tissue_is_there_once(predicted: Path) -> None:
 
 
 def test_faulty_slides_are_set_aside_with_the_reason_and_blank_ones_are_empty(predicted: Path) -> None:
-    found = _ledger(predicted)
+    found = ledger_entries(predicted)
     assert {name: entry["state"] for name, entry in found.items()} == {
         **dict.fromkeys(GOOD, "done"),
         "blank": "empty",
@@ -96,10 +91,10 @@ def test_faulty_slides_are_set_aside_with_the_reason_and_blank_ones_are_empty(pr
 
 
 def test_a_second_run_does_nothing(model: ModelVersion, slides: Path, predicted: Path) -> None:
-    before = _digests(predicted)
-    report = _predict(model, slides, predicted, idle=True)
+    before = digests(predicted)
+    report = predict(model, slides, predicted, idle=True)
     assert (report.counts(), set(report.faults())) == ({"skipped": 5}, {"broken"})
-    assert _digests(predicted) == before
+    assert digests(predicted) == before
 
 
 def test_a_run_with_other_genes_draws_what_is_done_and_predicts_nothing(
@@ -107,22 +102,22 @@ def test_a_run_with_other_genes_draws_what_is_done_and_predicts_nothing(
 ) -> None:
     shutil.copytree(predicted, tmp_path, dirs_exist_ok=True)
     names = model.panel.names()
-    report = _predict(model, slides, tmp_path, (names[1], names[4]), idle=True)
+    report = predict(model, slides, tmp_path, (names[1], names[4]), idle=True)
     assert (report.counts(), report.num_redrawn) == ({"skipped": 5}, 3)
     squares = json.loads((tmp_path / "geojson" / "big1.geojson").read_text())["features"]
     assert set(squares[0]["properties"]["measurements"]) == {"similarity", names[1], names[4]}
-    after, before = _digests(tmp_path), _digests(predicted)
+    after, before = digests(tmp_path), digests(predicted)
     drawn = {f"{folder}/{name}" for name in GOOD for folder in ("overviews", "geojson")}
     assert {path.rpartition(".")[0] for path in after if after[path] != before[path]} == drawn
-    assert _ledger(tmp_path)["big1"]["genes"] == f"{names[1]},{names[4]}"
-    assert _predict(model, slides, tmp_path, (names[1], names[4]), idle=True).num_redrawn == 0
-    assert _predict(model, slides, tmp_path, idle=True).num_redrawn == 0
+    assert ledger_entries(tmp_path)["big1"]["genes"] == f"{names[1]},{names[4]}"
+    assert predict(model, slides, tmp_path, (names[1], names[4]), idle=True).num_redrawn == 0
+    assert predict(model, slides, tmp_path, idle=True).num_redrawn == 0
     (tmp_path / "small.h5ad").unlink()
-    before = _ledger(tmp_path)["small"]
-    report = _predict(model, slides, tmp_path, (names[0],), idle=True)
+    before = ledger_entries(tmp_path)["small"]
+    report = predict(model, slides, tmp_path, (names[0],), idle=True)
     assert (report.num_redrawn, set(report.faults())) == (2, {"broken", "small"})
     assert "small.h5ad" in report.faults()["small"]
-    assert _ledger(tmp_path)["small"] == before, "its pictures are still those that the ledger names"
+    assert ledger_entries(tmp_path)["small"] == before, "its pictures are still those that the ledger names"
 
 
 def test_a_replaced_slide_is_done_again_and_no_other(
@@ -131,34 +126,34 @@ def test_a_replaced_slide_is_done_again_and_no_other(
     for name in ("small", "blank"):
         (tmp_path / f"{name}.tif").write_bytes((slides / f"{name}.tif").read_bytes())
     out = tmp_path / "out"
-    assert _predict(model, tmp_path, out).counts() == {"done": 1, "empty": 1}
-    first = _digests(out)
+    assert predict(model, tmp_path, out).counts() == {"done": 1, "empty": 1}
+    first = digests(out)
     image = tifffile.imread(tmp_path / "small.tif")
     left = out / "staging" / "small-0123456789abcdef" / "slide.json"  # of a file that was replaced before it was done
     other = out / "staging" / "other-0123456789abcdef" / "slide.json"  # of a slide of another run
     for path in (left, other):
         path.parent.mkdir(parents=True)
         path.touch()
-    _write_slide(tmp_path / "small.tif", image[::-1])
-    report = _predict(model, tmp_path, out)
+    write_slide(tmp_path / "small.tif", image[::-1])
+    report = predict(model, tmp_path, out)
     assert report.counts() == {"done": 1, "skipped": 1}
-    assert _digests(out)["small.parquet"] != first["small.parquet"]
+    assert digests(out)["small.parquet"] != first["small.parquet"]
     assert list((out / "staging").iterdir()) == [other.parent]
 
 
 def test_an_output_belongs_to_one_model_and_one_way_of_cutting(
     model: ModelVersion, slides: Path, predicted: Path
 ) -> None:
-    before = _digests(predicted)
+    before = digests(predicted)
     with pytest.raises(PredictError, match=r"holds predictions by .* overlap=0.0.*, asked for .*overlap=0.5"):
-        _predict(model, slides, predicted, overlap=0.5)
+        predict(model, slides, predicted, overlap=0.5)
     with pytest.raises(ConfigError, match="panel"):
-        _predict(model, slides, predicted, ("NOGENE",))
-    assert _digests(predicted) == before
+        predict(model, slides, predicted, ("NOGENE",))
+    assert digests(predicted) == before
 
 
 def test_the_job_plans_and_explains(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
-    command, options = _job(tmp_path, model, slides)
+    command, options = job(tmp_path, model, slides)
     planned = subprocess.run([*command, "--dry-run"], check=False, timeout=900, **options)
     assert planned.returncode == 0, planned.stdout
     assert "5 slides" in planned.stdout

@@ -15,11 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from predicted_cohort import NUM_KEYS, PredictedCohort
-from predicted_cohort import digests as _digests
-from predicted_cohort import job as _job
-from predicted_cohort import ledger_entries as _ledger
-from predicted_cohort import predict as _predict
+from predicted_cohort import NUM_KEYS, PredictedCohort, digests, job, ledger_entries, predict
 from s3_server import S3Server
 
 from mclstexp import storage
@@ -97,10 +93,10 @@ def test_passing_faults_of_the_store_and_runs_with_other_settings_cost_no_slide(
         original(out, new, claimed)
 
     monkeypatch.setattr(ledger, "fulfil", fulfil)
-    report = _predict(model, tmp_path / "slides", out, (model.panel.names()[2],))
+    report = predict(model, tmp_path / "slides", out, (model.panel.names()[2],))
     assert (report.counts(), tries) == ({"done": 2}, {"big1": 3, "small": 2})
-    assert _ledger(tmp_path / "out") == {name: report.entries[name].model_dump() for name in names}
-    files, expected = _digests(tmp_path / "out"), _digests(predicted)
+    assert ledger_entries(tmp_path / "out") == {name: report.entries[name].model_dump() for name in names}
+    files, expected = digests(tmp_path / "out"), digests(predicted)
     assert files == {path: digest for path, digest in expected.items() if path in files}
     assert {"small.parquet", "overviews/small.png", "geojson/small.geojson"} < set(files)
 
@@ -117,11 +113,11 @@ def test_a_killed_embedder_and_a_sharded_bank_change_nothing(
 
     assert [len(shard.keys) for shard in split_bank(model.bank, 2)] == [KEY_BLOCK, NUM_KEYS - KEY_BLOCK]
     killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
-    report = _predict(model, slides, tmp_path, (model.panel.names()[2],), bank_shards=2)
+    report = predict(model, slides, tmp_path, (model.panel.names()[2],), bank_shards=2)
     killer.join()
     assert killed, "the fault must have hit"
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
-    assert _digests(tmp_path) == _digests(predicted)
+    assert digests(tmp_path) == digests(predicted)
 
 
 @contextmanager
@@ -165,12 +161,12 @@ def test_a_node_that_dies_changes_nothing(model: ModelVersion, slides: Path, pre
             return bool(lost) and bool(list(tmp_path.rglob("grid.parquet")))
 
         killer = _when(is_at_work, lambda: _kill_node(node))
-        report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
+        report = predict(model, slides, tmp_path, (model.panel.names()[2],))
         killer.join()
     assert lost, "the node must have been at work"
     if "failed" in report.counts():
-        report = _predict(model, slides, tmp_path, (model.panel.names()[2],))
-    assert (set(report.faults()), _digests(tmp_path)) == ({"broken"}, _digests(predicted))
+        report = predict(model, slides, tmp_path, (model.panel.names()[2],))
+    assert (set(report.faults()), digests(tmp_path)) == ({"broken"}, digests(predicted))
 
 
 def test_an_s3_server_that_dies_and_comes_back_changes_nothing(
@@ -186,36 +182,36 @@ def test_an_s3_server_that_dies_and_comes_back_changes_nothing(
     killer = _when(lambda: [uri for uri in storage.list_files(f"{s3}/staging") if "/parts/" in uri], restart)
     genes = (model.panel.names()[2],)
     try:
-        report = _predict(model, slides, s3, genes)
+        report = predict(model, slides, s3, genes)
     except StorageError:  # it says what could not be read or written
         killer.join()
-        report = _predict(model, slides, s3, genes)
+        report = predict(model, slides, s3, genes)
     killer.join()
     if "failed" in report.counts():
-        report = _predict(model, slides, s3, genes)
+        report = predict(model, slides, s3, genes)
     assert (under_way, set(report.faults())) == ([True], {"broken"})
     for uri in storage.list_files(s3):
         target = tmp_path / uri.removeprefix(f"{s3}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         storage.download(uri, target)
-    assert _digests(tmp_path) == _digests(predicted)
+    assert digests(tmp_path) == digests(predicted)
     assert not (tmp_path / "staging").exists()
 
 
 def test_a_killed_job_goes_on_even_where_two_go_on_at_once(
     model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
 ) -> None:
-    command, options = _job(tmp_path, model, slides, "--genes", model.panel.names()[2])
+    command, options = job(tmp_path, model, slides, "--genes", model.panel.names()[2])
     first = subprocess.Popen(command, start_new_session=True, **options)
     killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), lambda: os.killpg(first.pid, signal.SIGKILL))
     killer.join()
     first.wait()
     assert not (tmp_path / "out" / "ledger" / "big2.json").exists(), "it must have been killed midway"
     again = subprocess.Popen(command, **options)
-    report = _predict(model, slides, tmp_path / "out", (model.panel.names()[2],))
+    report = predict(model, slides, tmp_path / "out", (model.panel.names()[2],))
     said, _ = again.communicate(timeout=1500)
     assert again.returncode == 2, said
     assert "1 slide(s) could not be predicted" in said
     assert "broken: " in said
     assert list(report.faults()) == ["broken"]
-    assert _digests(tmp_path / "out") == _digests(predicted)
+    assert digests(tmp_path / "out") == digests(predicted)

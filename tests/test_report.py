@@ -11,10 +11,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from report_page import NAMES, SPOTS, Made
-from report_page import make_report as _report
-from report_page import run_job as _main
-from report_page import slides_of as _slides
+from report_page import NAMES, SPOTS, Made, make_report, run_job, slides_of
 
 from mclstexp import tracking
 from mclstexp.config import Config, override
@@ -35,7 +32,7 @@ def made(make_result: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     metrics.close()
     make_result(folder, training_runs={"known": run_id, "unknown": "0" * 32})
     (folder / "mine.yaml").write_text("tiny: {two: [ENSG3, ABSENT], one: [GNAS]}")
-    return _report(folder, "--cohort", "tiny", "--markers", folder / "mine.yaml", "--genes", "ENSG4")
+    return make_report(folder, "--cohort", "tiny", "--markers", folder / "mine.yaml", "--genes", "ENSG4")
 
 
 def _values(gene: dict[str, Any]) -> np.ndarray:
@@ -50,7 +47,7 @@ def test_the_last_line_says_where_the_page_lies(made: Made) -> None:
 @pytest.mark.parametrize("name", ["S1", "S-2"])
 def test_maps_decode_to_the_stored_expression(made: Made, name: str) -> None:
     stored = anndata.read_h5ad(made.run / "sections" / f"{name}.h5ad")
-    genes = _slides(made.page)[name]["genes"]
+    genes = slides_of(made.page)[name]["genes"]
     assert set(genes) == {NAMES[gene] for gene in stored.var_names}
     for column, gene_id in enumerate(stored.var_names):
         gene = genes[NAMES[gene_id]]
@@ -66,7 +63,7 @@ def test_maps_decode_to_the_stored_expression(made: Made, name: str) -> None:
 
 def test_spots_lie_at_their_place_on_the_slide(made: Made) -> None:
     stored = anndata.read_h5ad(made.run / "sections" / "S1.h5ad")
-    slide = _slides(made.page)["S1"]
+    slide = slides_of(made.page)["S1"]
     np.testing.assert_allclose(np.stack([slide["x"], slide["y"]], axis=1), stored.obsm["spatial"] / 10, atol=0.05)
     assert (slide["width"], slide["height"]) == (120, 100)
     left, top, right, bottom = slide["window"]
@@ -103,7 +100,7 @@ def test_a_leak_stands_on_the_page_and_on_every_picture(made: Made) -> None:
 
 
 def test_an_honest_result_speaks_of_no_leak(make_result: Callable[..., Path], tmp_path: Path) -> None:
-    honest = _report(make_result(tmp_path, "patient"))
+    honest = make_report(make_result(tmp_path, "patient"))
     assert "protocol patient" in honest.page.text
     assert "LEAK" not in honest.html
     assert all("protocol patient" in heading for heading in honest.headings)
@@ -164,7 +161,7 @@ def test_significant_genes_are_ranked_with_their_caveat(made: Made) -> None:
     ranked = pd.read_csv(made.out / "significant_genes.csv")
     assert list(ranked.columns[:3]) == ["protocol", "rank", "gene"]
     assert set(ranked["protocol"]) == {"reference"}
-    first = _slides(made.page)["S1"]["genes"][ranked["gene"][0]]
+    first = slides_of(made.page)["S1"]["genes"][ranked["gene"][0]]
     assert first["pcc"] > 0.9
     assert ranked.set_index("gene").loc["FLAT", "undefined"] == 2
     assert "These p-values are too small" in made.page.text
@@ -187,7 +184,7 @@ def test_training_curves_are_drawn_and_an_unknown_run_is_named(made: Made) -> No
 
 
 def test_a_dry_run_says_what_would_be_drawn(made: Made, tmp_path: Path) -> None:
-    printed = _main("--run", made.run, "--out", tmp_path / "out", "--dry-run")
+    printed = run_job("--run", made.run, "--out", tmp_path / "out", "--dry-run")
     assert "would draw 2 section(s), S1, S-2" in printed
     assert "training curves of: known, unknown" in printed
     assert f"into {tmp_path}/out" in printed
@@ -204,4 +201,4 @@ def test_a_dry_run_says_what_would_be_drawn(made: Made, tmp_path: Path) -> None:
 )
 def test_mistakes_are_answered_with_what_to_do(made: Made, argv: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        _main("--run", made.run, *argv)
+        run_job("--run", made.run, *argv)

@@ -7,11 +7,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
-from report_page import NAMES, SPOTS
-from report_page import Page as _Page
-from report_page import make_report as _report
-from report_page import run_job as _main
-from report_page import slides_of as _slides
+from report_page import NAMES, SPOTS, Page, make_report, run_job, slides_of
 
 from mclstexp import storage
 from mclstexp.errors import ResultError
@@ -22,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWar
 
 
 def test_without_mlflow_there_is_a_page_that_says_why(make_result: Callable[..., Path], tmp_path: Path) -> None:
-    alone = _report(make_result(tmp_path, "patient", {"fold": "abc"}))
+    alone = make_report(make_result(tmp_path, "patient", {"fold": "abc"}))
     assert "No training curves: there is no run abc: tracking.uri=" in alone.page.text
     assert not (alone.out / "training_curves.png").exists()
     assert not (tmp_path / "mlflow.db").exists()
@@ -32,18 +28,18 @@ def test_a_page_that_would_become_too_large_says_what_it_leaves_out(
     make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_result(tmp_path)
-    least = _report(run, "--genes", "FLAT", "--page-mb", "0.001")
+    least = make_report(run, "--genes", "FLAT", "--page-mb", "0.001")
     assert "0 of 8 genes are in this page" in least.page.text
     assert "by method: not in the page, which would become too large; see pcc_by_method.png" in least.page.text
     monkeypatch.setattr(page, "_PICTURES_SHARE", 0.0)
     a_map = 2 * 2 * SPOTS * 4 / 3 + 2 * 120
     room = len(least.html.encode()) + 4.5 * a_map
-    some = _report(run, "--genes", "FLAT", "--page-mb", f"{room / 1e6:.6f}")
+    some = make_report(run, "--genes", "FLAT", "--page-mb", f"{room / 1e6:.6f}")
     shown = some.page.data["choice"]["genes"]
     assert 1 < len(shown) < len(NAMES)
     assert "FLAT" in shown
     assert f"{len(shown)} of 8 genes are in this page" in some.page.text
-    assert all(set(slide["genes"]) <= set(shown) for slide in _slides(some.page).values())
+    assert all(set(slide["genes"]) <= set(shown) for slide in slides_of(some.page).values())
     assert len(some.html.encode()) < 1.1 * room
 
 
@@ -52,7 +48,7 @@ def test_gene_maps_are_the_first_pictures_that_a_page_does_without(
 ) -> None:
     monkeypatch.setattr(page.pictures, "embedded", lambda path: "data:," + 9_994 * "x")
     monkeypatch.setattr(page, "_PICTURES_SHARE", 1.0)
-    some = _report(make_result(tmp_path), "--page-mb", "0.035")
+    some = make_report(make_result(tmp_path), "--page-mb", "0.035")
     assert {path.name for path in some.out.glob("*.png") if f"({path.name})" in some.page.text} == {
         *("pcc_by_method.png", "domains_S1_kmeans.png", "domains_S1_leiden.png")
     }
@@ -75,7 +71,7 @@ def test_a_large_picture_of_a_slide_is_shrunk_and_spots_stay_on_it(
 
 def test_a_folder_without_a_result_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=rf"{tmp_path} has no score_card\.json.*python jobs/evaluate\.py .*--out"):
-        _main("--run", tmp_path)
+        run_job("--run", tmp_path)
 
 
 def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Path], tmp_path: Path) -> None:
@@ -83,14 +79,14 @@ def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Pat
     record = json.loads((tmp_path / "score_card.json").read_text())
     (tmp_path / "sections" / "S1.h5ad").write_bytes(b"damaged")
     with pytest.raises(ResultError, match=r"the prediction of section S1, .*S1\.h5ad, is damaged or lacks something"):
-        _main("--run", tmp_path)
+        run_job("--run", tmp_path)
     (tmp_path / "sections" / "S1.h5ad").unlink()
     with pytest.raises(ResultError, match=r"lacks sections/S1\.h5ad, which its score_card\.json names"):
-        _main("--run", tmp_path)
+        run_job("--run", tmp_path)
     del record["predictions"]
     (tmp_path / "score_card.json").write_text(json.dumps(record))
     with pytest.raises(ResultError, match=r"older version \(predictions: Field required\)"):
-        _main("--run", tmp_path)
+        run_job("--run", tmp_path)
 
 
 @pytest.mark.slow
@@ -98,8 +94,8 @@ def test_a_result_may_lie_in_object_storage(s3: str, make_result: Callable[..., 
     make_result(tmp_path, "patient")
     for path in storage.list_files(str(tmp_path)):
         storage.upload(path, f"{s3}/scores/{Path(path).relative_to(tmp_path)}")
-    printed = _main("--run", f"{s3}/scores")
+    printed = run_job("--run", f"{s3}/scores")
     assert printed.splitlines()[-1] == f"page {s3}/scores/report/report.html"
-    page = _Page(storage.read(f"{s3}/scores/report/report.html").decode())
-    assert set(_slides(page)) == {"S1", "S-2"}
+    page = Page(storage.read(f"{s3}/scores/report/report.html").decode())
+    assert set(slides_of(page)) == {"S1", "S-2"}
     assert storage.exists(f"{s3}/scores/report/genes_S1.png")

@@ -5,8 +5,6 @@ import pytest
 from mclstexp.data.genes import Normaliser
 from mclstexp.evaluation.targets import TARGETS, scored_targets
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.mark.parametrize(("name", "unit"), [("per_spot", "ln"), ("per_gene", "log10")])
 def test_the_models_own_target_comes_first_and_once(name: str, unit: str) -> None:

@@ -10,36 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
+from random_version import random_version
 
 from mclstexp import metric_log, storage, tracking
 from mclstexp.config import Config, override
-from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError, ModelError, UserError
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.model.towers import TwoTowers
+from mclstexp.inference.model_version import ModelVersion
 
 SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "model.spot_layers": 1, "retrieval.k": 5}
 
 
 def _save_version(folder: Path) -> ModelVersion:
-    config = override(Config(), SETTINGS)
-    rng, names = np.random.default_rng(0), np.array(["x"] * 9, object)
-    bank = Bank(*(rng.normal(size=(9, width)).astype(np.float32) for width in (256, 3)), names, names, names)
-    training = TrainingRecord(
-        manifest_digest="m",
-        protocol="patient",
-        sections=("A1",),
-        patients=("A",),
-        validation_sections=(),
-        test_sections=(),
-        epochs=1,
-    )
-    panel = GenePanel(("A", "B", "C"), ("A", "B", "C"), ("", "", ""))
-    torch.manual_seed(0)
-    version = ModelVersion(config, panel, (32, 0.5), 0, training, TwoTowers(config.model, 3, 0, 32).state_dict(), bank)
+    version = random_version()
     folder.mkdir()
     version.save(folder)
     return version

@@ -26,6 +26,8 @@ def _without_password(uri: str) -> str:
 
 IMAGE_ENCODERS = ("densenet121", "resnet18", "resnet50", "vit_b_16", "small_cnn")
 TIMM = "timm/"
+FITTED_PANELS = ("hvg", "hvg_union")
+"""Values of `genes.panel` that are no file."""
 
 
 def _known_encoder(name: str) -> str:

@@ -6,6 +6,7 @@ import ray
 
 from mclstexp import storage
 from mclstexp.config import Config, override
+from mclstexp.settings import FITTED_PANELS
 
 _SQLITE = "sqlite:///"
 
@@ -29,7 +30,7 @@ def with_absolute_paths(config: Config) -> Config:
     changed: dict[str, object] = {"model.image_weights": _absolute_weights(weights)}
     if database.startswith(_SQLITE):
         changed["tracking.uri"] = _SQLITE + os.path.abspath(database.removeprefix(_SQLITE))
-    if panel not in ("hvg", "hvg_union"):
+    if panel not in FITTED_PANELS:
         changed["genes.panel"] = storage.absolute(panel)
     return override(config, changed, "the paths that tasks see")
 

@@ -19,10 +19,9 @@ from mclstexp.data.schema import Manifest, SectionEntry, gene_names, load_genes
 from mclstexp.data.table import read_counts
 from mclstexp.data.variability import most_variable, most_variable_of_any
 from mclstexp.errors import ConfigError, ModelError, StorageError
-from mclstexp.settings import GenesConfig
+from mclstexp.settings import FITTED_PANELS, GenesConfig
 
 Scheme = Literal["per_spot_all", "per_spot_panel", "per_gene"]
-_FITTED = ("hvg", "hvg_union")
 _NAMED_IN_ERROR = 5
 
 
@@ -190,7 +189,7 @@ def _first_rows(names: list[str], rows: Iterable[int]) -> dict[str, int]:
 
 
 def _why_none(root: str, manifest: Manifest, section_ids: list[str], config: GenesConfig) -> str:
-    if config.panel not in _FITTED:
+    if config.panel not in FITTED_PANELS:
         return "the file names none that the data has"
     few = f"none has counts in all training sections and in genes.min_spots={config.min_spots} of their spots"
     return why_none_shared(root, manifest, section_ids, load_genes(root, manifest)) or few

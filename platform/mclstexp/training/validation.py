@@ -21,7 +21,6 @@ from mclstexp.training.step import Trainee
 
 VALIDATION_PCC = "validation_pcc"
 """Metric: PCC over the 50 highest genes of each validation section, mean over sections, then over patients."""
-_TILES_AT_ONCE = 64
 Place = tuple[str, int]
 """Section and sentence."""
 
@@ -79,9 +78,7 @@ def _embed_share(trainee: Trainee, data: ValidationSet) -> dict[Place, np.ndarra
 
 
 def _embedded(embed: Callable[[np.ndarray], np.ndarray], reader: SpotReader, place: Place) -> np.ndarray:
-    tiles = decode_tiles(reader.read_encoded(*place)[1], reader.manifest.tile_size_px)
-    starts = range(0, len(tiles), _TILES_AT_ONCE)
-    return np.concatenate([embed(tiles[start : start + _TILES_AT_ONCE]) for start in starts])
+    return embed(decode_tiles(reader.read_encoded(*place)[1], reader.manifest.tile_size_px))
 
 
 def _gathered(trainee: Trainee, share: dict[Place, np.ndarray]) -> dict[Place, np.ndarray]:
