@@ -3,10 +3,10 @@
     python benchmarks/results_table.py OUT/studies
 
 A row is the mean over the sections of all folds that are there (as published) or, where patients are apart, over each
-patient's mean, as on score cards. Floors and probes stand in the same table, fitted on the same folds.
+patient's mean, as on score cards. Floors and probes stand in the same table, fitted on the same folds. `undefined` is
+the share of genes without a correlation, since they do not vary; correlations are means over the others.
 """
 
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -17,8 +17,10 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
+from mclstexp.evaluation.tables import read_table  # noqa: E402
+
 COLUMNS = {"PCC all": ("all", "pcc"), "PCC HEG50": ("heg50", "pcc"), "density-free": ("all", "pcc_density_free")}
-COLUMNS |= {"MSE": ("all", "mse"), "MAE": ("all", "mae")}
+COLUMNS |= {"MSE": ("all", "mse"), "MAE": ("all", "mae"), "undefined": ("all", "undefined_share")}
 KIND_ORDER = ("model", "floor", "reference line")
 
 
@@ -30,7 +32,7 @@ def main() -> None:
             print(f"\n## {study.name}\n\n{_recipe(study)}\n")
             print("\n".join(_tables(pd.concat([_rows(fold) for fold in folds], ignore_index=True))))
             for page in sorted(study.glob("report/domains.csv")):
-                print(f"\nDomains against labels\n\n{_markdown(pd.read_csv(page))}")
+                print(f"\nDomains against labels\n\n{_markdown(read_table(page.read_bytes()))}")
 
 
 def _recipe(study: Path) -> str:
@@ -48,8 +50,9 @@ def _recipe(study: Path) -> str:
 
 def _rows(fold: Path) -> pd.DataFrame:
     record = json.loads((fold / "scores" / "score_card.json").read_text())
-    sections = pd.read_json(io.StringIO(json.dumps(record["sections"])), orient="records", dtype={"section_id": str})
-    return sections.assign(fold=fold.name, own=next(iter(record["targets"])), protocol=record["protocol"])
+    rows = pd.DataFrame(record["sections"])
+    rows["undefined_share"] = rows["undefined"] / rows["num_genes"]
+    return rows.assign(fold=fold.name, own=next(iter(record["targets"])), protocol=record["protocol"])
 
 
 def _tables(rows: pd.DataFrame) -> Iterator[str]:

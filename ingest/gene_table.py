@@ -1,8 +1,9 @@
 """The gene table of a cohort: which gene of each source stands in which row.
 
-An Ensembl id names a gene in every source. A symbol alone is taken for the one Ensembl gene that any source calls so,
-without which sections of both kinds would share no gene; nothing is looked up elsewhere. It stays a gene of its own
-where two Ensembl genes have the symbol, or one source (or the table so far) names both.
+An Ensembl id names a gene in every source, and the first source that gives it a symbol says which. A symbol alone is
+taken for the one Ensembl gene of that symbol, without which sections of both kinds would share no gene; nothing is
+looked up elsewhere. It stays a gene of its own where two Ensembl genes have the symbol, or one source (or the table so
+far) names both.
 """
 
 from collections import defaultdict

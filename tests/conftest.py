@@ -190,9 +190,13 @@ RESULT_UNIT = "ln(1 + x), <per spot> & more"
 
 
 def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[str, str] | None = None) -> Path:
+    import pyarrow as pa
+
+    from mclstexp.evaluation.gene_labels import unique_labels
     from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
     from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
 
+    in_table = pa.table({"gene_id": list(RESULT_GENES), "symbol": list(RESULT_GENES.values())})
     rows, per_gene, results = [], [], []
     for name, num_genes in {"S1": 8, "S-2": 7}.items():
         result = _section_result(name, list(RESULT_GENES)[:num_genes])
@@ -204,14 +208,14 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
             of = {"section_id": name, "patient_id": name[0], "target": "per_spot", "method": method}
             own = of | {"num_spots": len(result.section), "kind": kind}
             rows.append(set_table(table, gene_sets(result.truth, {})).assign(**own))
-            per_gene.append(table.assign(**of, gene=result.panel.names()))
+            per_gene.append(table.assign(**of, gene=unique_labels(result.panel, in_table)))
     leaks = ("LEAK that this protocol allows: <others> trained",) if protocol == "reference" else ()
     ScoreCard(
         protocol=protocol,
         targets={"per_spot": RESULT_UNIT},
         model_digest="abc",
         notes=(*leaks, "a note & more"),
-        genes=results[0].panel.names(),
+        genes=unique_labels(results[0].panel, in_table),
         rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(per_gene, ignore_index=True),
         sections=tuple(results),

@@ -1,6 +1,6 @@
-"""The published recipe in plain NumPy, written from METHOD §1 alone: the slow side of `test_faithful.py`.
+"""The published recipe in plain NumPy, from the method's description alone: the slow side of `test_faithful.py`.
 
-METHOD describes mclSTExp (2024, https://arxiv.org/abs/2407.08216). Nothing here imports the project or torch, and every
+The method is mclSTExp (2024, https://arxiv.org/abs/2407.08216). Nothing here imports the project or torch, and every
 sum is in float64: clarity is bought with speed. Weights come as a plain {name: array} dict.
 Shape legend: N images, C channels, H height, W width; B spots of a sentence, D width, G genes, K keys of the bank, Q
 query vectors.
@@ -21,7 +21,7 @@ NUM_HEADS, HEAD_DIM = 8, 64
 NUM_HIGHEST = 50
 
 
-# Expression (METHOD §1a).
+# Expression.
 
 
 def per_spot(counts_BG: Floats) -> Floats:
@@ -34,7 +34,7 @@ def per_gene(counts_BG: Floats) -> Floats:
     return np.log10(1 + 1e4 * counts_BG / counts_BG.sum(axis=0, keepdims=True))
 
 
-# Image tower (METHOD §1b; arXiv 1608.06993, 2016).
+# Image tower (arXiv 1608.06993, 2016).
 
 
 def scaled_images(tiles_NHWC: NDArray[np.uint8]) -> Floats:
@@ -102,7 +102,7 @@ def densenet121(images_NCHW: Floats, weights: Weights) -> Floats:
     return batch_norm(x, weights, "norm5").mean(axis=(2, 3))
 
 
-# Spot tower, heads and loss (METHOD §1b).
+# Spot tower, heads and loss.
 
 
 def linear(x: Floats, weight: Floats, bias: Floats | None = None) -> Floats:
@@ -167,7 +167,7 @@ def contrastive_loss(spot_BD: Floats, image_BD: Floats) -> float:
     return float(-(rows.mean() + columns.mean()) / 2)
 
 
-# Retrieval and metrics (METHOD §1d).
+# Retrieval and metrics.
 
 
 def retrieve(queries_QD: Floats, keys_KD: Floats, payload_KG: Floats, k: int, distance: str) -> Floats:

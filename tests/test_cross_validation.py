@@ -17,7 +17,7 @@ from mclstexp.errors import RunError, SplitError
 from mclstexp.evaluation import cross_validation
 from mclstexp.evaluation.cross_validation import Study, is_scored, make_folds, open_study, run_folds, scored_folds
 from mclstexp.evaluation.evaluate import evaluate
-from mclstexp.evaluation.joined_card import collect
+from mclstexp.evaluation.joined_card import LEAK, collect
 from mclstexp.inference.model_version import ModelVersion
 
 SETTINGS = {
@@ -98,6 +98,16 @@ def test_a_card_joins_all_scored_folds_whichever_were_asked_for_last(
     one = pd.read_csv(tmp_path / "A" / "scores" / "score_card.csv")
     assert len(card.rows) == 2 * len(one)
     assert card.model_digest.endswith("(2 folds)")
+
+
+def test_a_leak_of_all_folds_stands_once(tmp_path: Path, make_result: Callable[..., Path]) -> None:
+    for name in ("A", "B"):
+        folder = Path(tmp_path, name, "scores")
+        folder.mkdir(parents=True)
+        make_result(folder, "reference")
+    card = collect(["A", "B"], Study("", str(tmp_path), "reference", "", None, {}))
+    assert [note for note in card.notes if "LEAK" in note] == [LEAK]
+    assert card.notes.count("a note & more") == 1
 
 
 def _assert_same_floors_without_the_cache(study: Study, tiles: str) -> None:

@@ -1,4 +1,4 @@
-"""The whole `reference` recipe against `numpy_reference`, which was written from METHOD §1 alone.
+"""The whole `reference` recipe against `numpy_reference`, which was written from a description of the method alone.
 
 Inputs are random, batch statistics and affine parameters too, so that no order of operations can hide. The towers
 run in float64 and agree to 1e-9; what the project computes in float32 agrees to 1e-4.
@@ -90,14 +90,14 @@ def _weights(module: torch.nn.Module, prefix: str = "", names: dict[str, str] | 
 
 
 def _images(model: TwoTowers, tiles: np.ndarray) -> Floats:
-    """METHOD §1b, image side of the chain."""
+    """The image side of the chain."""
     weights = _weights(model.image_tower, "encoder.features.")
     features = reference.densenet121(reference.scaled_images(tiles), weights)
     return reference.head(features, _weights(model.image_head, names=HEAD_NAMES))
 
 
 def _spots(model: TwoTowers, expression: Floats, position: Integers) -> Floats:
-    """METHOD §1b, spot side of the chain, for one sentence."""
+    """The spot side of the chain, for one sentence."""
     features = reference.spot_tower(expression, position, _weights(model.spot_tower, names=SPOT_NAMES))
     return reference.head(features, _weights(model.spot_head, names=HEAD_NAMES))
 
@@ -241,7 +241,7 @@ def test_from_tiles_and_counts_to_scores(
 
 
 def _reference_bank(model: TwoTowers, training: list[Section], held_out: Section) -> tuple[Floats, Floats, Floats]:
-    """METHOD §1d 1-2: keys, payload and queries; the keys' batches of 32 run over the bank's own sections."""
+    """Keys, payload and queries; the keys' batches of 32 run over the bank's own sections."""
     expression = np.concatenate([reference.per_spot(section.counts) for section in training])
     position = np.concatenate([section.position for section in training])
     starts = range(0, len(expression), 32)

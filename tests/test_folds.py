@@ -99,6 +99,16 @@ def test_drawing_leaves_someone_to_train_on() -> None:
         _split(test_patients=("BELA",), num_validation_patients=2)
 
 
+def test_under_reference_siblings_of_a_tested_section_are_enough_to_train_on() -> None:
+    held_out = {"protocol": "reference", "test_sections": ("BELA1",)}
+    split = _split(num_validation_patients=2, **held_out)
+    assert split == Split(train=("BELA2",), validation=("ANNA1", "ANNA2", "CARL1", "CARL2"), test=("BELA1",))
+    with pytest.raises(SplitError, match="num_validation_patients=3 leaves no patient"):
+        _split(num_validation_patients=3, **held_out)
+    with pytest.raises(SplitError, match="no section is left to train on: 2 are held out, 4 validate"):
+        _split(num_validation_patients=2, protocol="reference", test_patients=("BELA",))
+
+
 def test_validation_patients_are_named_or_drawn() -> None:
     with pytest.raises(SplitError, match="not both"):
         _split(validation_patients=("BELA",), num_validation_patients=1)

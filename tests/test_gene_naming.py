@@ -10,13 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from small_table import make_table
 
-from mclstexp.config import Config
+from mclstexp.config import Config, override
 from mclstexp.data.genes import fit_panel
-from mclstexp.data.schema import GENE_SCHEMA, Manifest
-from mclstexp.data.spots import make_reader
-from mclstexp.errors import ConfigError, TableError
-from mclstexp.evaluation.measured import read_measured
+from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest
+from mclstexp.errors import ConfigError
 from mclstexp.settings import GenesConfig
+from mclstexp.training.trainer import open_run
 
 SYMBOLS = [("GNAS", "GNAS", ""), ("FASN", "FASN", "")]
 ENSEMBL = [("ENSG00000087460", "GNAS", "ENSG00000087460"), ("ENSG00000169710", "FASN", "ENSG00000169710")]
@@ -92,10 +91,26 @@ def test_where_no_gene_is_shared_the_names_are_shown_instead_of_a_setting(tmp_pa
     assert "min_spots" not in text
 
 
-def test_a_held_out_section_of_other_names_is_not_scored_as_zeros(tmp_path: Path) -> None:
-    manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "V1": OF_V})
-    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(num_genes=2))
-    reader = make_reader(str(tmp_path), manifest, panel, Config())
-    np.testing.assert_array_equal(read_measured(reader, "A1").counts.sum(axis=0), OF_A.sum(axis=0)[[0, 1]])
-    with pytest.raises(TableError, match=r"section V1 of .* has no count of any of the panel's 2 genes"):
-        read_measured(reader, "V1")
+@pytest.mark.parametrize("side", ["validation", "test"])
+@pytest.mark.parametrize(
+    ("genes", "refusal"),
+    [
+        (SYMBOLS + NAMELESS, "the panel: section V1 has no count of any of its 2 genes"),
+        (SYMBOLS + ENSEMBL, "the panel: section V1 counts 2 of its 2 genes under another name"),
+    ],
+)
+def test_a_held_out_section_of_other_names_is_refused_before_training(
+    tmp_path: Path, side: str, genes: list[tuple[str, str, str]], refusal: str
+) -> None:
+    manifest = _table(tmp_path, genes, {"A1": OF_A, "V1": OF_V}).model_copy(update={"tile_size_px": 16})
+    (tmp_path / MANIFEST).write_bytes(manifest.encode())
+    config = override(Config(), {"genes.num_genes": 2, f"split.{side}_patients": ["V"]})
+    begun: list[str] = []
+
+    def start(full: Config, name: str) -> str:
+        begun.append(name)
+        return name
+
+    with pytest.raises(ConfigError, match=refusal):
+        open_run(str(tmp_path), str(tmp_path / "runs"), None, config, start)
+    assert begun == []

@@ -206,7 +206,7 @@ def test_missing_file_is_named(st, tmp_path):
 
 @real_data
 def test_real_sections(tmp_path):
-    """Spots and genes as METHOD's table and the data's own description count them."""
+    """Spots and genes as the data's own description counts them."""
     root = Path(os.environ["MCLSTEXP_DATA"])
     expected = {"C2": (187, 15706), "C3": (180, 15821), "C4": (184, 15842), "C5": (181, 15721), "B4": (283, 15289)}
     for row in read_sheet(str(root / "samples.csv")):

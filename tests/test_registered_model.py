@@ -70,7 +70,7 @@ def test_a_dead_tracking_server_does_not_hold_up_training(monkeypatch: pytest.Mo
     started = time.monotonic()
     for step in range(100):
         log.log(step, {"loss": 1.0})
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     log.close()
 
 

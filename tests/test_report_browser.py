@@ -289,7 +289,8 @@ def test_the_gene_table_sorts(browser: _Browser) -> None:
     assert len(set(values)) > 3
 
 
-def test_a_gene_of_the_table_is_shown_as_map(browser: _Browser) -> None:
-    browser.run("document.querySelector('#gene-table a[data-gene=GNAS]').click()")
-    assert _title(browser).startswith("GNAS in section S1")
-    assert browser.run("return document.getElementById('gene').value") == "GNAS"
+@pytest.mark.parametrize(("gene", "gene_id"), [("GNAS", "ENSG1"), ("TWICE (ENSG6)", "ENSG6")])
+def test_a_gene_of_the_table_is_shown_as_map(browser: _Browser, run: Path, gene: str, gene_id: str) -> None:
+    browser.run(f"document.querySelector('#gene-table a[data-gene=\"{gene}\"]').click()")
+    assert _title(browser) == f"{gene} in section S1: {_pcc(run, 'S1', gene_id)}"
+    assert browser.run("return document.getElementById('gene').value") == gene

@@ -200,14 +200,16 @@ def _printed(card: ScoreCard) -> str:
 
 
 def test_the_tables_name_protocol_units_patients_and_verdicts() -> None:
-    heading, own, others, markers = _printed(_card(0.1, 2.0, protocol="reference")).split("\n\nprotocol reference; ")
+    card = _card(0.1, 2.0, protocol="reference")
+    card.rows.loc[(card.rows["section_id"] == "B1") & card.rows["gene_set"].isin(MARKERS), "num_genes"] = 1
+    heading, own, others, markers = _printed(card).split("\n\nprotocol reference; ")
     assert "may have trained" in " ".join(heading.split())
     assert own.startswith("target per_spot, ln(1 + x)")
     assert "patient B, 60 spots" in own
     assert "section B1" not in own
     assert others.startswith("target per_gene, log10(1 + y)")
     assert "patient" not in others
-    assert "2 gene(s)" in markers
+    assert "1 to 2 gene(s)" in markers
     for expected in ("trained on A1", "interval over sections", "the model beats the ridge on RGB"):
         assert expected in markers
 

@@ -11,8 +11,10 @@ from mclstexp.config import Config, override
 from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.inference.embed import network_of
 from mclstexp.inference.model_version import ModelVersion
+from mclstexp.settings import TrainConfig
 from mclstexp.training import finish, trainer
 from mclstexp.training.checkpoint import STATE, TrainState, save_checkpoint
+from mclstexp.training.loop import is_validated
 from mclstexp.training.optim import make_optimizer
 from mclstexp.training.step import Trainee
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
@@ -54,7 +56,8 @@ def test_training_that_gets_no_better_stops(tiles: str, tmp_path: Path) -> None:
 
 def test_the_model_is_the_best_checkpoint_though_it_is_not_the_newest(tiles: str, tmp_path: Path) -> None:
     wild = {"train.tower_lr": 0.1, "train.head_lr": 0.1, "train.schedule": "constant"}
-    run = _open(tiles, tmp_path, wild | {"train.epochs": 4, "train.keep_checkpoints": 1})
+    workers = {"train.num_workers": 2, "model.batch_norm": "local"}  # each with batch statistics of its own
+    run = _open(tiles, tmp_path, wild | workers | {"train.epochs": 4, "train.keep_checkpoints": 1})
     best, scores = _fit(run)
     place = int(np.argmax(scores))
     assert place < len(scores) - 1, "chosen so that the last is not the best"
@@ -63,6 +66,12 @@ def test_the_model_is_the_best_checkpoint_though_it_is_not_the_newest(tiles: str
     model = ModelVersion.load(finish.model_uri(run))
     assert model.training.epochs == place + 1
     assert _score(run, model) == pytest.approx(scores[place], abs=1e-5)
+
+
+@pytest.mark.parametrize(("every", "scored"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (5, [4]), (10, [4])])
+def test_the_last_epoch_is_always_scored(every: int, scored: list[int]) -> None:
+    train = TrainConfig(epochs=5, validate_every=every)
+    assert [epoch for epoch in range(5) if is_validated(epoch, train)] == scored
 
 
 def _open(tiles: str, folder: Path, changes: dict[str, object]) -> trainer.Run:

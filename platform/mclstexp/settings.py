@@ -207,7 +207,8 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether the image tower is compiled (torch.compile)."""
     validate_every: int = Field(1, ge=0)
-    """Epochs between scores on the validation patients, where there are any; 0: none, and no early stopping."""
+    """Epochs from score to score on the validation patients, where there are any; the last epoch is always scored.
+    0: none, and no early stopping."""
     patience: int = Field(10, ge=0)
     """Scores without a better one that end training; the model is the best checkpoint. 0: all epochs, the last one."""
     num_workers: int = Field(1, ge=1)

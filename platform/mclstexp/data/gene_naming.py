@@ -1,7 +1,7 @@
 """Panel genes that a section seems to lack only because it calls them otherwise.
 
 A tile table says which genes a section counted, not which it looked for: a gene under another name reads as zeros.
-So before anything is trained, sections' counts are looked at once more; that costs a reading of each training section.
+So before anything is trained or scored, sections' counts are looked at once more; that costs a reading of each.
 """
 
 import logging
@@ -27,7 +27,7 @@ def require_counts(
     """Refuses sections that would give zeros for panel genes that they name otherwise; logs genes without counts.
 
     Args:
-        section_ids: the (training) sections.
+        section_ids: the sections.
         panel: what the panel is called in messages.
         rows: the panel's rows of the gene table.
         genes: the gene table (GENE_SCHEMA).

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mclstexp import storage
+from mclstexp.data.gene_naming import require_counts
 from mclstexp.data.genes import GenePanel, Normaliser, coverage
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
@@ -116,6 +117,7 @@ def evaluate(
     Raises:
         SplitError, TableError, ModelError: as `held_out`; or the table lacks genes of the panel, or its training spots
             are not those of the model's bank.
+        ConfigError: a section names the panel's genes otherwise.
         ConfigError, ModelError: the probe's weights cannot be had or do not fit.
     """
     root = storage.absolute(tiles)
@@ -124,12 +126,14 @@ def evaluate(
     reader = make_reader(root, manifest, model.panel, model.config)
     if (reader.columns < 0).any():
         raise ModelError(f"there is no truth for all genes of the model: {coverage(model.panel, reader.columns)}")
+    all_genes = load_genes(root, manifest)
+    require_counts(root, manifest, names, "the model's panel", reader.columns.tolist(), all_genes)
     training, tested = ([read_measured(reader, name) for name in part] for part in (model.training.sections, names))
     targets = scored_targets(reader.target, reader.input)
     banks = _banks(model, reader.target, training, targets)
     embedded = embed_shown(reader, names, network_of(model), "model", show)
     features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show, feature_cache)
-    labels = unique_labels(model.panel, load_genes(root, manifest))
+    labels = unique_labels(model.panel, all_genes)
     marker_sets, lacking = marker_columns(markers or {}, model.panel)
     notes = _notes(model, manifest, names, lacking)
     rows, genes = [], []

@@ -26,14 +26,12 @@ def collect(folds: Sequence[str], study: Study) -> ScoreCard:
         for name, parts in ((ROWS, rows), (PER_GENE, per_gene)):
             parts.append(read_table(storage.read(storage.join(place, name))).drop(columns="protocol"))
     genes = pd.concat(per_gene, ignore_index=True)
-    shared = [note for note in records[0]["notes"] if all(note in record["notes"] for record in records)]
-    own = [
-        f"fold {fold}: {note}"
-        for fold, record in zip(folds, records, strict=True)
-        for note in record["notes"]
-        if note not in shared and not note.startswith("LEAK")
-    ]
     leaks = any(note.startswith("LEAK") for record in records for note in record["notes"])
+    noted = [[note for note in record["notes"] if not note.startswith("LEAK")] for record in records]
+    shared = [note for note in noted[0] if all(note in notes for notes in noted)]
+    own = [
+        f"fold {fold}: {note}" for fold, notes in zip(folds, noted, strict=True) for note in notes if note not in shared
+    ]
     digests = [record["model_digest"] for record in records]
     return ScoreCard(
         protocol=study.protocol,

@@ -13,7 +13,7 @@ import numpy as np
 from mclstexp.data.genes import Normaliser, panel_counts
 from mclstexp.data.spots import SpotReader
 from mclstexp.data.table import read_columns
-from mclstexp.errors import ModelError, TableError
+from mclstexp.errors import ModelError
 from mclstexp.evaluation.targets import normalise_section
 from mclstexp.inference.bank import Bank
 
@@ -48,20 +48,10 @@ class MeasuredSection:
 
 
 def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
-    """Returns a measured section of the reader's tile table over the reader's panel.
-
-    Raises:
-        TableError: the section has no count of any of the panel's genes, as where it names them otherwise.
-    """
+    """Returns a measured section of the reader's tile table over the reader's panel."""
     entry = reader.manifest.section(section_id)
     table = read_columns(reader.root, entry, ["spot_id", *_PLACE, *_PLACE_PX, "label", "gene_index", "count"])
     counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns)
-    if not counts.any():
-        raise TableError(
-            f"section {section_id} of {reader.root} has no count of any of the panel's {len(reader.columns)} genes: "
-            "leave it out; or, where its source names genes otherwise (by symbol or by Ensembl id alone), give both "
-            "there and prepare into a new --out"
-        )
     place, place_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (_PLACE, _PLACE_PX))
     return MeasuredSection(
         section_id,

@@ -77,8 +77,12 @@ def _parts(card: "ScoreCard") -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _marker_columns(card: "ScoreCard") -> list[_Column]:
-    sets = card.rows.groupby("gene_set", sort=False)["num_genes"].first().drop([ALL, HEG, HVG])
-    return [_Column(f"PCC {name}\n{size} gene(s)", card.target, str(name), "pcc") for name, size in sets.items()]
+    """Returns a column for each named set of genes; folds whose panels differ may have different parts of a set."""
+    sizes = card.rows.groupby("gene_set", sort=False)["num_genes"].agg(["min", "max"]).drop([ALL, HEG, HVG])
+    return [
+        _Column(f"PCC {name}\n{low if low == high else f'{low} to {high}'} gene(s)", card.target, str(name), "pcc")
+        for name, low, high in sizes.itertuples()
+    ]
 
 
 def _table(columns: list[_Column], scopes: list[tuple[str, pd.DataFrame]]) -> Table:

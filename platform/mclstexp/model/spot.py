@@ -17,7 +17,7 @@ SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
 class SpotTower(nn.Module):
     """Embeds each spot of a sentence in the light of the others.
 
-    With `spot_width` empty it is the published tower (METHOD: u = e + X[x] + Y[y], width G, no input map); else
+    With `spot_width` empty it is the published tower (u = e + X[x] + Y[y], width G, no input map); else
     expression is first mapped to `spot_width`. Pre-norm blocks, no final norm (Vaswani et al. 2017,
     https://arxiv.org/abs/1706.03762; mclSTExp 2024, https://arxiv.org/abs/2407.08216).
     """

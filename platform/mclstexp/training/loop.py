@@ -14,6 +14,7 @@ from ray.train import CheckpointConsistencyMode
 from mclstexp.config import config_from
 from mclstexp.data.stream import Batch, StreamShare, stream
 from mclstexp.model.build import build_network
+from mclstexp.settings import TrainConfig
 from mclstexp.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from mclstexp.training.feed import Feed
 from mclstexp.training.optim import make_optimizer
@@ -109,12 +110,17 @@ def run_epoch(trainee: Trainee, plan: TrainPlan) -> None:
         state.step += 1
         meter.count(num_spots, waited_s)
         last, scores = place == steps_left, Metrics()
-        if last and plan.validation and (state.epoch + 1) % train.validate_every == 0:
+        if last and plan.validation and is_validated(state.epoch, train):
             scores = {VALIDATION_PCC: validate(trainee, plan.validation)}
             state.judge(scores[VALIDATION_PCC])
         if last or place % train.checkpoint_every == 0:
             checkpoint(trainee, loss, scores)
         meter.post(state, loss, scores, last)
+
+
+def is_validated(epoch: int, train: TrainConfig) -> bool:
+    """Tells whether the model is scored after an epoch, counted from 0: each `train.validate_every`-th and the last."""
+    return (epoch + 1) % train.validate_every == 0 or epoch + 1 == train.epochs
 
 
 def checkpoint(trainee: Trainee, loss: torch.Tensor, scores: Metrics) -> None:
@@ -126,7 +132,8 @@ def checkpoint(trainee: Trainee, loss: torch.Tensor, scores: Metrics) -> None:
     trainee.state.consumed += _all_ids(trainee)
     group = ray.util.get_current_placement_group()
     state = {"step": trainee.state.step, "epoch": trainee.state.epoch}
-    metrics = {"loss": loss.item(), **state, **scores, PLACEMENT_GROUP: group.id.hex() if group else ""}
+    unscored = {VALIDATION_PCC: float("nan")} if trainee.config.train.patience else {}  # Ray orders checkpoints by it
+    metrics = {"loss": loss.item(), **state, **unscored, **scores, PLACEMENT_GROUP: group.id.hex() if group else ""}
     if trainee.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(folder, trainee.model, trainee.optimizer, trainee.state)

@@ -5,6 +5,7 @@ name is refused. Ray Train restarts workers and keeps the checkpoints; the recor
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,13 +19,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mclstexp import resources, storage
 from mclstexp.config import Config, override
 from mclstexp.data.folds import Split, make_split
-from mclstexp.data.genes import GenePanel, fit_panel
-from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.gene_naming import require_counts
+from mclstexp.data.genes import GenePanel, align, fit_panel
+from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader, num_positions
 from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
 from mclstexp.inference.retrieval import resolve
 from mclstexp.model.build import build_network
+from mclstexp.settings import GenesConfig
 from mclstexp.training.checkpoint import plain_tensors
 from mclstexp.training.feed import make_feed
 from mclstexp.training.loop import TrainPlan, train_worker
@@ -103,6 +106,7 @@ def open_run(
 
     Raises:
         TableError, SplitError: the data or the split is not usable.
+        ConfigError: no panel can be had, or a section names its genes otherwise.
         RunError: the name is taken by a run with other settings or data.
     """
     root = storage.absolute(data)
@@ -112,7 +116,7 @@ def open_run(
     name = name or default_name(config, manifest)
     uri = storage.join(storage.absolute(out), name, RECORD)
     if not storage.exists(uri):
-        panel = fit_panel(root, manifest, split.train, config.genes)
+        panel = _panel(root, manifest, split, config.genes)
         record = RunRecord(
             identity=identity(config),
             manifest_digest=manifest.digest(),
@@ -125,6 +129,13 @@ def open_run(
     panel = GenePanel.from_json(record.panel)
     reader = make_reader(root, manifest, panel, config)
     return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id)
+
+
+def _panel(root: str, manifest: Manifest, split: Split, config: GenesConfig) -> GenePanel:
+    """Returns the panel of the training sections, after a look whether the held-out ones count its genes too."""
+    panel, genes = fit_panel(root, manifest, split.train, config), load_genes(root, manifest)
+    require_counts(root, manifest, (*split.validation, *split.test), "the panel", align(panel, genes).tolist(), genes)
+    return panel
 
 
 def recorded_tiles(manifest: Manifest) -> dict[str, object]:
@@ -195,7 +206,8 @@ def fit(
 
 def _best(result: ray.train.Result) -> ray.train.Checkpoint:
     """Returns the checkpoint that scored best on the validation patients, and says which it is."""
-    scored = [(found, metrics) for found, metrics in result.best_checkpoints or [] if VALIDATION_PCC in metrics]
+    kept = result.best_checkpoints or []
+    scored = [(found, metrics) for found, metrics in kept if math.isfinite(metrics.get(VALIDATION_PCC, math.nan))]
     best, metrics = max(scored, key=lambda one: one[1][VALIDATION_PCC])
     epoch, score = metrics["epoch"] + 1, metrics[VALIDATION_PCC]
     print(f"the model is the checkpoint after epoch {epoch}, best on the validation patients (PCC {score:.3f})")

@@ -45,6 +45,9 @@ def validate(trainee: Trainee, data: ValidationSet) -> float:
     k and the temperature of retrieval are those that score best where the configuration leaves them open, as a
     finished model's are.
     """
+    if trainee.world_size > 1:
+        for buffer in trainee.model.buffers():  # each rank has batch statistics of its own; those of rank 0 are saved
+            dist.broadcast(buffer, src=0)
     embedded = _gathered(trainee, _embed_share(trainee, data))
     scores = [_score(trainee, data, embedded) if trainee.rank == 0 else float("nan")]
     if trainee.world_size > 1:
