@@ -12,10 +12,9 @@ demo: $(STAMP)
 	$(BIN)/python jobs/demo.py $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 		$(if $(PATIENT),--test-patient "$(PATIENT)")
 
-# All tests, in two processes (each with a Ray and an S3 server of its own), for most of a test is waiting for one
-# process to start. Those that need a GPU or real data say why they are skipped.
+# All tests; those that need a GPU or real data say why they are skipped.
 test: $(STAMP)
-	$(PYTEST) -ra --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -ra
 
 # What to run before a commit: format, lint, types, fast tests.
 check: $(STAMP)

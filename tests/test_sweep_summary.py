@@ -81,9 +81,9 @@ def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path:
     manifest = make_table(tmp_path, dict.fromkeys(("A1", "A2", "B1", "C1"), counts))
     config = override(Config(), {"split.protocol": "reference", "split.test_sections": ["A1"]})
     assert len(with_validation(manifest, config).split.validation_patients) == 1
-    both = override(config, {"split.num_validation_patients": 2})
+    more = override(config, {"split.num_validation_patients": 3})
     with pytest.raises(SplitError, match=r"beside the held-out ones there are 2 \(B, C\)"):
-        with_validation(manifest, both)
+        with_validation(manifest, more)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,8 +50,11 @@ def _start(folder: Path, tiles: str, name: str, **changed: object) -> subprocess
 
 
 def _states(folder: Path, name: str) -> list[dict[str, object]]:
-    files = sorted((folder / name).glob("checkpoint_*/state.json"))
-    return [json.loads(file.read_text()) for file in files]
+    states = []
+    for file in sorted((folder / name).glob("checkpoint_*/state.json")):
+        with suppress(json.JSONDecodeError):  # it is being written
+            states.append(json.loads(file.read_text()))
+    return states
 
 
 def _wait_for_checkpoints(job: subprocess.Popen[str], folder: Path, name: str, count: int) -> None:
