@@ -25,6 +25,7 @@ python "$jobs/prepare.py" --config "$jobs/configs/reference.yaml" --samples "$da
     --tiles.sentence_length 64
 panel=(--genes.panel "$data/her2st/panel_785.txt")
 study reference tiles reference reference "${panel[@]}" --train.epochs "$epochs"
+study reference-patient tiles patient reference "${panel[@]}" --train.epochs "$epochs"
 for protocol in patient reference; do
     for config in default stnet bleep; do
         study "$config-$protocol" tiles "$protocol" "$config" --train.epochs "$epochs" --train.batch_sentences 2
