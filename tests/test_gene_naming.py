@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from random_version import random_version
 from small_table import make_table
 
 from mclstexp.config import Config, override
 from mclstexp.data.genes import fit_panel
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest
 from mclstexp.errors import ConfigError
+from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.settings import GenesConfig
 from mclstexp.training.trainer import open_run
 
@@ -114,3 +116,14 @@ def test_a_held_out_section_of_other_names_is_refused_before_training(
     with pytest.raises(ConfigError, match=refusal):
         open_run(str(tmp_path), str(tmp_path / "runs"), None, config, start)
     assert begun == []
+
+
+def test_a_section_of_other_names_is_not_scored_as_zeros(tmp_path: Path) -> None:
+    cut = {"tile_size_px": 32, "mpp": 0.5}
+    manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "V1": OF_V}).model_copy(update=cut)
+    (tmp_path / MANIFEST).write_bytes(manifest.encode())
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(num_genes=2))
+    model = random_version()  # which says that A1 trained
+    model.panel = panel
+    with pytest.raises(ConfigError, match="the model's panel: section V1 has no count of any of its 2 genes"):
+        evaluate(model, str(tmp_path), lambda *_: None, sections=["V1"])

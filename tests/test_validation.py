@@ -56,7 +56,7 @@ def test_training_that_gets_no_better_stops(tiles: str, tmp_path: Path) -> None:
 
 def test_the_model_is_the_best_checkpoint_though_it_is_not_the_newest(tiles: str, tmp_path: Path) -> None:
     wild = {"train.tower_lr": 0.1, "train.head_lr": 0.1, "train.schedule": "constant"}
-    workers = {"train.num_workers": 2, "model.batch_norm": "local"}  # each with batch statistics of its own
+    workers = {"train.num_workers": 2, "train.batch_sentences": 2}  # each with batch statistics of its own
     run = _open(tiles, tmp_path, wild | workers | {"train.epochs": 4, "train.keep_checkpoints": 1})
     best, scores = _fit(run)
     place = int(np.argmax(scores))

@@ -22,14 +22,9 @@ from mclstexp.errors import ConfigError
 SEARCHES = ("random", "grid", "optuna")
 SECTIONS = ("model", "train", "retrieval")
 FIXED = (
-    *("train.epochs", "train.patience", "train.validate_every", "train.num_workers", "train.use_gpu"),
-    *(
-        "train.gpus_per_worker",
-        "train.cpus_per_worker",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.max_failures",
-    ),
+    *("train.epochs", "train.patience", "train.validate_every"),
+    *("train.num_workers", "train.use_gpu", "train.gpus_per_worker", "train.cpus_per_worker"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.max_failures"),
 )
 """Settings that all trials share: a trial's length is what early stopping spends, the rest says where it runs."""
 

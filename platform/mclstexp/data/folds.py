@@ -62,7 +62,7 @@ def _drawn(config: SplitConfig, patients: set[str]) -> set[str]:
     """Returns the validation patients that `num_validation_patients` asks for, of those that no test holds."""
     count = config.num_validation_patients
     spare = len(patients) - (config.protocol == "patient")  # under `reference` siblings of the tested may be left
-    if count > max(spare, 0):
+    if count and count > spare:
         raise SplitError(
             f"split.num_validation_patients={count} leaves no patient to train on: beside the held-out ones there are "
             f"{len(patients)} ({', '.join(sorted(patients))}); lower it"
