@@ -1,18 +1,20 @@
-"""Retrieval from large banks: exact, exact in shards, and approximate, in queries per CPU-second.
+"""Retrieval from large banks: exact and approximate, in queries per CPU-second.
 
     python benchmarks/bank_scale.py --keys 100000,1000000 --bank-up-to 1000000
     python benchmarks/bank_scale.py --keys 10000000 --bank-up-to 0
 
 Keys are made, asked and dropped a block at a time, so that any number can be searched in 6 GiB; only the search is
 timed. A key is one of 1,000 random directions, plus variation along 16 directions that all share, plus noise; queries
-are made alike. Up to `--bank-up-to` keys a whole bank with a payload is asked too, in shards and as one, and both must
-give the same bits. The approximate index is Faiss's inverted lists of 8-bit codes (pip install -e ".[bench]").
+are made alike. Up to `--bank-up-to` keys a whole bank with a payload is asked too, in memory and mapped from its file;
+both must give the same bits. The approximate index is Faiss's inverted lists of 8-bit codes
+(pip install -e ".[bench]").
 """
 
 import argparse
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +28,9 @@ import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from mclstexp.inference.bank import Bank  # noqa: E402
-from mclstexp.inference.cosine import KEY_BLOCK, best_columns, directions, nearest  # noqa: E402
-from mclstexp.inference.retrieval import Retrieved, resolve, retrieve  # noqa: E402
-from mclstexp.inference.shards import LocalShards, split_bank  # noqa: E402
+from mclstexp.model.bank import Bank  # noqa: E402
+from mclstexp.model.nearest import KEY_BLOCK, best_columns, directions, nearest  # noqa: E402
+from mclstexp.model.retrieval import Retrieved, resolve, retrieve  # noqa: E402
 from mclstexp.settings import RetrievalConfig  # noqa: E402
 
 WIDTH, NUM_CLUSTERS, SHARED = 256, 1000, 16
@@ -123,8 +124,8 @@ def search(num_keys: int, k: int) -> None:
         print(f"  {name:10} {timer.rate(name):9.1f} queries/CPU-s, recall@{k} {recall:.4f}", flush=True)
 
 
-def whole_and_shards(num_keys: int, num_genes: int, k: int, num_shards: int) -> None:
-    """Asks a bank as one and in shards, payload and all; both must give the same bits."""
+def whole_bank(num_keys: int, num_genes: int, k: int) -> None:
+    """Asks a bank with its payload, in memory and from the memory map of its file; both must give the same bits."""
     keys, payload = np.empty((num_keys, WIDTH), np.float32), np.empty((num_keys, num_genes), np.float32)
     for start, block in blocks(num_keys):
         keys[start : start + len(block)] = block
@@ -132,13 +133,15 @@ def whole_and_shards(num_keys: int, num_genes: int, k: int, num_shards: int) -> 
     donors = np.array([f"P{number}" for number in range(16)], object)[np.arange(num_keys) % 16]
     bank = Bank(keys, payload, donors, donors, donors)
     config, queries, timer = resolve(RetrievalConfig(k=k), num_keys), make_keys(QUERY_SEED, NUM_QUERIES), Timer()
-    shards = LocalShards(split_bank(bank, num_shards))
-    held = (keys.nbytes + bank.directions.nbytes + payload.nbytes) / MIB
-    whole: Retrieved = timer.time("whole", lambda: retrieve(queries, bank, config))
-    parts: Retrieved = timer.time("shards", lambda: retrieve(queries, shards, config))
-    same = all(np.array_equal(values, vars(parts)[name]) for name, values in vars(whole).items())
-    print(f"  bank with {num_genes} genes, {held:.0f} MiB; answers {'identical' if same else 'DIFFER'}")
-    for name in ("whole", "shards"):
+    size = (keys.nbytes + bank.directions.nbytes + payload.nbytes) / MIB
+    resident: Retrieved = timer.time("in memory", lambda: retrieve(queries, bank, config))
+    with tempfile.TemporaryDirectory() as folder:
+        bank.save(folder, {})
+        mapped = Bank.load(folder)
+        read: Retrieved = timer.time("mapped", lambda: retrieve(queries, mapped, config))
+    same = all(np.array_equal(values, vars(read)[name]) for name, values in vars(resident).items())
+    print(f"  bank with {num_genes} genes, {size:.0f} MiB; answers {'identical' if same else 'DIFFER'}")
+    for name in ("in memory", "mapped"):
         print(f"  {name:10} {timer.rate(name):9.1f} queries/CPU-s", flush=True)
     if not same:
         raise SystemExit(1)
@@ -150,14 +153,13 @@ def main() -> None:
     parser.add_argument("--bank-up-to", type=int, default=1_000_000, help="largest bank that is held whole")
     parser.add_argument("--genes", type=int, default=64, help="genes of a bank that is held whole")
     parser.add_argument("--k", type=int, default=200, help="neighbours")
-    parser.add_argument("--shards", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     for num_keys in map(int, arguments.keys.split(",")):
         search(num_keys, arguments.k)
         if num_keys <= arguments.bank_up_to:
-            whole_and_shards(num_keys, arguments.genes, arguments.k, arguments.shards)
+            whole_bank(num_keys, arguments.genes, arguments.k)
     print(f"most memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from mclstexp.config import Config, override  # noqa: E402
-from mclstexp.inference.embed import ImageNetwork  # noqa: E402
+from mclstexp.model.embed import ImageNetwork  # noqa: E402
 from mclstexp.model.towers import ImageTower  # noqa: E402
 
 

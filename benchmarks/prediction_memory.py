@@ -27,8 +27,8 @@ import tifffile  # noqa: E402
 from PIL import Image  # noqa: E402
 from untrained_model import save_untrained  # noqa: E402
 
-from ingest.synthetic_texture import draw_stain, paint, smooth_field  # noqa: E402
-from mclstexp.data.images import encode_tile  # noqa: E402
+from ingest.texture import draw_stain, paint, smooth_field  # noqa: E402
+from mclstexp.slides.codec import encode_tile  # noqa: E402
 
 TILE_PX, MPP, NUM_SPOTS = 64, 0.5, 2000
 STORED_PX = 256  # edge of a tile of the TIFF at its finest level

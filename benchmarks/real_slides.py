@@ -19,12 +19,12 @@ import openslide  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from ingest.sheet import read_sheet  # noqa: E402
 from mclstexp.data.schema import load_manifest  # noqa: E402
+from mclstexp.data.sheet import read_sheet  # noqa: E402
 from mclstexp.data.spots import make_reader  # noqa: E402
 from mclstexp.data.table import read_columns  # noqa: E402
 from mclstexp.evaluation.metrics import highest_genes, pearson_per_gene  # noqa: E402
-from mclstexp.inference.model_version import ModelVersion  # noqa: E402
+from mclstexp.model.version import ModelVersion  # noqa: E402
 
 SECTION, SLIDE = "C5", "slides/C5_aperio.svs"
 WAYS = ("slide", "pixels", "jpeg")

@@ -17,7 +17,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
-from mclstexp.evaluation.tables import read_table  # noqa: E402
+from mclstexp.evaluation.scores import read_table  # noqa: E402
 
 COLUMNS = {"PCC all": ("all", "pcc"), "PCC HEG50": ("heg50", "pcc"), "density-free": ("all", "pcc_density_free")}
 COLUMNS |= {"MSE": ("all", "mse"), "MAE": ("all", "mae"), "undefined": ("all", "undefined_share")}

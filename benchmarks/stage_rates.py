@@ -23,19 +23,21 @@ os.environ["OMP_NUM_THREADS"] = "1"  # as an embedder on a CPU has
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from ingest.cohort import as_stored  # noqa: E402
-from ingest.cohort_plan import CohortPlan, SlideSource  # noqa: E402
-from ingest.inspect_slide import Inspection, corners, inspect  # noqa: E402
-from ingest.slides import open_slide  # noqa: E402
 from mclstexp.data.genes import GenePanel  # noqa: E402
-from mclstexp.inference.bank import Bank  # noqa: E402
-from mclstexp.inference.model_facts import ModelFacts  # noqa: E402
-from mclstexp.inference.parts import write_part  # noqa: E402
-from mclstexp.inference.publish import publish_slide  # noqa: E402
-from mclstexp.inference.retrieval import held, regressed, resolve, retrieve  # noqa: E402
-from mclstexp.inference.slide_record import PART_TILES, num_parts  # noqa: E402
-from mclstexp.inference.slide_table import read_grid  # noqa: E402
+from mclstexp.model.bank import Bank  # noqa: E402
+from mclstexp.model.retrieval import regressed, resolve, retrieve  # noqa: E402
+from mclstexp.prediction.inspect import Inspection, corners, inspect  # noqa: E402
+from mclstexp.prediction.parts import (  # noqa: E402
+    PART_TILES,
+    num_parts,
+    write_part,
+)
+from mclstexp.prediction.pipeline import as_stored  # noqa: E402
+from mclstexp.prediction.plan import CohortPlan, SlideSource  # noqa: E402
+from mclstexp.prediction.publish import publish_slide  # noqa: E402
+from mclstexp.prediction.writers.table import OutputInfo, read_grid  # noqa: E402
 from mclstexp.settings import RetrievalConfig, TilesConfig  # noqa: E402
+from mclstexp.slides.slide import open_slide  # noqa: E402
 
 WIDTH = 256
 
@@ -92,11 +94,11 @@ def main() -> None:
         timed("inspect", lambda: inspect(source, plan_for(f"{out}/again", arguments.size_px, arguments.mpp)), num_tiles)
         timed("read", lambda: read(arguments.slide, plan, found), num_tiles)
         rng, bank = np.random.default_rng(1), random_bank(arguments.keys, arguments.genes)
-        shards, config = held(bank), resolve(RetrievalConfig(), len(bank))
+        config = resolve(RetrievalConfig(), len(bank))
         queries = rng.normal(size=(PART_TILES, WIDTH)).astype(np.float32)
-        timed("retrieve", lambda: retrieve(queries, shards, config), PART_TILES)
+        timed("retrieve", lambda: retrieve(queries, bank, config), PART_TILES)
         panel = GenePanel.from_names([f"GENE{gene}" for gene in range(arguments.genes)])
-        facts = ModelFacts(panel, "random", "none", arguments.size_px, arguments.mpp, None)
+        facts = OutputInfo(panel, "random", "none", arguments.size_px, arguments.mpp, None)
         lengths = [min(PART_TILES, num_tiles - part * PART_TILES) for part in range(num_parts(num_tiles))]
         answers = [regressed(rng.random((length, arguments.genes), np.float32)) for length in lengths]
 

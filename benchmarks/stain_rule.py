@@ -13,11 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
-from ingest.slide_list import EXTENSIONS  # noqa: E402
-from ingest.slides import open_slide  # noqa: E402
-from ingest.stain import not_h_and_e, stain_figures  # noqa: E402
-from ingest.tissue import find_tissue_on_thumbnail  # noqa: E402
 from mclstexp.errors import SourceError  # noqa: E402
+from mclstexp.prediction.cohort import EXTENSIONS  # noqa: E402
+from mclstexp.slides.slide import open_slide  # noqa: E402
+from mclstexp.slides.stain import not_h_and_e, stain_figures  # noqa: E402
+from mclstexp.slides.tissue import find_tissue_on_thumbnail  # noqa: E402
 
 
 def main() -> None:

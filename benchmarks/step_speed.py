@@ -20,10 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import torch  # noqa: E402
 
-from mclstexp.model.towers import ImageTower  # noqa: E402
+from mclstexp.model.towers import ImageTower, native_bf16  # noqa: E402
 from mclstexp.settings import ModelConfig  # noqa: E402
-from mclstexp.training.optim import native_bf16  # noqa: E402
-from mclstexp.training.trainer import KEEP_MEMORY  # noqa: E402
+from mclstexp.training.trainer import GLIBC_MALLOC_ENV  # noqa: E402
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
         thread.start()
         thread.join()
         return
-    for name, changed in (("as the system has it", {}), ("memory is kept", KEEP_MEMORY)):
+    for name, changed in (("as the system has it", {}), ("memory is kept", GLIBC_MALLOC_ENV)):
         print(f"{name}:", flush=True)
         subprocess.run([sys.executable, *sys.argv, "--measure"], env=os.environ | changed, check=True)
 

@@ -27,8 +27,8 @@ import ray  # noqa: E402
 from ray._private.internal_api import memory_summary  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from mclstexp.data import stream  # noqa: E402
-from mclstexp.data.images import decode_tile, encode_tile  # noqa: E402
+from mclstexp.data import spots, stream  # noqa: E402
+from mclstexp.slides.codec import decode_tile, encode_tile  # noqa: E402
 
 SPOTS, SIZE, GENES, EPOCHS, STEP = 16, 64, 200, 3, 4
 
@@ -40,7 +40,7 @@ def load(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tiles = pq.ParquetFile(str(rows["section_id"][0])).read_row_group(int(rows["group"][0]))["image"].to_pylist()
     images = np.array([decode_tile(tile) for tile in tiles], np.uint8).reshape(-1, SIZE, SIZE, 3)
     spots = {"image": images, "expression": np.zeros((len(images), GENES), np.float32)}
-    return stream.pad(spots, SPOTS) | {"sentence_id": rows["sentence_id"]}
+    return spots.pad(spots, SPOTS) | {"sentence_id": rows["sentence_id"]}
 
 
 def write_tables(folder: str, num_sentences: int, num_files: int = 10) -> list[stream.Sentence]:
@@ -70,7 +70,7 @@ class Rank:
     ) -> dict[str, object]:
         """Drains a dataset of its own over its slice of the index."""
 
-        def batches(epoch: int) -> Iterator[stream.Batch]:
+        def batches(epoch: int) -> Iterator[spots.Batch]:
             order = stream.epoch_order(index, 0, epoch)
             rows = stream.rank_slice(order, STEP * world_size, rank, world_size, epoch)
             return stream.stream(rows, load, STEP, share)

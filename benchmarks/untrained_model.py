@@ -8,9 +8,9 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.model.bank import Bank
 from mclstexp.model.towers import TwoTowers
+from mclstexp.model.version import ModelVersion, TrainingRecord
 
 NUM_PATIENTS = 8
 NOBODY = TrainingRecord(

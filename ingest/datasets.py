@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ingest.legacy_st import read_legacy_st_mpp
-from ingest.sheet import SectionRow
-from ingest.visium_files import find_visium_files
+from ingest.readers.legacy_st import read_legacy_st_mpp
+from ingest.readers.visium import find_visium_files
 from mclstexp import storage
+from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import ConfigError, SourceError
 
 _HER2ST = [f"{patient}{n}" for patient in "ABCDEFGH" for n in range(1, 7 if patient < "E" else 4)]

@@ -5,16 +5,15 @@ An image in object storage is opened here only where the sheet leaves out its mp
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ingest.expression import Gene, Preview
-from ingest.gene_table import gene_rows
 from ingest.readers import read_preview
+from ingest.readers.spots import Gene, Preview
 from ingest.section import section_errors, source_mpp
-from ingest.sheet import SectionRow
-from ingest.slides import open_slide
 from mclstexp import storage
+from mclstexp.data.sheet import SectionRow
+from mclstexp.slides.slide import open_slide
 
 _MOST_NAMED = 5
 _WORTH_NAMING = 0.1
@@ -158,3 +157,44 @@ def _left_out_lines(headers: Mapping[str, Header]) -> list[str]:
         for kind, times in header.preview.other_features.items():
             sections[f"{times} features of {kind}"].append(name)
     return [f"left out   {features} in {_named(names)}" for features, names in sections.items()]
+
+
+def merged_genes(present: Sequence[Gene], sources: Iterable[Sequence[Gene]]) -> tuple[Gene, ...]:
+    """Returns the table's present genes in place, then the sources' new ones, so that stored gene indices stay valid.
+
+    A present gene may gain the Ensembl id or the symbol that a source knows for it.
+    """
+    named = [present, *sources]
+    genes: dict[str, Gene] = {}
+    for gene in (gene for each in named for gene in each):
+        known = genes.setdefault(gene.gene_id, gene)
+        if gene.symbol and not known.symbol:
+            genes[gene.gene_id] = known._replace(symbol=gene.symbol)
+    joined = _joined(genes, [{gene.gene_id for gene in each} for each in named])
+    merged: dict[str, Gene] = {}
+    for gene_id in genes:
+        gene = genes[joined.get(gene_id, gene_id)]
+        merged.setdefault(gene.gene_id, gene)
+    return tuple(merged.values())
+
+
+def gene_rows(table: Sequence[Gene]) -> dict[str, int]:
+    """Returns the row of each gene id, and of each symbol that is no id the first row that has it."""
+    rows: dict[str, int] = {}
+    for row, gene in enumerate(table):
+        if gene.symbol:
+            rows.setdefault(gene.symbol, row)
+    return rows | {gene.gene_id: row for row, gene in enumerate(table)}
+
+
+def _joined(genes: Mapping[str, Gene], named: Sequence[set[str]]) -> dict[str, str]:
+    """Returns the id of the Ensembl gene that each symbol alone is taken for; `named` holds each source's ids."""
+    owners: defaultdict[str, list[str]] = defaultdict(list)
+    for gene in genes.values():
+        if gene.ensembl_id and gene.symbol in genes and not genes[gene.symbol].ensembl_id:
+            owners[gene.symbol].append(gene.gene_id)
+    return {
+        symbol: ids[0]
+        for symbol, ids in owners.items()
+        if len(ids) == 1 and not any({symbol, ids[0]} <= each for each in named)
+    }

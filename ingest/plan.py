@@ -5,22 +5,26 @@ Only headers are read (genes, resolution), so that most faults end the run befor
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ingest.expression import Gene
-from ingest.gene_table import merged_genes
-from ingest.header import Header, report
+from ingest.header import Header, merged_genes, report
+from ingest.readers import READERS, source_files
+from ingest.readers.spots import Gene
 from ingest.section import Recipe
-from ingest.sheet import SectionRow, read_sheet
-from ingest.sources import Known, load_known, source_digests
-from ingest.tiling import MAX_UPSAMPLING, NATIVE_RATIO, tile_scale
 from mclstexp import storage
 from mclstexp.config import Config
 from mclstexp.data.schema import MANIFEST, Manifest, SectionEntry, load_genes, load_manifest
-from mclstexp.errors import ConfigError, TableError
+from mclstexp.data.sheet import SectionRow, read_sheet
+from mclstexp.errors import ConfigError, SourceError, TableError
 from mclstexp.settings import TilesConfig
+from mclstexp.slides.tiles import MAX_UPSAMPLING, NATIVE_RATIO, tile_scale
+
+Known = dict[str, tuple[int, int, str]]
+"""Local path to size in bytes, time of change in ns, and content hash."""
 
 _CUTTER_VERSION = 1
 """Raise it when the same sources and settings give other bytes: all sections are then redone."""
@@ -75,7 +79,7 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
         SheetError, SourceError, TableError: the sheet, a source or the table that is there has a fault.
         ConfigError: the sections' resolutions and `tiles` do not go together.
     """
-    rows = read_sheet(sheet_uri)
+    rows = read_sheet(sheet_uri, READERS)
     root = storage.absolute(out_uri)
     version = storage.version(storage.join(root, MANIFEST))
     previous = None if version is None else _load_previous(root)
@@ -187,3 +191,63 @@ def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
 
 def _present_genes(root: str, previous: Manifest | None) -> list[Gene]:
     return [Gene(**gene) for gene in load_genes(root, previous).to_pylist()] if previous else []
+
+
+CACHE = "sources.json"
+_PARALLEL = 16
+_DIGITS = 16
+
+
+def source_digests(rows: Iterable[SectionRow], known: Known) -> tuple[dict[str, str], Known]:
+    """Returns each section's source digest by section id, and what is now known of local files.
+
+    Raises:
+        SourceError: a file is gone, or a Visium folder lacks one.
+    """
+    rows = list(rows)
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        files = dict(zip((row.section_id for row in rows), pool.map(source_files, rows), strict=True))
+        uris = sorted({uri for parts in files.values() for uri in parts.values()})
+        found = dict(zip(uris, pool.map(lambda uri: _stamp(uri, known.get(uri)), uris), strict=True))
+    digests = {
+        row.section_id: _row_digest(row, {part: found[uri][2] for part, uri in files[row.section_id].items()})
+        for row in rows
+    }
+    return digests, {uri: stamp for uri, stamp in found.items() if not storage.is_s3(uri)}
+
+
+def load_known(root: str) -> Known:
+    """Returns what the last run left about local files; nothing where there is no such record."""
+    try:
+        tree = json.loads(storage.read(storage.join(root, CACHE)))
+        return {uri: (int(size), int(changed), str(digest)) for uri, (size, changed, digest) in tree.items()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def save_known(root: str, known: Known) -> None:
+    """Leaves a record of local files for the next run."""
+    storage.write(storage.join(root, CACHE), json.dumps(known, indent=1, sort_keys=True).encode())
+
+
+def _stamp(uri: str, known: tuple[int, int, str] | None) -> tuple[int, int, str]:
+    try:
+        size, changed = (0, 0) if storage.is_s3(uri) else _size_and_time(uri)
+    except FileNotFoundError:
+        raise SourceError(f"there is no file {uri}") from None
+    if known and known[:2] == (size, changed) and not storage.is_s3(uri):
+        return known
+    version = storage.version(uri)
+    if version is None:
+        raise SourceError(f"there is no file {uri}")
+    return size, changed, version
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _row_digest(row: SectionRow, versions: dict[str, str]) -> str:
+    facts = row.model_dump(exclude={*row.files}) | versions
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGITS]

@@ -19,18 +19,16 @@ import pyarrow.parquet as pq
 import ray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ingest.expression import Gene
-from ingest.gene_table import gene_rows
-from ingest.header import Header, read_header
-from ingest.plan import Plan, describe, last_versions, make_plan
+from ingest.header import Header, gene_rows, read_header
+from ingest.plan import Plan, describe, last_versions, make_plan, save_known
+from ingest.readers.spots import Gene
 from ingest.section import cut_section
-from ingest.sheet import SectionRow
-from ingest.slides import MAX_PLAIN_PX, PLAIN_BYTES_PER_PX
-from ingest.sources import save_known
 from mclstexp import storage
 from mclstexp.config import Config
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest, SectionEntry
+from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError, UserError
+from mclstexp.slides.slide import MAX_PLAIN_PX, PLAIN_BYTES_PER_PX
 
 _WAITING_FOR_NODES = 8
 _MAX_RETRIES = 2  # of a section whose process died

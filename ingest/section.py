@@ -16,21 +16,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
+from scipy.spatial import cKDTree
 
-from ingest.expression import Expression, Reject, Spots
-from ingest.labels import read_labels
-from ingest.pictures import encode_picture, small_picture
 from ingest.readers import read_expression
-from ingest.screen import grid_spots, require_pitch, screen
-from ingest.sheet import SectionRow
-from ingest.slides import Slide, open_slide
-from ingest.tiling import curve_order, cut_evenly, tile_scale
+from ingest.readers.labels import read_labels
+from ingest.readers.spots import Expression, Reject, Spots, require_places
 from mclstexp import storage
-from mclstexp.data.images import encode_tile, tile_corner
 from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry
+from mclstexp.data.sheet import SectionRow
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
 from mclstexp.settings import TilesConfig
+from mclstexp.slides.codec import encode_tile
+from mclstexp.slides.slide import Slide, open_slide
+from mclstexp.slides.tiles import (
+    curve_order,
+    cut_evenly,
+    encode_picture,
+    grid,
+    inside,
+    small_picture,
+    tile_corner,
+    tile_names,
+    tile_scale,
+)
+from mclstexp.slides.tissue import find_tissue
 
 _SOURCES_AGREE = 1.05  # ratio of the mpp that the sheet, the image and the array say
 
@@ -222,3 +232,78 @@ def _write_rejects(path: Path, row: SectionRow, rejected: list[Reject]) -> None:
     records = [{"section_id": row.section_id, **reject._asdict()} for reject in rejected]
     table = pa.Table.from_pylist(records, REJECT_SCHEMA)
     pq.write_table(table, path, compression="zstd", store_schema=False)
+
+
+_LEAST_SHARE = 0.5  # of measured spots on the slide, and on tissue
+_PITCH_OVER_DIAMETER = (0.9, 5.0)  # spots do not overlap; arrays leave at most a few diameters between them
+_LEAST_FOR_PITCH = 16  # spots
+
+
+def grid_spots(slide: Slide, size_px: int, scale: float) -> Spots:
+    """Returns all whole tiles of a slide as spots named `{column}x{row}`."""
+    column, row, x, y = grid(slide.width, slide.height, size_px, scale)
+    spots = Spots(tile_names(column, row), x, y, array_row=row.astype(np.float64), array_col=column.astype(np.float64))
+    require_places(spots)
+    return spots
+
+
+def require_pitch(spots: Spots, diameter_um: float | None, mpp: float) -> None:
+    """Checks the distance of neighbouring spots against their diameter: a wrong resolution shows there.
+
+    Raises:
+        SourceError: the distance is below 0.9 or above 5 diameters; gives both in micrometres.
+    """
+    if diameter_um is None or len(spots) < _LEAST_FOR_PITCH:
+        return
+    place = np.stack([spots.x_px, spots.y_px], axis=1)
+    pitch_um = float(np.median(cKDTree(place).query(place, k=2)[0][:, 1])) * mpp
+    low, high = _PITCH_OVER_DIAMETER
+    if not low * diameter_um <= pitch_um <= high * diameter_um:
+        raise SourceError(
+            f"its spots lie {pitch_um:.3g} um apart at {mpp:.4g} um/px but are {diameter_um:.4g} um wide (allowed "
+            f"{low} to {high} diameters): mend mpp or spot_diameter_um, or give positions in full-resolution pixels"
+        )
+
+
+def screen(
+    spots: Spots, slide: Slide, size_px: int, scale: float, mpp: float, min_tissue: float
+) -> tuple[Spots, np.ndarray, list[Reject]]:
+    """Returns the spots that get a tile, their share of tissue, float32 (n,), and the rejects.
+
+    Reasons are `outside_image` (the centre is), `crosses_edge` (its tile does) and `no_tissue` (less than
+    `min_tissue`).
+
+    Raises:
+        SourceError: less than half of the measured spots lie on the slide, or less than half of those on tissue.
+    """
+    edge = size_px * scale
+    left, top = tile_corner(spots.x_px, size_px, scale), tile_corner(spots.y_px, size_px, scale)
+    whole = inside(left, top, edge, slide.width, slide.height)
+    centred = inside(spots.x_px, spots.y_px, 0, slide.width, slide.height)
+    if spots.counts is not None:
+        _require_on_slide(spots, centred, slide)
+    share = find_tissue(slide, mpp).share(left, top, edge)
+    on_tissue = share >= min_tissue
+    if spots.counts is not None:
+        _require_on_tissue(int((whole & on_tissue).sum()), int(whole.sum()), min_tissue)
+    rejects = spots.rejects(~centred, "outside_image") + spots.rejects(centred & ~whole, "crosses_edge")
+    rejects += spots.rejects(whole & ~on_tissue, "no_tissue")
+    return spots.take(whole & on_tissue), share[whole & on_tissue], rejects
+
+
+def _require_on_slide(spots: Spots, on_slide: np.ndarray, slide: Slide) -> None:
+    if on_slide.sum() >= _LEAST_SHARE * len(spots):
+        return
+    exchanged = inside(spots.y_px, spots.x_px, 0, slide.width, slide.height).sum()
+    raise SourceError(
+        f"only {on_slide.sum()} of {len(spots)} spots lie on its image of {slide.width} x {slide.height} px "
+        f"({exchanged} with x and y exchanged): give positions in pixels of this very image"
+    )
+
+
+def _require_on_tissue(num_on_tissue: int, num_whole: int, min_tissue: float) -> None:
+    if num_on_tissue < _LEAST_SHARE * num_whole:
+        raise SourceError(
+            f"only {num_on_tissue} of {num_whole} spots lie on tissue: are x and y exchanged or positions of another "
+            f"image? With an unusual stain set tiles.min_tissue (now {min_tissue}) to 0"
+        )

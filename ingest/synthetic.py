@@ -17,7 +17,7 @@ import pandas as pd
 import tifffile
 from numpy.typing import NDArray
 
-from ingest.synthetic_texture import PROGRAMS, Image, Stain, draw_stain, paint, smooth_field
+from ingest.texture import PROGRAMS, Image, Stain, draw_stain, paint, smooth_field
 
 MPP = 1.0
 """Micrometres per pixel of every slide."""

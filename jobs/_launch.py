@@ -22,9 +22,9 @@ def connect(config: Config, min_cpus: int = 2) -> None:
     """Joins the cluster that the environment names (as under `ray job submit`), or starts Ray on this machine."""
     import ray
 
-    from mclstexp import resources
+    from mclstexp import cluster
 
     modules = [str(ROOT / package) for package in PACKAGES]
     runtime_env = {"py_modules": modules, "env_vars": config.storage.environment()}
-    local = {} if "RAY_ADDRESS" in os.environ else resources.local_ray(config, min_cpus)
+    local = {} if "RAY_ADDRESS" in os.environ else cluster.local_ray(config, min_cpus)
     ray.init(runtime_env=runtime_env, log_to_driver=False, configure_logging=False, **local)

@@ -17,9 +17,10 @@ from pathlib import Path
 import _launch  # first: puts the project on the path
 from _cli import run
 
-from ingest.sheet import SectionRow, read_sheet
+from ingest.readers import READERS
 from ingest.synthetic import CohortSpec, make_cohort
 from mclstexp import storage
+from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import UserError
 
 JOBS = Path(__file__).parent
@@ -59,7 +60,7 @@ class Steps:
         out, tracking = self._out, ["--tracking.uri", f"sqlite:///{self._out}/mlflow.db"]
         self._say("1/6 cohort")
         sheet = arguments.samples or make_cohort(out / "cohort", CohortSpec.demo())
-        rows = read_sheet(sheet)
+        rows = read_sheet(sheet, READERS)
         patient = arguments.test_patient or last_patient(rows)
         name = "demo_real.yaml" if arguments.samples else "demo.yaml"
         config = ["--config", str(JOBS / "configs" / name)]

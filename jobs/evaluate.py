@@ -47,11 +47,11 @@ def _evaluate(arguments, config) -> None:  # noqa: ANN001
     """Fetches the version, scores, saves, logs."""
     import tempfile
 
-    from mclstexp import resources, storage, tracking
+    from mclstexp import cluster, storage, tracking
     from mclstexp.data.schema import load_manifest
     from mclstexp.evaluation.evaluate import held_out
-    from mclstexp.inference.model_version import ModelVersion
     from mclstexp.model.encoders import require_weights
+    from mclstexp.model.version import ModelVersion
 
     marker_sets = markers(arguments)
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,7 +65,7 @@ def _evaluate(arguments, config) -> None:  # noqa: ANN001
         print(f"would score {', '.join(names)} under the protocol {model.training.protocol} into {arguments.out}")
         return
     _launch.connect(config)
-    resources.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
+    cluster.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
     card = _score(model, arguments, marker_sets)
     _save(card, arguments, config)
     print(f"score card {storage.join(storage.absolute(arguments.out), 'score_card.json')}")
@@ -126,11 +126,11 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
     """Trains and scores every fold that is asked for and not scored yet, and writes one result of all scored ones."""
     from rich.console import Console
 
-    from mclstexp import resources, storage, tracking
+    from mclstexp import cluster, storage, tracking
     from mclstexp.data.schema import load_manifest
-    from mclstexp.evaluation import cross_validation as study_of
-    from mclstexp.evaluation.joined_card import collect
     from mclstexp.model.encoders import require_weights
+    from tuning import cross_validation as study_of
+    from tuning.cross_validation import collect
 
     manifest, protocol = load_manifest(arguments.data), arguments.protocol
     only = [name for name in arguments.folds.split(",") if name]
@@ -142,11 +142,11 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
     )
     if arguments.dry_run:
         print(describe(config, STUDY_SECTIONS))
-        print(f"each fold: {resources.plan(config)}")
+        print(f"each fold: {cluster.plan(config)}")
         return
     _launch.connect(config)
-    resources.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
-    resources.require(config)
+    cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
+    cluster.require(config)
     for weights in (config.model.image_weights, arguments.probe_weights or "random"):
         require_weights(config.model.image_encoder, weights)
     tags = {"protocol": protocol}
@@ -171,7 +171,7 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
 def _run_folds(folds, study) -> dict[str, str]:  # noqa: ANN001
     from rich.progress import Progress
 
-    from mclstexp.evaluation.cross_validation import is_scored, run_folds
+    from tuning.cross_validation import is_scored, run_folds
 
     with Progress() as bar:
         left = [fold for fold in folds if not is_scored(study, fold.name)]

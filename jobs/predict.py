@@ -30,10 +30,10 @@ def main() -> None:
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
     import tempfile
 
-    from ingest.open_cohort import open_cohort
-    from ingest.staging import clear
     from mclstexp import tracking
-    from mclstexp.inference.model_version import ModelVersion
+    from mclstexp.model.version import ModelVersion
+    from mclstexp.prediction.cohort import open_cohort
+    from mclstexp.prediction.slide_cache import clear
 
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
@@ -64,8 +64,8 @@ def _plan(model, cohort, config: Config) -> None:  # noqa: ANN001
 
     import torch
 
-    from ingest.forecast import forecast, forecast_on_a_gpu
-    from mclstexp.inference.predict_stage import cluster_size, stages
+    from mclstexp.prediction.forecast import forecast, forecast_on_a_gpu
+    from mclstexp.prediction.pipeline import cluster_size, stages
 
     print(describe(config, SECTIONS))
     if "RAY_ADDRESS" in os.environ:
@@ -81,9 +81,9 @@ def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN00
     from rich.console import Console
     from rich.table import Table
 
-    from ingest.explain_tile import explain_tile
     from mclstexp import storage
-    from mclstexp.inference import ledger
+    from mclstexp.prediction import ledger
+    from mclstexp.prediction.explain import explain_tile
 
     owner = ledger.owner(arguments.out)
     if owner is not None and owner.model_digest != model.digest:
@@ -106,14 +106,14 @@ def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN00
 def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None:  # noqa: ANN001
     import time
 
-    from mclstexp import resources
-    from mclstexp.inference.predict import predict_cohort
+    from mclstexp import cluster
+    from mclstexp.prediction.run import predict_cohort
 
     _launch.connect(config, max(MIN_CPUS, config.predict.num_cpus or 0))
-    resources.require_to_predict(config)
+    cluster.require_to_predict(config)
     places = [f"--samples {arguments.samples}", f"--out {arguments.out}"]
     places += [f"--spots {arguments.spots}"] if arguments.spots else []
-    resources.require_shared(config, places, uses_tracking=arguments.model.startswith("models:/"))
+    cluster.require_shared(config, places, uses_tracking=arguments.model.startswith("models:/"))
     started = time.monotonic()
     try:
         with _bars() as show:

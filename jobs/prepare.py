@@ -30,12 +30,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             print(plan(_sample_sheet(arguments, scratch), arguments.out, config))
         return
-    from mclstexp import resources
+    from mclstexp import cluster
 
     _launch.connect(config)
     given = ("samples", "source", "out")
     places = [f"--{name} {value}" for name in given if (value := getattr(arguments, name))]
-    resources.require_shared(config, places, uses_tracking=False)
+    cluster.require_shared(config, places, uses_tracking=False)
     report = prepare(_sample_sheet(arguments, arguments.out), arguments.out, config)
     _print_summary(report)
     if report.sources:

@@ -26,7 +26,7 @@ def main() -> None:
     """Parses, reads the result, draws, and puts the page where it belongs."""
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
     from mclstexp import storage
-    from mclstexp.report.results import read_record
+    from mclstexp.report.result import read_record
 
     page_bytes = _page_bytes(arguments.page_mb)
     sets = markers(arguments)
@@ -56,10 +56,10 @@ def _write(arguments, config, record, sets, page_bytes: int, out: str) -> None: 
     from rich.progress import Progress
 
     from mclstexp import storage
-    from mclstexp.report.page import PAGE, Wishes, write_report
-    from mclstexp.report.results import open_result
+    from mclstexp.report.page import PAGE, PageOptions, write_report
+    from mclstexp.report.result import open_result
 
-    wishes = Wishes(sets, [name for name in arguments.genes.split(",") if name], page_bytes)
+    wishes = PageOptions(sets, [name for name in arguments.genes.split(",") if name], page_bytes)
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as folder, Progress() as bar:
         tasks: dict[str, int] = {}
 

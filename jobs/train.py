@@ -21,15 +21,17 @@ def main() -> None:
         print(_plan(arguments.data, config))
         return
     _launch.connect(config)
-    from mclstexp import resources, tracking
+    from mclstexp import cluster, tracking
     from mclstexp.model.encoders import require_weights
-    from mclstexp.training import finish, trainer
+    from mclstexp.training import finish
+    from mclstexp.training.run import open_run
+    from mclstexp.training.trainer import fit
 
-    resources.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
-    resources.require(config)
+    cluster.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
+    cluster.require(config)
     require_weights(config.model.image_encoder, config.model.image_weights)
     protocol = {"protocol": config.split.protocol}
-    this = trainer.open_run(
+    this = open_run(
         arguments.data,
         arguments.out,
         arguments.name,
@@ -41,7 +43,7 @@ def main() -> None:
         print("the run is finished already; give another --name to repeat it")
     else:
         metrics = tracking.metric_log(config.tracking, this.mlflow_run_id)
-        checkpoint = trainer.fit(this, metrics.log)
+        checkpoint = fit(this, metrics.log)
         metrics.close()
         finish.finish(this, checkpoint)
     _register(this, finish.model_uri(this))
@@ -64,14 +66,14 @@ def _register(this, folder: str) -> None:  # noqa: ANN001
 
 
 def _plan(data: str, config) -> str:  # noqa: ANN001
-    from mclstexp import resources
+    from mclstexp import cluster
     from mclstexp.data.folds import make_split
     from mclstexp.data.schema import load_manifest
 
     manifest = load_manifest(data)
     split = make_split(manifest, config.split)
     sides = {"train": split.train, "validation": split.validation, "test": split.test}
-    lines = [resources.plan(config)]
+    lines = [cluster.plan(config)]
     for side, names in sides.items():
         entries = [manifest.section(name) for name in names]
         spots = sum(entry.num_spots for entry in entries)

@@ -23,7 +23,7 @@ SECTIONS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval
 def main() -> None:
     """Parses, checks, runs the trials, scores them, sums up, promotes."""
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
-    from mclstexp import resources, storage
+    from mclstexp import cluster, storage
     from mclstexp.data.schema import load_manifest
     from tuning.forecast import plan
     from tuning.space import digest, load_space, num_trials, require_search
@@ -38,7 +38,7 @@ def main() -> None:
     uri = storage.join(storage.absolute(arguments.out), name)
     _launch.connect(config)  # a plan says what runs side by side
     if arguments.dry_run:
-        resources.require(config)
+        cluster.require(config)
         print(describe(config, SECTIONS))
         print(plan(manifest, config, space, search, trials))
         print(f"would go into {uri}")
@@ -47,15 +47,13 @@ def main() -> None:
 
 
 def _run(arguments, config, space, search: str, trials: int, name: str, uri: str) -> None:  # noqa: ANN001
-    from mclstexp import resources, storage, tracking
+    from mclstexp import cluster, storage, tracking
     from mclstexp.model.encoders import require_weights
-    from tuning import summary
-    from tuning.results import publish
-    from tuning.scores import score_trials
+    from tuning.results import BEST, publish, score_trials
     from tuning.sweep import open_sweep, run_trials
 
-    resources.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
-    resources.require(config)
+    cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
+    cluster.require(config)
     require_weights(config.model.image_encoder, config.model.image_weights)
     tags = {"protocol": config.split.protocol}
     sweep = open_sweep(
@@ -70,7 +68,7 @@ def _run(arguments, config, space, search: str, trials: int, name: str, uri: str
     tracking.finish_run(config.tracking, sweep.plan.mlflow_run_id)
     print(f"MLflow run {sweep.plan.mlflow_run_id} at {config.tracking.uri}")
     print(f"trials and pictures {uri}")
-    print(f"best settings {storage.join(uri, summary.BEST)}")
+    print(f"best settings {storage.join(uri, BEST)}")
 
 
 def _promote(sweep, best) -> None:  # noqa: ANN001

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from predicted_cohort import PredictedCohort
     from staged_slides import Slide
 
-    from mclstexp.evaluation.section_file import SectionResult
+    from mclstexp.evaluation.sections import SectionResult
 
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = f"{ROOT / 'platform'}:{ROOT}:{ROOT / 'jobs'}"
@@ -192,9 +192,9 @@ RESULT_UNIT = "ln(1 + x), <per spot> & more"
 def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[str, str] | None = None) -> Path:
     import pyarrow as pa
 
-    from mclstexp.evaluation.gene_labels import unique_labels
+    from mclstexp.data.genes import unique_labels
     from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
-    from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
+    from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
 
     in_table = pa.table({"gene_id": list(RESULT_GENES), "symbol": list(RESULT_GENES.values())})
     rows, per_gene, results = [], [], []
@@ -204,7 +204,7 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
         noise = np.random.default_rng(1).normal(size=result.truth.shape)
         methods = {(MODEL, MODEL): result.prediction, ("ridge on RGB", FLOOR): result.prediction + 3 * noise}
         for (method, kind), values in methods.items():
-            table = gene_table(result.truth, values, result.section.totals)
+            table = gene_scores(result.truth, values, result.section.totals)
             of = {"section_id": name, "patient_id": name[0], "target": "per_spot", "method": method}
             own = of | {"num_spots": len(result.section), "kind": kind}
             rows.append(set_table(table, gene_sets(result.truth, {})).assign(**own))
@@ -227,8 +227,7 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
 def _section_result(name: str, genes: list[str]) -> "SectionResult":
     """56 spots in two bands that differ in every second gene; the prediction is worse from gene to gene."""
     from mclstexp.data.genes import GenePanel
-    from mclstexp.evaluation.measured import MeasuredSection
-    from mclstexp.evaluation.section_file import SectionResult
+    from mclstexp.evaluation.sections import MeasuredSection, SectionResult
 
     rng = np.random.default_rng(0)
     place = np.indices((7, 8)).reshape(2, -1).T[:, ::-1] * 100.0 + 250

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 
 from mclstexp import storage
 from mclstexp.data import table
-from mclstexp.data.images import encode_tile
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, TILE_SCHEMA, Manifest, SectionEntry
 from mclstexp.data.table import tile_crc, write_section
+from mclstexp.slides.codec import encode_tile
 
 NUM_GENES = 50
 

@@ -12,17 +12,17 @@ import numpy as np
 import tifffile
 import torch
 
-from ingest.open_cohort import open_cohort
 from mclstexp.config import Config, override
-from mclstexp.data.genes import GenePanel, fit_panel
+from mclstexp.data.genes import GenePanel
+from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import load_manifest
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.cohort import Cohort, Report
-from mclstexp.inference.cosine import KEY_BLOCK
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.inference.predict import predict_cohort
+from mclstexp.model.bank import Bank
+from mclstexp.model.nearest import KEY_BLOCK
 from mclstexp.model.towers import TwoTowers
-from mclstexp.training.trainer import recorded_tiles
+from mclstexp.model.version import ModelVersion, TrainingRecord
+from mclstexp.prediction.cohort import open_cohort
+from mclstexp.prediction.run import Cohort, Report, predict_cohort
+from mclstexp.training.run import recorded_tiles
 
 ROOT = Path(__file__).parents[1]
 TILE_PX, BIG_PX = 32, 800

@@ -5,9 +5,9 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
+from mclstexp.model.bank import Bank
 from mclstexp.model.towers import TwoTowers
+from mclstexp.model.version import ModelVersion, TrainingRecord
 
 SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "retrieval.k": 5, "retrieval.temperature": 0.1}
 GENES = ("GATA3", "ERBB2", "ENSG00000141736")

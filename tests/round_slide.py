@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ingest.cohort_plan import CohortPlan
-from ingest.synthetic_texture import draw_stain, paint, smooth_field
+from ingest.texture import draw_stain, paint, smooth_field
+from mclstexp.prediction.plan import CohortPlan
 from mclstexp.settings import TilesConfig
 
 SIZE, MPP, TILE = 512, 2.0, 16

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.inference.model_facts import ModelFacts
-from mclstexp.inference.parts import write_part
-from mclstexp.inference.slide_record import GRID_SCHEMA, PART_TILES, SlideRecord, num_parts
+from mclstexp.prediction.parts import GRID_SCHEMA, PART_TILES, SlideRecord, num_parts, write_part
+from mclstexp.prediction.writers.table import OutputInfo
 
 TILE_PX = 32
 PANEL = GenePanel(
@@ -21,7 +20,7 @@ PANEL = GenePanel(
     ("GNAS", "FASN", "DUP", "DUP", "", "µ1"),
     ("ENSG01", "", "ENSG03", "ENSG04", "ENSG05", ""),
 )
-FACTS = ModelFacts(PANEL, "ln(1 + 1e4 share)", "0123456789ab", TILE_PX, 0.5, 0.3)
+FACTS = OutputInfo(PANEL, "ln(1 + 1e4 share)", "0123456789ab", TILE_PX, 0.5, 0.3)
 GENES = ["GNAS", "FASN"]
 SCANNED_FROM = (64.0, 96.0)
 CONFIDENCE = ("similarity", "effective_donors", "donor_share")
@@ -45,7 +44,7 @@ class Slide:
 def stage(
     folder: Path, name: str, across: int, down: int, scale: float = 1.0, given: bool = False, missing: int = 0
 ) -> Slide:
-    """Stages a slide that is all tiles, across x down, in an order that is not theirs."""
+    """WorkerCounts a slide that is all tiles, across x down, in an order that is not theirs."""
     rng = np.random.default_rng(across)
     edge, num_tiles = TILE_PX * scale, across * down
     row, column = np.divmod(rng.permutation(num_tiles), across)

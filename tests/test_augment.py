@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from mclstexp.model.embed import fixed_turns
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig, TrainConfig
-from mclstexp.training.augment import augment, colour_jitter, fixed_turns, rotate, stain_jitter
-from mclstexp.training.optim import learning_rate_factor, make_optimizer
+from mclstexp.training.augment import augment, colour_jitter, rotate, stain_jitter
+from mclstexp.training.step import learning_rate_factor, make_optimizer
 
 TILES = torch.randint(0, 256, (16, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

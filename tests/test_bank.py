@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mclstexp.data.stream import Batch
+from mclstexp.data.spots import Batch
 from mclstexp.errors import ModelError
-from mclstexp.inference.bank import DONORS, Bank, build_bank
+from mclstexp.model.bank import DONORS, Bank, build_bank
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig
 
@@ -108,7 +108,7 @@ def test_files_of_two_banks_are_refused(reader: _Reader, towers: TwoTowers, tmp_
     replace(bank, spot_id=bank.spot_id[:5], section_id=bank.section_id[:5], patient_id=bank.patient_id[:5]).save(
         tmp_path, {}
     )
-    with pytest.raises(ModelError, match="46 keys, 46 payloads and 5 donors"):
+    with pytest.raises(ModelError, match="46 payload and 5 donors"):
         Bank.load(tmp_path)
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mclstexp.evaluation.ceiling import halve, noise_ceiling
-from mclstexp.evaluation.density import density_free_pearson
-from mclstexp.evaluation.targets import TARGETS, normalise_section
+from mclstexp.evaluation.floors import halve, noise_ceiling
+from mclstexp.evaluation.metrics import density_free_pearson
+from mclstexp.evaluation.sections import TARGETS, normalise_section
 
 NUM_SPOTS, NUM_GENES = 600, 30
 

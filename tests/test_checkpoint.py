@@ -9,7 +9,7 @@ from mclstexp.errors import RunError
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig, TrainConfig
 from mclstexp.training.checkpoint import STATE, TrainState, load_checkpoint, save_checkpoint
-from mclstexp.training.optim import make_optimizer
+from mclstexp.training.step import make_optimizer
 
 GENES, SIZE = 6, 32
 

@@ -17,17 +17,26 @@ import tifffile
 from PIL import Image
 from round_slide import MPP, SIZE, TILE, tissue_image
 
-from ingest import cohort
-from ingest.cohort import FAILED, NOTHING_LEFT, QUARANTINED, STRETCH_PARTS, TILES, _Inspect, _Read, tile_batches
-from ingest.cohort_plan import SlideSource
-from ingest.inspect_slide import inspect
-from ingest.slide_list import POSITION_SCHEMA
-from ingest.slides import Slide
 from mclstexp import storage
-from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.errors import SourceError
-from mclstexp.inference.slide_record import GRID, PART_TILES, num_parts, part_name
+from mclstexp.prediction import pipeline
+from mclstexp.prediction.cohort import POSITION_SCHEMA
+from mclstexp.prediction.inspect import inspect
+from mclstexp.prediction.parts import GRID, PART_TILES, num_parts, part_name
+from mclstexp.prediction.pipeline import (
+    FAILED,
+    NOTHING_LEFT,
+    QUARANTINED,
+    STRETCH_PARTS,
+    TILES,
+    _Inspect,
+    _Read,
+    tile_batches,
+)
+from mclstexp.prediction.plan import SlideSource
 from mclstexp.settings import TilesConfig
+from mclstexp.slides.codec import decode_tile, encode_tile
+from mclstexp.slides.slide import Slide
 
 ROOT = Path(__file__).parents[1]
 make_plan = partial(round_slide.make_plan, tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=90))
@@ -230,7 +239,8 @@ def test_remote_slides_are_let_go_and_faults_of_the_store_may_pass(s3, tmp_path)
 
 
 def test_tasks_start_without_torch():
-    code = "import sys, ingest.cohort; sys.exit(sum(name in sys.modules for name in ('torch', 'mlflow', 'anndata')))"
+    heavy = "('torch', 'mlflow', 'anndata')"
+    code = f"import sys, mclstexp.prediction.pipeline; sys.exit(sum(name in sys.modules for name in {heavy}))"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
@@ -246,7 +256,7 @@ def test_a_slide_that_kills_its_readers_does_not_stop_the_others(ray_session, tm
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(rows)
 
-    monkeypatch.setattr(cohort, "_Read", Deadly)
+    monkeypatch.setattr(pipeline, "_Read", Deadly)
     names = ("deadly", "a", "b")
     sources = [slide_of(tmp_path, name, tissue_image()) for name in names]
     plan = make_plan(tmp_path, num_readers=1)  # the others wait for the one that dies

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import pearsonr
 
 from mclstexp.errors import ConfigError
-from tuning import comparison
-from tuning.comparison import Pair, compare
+from tuning import promotion
+from tuning.promotion import Pair, compare
 
 
 def _grid(side: int, pitch_um: float = 200.0) -> np.ndarray:
@@ -25,7 +25,7 @@ def test_weights_are_repeated_rows() -> None:
     rng = np.random.default_rng(0)
     truth, said = rng.gamma(2.0, size=(30, 5)), rng.gamma(2.0, size=(30, 5))
     weights = rng.integers(0, 4, size=(3, 30))
-    found = comparison._weighted_pcc(truth, said, weights.astype(float))
+    found = promotion._weighted_pcc(truth, said, weights.astype(float))
     for row, value in zip(weights, found, strict=True):
         repeated = np.repeat(np.arange(30), row)
         expected = [pearsonr(truth[repeated, gene], said[repeated, gene]).statistic for gene in range(5)]
@@ -36,12 +36,12 @@ def test_a_constant_gene_counts_as_zero() -> None:
     truth = np.random.default_rng(0).gamma(2.0, size=(30, 2))
     said = truth.copy()
     said[:, 1] = 3.0
-    assert comparison._weighted_pcc(truth, said, np.ones((1, 30))) == pytest.approx(0.5)
+    assert promotion._weighted_pcc(truth, said, np.ones((1, 30))) == pytest.approx(0.5)
 
 
 def test_all_spots_of_a_block_are_drawn_alike() -> None:
     place = _grid(20)
-    weights = comparison._block_weights(place, 1000.0, np.random.default_rng(0))
+    weights = promotion._block_weights(place, 1000.0, np.random.default_rng(0))
     block = (place // 1000).astype(int) @ [4, 1]
     assert len(set(block)) == 16
     for one in range(16):

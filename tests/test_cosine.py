@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mclstexp.inference.cosine import directions, nearest
+from mclstexp.model.nearest import directions, nearest
 
 
 def _vectors(count: int, seed: int, width: int = 70) -> np.ndarray:

@@ -14,11 +14,10 @@ from mclstexp import tracking
 from mclstexp.config import Config, override
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError
-from mclstexp.evaluation import cross_validation
-from mclstexp.evaluation.cross_validation import Study, is_scored, make_folds, open_study, run_folds, scored_folds
 from mclstexp.evaluation.evaluate import evaluate
-from mclstexp.evaluation.joined_card import LEAK, collect
-from mclstexp.inference.model_version import ModelVersion
+from mclstexp.model.version import ModelVersion
+from tuning import cross_validation
+from tuning.cross_validation import LEAK, Study, collect, is_scored, make_folds, open_study, run_folds, scored_folds
 
 SETTINGS = {
     "genes.num_genes": 20,

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from ingest.datasets import dataset_sheet
-from ingest.sheet import read_sheet
-from ingest.slides import open_slide
+from ingest.readers import READERS
 from mclstexp import storage
+from mclstexp.data.sheet import read_sheet
 from mclstexp.errors import ConfigError, SourceError
+from mclstexp.slides.slide import open_slide
 
 ROOT = Path(__file__).parents[1]
 HER2ST = {"A": 6, "B": 6, "C": 6, "D": 6, "E": 3, "F": 3, "G": 3, "H": 3}
@@ -81,7 +82,7 @@ def rows_of(name, source, tmp_path):
     """The sheet as `prepare` reads it, which looks up every file."""
     path = tmp_path / "samples.csv"
     path.write_text(dataset_sheet(name, str(source)))
-    return {row.section_id: row for row in read_sheet(str(path))}
+    return {row.section_id: row for row in read_sheet(str(path), READERS)}
 
 
 def lacks(name, source):

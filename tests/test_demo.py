@@ -6,8 +6,8 @@ from pathlib import Path
 import demo
 import pytest
 
-from ingest.sheet import SectionRow, read_sheet
 from ingest.synthetic import CohortSpec, make_cohort
+from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import UserError
 
 

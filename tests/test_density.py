@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mclstexp.evaluation import baselines
-from mclstexp.evaluation.density import density_free_pearson, density_residuals
+from mclstexp.evaluation import floors
+from mclstexp.evaluation.metrics import density_free_pearson, density_residuals
 
 
 def _section(num_spots: int, num_genes: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -38,8 +38,8 @@ def test_residuals_are_those_of_a_line() -> None:
 
 def test_the_oracle_and_constants_have_no_density_free_correlation() -> None:
     truth, _, totals = _section(200)
-    oracle = baselines.library_size(totals, truth.shape[1])
-    for nothing in (oracle, -3 * oracle + 0.1, baselines.constant(truth.mean(axis=0), 200), np.zeros_like(truth)):
+    oracle = floors.library_size(totals, truth.shape[1])
+    for nothing in (oracle, -3 * oracle + 0.1, floors.constant(truth.mean(axis=0), 200), np.zeros_like(truth)):
         assert (density_residuals(nothing, totals) == 0).all()
         assert np.isnan(density_free_pearson(truth, nothing, totals)).all()
         assert np.isnan(density_free_pearson(nothing, truth, totals)).all()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ingest.legacy_st import read_legacy_st
+from ingest.readers.legacy_st import read_legacy_st
 from mclstexp.errors import SourceError
 from mclstexp.evaluation import domains
 from mclstexp.evaluation.domains import MEASURED, NO_DOMAIN, SMOOTHED

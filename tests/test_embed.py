@@ -12,13 +12,13 @@ import ray
 import torch
 from ray.data import ExecutionResources
 
+from mclstexp.cluster import ordered
 from mclstexp.config import Config
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.data.stream import ordered
 from mclstexp.errors import ResourceError
-from mclstexp.inference.embed import ImageNetwork, embed_sections, encoder_network
-from mclstexp.inference.model_version import ModelVersion
+from mclstexp.model.embed import ImageNetwork, embed_sections, encoder_network
 from mclstexp.model.towers import TwoTowers
+from mclstexp.model.version import ModelVersion
 from mclstexp.settings import ModelConfig, TrainConfig
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ class _OtherRuns:
 def test_a_run_that_has_its_share_embeds_while_others_hold_all_else(
     tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mclstexp.inference.embed._TILES_WORTH_AN_ACTOR", 1)  # as a large table would ask for
+    monkeypatch.setattr("mclstexp.model.embed._TILES_WORTH_AN_ACTOR", 1)  # as a large table would ask for
     manifest = load_manifest(tiles)
     names, network, found = [manifest.sections[0].section_id], _network(_config()), {}
     others = _OtherRuns.remote()  # 4 of the session's 6 CPUs: half of all would leave none to read on
@@ -171,7 +171,7 @@ def test_a_run_that_has_its_share_embeds_while_others_hold_all_else(
 def test_a_process_that_keeps_dying_ends_the_job_instead_of_hanging_it(
     tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mclstexp.inference.embed.MAX_RETRIES", 1)  # each takes the start of a process
+    monkeypatch.setattr("mclstexp.model.embed.MAX_RETRIES", 1)  # each takes the start of a process
 
     class Deadly(ImageNetwork):  # local, so that it travels to the worker by value
         def build(self, device: torch.device) -> object:

@@ -18,15 +18,15 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 from untrained import untrained_version
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.table import read_columns, read_counts
 from mclstexp.errors import ConfigError, ModelError, SplitError, TableError, UserError
 from mclstexp.evaluation.evaluate import evaluate, held_out
 from mclstexp.evaluation.metrics import pearson_per_gene
-from mclstexp.inference.model_version import ModelVersion
-from mclstexp.model.build import build_network
-from mclstexp.report.results import model_rows, open_result
+from mclstexp.model.towers import build_network
+from mclstexp.model.version import ModelVersion
+from mclstexp.report.result import model_rows, open_result
+from mclstexp.slides.codec import decode_tile
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")]  # MLflow
 TEST = "P3S1"

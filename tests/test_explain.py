@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.explain import explain
-from mclstexp.inference.retrieval import retrieve
+from mclstexp.model.bank import Bank
+from mclstexp.model.retrieval import explain, retrieve
 from mclstexp.settings import RetrievalConfig
 
 CONFIGS = [

@@ -18,19 +18,16 @@ from rough_inputs import GENES, POSITIONS, SIZE_PX, Section, rough_section, roug
 
 from mclstexp.config import Config, load_config, override
 from mclstexp.data.genes import normalisers
-from mclstexp.data.spots import SpotReader
-from mclstexp.data.stream import Batch
+from mclstexp.data.spots import Batch, SpotReader
 from mclstexp.evaluation.metrics import pearson_per_gene
-from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
-from mclstexp.inference.bank import Bank, build_bank
-from mclstexp.inference.embed import ImageNetwork
-from mclstexp.inference.retrieval import resolve, retrieve
-from mclstexp.model.build import build_network
+from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
+from mclstexp.model.bank import Bank, build_bank
+from mclstexp.model.embed import ImageNetwork
 from mclstexp.model.losses import contrastive_loss
-from mclstexp.model.towers import ImageTower, TwoTowers
+from mclstexp.model.retrieval import resolve, retrieve
+from mclstexp.model.towers import ImageTower, TwoTowers, build_network, plain_tensors
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.augment import augment
-from mclstexp.training.checkpoint import plain_tensors
 
 NEIGHBOURS = 12
 NUM_SPOTS = {"A1": 23, "A2": 30, "B1": 18, "B2": 14}
@@ -209,7 +206,7 @@ def test_metrics() -> None:
 
 
 def _same_scores(truth: np.ndarray, predicted: np.ndarray, wanted: dict[str, float], tolerance: float) -> None:
-    table = set_table(gene_table(truth, predicted, np.ones(len(truth))), gene_sets(truth, {})).set_index("gene_set")
+    table = set_table(gene_scores(truth, predicted, np.ones(len(truth))), gene_sets(truth, {})).set_index("gene_set")
     got = table.loc["all", ["pcc", "undefined", "mse", "mae"]].to_dict() | {"heg50": table.loc["heg50", "pcc"]}
     names = {"pcc": "all", "heg50": "highest"}
     for name, value in got.items():

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mclstexp.evaluation.domains import NO_DOMAIN
-from mclstexp.report.domain_maps import draw_domain_maps, match_labels, number_labels
-from mclstexp.report.figures import colour_limits
-from mclstexp.report.gene_maps import draw_gene_maps
-from mclstexp.report.section_axes import Thumbnail, draw_spots
+from mclstexp.figures import colour_limits
+from mclstexp.report.biology import number_labels
+from mclstexp.report.maps import draw_domain_maps, draw_gene_maps, draw_spots, match_labels
+from mclstexp.report.result import Thumbnail
 
 SIDE = 10
 PITCH_PX = 100.0

@@ -12,12 +12,12 @@ from random_version import random_version
 from small_table import make_table
 
 from mclstexp.config import Config, override
-from mclstexp.data.genes import fit_panel
+from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest
 from mclstexp.errors import ConfigError
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.settings import GenesConfig
-from mclstexp.training.trainer import open_run
+from mclstexp.training.run import open_run
 
 SYMBOLS = [("GNAS", "GNAS", ""), ("FASN", "FASN", "")]
 ENSEMBL = [("ENSG00000087460", "GNAS", "ENSG00000087460"), ("ENSG00000169710", "FASN", "ENSG00000169710")]

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ingest.expression import Gene, named_gene
-from ingest.gene_table import gene_rows, merged_genes
-from ingest.header import read_header
+from ingest.header import gene_rows, merged_genes, read_header
 from ingest.plan import Plan, make_plan
+from ingest.readers.spots import Gene, named_gene
 from ingest.section import cut_section
 from mclstexp.config import Config, override
 from mclstexp.data.schema import SectionEntry

@@ -12,6 +12,7 @@ from small_table import NAMES, make_sentence, make_table
 from mclstexp import storage
 from mclstexp.data import genes
 from mclstexp.data.genes import GenePanel, Normaliser
+from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import GENE_SCHEMA, gene_names
 from mclstexp.data.variability import normalised_dispersion
 from mclstexp.errors import ConfigError, ModelError
@@ -32,14 +33,14 @@ def test_the_panel_is_the_most_variable_genes_of_the_training_sections(tmp_path:
     sections["A2"][:, 3] = 0  # a gene that one training section lacks
     sections["A1"][4] = 0  # a spot without counts
     manifest = make_table(tmp_path, sections)
-    panel = genes.fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(num_genes=5))
+    panel = fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(num_genes=5))
     counts = np.concatenate([sections["A1"], sections["A2"]]).astype(float)
     totals = counts.sum(axis=1, keepdims=True)
     logs = np.log(1 + 1e4 * np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0))
     ranked = [gene for gene in np.argsort(-logs.var(axis=0)) if gene != 3]
     assert list(panel.gene_id) == [NAMES[gene] for gene in ranked[:5]]
-    assert genes.fit_panel(str(tmp_path), manifest, ["A2", "A1"], GenesConfig(num_genes=5)) == panel
-    assert len(genes.fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(num_genes=99))) == len(NAMES) - 1
+    assert fit_panel(str(tmp_path), manifest, ["A2", "A1"], GenesConfig(num_genes=5)) == panel
+    assert len(fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(num_genes=99))) == len(NAMES) - 1
 
 
 def test_held_out_sections_do_not_touch_the_panel(tmp_path: Path) -> None:
@@ -48,14 +49,14 @@ def test_held_out_sections_do_not_touch_the_panel(tmp_path: Path) -> None:
         root = tmp_path / str(place)
         root.mkdir()
         manifest = make_table(root, {"A1": _counts(20, 0), "B1": held_out})
-        panels.append(genes.fit_panel(str(root), manifest, ["A1"], GenesConfig(num_genes=4)))
+        panels.append(fit_panel(str(root), manifest, ["A1"], GenesConfig(num_genes=4)))
     assert panels[0] == panels[1] == panels[2]
 
 
 def test_equal_variances_are_ranked_by_gene_id(tmp_path: Path) -> None:
     counts = np.repeat(np.array([[1], [2], [5]], np.int32), len(NAMES), axis=1)
     manifest = make_table(tmp_path, {"A1": counts})
-    panel = genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(num_genes=len(NAMES)))
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(num_genes=len(NAMES)))
     assert list(panel.gene_id) == sorted(NAMES)
 
 
@@ -66,14 +67,14 @@ def test_genes_in_few_spots_leave_the_panel(tmp_path: Path, panel: str) -> None:
     counts[:3, 5] = 40  # the most variable by far
     manifest = make_table(tmp_path, {"A1": counts[:11], "A2": np.roll(counts, 10, axis=0)[:11]})
     few = [
-        genes.fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(panel=panel, min_spots=spots)).gene_id
+        fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(panel=panel, min_spots=spots)).gene_id
         for spots in (0, 4, 5)
     ]
     in_spots = (counts[:11, 5] > 0).sum() + (np.roll(counts, 10, axis=0)[:11, 5] > 0).sum()
     assert in_spots == 4
     assert ["FASN" in panel for panel in few] == [True, True, False]
     with pytest.raises(ConfigError, match=r"genes\.min_spots=99"):
-        genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=panel, min_spots=99))
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=panel, min_spots=99))
 
 
 def _levelled_counts(num_spots: int, seed: int, num_genes: int) -> np.ndarray:
@@ -127,7 +128,7 @@ def test_a_constant_gene_is_not_variable_and_takes_no_place(tmp_path: Path) -> N
     manifest = make_table(tmp_path, {"A1": counts})
     for number, expected in ((1, 2), (2, 2), (4, 4), (8, 4)):  # the first two are equal
         config = GenesConfig(panel="hvg_union", num_genes=number)
-        assert genes.fit_panel(str(tmp_path), manifest, ["A1"], config).gene_id == NAMES[:expected]
+        assert fit_panel(str(tmp_path), manifest, ["A1"], config).gene_id == NAMES[:expected]
 
 
 def test_the_union_is_of_each_sections_most_variable_genes(tmp_path: Path) -> None:
@@ -148,15 +149,15 @@ def test_the_union_is_of_each_sections_most_variable_genes(tmp_path: Path) -> No
     often = [gene for gene in union if sum((counts[:, gene] > 0).sum() for counts in training) >= min_spots]
     assert each < len(often) < len(union) < 2 * each
     expected = tuple(names[gene] for gene in sorted(often))
-    assert genes.fit_panel(str(tmp_path), manifest, ["A1", "A2"], config).gene_id == expected
-    assert genes.fit_panel(str(tmp_path), manifest, ["A2", "A1"], config).gene_id == expected
+    assert fit_panel(str(tmp_path), manifest, ["A1", "A2"], config).gene_id == expected
+    assert fit_panel(str(tmp_path), manifest, ["A2", "A1"], config).gene_id == expected
 
 
 def test_a_panel_file_keeps_its_order_and_takes_symbols_and_ensembl_ids(tmp_path: Path) -> None:
     manifest = make_table(tmp_path, {"A1": _counts(9, 0)})
     file = tmp_path / "panel.txt"
     file.write_text("MUC1\n\nENSG00000141510.17\nTP53\nMUC1\n")
-    panel = genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
     assert panel.gene_id == ("MUC1", "ENSG00000141510", "TP53")
     assert panel.names() == ["MUC1", "ENSG00000141510", "TP53"]
 
@@ -168,23 +169,23 @@ def test_unknown_genes_of_a_panel_file_are_named_or_dropped(tmp_path: Path) -> N
     with pytest.raises(
         ConfigError, match=r"has 1 of the panel's 3 genes; it lacks NOPE1, NOPE2; set genes\.missing=drop"
     ):
-        genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
-    dropped = genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file), missing="drop"))
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
+    dropped = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file), missing="drop"))
     assert dropped.gene_id == ("MUC1",)
     with pytest.raises(ConfigError, match="give a file, hvg or hvg_union"):
-        genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(tmp_path / "none.txt")))
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(tmp_path / "none.txt")))
     file.write_text("\n")
     with pytest.raises(ConfigError, match="no gene is left"):
-        genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
 
 
 def test_a_panel_file_may_lie_in_object_storage(tmp_path: Path, s3: str) -> None:
     manifest = make_table(tmp_path, {"A1": _counts(9, 0)})
     storage.write(f"{s3}/panel.txt", b"MUC1\r\nTP53\r\n")
-    panel = genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/panel.txt"))
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/panel.txt"))
     assert panel.gene_id == ("MUC1", "TP53")
     with pytest.raises(ConfigError, match=rf"genes\.panel={s3}/none\.txt: there is no such file; give a file, hvg or"):
-        genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/none.txt"))
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/none.txt"))
 
 
 def test_a_panel_that_is_no_text_file_is_refused(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_a_panel_that_is_no_text_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "panel.xlsx").write_bytes(b"PK\xff\xfe")
     for path in (tmp_path, tmp_path / "panel.xlsx"):
         with pytest.raises(ConfigError, match=rf"genes\.panel={path}: .*; give a text file, hvg or hvg_union"):
-            genes.fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(path)))
+            fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(path)))
 
 
 def test_genes_are_aligned_by_ensembl_id_and_else_by_symbol() -> None:

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from mclstexp.model.losses import contrastive_loss, gather
-from mclstexp.model.towers import TwoTowers
+from mclstexp.model.towers import TwoTowers, native_bf16
 from mclstexp.settings import ModelConfig, TrainConfig
 from mclstexp.training.augment import augment
-from mclstexp.training.optim import make_optimizer, native_bf16
+from mclstexp.training.step import make_optimizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from section_reading import COUNTS, PLACES, read, refused
 
 from ingest.readers import read_preview
-from ingest.sheet import SectionRow
+from mclstexp.data.sheet import SectionRow
 
 
 @pytest.fixture

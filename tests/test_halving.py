@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from mclstexp.config import Config, override
 from mclstexp.training.validation import VALIDATION_PCC
-from tuning.halving import Halving, halving
+from tuning.sweep import Halving, halving
 from tuning.trial import EPOCHS
 
 STOP, CONTINUE = "STOP", "CONTINUE"

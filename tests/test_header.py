@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from ingest.array import array_mpp
-from ingest.expression import Preview, named_gene
-from ingest.gene_table import merged_genes
-from ingest.header import Header, naming_system, report
+from ingest.header import Header, merged_genes, naming_system, report
+from ingest.readers.spots import Preview, array_mpp, named_gene
 
 BOTH, ENSEMBL, SYMBOLS = [
     [named_gene("GNAS", "ENSG00000087460.24"), named_gene("FASN", "ENSG00000169710.9")],

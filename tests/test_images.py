@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mclstexp.data.images import MAX_TILE_PX, decode_tile, encode_tile
 from mclstexp.errors import TableError
+from mclstexp.slides.codec import MAX_TILE_PX, decode_tile, encode_tile
 
 
 @pytest.fixture

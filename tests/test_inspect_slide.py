@@ -14,16 +14,15 @@ import tifffile
 from PIL import Image
 from round_slide import MPP, SIZE, TILE, make_plan, tissue_image
 
-from ingest import inspect_slide
-from ingest.cohort_plan import SlideSource, attempt_key, key
-from ingest.inspect_slide import inspect, resolution
-from ingest.slide_list import POSITION_SCHEMA
-from ingest.slides import open_slide
-from ingest.tissue import find_tissue
 from mclstexp import storage
 from mclstexp.errors import SourceError
-from mclstexp.inference.slide_record import GRID, GRID_SCHEMA, PARTS, PREVIEW, RECORD, THUMBNAIL
+from mclstexp.prediction.cohort import POSITION_SCHEMA
+from mclstexp.prediction.inspect import inspect, resolution
+from mclstexp.prediction.parts import GRID, GRID_SCHEMA, PARTS, PREVIEW, RECORD, THUMBNAIL
+from mclstexp.prediction.plan import SlideSource, attempt_key, key
 from mclstexp.settings import TilesConfig
+from mclstexp.slides.slide import open_slide
+from mclstexp.slides.tissue import find_tissue
 
 real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 
@@ -201,7 +200,7 @@ def test_a_damaged_slide_leaves_no_record(slide, tmp_path):
 
 def test_an_inspected_slide_is_read_back_and_not_opened(slide, tmp_path, monkeypatch):
     first = inspect(slide, make_plan(tmp_path))
-    monkeypatch.setattr(inspect_slide, "open_slide", None)
+    monkeypatch.setattr("mclstexp.prediction.inspect.open_slide", None)
     assert inspect(slide, make_plan(tmp_path)) == first
     assert inspect(slide, make_plan(tmp_path, assume_mpp=0.5)) == first  # its own resolution is known
 

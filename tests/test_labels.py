@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ingest.expression import Spots
-from ingest.labels import read_labels
+from ingest.readers.labels import read_labels
+from ingest.readers.spots import Spots
 from mclstexp.errors import SourceError
 
 SPOTS = Spots(

@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from mclstexp.config import Config, override
-from mclstexp.data.spots import SpotReader
-from mclstexp.data.stream import Batch
-from mclstexp.evaluation.baselines import RidgeFloor
-from mclstexp.evaluation.tables import gene_table
-from mclstexp.inference.embed import network_of
-from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.retrieval import retrieve
+from mclstexp.data.spots import Batch, SpotReader
+from mclstexp.evaluation.floors import RidgeFloor
+from mclstexp.evaluation.scores import gene_scores
+from mclstexp.model.embed import network_of
+from mclstexp.model.retrieval import retrieve
 from mclstexp.model.towers import TwoTowers
+from mclstexp.model.version import ModelVersion
 from mclstexp.training import finish, trainer
 from mclstexp.training.checkpoint import TrainState, save_checkpoint
 from mclstexp.training.feed import make_feed
-from mclstexp.training.optim import make_optimizer
-from mclstexp.training.step import Trainee, train_step
+from mclstexp.training.run import Run, open_run
+from mclstexp.training.step import RankState, make_optimizer, train_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {
@@ -52,7 +51,7 @@ def learnable_tiles(ray_session: None, tmp_path_factory: pytest.TempPathFactory)
     return str(folder / "tiles")
 
 
-def _trained(run: trainer.Run) -> ModelVersion:
+def _trained(run: Run) -> ModelVersion:
     """Trains as one worker does and returns the finished version."""
     feed, train = make_feed(run.config, run.reader, run.split.train), run.config.train
     model = TwoTowers(run.config.model, len(run.panel), 0, run.manifest.tile_size_px)
@@ -60,7 +59,7 @@ def _trained(run: trainer.Run) -> ModelVersion:
     model = model.to(memory_format=torch.channels_last).train()
     total_steps = train.epochs * feed.num_steps()
     optimizer, state = make_optimizer(model, train), TrainState({})
-    trainee = Trainee(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, total_steps, state)
+    trainee = RankState(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, total_steps, state)
     for epoch in range(train.epochs):
         state.epoch = epoch
         rows = feed.rows(epoch, (), rank=0, world_size=1)
@@ -82,7 +81,7 @@ def _one(row: dict[str, object]) -> dict[str, np.ndarray]:
 def _scores(tiles: str, folder: Path, shuffle_pairs: bool) -> dict[str, pd.Series]:
     """Trains on three patients and scores model and floors on the spots of five others."""
     config = override(Config(), SETTINGS | {"train.shuffle_pairs": shuffle_pairs})
-    run = trainer.open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
+    run = open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
     model = _trained(run)
     train, test = (_spots(run.reader, names) for names in (run.split.train, run.split.test))
     embed = network_of(model).build(torch.device("cpu"))
@@ -91,7 +90,7 @@ def _scores(tiles: str, folder: Path, shuffle_pairs: bool) -> dict[str, pd.Serie
     mean = np.tile(train["payload"].mean(axis=0), (len(test["image"]), 1))
     said = {"model": found.prediction, "ridge on RGB": colour.predict(_colour(test["image"])), "train mean": mean}
     same_totals = np.ones(len(mean))
-    return {method: gene_table(test["payload"], values, same_totals).mean() for method, values in said.items()}
+    return {method: gene_scores(test["payload"], values, same_totals).mean() for method, values in said.items()}
 
 
 def _spots(reader: SpotReader, names: tuple[str, ...]) -> Batch:

@@ -3,7 +3,7 @@
 import pytest
 
 from mclstexp.errors import ConflictError
-from mclstexp.inference.ledger import Entry, claim_slide, entry, fulfil, set_aside
+from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry, set_aside
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -21,9 +21,9 @@ def _done(key: str, image: str = "first") -> Entry:
 
 
 def test_an_answer_takes_the_place_of_its_claim(out: str) -> None:
-    fulfil(out, _done("k"), claim_slide(out, _claim("k"), over=None))
+    commit(out, _done("k"), claim_slide(out, _claim("k"), over=None))
     assert entry(out, "A") == _done("k")
-    fulfil(out, _done("other"), claim_slide(out, _claim("other"), over=_done("k")))
+    commit(out, _done("other"), claim_slide(out, _claim("other"), over=_done("k")))
     assert entry(out, "A") == _done("other")
 
 
@@ -31,23 +31,23 @@ def test_a_run_that_lost_its_claim_to_other_settings_cannot_vouch_for_the_files(
     ours = claim_slide(out, _claim("ours"), over=None)
     theirs = claim_slide(out, _claim("theirs"), over=_claim("ours"))
     with pytest.raises(ConflictError):
-        fulfil(out, _done("ours"), ours)
+        commit(out, _done("ours"), ours)
     assert entry(out, "A") == _claim("theirs")
-    fulfil(out, _done("theirs"), theirs)
+    commit(out, _done("theirs"), theirs)
     with pytest.raises(ConflictError):
-        fulfil(out, _done("ours"), ours)
+        commit(out, _done("ours"), ours)
 
 
 def test_runs_of_equal_settings_share_a_claim(out: str) -> None:
     first, second = (claim_slide(out, _claim("k"), over=None) for _ in range(2))
-    fulfil(out, _done("k"), second)
+    commit(out, _done("k"), second)
     with pytest.raises(ConflictError):
-        fulfil(out, _done("k").model_copy(update={"finished": "later"}), first)
+        commit(out, _done("k").model_copy(update={"finished": "later"}), first)
     assert entry(out, "A") == _done("k")
 
 
 def test_what_was_written_since_it_was_read_is_not_claimed(out: str) -> None:
-    fulfil(out, _done("k"), claim_slide(out, _claim("k"), over=None))
+    commit(out, _done("k"), claim_slide(out, _claim("k"), over=None))
     with pytest.raises(ConflictError):
         claim_slide(out, _claim("other"), over=None)
     assert entry(out, "A") == _done("k")
@@ -65,7 +65,7 @@ def test_what_was_written_since_it_was_read_is_not_claimed(out: str) -> None:
 def test_a_prediction_outlives_faults_but_not_a_damaged_image_in_its_images_place(
     out: str, state: str, image: str, stays: bool
 ) -> None:
-    fulfil(out, _done("k", "first"), claim_slide(out, _claim("k"), over=None))
+    commit(out, _done("k", "first"), claim_slide(out, _claim("k"), over=None))
     fault = Entry(slide_id="A", key="attempt", state=state, fingerprint=image, reason="broken")
     set_aside(out, fault)
     assert entry(out, "A") == (_done("k", "first") if stays else fault)

@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 from section_reading import COUNTS, PLACES, read, refused
 
-from ingest import legacy_st
-from ingest.readers import read_preview
-from ingest.sheet import SectionRow, read_sheet
+from ingest.readers import READERS, legacy_st, read_preview
+from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import SourceError
 
 GENES = ["GNAS", "FASN", "ENSG00000141736.14"]
@@ -209,7 +208,7 @@ def test_real_sections(tmp_path):
     """Spots and genes as the data's own description counts them."""
     root = Path(os.environ["MCLSTEXP_DATA"])
     expected = {"C2": (187, 15706), "C3": (180, 15821), "C4": (184, 15842), "C5": (181, 15721), "B4": (283, 15289)}
-    for row in read_sheet(str(root / "samples.csv")):
+    for row in read_sheet(str(root / "samples.csv"), READERS):
         found = read(row, tmp_path)
         assert (len(found.spots), len(found.genes)) == expected[row.section_id]
         assert len(found.rejected) <= 3

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ingest.legacy_st import read_legacy_st
+from ingest.readers.legacy_st import read_legacy_st
 from mclstexp.errors import SourceError
 
 COUNTS = "\tGNAS\tFASN\n10x20\t1\t2\n\n11x20\t3\t4\n"

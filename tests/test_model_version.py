@@ -14,9 +14,9 @@ from mclstexp.config import override
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import ModelError
-from mclstexp.inference.embed import network_of
-from mclstexp.inference.model_version import ModelVersion
-from mclstexp.model.build import build_network
+from mclstexp.model.embed import network_of
+from mclstexp.model.towers import build_network
+from mclstexp.model.version import ModelVersion
 
 
 @pytest.fixture
@@ -216,13 +216,13 @@ def test_an_earlier_versions_bank_does_not_say_what_it_was_made_for(folder: Path
 def test_another_schema_is_refused(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
     _rewrite_record(folder, record | {"schema_version": 99, "new_field": 1})
-    with pytest.raises(ModelError, match="model schema 99, this code reads 1, 2, 3"):
+    with pytest.raises(ModelError, match="model schema 99, this code reads 1, 2, 3, 4"):
         ModelVersion.load(folder)
 
 
 def test_a_version_of_schema_1_loads_with_no_threshold(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
-    assert (record["schema_version"], record.pop("ood_similarity")) == (3, 0.25)
+    assert (record["schema_version"], record.pop("ood_similarity")) == (4, 0.25)
     _rewrite_record(folder, record | {"schema_version": 1})
     loaded = ModelVersion.load(folder)
     assert loaded.ood_similarity is None

@@ -10,11 +10,10 @@ import torch
 from mclstexp.config import Config, override
 from mclstexp.data.folds import Split
 from mclstexp.data.genes import GenePanel
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.out_of_distribution import drawn_sections, ood_similarity
+from mclstexp.model.bank import Bank, drawn_sections, ood_similarity
 from mclstexp.model.towers import TwoTowers
 from mclstexp.training import finish
-from mclstexp.training.trainer import Run
+from mclstexp.training.run import Run
 
 SIZES = {"A1": 30, "A2": 25, "B1": 40}
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ingest.packed import is_packed
-from ingest.slides import open_slide
 from mclstexp.errors import SourceError
+from mclstexp.slides.slide import is_packed, open_slide
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from staged_slides import CONFIDENCE, PANEL, Slide, stage
 
 from mclstexp import storage
 from mclstexp.errors import PartError
-from mclstexp.inference.parts import parts_done, read_part
-from mclstexp.inference.slide_record import part_name
+from mclstexp.prediction.parts import part_name, parts_done, read_part
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from predicted_cohort import BIG_PX, GOOD, TILE_PX, PredictedCohort, digests, job, ledger_entries, predict, write_slide
 
-from mclstexp.data.images import decode_tile, encode_tile
 from mclstexp.errors import ConfigError, PredictError
-from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.retrieval import retrieve
+from mclstexp.model.retrieval import retrieve
+from mclstexp.model.version import ModelVersion
+from mclstexp.slides.codec import decode_tile, encode_tile
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -15,15 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from predicted_cohort import NUM_KEYS, PredictedCohort, digests, job, ledger_entries, predict
+from predicted_cohort import PredictedCohort, digests, job, ledger_entries, predict
 from s3_server import S3Server
 
 from mclstexp import storage
 from mclstexp.errors import StorageError
-from mclstexp.inference import ledger
-from mclstexp.inference.cosine import KEY_BLOCK
-from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.shards import split_bank
+from mclstexp.model.version import ModelVersion
+from mclstexp.prediction import ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -76,9 +74,9 @@ def test_passing_faults_of_the_store_and_runs_with_other_settings_cost_no_slide(
     (tmp_path / "slides").mkdir()
     for name in names:
         shutil.copy(slides / f"{name}.tif", tmp_path / "slides")
-    original, out, tries = ledger.fulfil, str(tmp_path / "out"), Counter()
+    original, out, tries = ledger.commit, str(tmp_path / "out"), Counter()
 
-    def fulfil(out: str, new: ledger.Entry, claimed: str) -> None:
+    def commit(out: str, new: ledger.Entry, claimed: str) -> None:
         tries[new.slide_id] += 1
         turn = new.slide_id, tries[new.slide_id]
         if turn in (("big1", 1), ("small", 1)):
@@ -92,7 +90,7 @@ def test_passing_faults_of_the_store_and_runs_with_other_settings_cost_no_slide(
             raise StorageError("the store said 503")
         original(out, new, claimed)
 
-    monkeypatch.setattr(ledger, "fulfil", fulfil)
+    monkeypatch.setattr(ledger, "commit", commit)
     report = predict(model, tmp_path / "slides", out, (model.panel.names()[2],))
     assert (report.counts(), tries) == ({"done": 2}, {"big1": 3, "small": 2})
     assert ledger_entries(tmp_path / "out") == {name: report.entries[name].model_dump() for name in names}
@@ -101,9 +99,7 @@ def test_passing_faults_of_the_store_and_runs_with_other_settings_cost_no_slide(
     assert {"small.parquet", "overviews/small.png", "geojson/small.geojson"} < set(files)
 
 
-def test_a_killed_embedder_and_a_sharded_bank_change_nothing(
-    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
-) -> None:
+def test_a_killed_embedder_changes_nothing(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
     killed: list[int] = []
 
     def kill() -> None:
@@ -111,9 +107,8 @@ def test_a_killed_embedder_and_a_sharded_bank_change_nothing(
             process.kill()
             killed.append(process.pid)
 
-    assert [len(shard.keys) for shard in split_bank(model.bank, 2)] == [KEY_BLOCK, NUM_KEYS - KEY_BLOCK]
     killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
-    report = predict(model, slides, tmp_path, (model.panel.names()[2],), bank_shards=2)
+    report = predict(model, slides, tmp_path, (model.panel.names()[2],))
     killer.join()
     assert killed, "the fault must have hit"
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}

@@ -18,10 +18,10 @@ from prepared_tables import CONFIG, add_count, copy_of, edit_counts, read_everyt
 from ingest.prepare import plan, prepare
 from mclstexp import storage
 from mclstexp.config import Config, override
-from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import REJECT_SCHEMA, load_genes, load_manifest
 from mclstexp.data.table import read_columns, read_counts, read_sentence, read_thumbnail
 from mclstexp.errors import SourceError
+from mclstexp.slides.codec import decode_tile
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,7 @@ import pytest
 from mclstexp import tracking
 from mclstexp.config import Config, override
 from tuning import promotion
-from tuning.comparison import Difference
-from tuning.promotion import Promotion, promote
+from tuning.promotion import Difference, Promotion, promote
 from tuning.space import Choice
 from tuning.sweep import FINISHED, Sweep, Trial
 from tuning.trial import TrialPlan

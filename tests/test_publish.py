@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 from staged_slides import CONFIDENCE, FACTS, GENES, PANEL, SCANNED_FROM, Slide
 
-from ingest import tiling
 from mclstexp import storage
 from mclstexp.errors import StorageError
-from mclstexp.inference.publish import publish_slide, redrawn
-from mclstexp.inference.slide_table import tile_corner
+from mclstexp.prediction.draw import redrawn
+from mclstexp.prediction.publish import publish_slide
+from mclstexp.prediction.writers.table import tile_left
+from mclstexp.slides import tiles
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,8 @@ def test_squares_lie_where_the_tiles_were_cut(slides: dict[str, Slide], out: Pat
 def test_corners_are_those_that_tiles_are_cut_at(slides: dict[str, Slide], size_px: int, scale: float) -> None:
     centres = np.random.default_rng(0).random(50) * 1e5
     record = slides["A"].record.model_copy(update={"scale": scale})
-    found = tile_corner(centres, record, replace(FACTS, tile_size_px=size_px))
-    assert np.array_equal(found, tiling.tile_corner(centres, size_px, scale))
+    found = tile_left(centres, record, replace(FACTS, tile_size_px=size_px))
+    assert np.array_equal(found, tiles.tile_corner(centres, size_px, scale))
 
 
 def test_the_first_genes_are_shown_where_none_are_chosen_and_no_squares_stay(
@@ -204,7 +205,7 @@ def test_the_same_bytes_later_in_another_process_and_place(slides: dict[str, Sli
     time.sleep(1.1)  # times in files have seconds
     shutil.copytree(slides["A"].staging, tmp_path / "elsewhere" / "A-key")
     script = (
-        "import sys; from test_publish import FACTS, GENES; from mclstexp.inference.publish import publish_slide;"
+        "import sys; from test_publish import FACTS, GENES; from mclstexp.prediction.publish import publish_slide;"
         "publish_slide(sys.argv[1], sys.argv[2], FACTS, GENES)"
     )
     root = Path(__file__).parents[1]

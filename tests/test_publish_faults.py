@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from staged_slides import CONFIDENCE, FACTS, GENES, PANEL, Slide, stage, write
 
-from mclstexp.data.genes import GenePanel
+from mclstexp.data.genes import GenePanel, choose_genes, gene_labels
 from mclstexp.errors import ConfigError, PartError, StorageError
-from mclstexp.inference.model_facts import choose_genes, gene_labels
-from mclstexp.inference.parts import parts_done
-from mclstexp.inference.publish import publish_slide
-from mclstexp.inference.slide_geojson import write_geojson
-from mclstexp.inference.slide_h5ad import write_h5ad
-from mclstexp.inference.slide_table import write_table
+from mclstexp.prediction.parts import parts_done
+from mclstexp.prediction.publish import publish_slide
+from mclstexp.prediction.writers.geojson import write_geojson
+from mclstexp.prediction.writers.h5ad import write_h5ad
+from mclstexp.prediction.writers.table import write_table
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +143,6 @@ def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
 
 
 def test_publishing_starts_without_torch() -> None:
-    script = "import sys, mclstexp.inference.publish; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
+    script = "import sys, mclstexp.prediction.publish; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "platform")}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ingest.legacy_st import read_legacy_st
-from ingest.sheet import read_sheet
-from mclstexp.evaluation import baselines
-from mclstexp.evaluation.ceiling import halve, noise_ceiling
+from ingest.readers import READERS
+from ingest.readers.legacy_st import read_legacy_st
+from mclstexp.data.sheet import read_sheet
+from mclstexp.evaluation import floors
+from mclstexp.evaluation.floors import halve, noise_ceiling
 from mclstexp.evaluation.metrics import pearson_per_gene
-from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
-from mclstexp.evaluation.targets import TARGETS, normalise_section
+from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
+from mclstexp.evaluation.sections import TARGETS, normalise_section
 
 pytestmark = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 
@@ -39,7 +40,7 @@ PUBLISHED = {
 def _section(name: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns counts of the panel's genes (N, 785), totals over all genes (N,) and the number of genes in the file."""
     root = Path(os.environ["MCLSTEXP_DATA"])
-    sheets = [read_sheet(str(root / sheet)) for sheet in ("samples.csv", "samples_lowres.csv")]
+    sheets = [read_sheet(str(root / sheet), READERS) for sheet in ("samples.csv", "samples_lowres.csv")]
     (row,) = (row for rows in sheets for row in rows if row.section_id == name)
     assert row.expression is not None
     assert row.positions is not None
@@ -57,12 +58,12 @@ def test_real_sections_give_the_published_floors(name: str, target: str) -> None
     truth = normalise_section(TARGETS[target], counts, totals)
     sets = gene_sets(truth, {})
     said = {
-        "oracle": baselines.library_size(totals, truth.shape[1]),
+        "oracle": floors.library_size(totals, truth.shape[1]),
         "zeros": np.zeros_like(truth),
-        "own mean": baselines.constant(truth.mean(axis=0, dtype=np.float64), len(truth)),
+        "own mean": floors.constant(truth.mean(axis=0, dtype=np.float64), len(truth)),
     }
     rows = {
-        word: set_table(gene_table(truth, values, totals), sets).set_index("gene_set") for word, values in said.items()
+        word: set_table(gene_scores(truth, values, totals), sets).set_index("gene_set") for word, values in said.items()
     }
     oracle, zeros = rows["oracle"], rows["zeros"].loc["all"]
     assert (len(counts), num_genes, oracle.loc["all", "undefined"]) == PUBLISHED[name, target][:3]
@@ -75,7 +76,7 @@ def test_real_sections_give_the_published_floors(name: str, target: str) -> None
 def test_the_oracle_stays_below_the_ceiling_but_not_below_reliability(target: str) -> None:
     counts, totals, _ = _section("B4")
     truth = normalise_section(TARGETS[target], counts, totals)
-    oracle = gene_table(truth, baselines.library_size(totals, truth.shape[1]), totals)["pcc"].mean()
+    oracle = gene_scores(truth, floors.library_size(totals, truth.shape[1]), totals)["pcc"].mean()
     ceiling = noise_ceiling(counts, totals, TARGETS[target], seed=0)
     assert ceiling["reliability"].mean() < oracle < ceiling["pcc"].mean()
 

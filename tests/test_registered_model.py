@@ -9,13 +9,13 @@ import pytest
 import torch
 from random_version import SETTINGS, random_version
 
-from mclstexp import metric_log, tracking
+from mclstexp import tracking
 from mclstexp.config import Config, override
-from mclstexp.data.images import encode_tile
 from mclstexp.errors import ModelError
-from mclstexp.inference.embed import network_of
-from mclstexp.inference.model_version import ModelVersion
-from mclstexp.inference.retrieval import retrieve
+from mclstexp.model.embed import network_of
+from mclstexp.model.retrieval import retrieve
+from mclstexp.model.version import ModelVersion
+from mclstexp.slides.codec import encode_tile
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_metrics_and_parameters_reach_mlflow(registry: tuple[Config, list[str], 
 
 def test_a_dead_tracking_server_does_not_hold_up_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(metric_log, "FLUSH_S", 1.0)
+    monkeypatch.setattr(tracking, "FLUSH_S", 1.0)
     config = override(Config(), {"tracking.uri": "http://127.0.0.1:9"})
     log = tracking.metric_log(config.tracking, "no-run")
     started = time.monotonic()

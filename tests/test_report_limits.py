@@ -11,8 +11,8 @@ from report_page import NAMES, SPOTS, Page, make_report, run_job, slides_of
 
 from mclstexp import storage
 from mclstexp.errors import ResultError
-from mclstexp.report import map_data, page
-from mclstexp.report.results import open_result
+from mclstexp.report import page, page_data
+from mclstexp.report.result import open_result
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow
 
@@ -46,7 +46,7 @@ def test_a_page_that_would_become_too_large_says_what_it_leaves_out(
 def test_gene_maps_are_the_first_pictures_that_a_page_does_without(
     make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page.pictures, "embedded", lambda path: "data:," + 9_994 * "x")
+    monkeypatch.setattr(page.maps, "embedded", lambda path: "data:," + 9_994 * "x")
     monkeypatch.setattr(page, "_PICTURES_SHARE", 1.0)
     some = make_report(make_result(tmp_path), "--page-mb", "0.035")
     assert {path.name for path in some.out.glob("*.png") if f"({path.name})" in some.page.text} == {
@@ -64,7 +64,7 @@ def test_a_large_picture_of_a_slide_is_shrunk_and_spots_stay_on_it(
     slide["images"]["hires"] = np.zeros((1500, 1800, 3), np.uint8)
     slide["scalefactors"]["tissue_hires_scalef"] = 1.5
     stored.write_h5ad(path)
-    data = map_data.slide_data(open_result(str(tmp_path), tmp_path).section("S1"))
+    data = page_data.slide_data(open_result(str(tmp_path), tmp_path).section("S1"))
     assert (data["width"], data["height"]) == (900, 750)
     np.testing.assert_allclose(np.stack([data["x"], data["y"]], axis=1), 0.75 * stored.obsm["spatial"], atol=0.05)
 

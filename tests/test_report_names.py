@@ -7,16 +7,14 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mclstexp.data.genes import GenePanel
-from mclstexp.evaluation.gene_labels import unique_labels
-from mclstexp.evaluation.measured import MeasuredSection
+from mclstexp.data.genes import GenePanel, unique_labels
 from mclstexp.evaluation.score_card import MODEL, ScoreCard
-from mclstexp.evaluation.section_file import SectionResult
-from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
+from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
+from mclstexp.evaluation.sections import MeasuredSection, SectionResult
 from mclstexp.report.biology import order_genes, section_names, significant_genes, unique_names
-from mclstexp.report.map_data import gene_data
-from mclstexp.report.results import Result, open_result
-from mclstexp.report.score_view import gene_lines
+from mclstexp.report.page_data import gene_data
+from mclstexp.report.result import Result, open_result
+from mclstexp.report.tables import gene_lines
 
 PATIENTS = {"01": "007", "02": "1e3"}
 PANEL = GenePanel(("ENSG1", "ENSG5", "ENSG6"), ("GNAS", "TWICE", "TWICE"), ("ENSG1", "ENSG5", "ENSG6"))
@@ -37,7 +35,7 @@ def _section(name: str) -> SectionResult:
 def _card() -> ScoreCard:
     rows, per_gene, results = [], [], [_section(name) for name in PATIENTS]
     for result in results:
-        name, table = result.section.section_id, gene_table(result.truth, result.prediction, result.section.totals)
+        name, table = result.section.section_id, gene_scores(result.truth, result.prediction, result.section.totals)
         of = {"section_id": name, "patient_id": PATIENTS[name], "target": "per_spot", "method": MODEL}
         rows.append(set_table(table, gene_sets(result.truth, {})).assign(**of, num_spots=30, kind=MODEL))
         per_gene.append(table.assign(**of, gene=LABELS))

@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from mclstexp import resources
+from mclstexp import cluster
 from mclstexp.config import Config, override
 from mclstexp.errors import ResourceError
-from mclstexp.inference.embed import num_embedders
+from mclstexp.model.embed import num_embedders
 
 LOCAL = ["--data tiles", "--out s3://bucket/runs"]
 
@@ -26,7 +26,7 @@ def _config(**settings: object) -> Config:
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The cluster's nodes, to be filled by the test."""
     alive: list[dict] = []
-    monkeypatch.setattr(resources, "_alive_nodes", lambda: alive)
+    monkeypatch.setattr(cluster, "_alive_nodes", lambda: alive)
     return alive
 
 
@@ -41,7 +41,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 )
 def test_what_fits_is_let_through(nodes: list[dict], alive: list[dict], settings: dict[str, object]) -> None:
     nodes += alive
-    resources.require(_config(**settings))
+    cluster.require(_config(**settings))
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,15 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
 ) -> None:
     nodes += alive
     with pytest.raises(ResourceError, match=message):
-        resources.require(_config(**settings))
+        cluster.require(_config(**settings))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 6])
 @pytest.mark.parametrize("cpus_per_worker", [1, 3])
 def test_a_ray_on_this_machine_holds_every_run(nodes: list[dict], num_workers: int, cpus_per_worker: int) -> None:
     config = _config(train_num_workers=num_workers, train_cpus_per_worker=cpus_per_worker)
-    nodes.append(_node(CPU=resources.local_ray(config)["num_cpus"]))
-    resources.require(config)
+    nodes.append(_node(CPU=cluster.local_ray(config)["num_cpus"]))
+    cluster.require(config)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_runs_at_once_are_those_whose_workers_each_fit_a_node_with_their_data(
     nodes: list[dict], alive: list[dict], settings: dict[str, object], expected: int
 ) -> None:
     nodes += alive
-    assert resources.runs_at_once(_config(cluster_data_cpus=1, **settings)) == expected
+    assert cluster.runs_at_once(_config(cluster_data_cpus=1, **settings)) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_runs_side_by_side_leave_a_cpu_to_read_on_whether_they_train_or_embed(
 ) -> None:
     nodes += alive
     config = _config(cluster_data_cpus=1, **settings)
-    runs, share = resources.runs_at_once(config), resources.share_of_run(config)
+    runs, share = cluster.runs_at_once(config), cluster.share_of_run(config)
     embedders = num_embedders(int(share["cpu"]), 0)
     training = config.train.num_workers * config.train.cpus_per_worker
     for embedding in range(1, runs + 1):
@@ -137,24 +137,24 @@ def test_runs_side_by_side_leave_a_cpu_to_read_on_whether_they_train_or_embed(
 def test_a_run_alone_embeds_with_half_of_the_cpus_or_with_every_gpu(nodes: list[dict]) -> None:
     nodes += [_node(CPU=5), _node(CPU=4)]
     alone = _config(train_num_workers=4)
-    assert num_embedders(int(resources.share_of_run(alone)["cpu"]), 0) == 4
+    assert num_embedders(int(cluster.share_of_run(alone)["cpu"]), 0) == 4
     nodes.append(_node(CPU=8, GPU=4))
-    assert resources.share_of_run(_config(train_num_workers=4, train_use_gpu=True)) == {"cpu": 17, "gpu": 4}
-    assert resources.share_of_run(_config(train_num_workers=2, train_use_gpu=True)) == {"cpu": 8, "gpu": 2}
+    assert cluster.share_of_run(_config(train_num_workers=4, train_use_gpu=True)) == {"cpu": 17, "gpu": 4}
+    assert cluster.share_of_run(_config(train_num_workers=2, train_use_gpu=True)) == {"cpu": 8, "gpu": 2}
 
 
 def test_workers_stay_off_the_pool_that_decodes_for_them() -> None:
-    assert resources.worker_nodes(_config()) is None
-    assert resources.worker_nodes(_config(cluster_data_pool="cpu")) == {"pool": "!cpu"}
+    assert cluster.worker_nodes(_config()) is None
+    assert cluster.worker_nodes(_config(cluster_data_pool="cpu")) == {"pool": "!cpu"}
 
 
 def test_the_number_of_local_cpus_can_be_set() -> None:
-    started = resources.local_ray(_config(cluster_local_cpus=5, cluster_object_store_mb=200))
+    started = cluster.local_ray(_config(cluster_local_cpus=5, cluster_object_store_mb=200))
     assert (started["num_cpus"], started["object_store_memory"]) == (5, 200 * 2**20)
 
 
 def test_the_plan_names_what_a_run_claims() -> None:
-    plan = resources.plan(_config(train_num_workers=4, train_use_gpu=True, train_cpus_per_worker=2))
+    plan = cluster.plan(_config(train_num_workers=4, train_use_gpu=True, train_cpus_per_worker=2))
     assert plan.startswith("4 training worker(s) with 1 GPU and 2 CPU(s) each")
 
 
@@ -166,17 +166,17 @@ def test_places_that_one_node_only_sees_are_refused(nodes: list[dict], alive: li
     with pytest.raises(
         ResourceError, match=r"--data tiles, tracking.uri=sqlite:///mlflow.db .*storage.shared_paths"
     ) as e:
-        resources.require_shared(Config(), LOCAL)
+        cluster.require_shared(Config(), LOCAL)
     assert "s3://bucket" not in str(e.value)
     with pytest.raises(ResourceError, match="and --data tiles can be seen"):
-        resources.require_shared(Config(), LOCAL, uses_tracking=False)
-    resources.require_shared(override(Config(), {"storage.shared_paths": True}), LOCAL)
-    resources.require_shared(override(Config(), {"tracking.uri": "http://mlflow:5000"}), ["--data s3://bucket/tiles"])
+        cluster.require_shared(Config(), LOCAL, uses_tracking=False)
+    cluster.require_shared(override(Config(), {"storage.shared_paths": True}), LOCAL)
+    cluster.require_shared(override(Config(), {"tracking.uri": "http://mlflow:5000"}), ["--data s3://bucket/tiles"])
 
 
 def test_one_node_may_use_its_own_places(nodes: list[dict]) -> None:
     nodes.append(_node(CPU=4))
-    resources.require_shared(Config(), LOCAL)
+    cluster.require_shared(Config(), LOCAL)
 
 
 @pytest.mark.parametrize(
@@ -191,22 +191,22 @@ def test_one_node_may_use_its_own_places(nodes: list[dict]) -> None:
 def test_prediction_is_refused_what_the_cluster_lacks(nodes: list[dict], settings: dict, message: str) -> None:
     nodes += [_node(CPU=0), _node(CPU=2), _node(CPU=4, GPU=1)]
     if not message:
-        resources.require_to_predict(_config(**settings))
+        cluster.require_to_predict(_config(**settings))
         return
     with pytest.raises(ResourceError, match=message):
-        resources.require_to_predict(_config(**settings))
+        cluster.require_to_predict(_config(**settings))
 
 
 @pytest.mark.ray
 def test_a_real_cluster_is_asked_for_nodes_and_refused_in_time(ray_session: None) -> None:
-    resources.require(_config(train_num_workers=4))
+    cluster.require(_config(train_num_workers=4))
     started = time.monotonic()
     with pytest.raises(
         ResourceError, match=r"asks for 7 CPUs .* the cluster has 6; the data stream would starve: lower train\.num"
     ):
-        resources.require(_config(train_num_workers=6, cluster_wait_s=1.5))
+        cluster.require(_config(train_num_workers=6, cluster_wait_s=1.5))
     assert 1.5 <= time.monotonic() - started < 15
     started = time.monotonic()
     with pytest.raises(ResourceError, match=r"asks for 1 GPU\(s\), the cluster has 0"):
-        resources.require_to_predict(_config(predict_num_gpus=1, cluster_wait_s=1.5))
+        cluster.require_to_predict(_config(predict_num_gpus=1, cluster_wait_s=1.5))
     assert 1.5 <= time.monotonic() - started < 15

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from mclstexp.errors import ModelError
-from mclstexp.inference import retrieval
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.cosine import nearest
-from mclstexp.inference.retrieval import ValidationSection
-from mclstexp.inference.shards import LocalShards, split_bank
+from mclstexp.model import retrieval
+from mclstexp.model.bank import Bank
+from mclstexp.model.nearest import KEY_BLOCK, Keys, nearest
 from mclstexp.settings import RetrievalConfig
+from mclstexp.training import validation
+from mclstexp.training.validation import ValidationSection
 
 
 def _bank(num_keys: int, seed: int = 0) -> Bank:
@@ -55,9 +55,13 @@ def _reference(queries: np.ndarray, bank: Bank, config: RetrievalConfig) -> tupl
     ids=lambda config: f"{config.weighting}-{config.k}-{config.distance}",
 )
 @pytest.mark.parametrize("key_block", [16, 65_536])
-def test_it_equals_the_dense_reference(config: RetrievalConfig, key_block: int) -> None:
+def test_it_equals_the_dense_reference(
+    config: RetrievalConfig, key_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bank, queries = _bank(40), _queries(9)
-    found = retrieval.retrieve(queries, LocalShards(split_bank(bank, 1, key_block)), config)
+    monkeypatch.setattr(Keys.nearest, "__defaults__", (key_block,))
+    monkeypatch.setattr(retrieval.weighted_mean, "__defaults__", (key_block,))
+    found = retrieval.retrieve(queries, bank, config)
     prediction, donors, share = _reference(queries, bank, config)
     np.testing.assert_allclose(found.prediction, prediction, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.effective_donors, donors, rtol=1e-3)
@@ -71,6 +75,16 @@ def test_an_answer_does_not_depend_on_the_other_queries() -> None:
         alone = retrieval.retrieve(queries[start:stop], bank, config)
         assert (alone.prediction == together.prediction[start:stop]).all()
         assert (alone.similarity == together.similarity[start:stop]).all()
+
+
+def test_neighbours_in_several_blocks_of_keys_are_added_block_by_block() -> None:
+    bank, queries = _bank(2 * KEY_BLOCK + 999), _queries(20)
+    config = RetrievalConfig(k=60, temperature=0.02)
+    found = retrieval.neighbours(queries, bank, config)
+    assert set((found.ids // KEY_BLOCK).ravel().tolist()) == {0, 1, 2}
+    weight = retrieval.weights(found, config)
+    expected = np.einsum("qk,qkg->qg", weight, bank.payload[found.ids].astype(np.float64))
+    np.testing.assert_allclose(retrieval.retrieve(queries, bank, config).prediction, expected, rtol=1e-6)
 
 
 def test_a_query_on_a_key_takes_its_payload() -> None:
@@ -111,9 +125,9 @@ def test_choice_finds_the_settings_that_predict_best() -> None:
     queries = rng.normal(size=(200, 8)).astype(np.float32)
     truth = retrieval.retrieve(queries, bank, RetrievalConfig(k=10, temperature=0.5)).prediction
     sections = [ValidationSection("P", queries, truth)]
-    chosen = retrieval.choose(sections, bank, RetrievalConfig())
+    chosen = validation.choose(sections, bank, RetrievalConfig())
     assert (chosen.k, chosen.temperature) == (10, 0.5)
-    assert retrieval.choose(sections, bank, RetrievalConfig(k=3)).k == 3
+    assert validation.choose(sections, bank, RetrievalConfig(k=3)).k == 3
 
 
 def test_choice_looks_within_sections_and_weighs_patients_alike() -> None:
@@ -138,5 +152,5 @@ def test_choice_looks_within_sections_and_weighs_patients_alike() -> None:
     assert abs(best[10] - best[400]) > 0.02, "the choice must not be a toss-up"
     config = RetrievalConfig(temperature=0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "TRIED_K", (10, 400))
-        assert retrieval.choose(sections, bank, config).k == max(best, key=best.__getitem__)
+        patch.setattr(validation, "TRIED_K", (10, 400))
+        assert validation.choose(sections, bank, config).k == max(best, key=best.__getitem__)

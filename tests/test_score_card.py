@@ -12,10 +12,9 @@ import scipy.stats
 from rich.console import Console
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.evaluation.measured import MeasuredSection
 from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ORACLE, ScoreCard
-from mclstexp.evaluation.section_file import SectionResult
-from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
+from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
+from mclstexp.evaluation.sections import MeasuredSection, SectionResult
 
 GENES = [f"G{index}" for index in range(8)]
 SECTIONS = {"B1": "B", "B2": "B", "C1": "C"}
@@ -38,7 +37,7 @@ def _card(model_noise: float, ridge_noise: float, protocol: str = "patient") -> 
                 (ORACLE, LINE): np.tile(truth[:, :1], len(GENES)),
             }
             for (method, kind), prediction in said.items():
-                table = gene_table(truth, prediction, totals)
+                table = gene_scores(truth, prediction, totals)
                 if kind == LINE:
                     table = table.assign(mse=NAN, mae=NAN)
                 of = {"section_id": name, "patient_id": patient}
@@ -171,7 +170,7 @@ def _half_silent() -> ScoreCard:
         (MODEL, MODEL, silent),
         ("ridge on RGB", FLOOR, truth + rng.normal(size=truth.shape)),
     ):
-        table = gene_table(truth, said, totals)
+        table = gene_scores(truth, said, totals)
         of = {"section_id": "B1", "patient_id": "B", "target": "per_spot", "method": method}
         rows.append(set_table(table, gene_sets(truth, {})).assign(**of, num_spots=30, kind=kind))
         genes.append(table.assign(**of, gene=GENES))

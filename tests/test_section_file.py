@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.evaluation.measured import MeasuredSection
-from mclstexp.evaluation.section_file import SectionResult, section_path, write_section_result
-from mclstexp.report.section_axes import map_size_in, window
+from mclstexp.evaluation.sections import MeasuredSection, SectionResult, section_path, write_section_result
+from mclstexp.report.maps import map_size_in, window
 
 
 @pytest.mark.parametrize("num_spots", [1, 2])

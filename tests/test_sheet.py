@@ -2,9 +2,10 @@
 
 import pytest
 
-from ingest import sheet
-from ingest.sheet import read_sheet
+from ingest.readers import READERS
 from mclstexp import storage
+from mclstexp.data import sheet
+from mclstexp.data.sheet import read_sheet
 from mclstexp.errors import SheetError
 
 HEADER = "section_id,patient_id,image,format,expression,positions,mpp,spot_diameter_um,labels,site"
@@ -25,7 +26,7 @@ def write(folder, *lines, header=HEADER):
 
 def faults(path):
     with pytest.raises(SheetError) as caught:
-        read_sheet(path)
+        read_sheet(path, READERS)
     return str(caught.value)
 
 
@@ -36,7 +37,8 @@ def test_good_sheet(folder):
             "A1,A,a.tif,legacy_st,a.tsv.gz,a_sel.tsv,0.69,100,a_labels.tsv,Uppsala (SE)",
             f"B-1,B,{folder}/b.tif,h5ad,b.h5ad,,,55,,",
             "C.1,C,c.svs,slide,,,,,,",
-        )
+        ),
+        READERS,
     )
     assert [row.section_id for row in rows] == ["A1", "B-1", "C.1"]
     assert rows[0].files == {
@@ -53,7 +55,7 @@ def test_good_sheet(folder):
 def test_columns_in_any_order_with_byte_order_mark(folder):
     path = folder / "samples.csv"
     path.write_bytes("﻿format,image,patient_id,section_id\r\nslide,c.svs,C,C1\r\n".encode())
-    assert read_sheet(str(path))[0].section_id == "C1"
+    assert read_sheet(str(path), READERS)[0].section_id == "C1"
 
 
 def test_all_faults_at_once_with_row_and_column(folder):
@@ -89,7 +91,7 @@ def test_section_ids_cannot_leave_the_table(folder, name):
 
 
 def test_longest_section_id(folder):
-    assert read_sheet(write(folder, f"{'x' * 128},C,c.svs,slide,,,,,,"))[0].section_id == "x" * 128
+    assert read_sheet(write(folder, f"{'x' * 128},C,c.svs,slide,,,,,,"), READERS)[0].section_id == "x" * 128
 
 
 def test_slides_take_no_expression(folder):
@@ -118,7 +120,7 @@ def test_what_is_no_sheet_is_refused(folder, content, reason):
     path = folder / "samples.csv"
     path.write_bytes(content)
     with pytest.raises(SheetError, match=reason):
-        read_sheet(str(path))
+        read_sheet(str(path), READERS)
 
 
 def test_missing_and_huge_sheets_are_refused(folder, monkeypatch):
@@ -135,6 +137,6 @@ def test_paths_that_cannot_be_resolved(folder, path):
 def test_sheet_in_object_storage(s3):
     storage.write(f"{s3}/cohort/images/c.svs", b"")
     storage.write(f"{s3}/cohort/samples.csv", f"{HEADER}\nC1,C,images/c.svs,slide,,,,,,\n".encode())
-    assert read_sheet(f"{s3}/cohort/samples.csv")[0].image == f"{s3}/cohort/images/c.svs"
+    assert read_sheet(f"{s3}/cohort/samples.csv", READERS)[0].image == f"{s3}/cohort/images/c.svs"
     storage.delete(f"{s3}/cohort/images/c.svs")
     assert "row 2, column image: there is no file images/c.svs" in faults(f"{s3}/cohort/samples.csv")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ingest.fingerprint import fingerprint
-from ingest.slide_list import list_slides, read_positions, require_positions
 from mclstexp import storage
 from mclstexp.errors import SheetError
+from mclstexp.prediction.cohort import list_slides, read_positions, require_positions
+from mclstexp.prediction.plan import fingerprint
 
 
 def touch(folder, *names):

@@ -12,8 +12,8 @@ from PIL import Image
 from staged_slides import FACTS, TILE_PX, Slide, stage, write
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.inference.publish import publish_slide
-from mclstexp.inference.slide_overview import MOST_GENES, draw_overview, paint
+from mclstexp.prediction.publish import publish_slide
+from mclstexp.prediction.writers.overview import MOST_GENES, draw_overview, paint
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import tifffile
 from PIL import Image
 from slide_files import texture, write_plain, write_pyramid
 
-from ingest import slides
-from ingest.slides import open_slide, scanned_from
 from mclstexp.errors import SourceError, StorageError
+from mclstexp.slides import slide
+from mclstexp.slides.slide import open_slide, scanned_from
 
 real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 WRITERS = {
@@ -80,7 +80,7 @@ def test_pyramid_and_plain_image_agree(tmp_path):
 def test_thumbnail_is_read_in_bounded_parts(lossless, monkeypatch):
     with open_slide(lossless) as slide:
         whole = slide.thumbnail(9.0)
-        monkeypatch.setattr(slides, "_MAX_REGION_PX", 200)
+        monkeypatch.setattr("mclstexp.slides.slide._MAX_REGION_PX", 200)
         parts = slide.thumbnail(9.0)
     assert np.abs(whole.astype(int) - parts).max() <= 1
 
@@ -234,7 +234,7 @@ def test_memory_does_not_grow_with_a_pyramid(tmp_path):
         tiles = (tile for _ in range(16 * 16))
         tiff.write(tiles, shape=(8192, 8192, 3), dtype=np.uint8, tile=(512, 512), photometric="rgb", compression="jpeg")
     code = (
-        "import resource, sys; from ingest.slides import open_slide; slide = open_slide(sys.argv[1]);"
+        "import resource, sys; from mclstexp.slides.slide import open_slide; slide = open_slide(sys.argv[1]);"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "slide.read_tile(5000, 5000, 224, 1.0); slide.thumbnail(16.0);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -278,7 +278,7 @@ def test_a_lost_file_is_no_damaged_slide(tmp_path, monkeypatch):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     write_plain(tmp_path / "a.png", texture())
-    monkeypatch.setattr(slides, "open", stale, raising=False)
+    monkeypatch.setattr(slide, "open", stale, raising=False)
     with pytest.raises(StorageError, match=r"image a.png cannot be read now: \[Errno 116\] Stale file handle"):
         open_slide(tmp_path / "a.png")
 

@@ -11,7 +11,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.spots import SpotReader, make_reader, num_positions
 from mclstexp.errors import UserError
-from mclstexp.model.spot import SpotTower
+from mclstexp.model.towers import SpotTower
 
 PLACES = {"A1": np.array([[3.9, 100.0], [65.999999, 7.5], [0.2, 40.1]]), "B1": np.array([[12.0, 211.7], [5.5, 6.5]])}
 WHOLE = {"A1": [[3, 100], [65, 7], [0, 40]], "B1": [[12, 211], [5, 6]]}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ingest import staging
-from ingest.staging import clear, staged
-from mclstexp import object_store, storage
+from mclstexp import storage
 from mclstexp.errors import ResourceError, SourceError, StorageError
+from mclstexp.prediction import slide_cache
+from mclstexp.prediction.slide_cache import clear, staged
 
 MIB = 2**20
 SPAWN = multiprocessing.get_context("spawn")
@@ -114,7 +114,7 @@ def test_a_slide_in_use_is_waited_for_and_never_removed(s3, tmp_path, monkeypatc
     waiting.join(60)
     assert got == [True]
     assert whole(tmp_path) == ["b.svs"]
-    monkeypatch.setattr(staging, "_MAX_WAIT_S", 0.5)
+    monkeypatch.setattr(slide_cache, "_MAX_WAIT_S", 0.5)
     with (
         staged(second, str(tmp_path), MIB),
         pytest.raises(StorageError, match=rf"{MIB} bytes.*scratch budget of {MIB} bytes"),
@@ -152,14 +152,14 @@ def test_a_download_cut_short_never_shows(s3, tmp_path, monkeypatch):
 
 
 def use(uri, folder, budget, log, hold_s):
-    original = object_store.download
+    original = storage._s3_download
 
     def counted(uri, local):
         with open(log, "a") as file:
             file.write("d")
         original(uri, local)
 
-    object_store.download = counted
+    storage._s3_download = counted
     with staged(uri, folder, budget) as path, open(log, "a") as file:
         file.write("u" if Path(path).stat().st_size == 8 * MIB else "!")
         file.flush()
@@ -195,7 +195,7 @@ def test_processes_race_for_one_download_and_a_killed_one_holds_nothing(s3, tmp_
 
 def test_what_a_killed_download_left_is_taken_over(s3, tmp_path):
     uri, data = put(s3, "a.svs")
-    entry, _ = staging._entry(uri, tmp_path)
+    entry, _ = slide_cache._entry(uri, tmp_path)
     entry.mkdir()
     (entry / ".a.svs.part").write_bytes(b"x" * MIB)
     other, _ = put(s3, "b.svs")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from ingest.slides import open_slide
-from ingest.stain import not_h_and_e, stain_figures
-from ingest.synthetic_texture import draw_stain, paint, smooth_field
-from ingest.tissue import find_tissue_on_thumbnail, tissue_mask
+from ingest.texture import draw_stain, paint, smooth_field
+from mclstexp.slides.slide import open_slide
+from mclstexp.slides.stain import not_h_and_e, stain_figures
+from mclstexp.slides.tissue import find_tissue_on_thumbnail, tissue_mask
 
 SIZE = 256
 HAEMATOXYLIN, DAB = np.array([0.65, 0.70, 0.29]), np.array([0.27, 0.57, 0.78])  # Ruifrok & Johnston 2001

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from mclstexp.config import Config, override
-from mclstexp.data.stream import Batch
-from mclstexp.model.build import build_network
+from mclstexp.data.spots import Batch
+from mclstexp.model.towers import build_network
 from mclstexp.training.checkpoint import TrainState
-from mclstexp.training.optim import make_optimizer
-from mclstexp.training.step import Trainee, train_step
+from mclstexp.training.step import RankState, make_optimizer, train_step
 
 SENTENCES, LENGTH, GENES, SIZE = 2, 8, 5, 32
 SETTINGS = {
@@ -26,11 +25,11 @@ SETTINGS = {
 }
 
 
-def _trainee(**changes: object) -> Trainee:
+def _trainee(**changes: object) -> RankState:
     config = override(Config(), SETTINGS | {name.replace("__", "."): value for name, value in changes.items()})
     torch.manual_seed(0)
     model = build_network(config.model, GENES, 0, SIZE).to(memory_format=torch.channels_last)
-    return Trainee(
+    return RankState(
         config=config,
         model=model,
         parallel=model,

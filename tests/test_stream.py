@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from small_table import section_entry
 
-from mclstexp.data import random_spots, stream
-from mclstexp.data.images import encode_tile
+from mclstexp.data import random_spots, spots, stream
 from mclstexp.data.schema import Manifest, RowGroup
+from mclstexp.slides.codec import encode_tile
 
 
 def _manifest(groups: dict[str, int], spots: int = 10) -> Manifest:
@@ -80,15 +80,15 @@ def test_shuffled_pairs_are_others_expression_and_new_each_epoch() -> None:
 
 
 def test_kept_spots_are_ordered_within_bounds_and_new_each_epoch() -> None:
-    kept = [stream.kept_spots(100, 0.3, seed=0, epoch=epoch, sentence_id="A1/0") for epoch in range(20)]
+    kept = [spots.kept_spots(100, 0.3, seed=0, epoch=epoch, sentence_id="A1/0") for epoch in range(20)]
     assert all(70 <= len(rows) <= 100 and (np.diff(rows) > 0).all() for rows in kept)
     assert len({tuple(rows) for rows in kept}) > 10
-    assert list(stream.kept_spots(1, 0.9, 0, 0, "x")) == [0]
-    assert list(stream.kept_spots(7, 0.0, 0, 0, "x")) == list(range(7))
+    assert list(spots.kept_spots(1, 0.9, 0, 0, "x")) == [0]
+    assert list(spots.kept_spots(7, 0.0, 0, 0, "x")) == list(range(7))
 
 
 def test_padding_is_masked_zeros() -> None:
-    padded = stream.pad({"a": np.ones((2, 3)), "b": np.arange(2)}, 4)
+    padded = spots.pad({"a": np.ones((2, 3)), "b": np.arange(2)}, 4)
     assert padded["a"].shape == (1, 4, 3)
     assert padded["mask"].tolist() == [[True, True, False, False]]
     assert padded["a"][0, 2:].sum() == 0

@@ -16,9 +16,8 @@ from mclstexp.data.schema import Manifest
 from mclstexp.errors import RunError, SplitError
 from tuning import pictures, sweep
 from tuning.forecast import expected_epochs
-from tuning.results import publish
+from tuning.results import best_config, best_trial, publish, trial_table
 from tuning.space import Choice, Range, Space
-from tuning.summary import best_config, best_trial, trial_table
 from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial, with_validation
 from tuning.trial import TrialPlan
 

@@ -7,11 +7,12 @@ import openslide
 import pandas as pd
 import pytest
 
-from ingest.sheet import read_sheet
+from ingest.readers import READERS
 from ingest.synthetic import CohortSpec, make_cohort
-from mclstexp.data.images import decode_tile, encode_tile
-from mclstexp.evaluation.baselines import RidgeFloor
+from mclstexp.data.sheet import read_sheet
+from mclstexp.evaluation.floors import RidgeFloor
 from mclstexp.evaluation.metrics import pearson_per_gene
+from mclstexp.slides.codec import decode_tile, encode_tile
 
 SPEC = CohortSpec(num_patients=4, array_side=12, pitch_px=32, num_genes=80, median_counts=2500)
 EDGE = SPEC.pitch_px
@@ -31,7 +32,7 @@ def test_equal_specs_give_equal_files(tmp_path: Path) -> None:
 
 
 def test_the_sheet_is_valid_and_slides_are_pyramids_with_a_resolution(learnable: Path) -> None:
-    rows = read_sheet(str(learnable / "samples.csv"))
+    rows = read_sheet(str(learnable / "samples.csv"), READERS)
     assert [row.format for row in rows].count("slide") == 1
     assert len({row.patient_id for row in rows}) == SPEC.num_patients + 1
     with openslide.OpenSlide(learnable / "P1S1.tif") as slide:

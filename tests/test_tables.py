@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from mclstexp.evaluation.tables import gene_sets, gene_table, mean_intervals, read_table, set_table
-from mclstexp.evaluation.targets import TARGETS, normalise_section
+from mclstexp.evaluation.scores import gene_scores, gene_sets, mean_intervals, read_table, set_table
+from mclstexp.evaluation.sections import TARGETS, normalise_section
 
 
 def _section(num_spots: int = 40, num_genes: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -19,7 +19,7 @@ def _section(num_spots: int = 40, num_genes: int = 60) -> tuple[np.ndarray, np.n
 def test_the_gene_table_by_hand() -> None:
     truth, prediction, totals = _section()
     prediction[:, 4] = 2.5
-    table = gene_table(truth, prediction, totals)
+    table = gene_scores(truth, prediction, totals)
     assert list(table) == ["truth_mean", "truth_variance", "pcc", "pcc_density_free", "mse", "mae"]
     assert len(table) == 60
     assert table["pcc"].isna().tolist() == table["pcc_density_free"].isna().tolist() == [g == 4 for g in range(60)]
@@ -41,7 +41,7 @@ def test_sets_of_genes_and_their_means() -> None:
     truth, prediction, totals = _section()
     highest = int(np.argmax(truth.astype(float).mean(axis=0)))
     prediction[:, highest] = 0.1
-    genes = gene_table(truth, prediction, totals)
+    genes = gene_scores(truth, prediction, totals)
     sets = gene_sets(truth, {"immune": np.array([highest, 5, 9]), "absent": np.array([], np.int32)})
     assert {name: len(columns) for name, columns in sets.items()} == {
         "all": 60,

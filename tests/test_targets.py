@@ -3,7 +3,7 @@
 import pytest
 
 from mclstexp.data.genes import Normaliser
-from mclstexp.evaluation.targets import TARGETS, scored_targets
+from mclstexp.evaluation.sections import TARGETS, scored_targets
 
 
 @pytest.mark.parametrize(("name", "unit"), [("per_spot", "ln"), ("per_gene", "log10")])

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import ray
 
+from mclstexp.cluster import config_for_tasks, weights_for_tasks, with_absolute_paths
 from mclstexp.config import Config, override
-from mclstexp.evaluation.cross_validation import Fold, Study, _for_tasks
-from mclstexp.task_files import config_for_tasks, weights_for_tasks, with_absolute_paths
+from tuning.cross_validation import Fold, Study, _for_tasks
 
 ASKED = {"genes.panel": "panel.txt", "model.image_weights": "weights.pth", "tracking.uri": "sqlite:///mlflow.db"}
 

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from ingest.tiling import curve_order, cut_evenly, grid, hilbert_distance, inside, tile_corner, tile_names, tile_scale
+from mclstexp.slides.tiles import (
+    curve_order,
+    cut_evenly,
+    grid,
+    hilbert_distance,
+    inside,
+    tile_corner,
+    tile_names,
+    tile_scale,
+)
 
 
 def hilbert_cells(order):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ingest.slides import open_slide
-from ingest.tissue import TissueMask, find_tissue, otsu, tissue_mask
+from mclstexp.slides.slide import open_slide
+from mclstexp.slides.tissue import TissueMask, find_tissue, otsu, tissue_mask
 
 PAPER, PINK, PURPLE, GREY, BLACK = (243, 241, 244), (226, 152, 194), (120, 84, 160), (150, 150, 152), (5, 5, 5)
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mclstexp.model.spot import SpotTower
-from mclstexp.model.towers import ImageTower, TwoTowers
+from mclstexp.model.towers import ImageTower, SpotTower, TwoTowers
 from mclstexp.settings import ModelConfig
 
 GENES, POSITIONS = 12, 9

@@ -13,10 +13,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from random_version import random_version
 
-from mclstexp import metric_log, storage, tracking
+from mclstexp import storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.errors import ConfigError, ModelError, UserError
-from mclstexp.inference.model_version import ModelVersion
+from mclstexp.model.version import ModelVersion
 
 SETTINGS = {"model.image_encoder": "small_cnn", "model.spot_width": 16, "model.spot_layers": 1, "retrieval.k": 5}
 
@@ -67,7 +67,7 @@ class _Server(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[_Server], Config]]:
     handler = type("Handler", (_Server,), {"received": []})
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(metric_log, "RETRY_S", 0.1)
+    monkeypatch.setattr(tracking, "RETRY_S", 0.1)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield handler, override(Config(), {"tracking.uri": f"http://127.0.0.1:{http.server_port}"})
@@ -95,7 +95,7 @@ def test_a_server_that_stays_away_costs_a_bounded_wait_and_is_reported(
     server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, config = server
-    monkeypatch.setattr(metric_log, "FLUSH_S", 0.5)
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.5)
     log = tracking.metric_log(config.tracking, "run")
     for step in range(7):
         log.log(step, {"loss": 1.0, "seconds": 2.0})

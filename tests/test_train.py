@@ -151,11 +151,12 @@ def calm_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mclstexp import tracking
     from mclstexp.config import Config, override
     from mclstexp.training import finish, trainer
+    from mclstexp.training.run import open_run
 
     folder = tmp_path_factory.mktemp("calm")
     changed = SETTINGS | {"split.test_patients": ["P3"], "tracking.uri": f"sqlite:///{folder}/mlflow.db"}
     config = override(Config(), changed)
-    run = trainer.open_run(tiles, str(folder), "calm", config, lambda full, name: tracking.start_run(full, name, {}))
+    run = open_run(tiles, str(folder), "calm", config, lambda full, name: tracking.start_run(full, name, {}))
     finish.finish(run, trainer.fit(run, lambda step, metrics: None))
     return folder / "calm"
 
@@ -181,10 +182,10 @@ def test_a_finished_run_knows_how_alike_tiles_of_other_sections_are(calm_run: Pa
 def test_a_run_name_with_other_settings_is_refused(calm_run: Path, tiles: str) -> None:
     from mclstexp.config import Config, override
     from mclstexp.errors import RunError
-    from mclstexp.training import trainer
+    from mclstexp.training.run import open_run
 
     config = override(Config(), SETTINGS | {"split.test_patients": ["P3"], "train.tower_lr": 0.5})
     with pytest.raises(RunError, match=r"train\.tower_lr: 0\.0001 -> 0\.5"):
-        trainer.open_run(tiles, str(calm_run.parent), "calm", config, lambda full, name: "none")
+        open_run(tiles, str(calm_run.parent), "calm", config, lambda full, name: "none")
     fewer = override(config, {"train.tower_lr": 1e-4, "train.num_workers": 1})
-    assert trainer.open_run(tiles, str(calm_run.parent), "calm", fewer, lambda full, name: "none").name == "calm"
+    assert open_run(tiles, str(calm_run.parent), "calm", fewer, lambda full, name: "none").name == "calm"

@@ -9,15 +9,15 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.evaluation.metrics import pearson_per_gene
-from mclstexp.inference.embed import network_of
-from mclstexp.inference.model_version import ModelVersion
+from mclstexp.model.embed import network_of
+from mclstexp.model.version import ModelVersion
 from mclstexp.settings import TrainConfig
 from mclstexp.training import finish, trainer
 from mclstexp.training.checkpoint import STATE, TrainState, save_checkpoint
-from mclstexp.training.loop import is_validated
-from mclstexp.training.optim import make_optimizer
-from mclstexp.training.step import Trainee
+from mclstexp.training.run import Run, open_run
+from mclstexp.training.step import RankState, make_optimizer
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
+from mclstexp.training.worker import is_validated
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {
@@ -74,29 +74,29 @@ def test_the_last_epoch_is_always_scored(every: int, scored: list[int]) -> None:
     assert [epoch for epoch in range(5) if is_validated(epoch, train)] == scored
 
 
-def _open(tiles: str, folder: Path, changes: dict[str, object]) -> trainer.Run:
+def _open(tiles: str, folder: Path, changes: dict[str, object]) -> Run:
     config = override(Config(), SETTINGS | changes)
-    return trainer.open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
+    return open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
 
 
-def _fit(run: trainer.Run) -> tuple[str, list[float]]:
+def _fit(run: Run) -> tuple[str, list[float]]:
     """Trains a run; returns its model's checkpoint and the scores on the way."""
     posted: list[dict[str, float]] = []
     best = trainer.fit(run, lambda step, metrics: posted.append(metrics))
     return best, [metrics[VALIDATION_PCC] for metrics in posted if VALIDATION_PCC in metrics]
 
 
-def _trainee(run: trainer.Run) -> Trainee:
-    from mclstexp.model.build import build_network
+def _trainee(run: Run) -> RankState:
+    from mclstexp.model.towers import build_network
 
     model = build_network(run.config.model, len(run.panel), 0, run.manifest.tile_size_px)
     model.load_state_dict(trainer.initial_weights(run))
     model = model.to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, run.config.train)
-    return Trainee(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, 10, TrainState({}))
+    return RankState(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, 10, TrainState({}))
 
 
-def _score(run: trainer.Run, model: ModelVersion) -> float:
+def _score(run: Run, model: ModelVersion) -> float:
     """The mean over P2's sections of the PCC over each one's 50 (here: all 30) highest genes."""
     embed = network_of(model).build(torch.device("cpu"))
     scores = []

@@ -27,13 +27,13 @@ from visium_folders import (
 )
 
 from ingest.header import read_header
+from ingest.plan import source_digests
 from ingest.prepare import plan
-from ingest.readers import read_preview
+from ingest.readers import READERS, read_preview
 from ingest.section import Recipe, cut_section
-from ingest.sheet import read_sheet
-from ingest.sources import source_digests
 from mclstexp import storage
 from mclstexp.config import Config, override
+from mclstexp.data.sheet import read_sheet
 from mclstexp.data.table import read_columns
 from mclstexp.errors import SourceError
 
@@ -110,7 +110,7 @@ def test_folders_in_object_storage(s3, tmp_path):
     storage.write(f"{s3}/image.png", b"")
     header = "section_id,patient_id,image,format,expression\n"
     storage.write(f"{s3}/samples.csv", f"{header}S1,P1,image.png,visium,v1_h5/\n".encode())
-    assert read_sheet(f"{s3}/samples.csv")[0].expression == f"{s3}/v1_h5"
+    assert read_sheet(f"{s3}/samples.csv", READERS)[0].expression == f"{s3}/v1_h5"
 
 
 # ---------------------------------------------------------------- resolution, images, tiles

@@ -9,8 +9,8 @@ from PIL import Image
 from section_reading import read, refused
 from visium_folders import hd, positions, section, v1_h5, v1_mtx, zipped
 
-from ingest.readers import read_preview
-from ingest.sheet import read_sheet
+from ingest.readers import READERS, read_preview
+from mclstexp.data.sheet import read_sheet
 from mclstexp.errors import SheetError, SourceError
 
 
@@ -138,7 +138,7 @@ def test_the_sheet_names_what_a_folder_lacks(tmp_path):
             ]
         )
     with pytest.raises(SheetError) as caught:
-        read_sheet(str(tmp_path / "samples.csv"))
+        read_sheet(str(tmp_path / "samples.csv"), READERS)
     text = str(caught.value)
     assert "row 2, column expression, got 'S1':" in text
     assert "S1/filtered_feature_bc_matrix has no features.tsv.gz or features.tsv or genes.tsv.gz or genes.tsv" in text

@@ -4,13 +4,12 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
-from mclstexp.data.genes import fit_panel
+from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import load_manifest
 from mclstexp.data.spots import make_reader
-from mclstexp.inference.bank import build_bank
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.model.build import build_network
-from mclstexp.model.towers import TwoTowers
+from mclstexp.model.bank import build_bank
+from mclstexp.model.towers import TwoTowers, build_network
+from mclstexp.model.version import ModelVersion, TrainingRecord
 
 
 def untrained_version(tiles: str, settings: dict[str, object]) -> ModelVersion:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ingest.sheet import SectionRow
+from mclstexp.data.sheet import SectionRow
 
 MPP = 0.5
 HD_MPP = 0.4  # said by the file; by its array it would be MPP

@@ -5,12 +5,11 @@ import time
 import numpy as np
 import torch
 
-from mclstexp import resources
+from mclstexp import cluster
 from mclstexp.config import Config
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest
-from mclstexp.model.towers import ImageTower
-from mclstexp.training.optim import uses_bf16
+from mclstexp.model.towers import ImageTower, uses_bf16
 from tuning.space import Space
 from tuning.sweep import at_once
 
@@ -37,7 +36,7 @@ def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: 
             f"{min(config.tune.grace_epochs, epochs)} on, one in {config.tune.reduction} goes on",
             f"trained on {', '.join(split.train)} ({spots} spots), validated on {', '.join(split.validation)}, never "
             f"seen: {', '.join(split.test) or 'no section'}",
-            f"each trial: {resources.plan(config)}; {at_once(config)} at once",
+            f"each trial: {cluster.plan(config)}; {at_once(config)} at once",
             f"{1000 * tile_s:.1f} ms a tile forward and back on one CPU core or GPU here: {hours[0]:.2f} to "
             f"{hours[1]:.2f} hours of one for the image tower and its validations, shared by all that the trials hold; "
             "the spots' tower adds a little, each trial takes some seconds to start",

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
-from mclstexp.report.figures import new_figure
+from mclstexp.figures import new_figure
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning.space import Choice, Range, Space
 

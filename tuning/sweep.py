@@ -11,28 +11,33 @@ turns.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import tune
+from ray._raylet import PlacementGroupID
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from rich.progress import Progress
 
-from mclstexp import resources, storage
+from mclstexp import cluster, storage
+from mclstexp.cluster import config_for_tasks
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError
-from mclstexp.task_files import config_for_tasks
-from mclstexp.training import trainer
-from mclstexp.training.record import StudyRecord, open_record
+from mclstexp.training.run import identity
 from mclstexp.training.validation import VALIDATION_PCC
-from tuning.halving import halving
-from tuning.progress import ShowTrials, shown
-from tuning.release import ReleaseStopped
+from mclstexp.training.worker import PLACEMENT_GROUP
 from tuning.space import Space, param_space
+from tuning.study import StudyRecord, open_record
 from tuning.trial import EPOCHS, TrialPlan, run_trial
 
 RECORD, TRIALS, STATE = "sweep.json", "trials", "tune"
@@ -121,7 +126,7 @@ def open_sweep(
     """
     config = config_for_tasks(config)
     asked: dict[str, object] = {
-        "identity": trainer.identity(config),
+        "identity": identity(config),
         "manifest_digest": load_manifest(data).digest(),
         "space": {name: str(entry) for name, entry in space.items()},
         "search": search,
@@ -199,7 +204,7 @@ def _has_begun(sweep: Sweep) -> bool:
 
 def at_once(config: Config) -> int:
     """Returns how many trials run side by side."""
-    held = resources.runs_at_once(config)
+    held = cluster.runs_at_once(config)
     return min(held, config.tune.max_concurrent or held)
 
 
@@ -229,3 +234,125 @@ def _reason(error: Exception | None) -> str:
     lines = str(error or "").strip().splitlines()
     kind, colon, said = lines[-1].partition(": ") if lines else ("", "", "")
     return said if colon and kind.replace(".", "").isidentifier() else kind + colon + said
+
+
+def halving(config: Config) -> "Halving":
+    """Returns the scheduler that a configuration's `tune` section asks for."""
+    tuning, epochs = config.tune, config.train.epochs
+    return Halving(
+        time_attr=EPOCHS,
+        max_t=epochs,
+        grace_period=min(tuning.grace_epochs, epochs),
+        reduction_factor=tuning.reduction,
+        stop_last_trials=False,
+    )
+
+
+class Halving(ASHAScheduler):
+    """Ray Tune's scheduler, but a trial is judged at a rung's own epoch alone, and never at its last.
+
+    Ray's would judge a trial at whatever epoch it reports first after a rung: in a resumed sweep, where nobody
+    knows the rungs that it had passed, trials of epoch 26 would be compared with those of epoch 12. And it would
+    stop a trial for the score of its last epoch, before that is logged.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Tells whether a trial goes on."""
+        done = result.get(EPOCHS)
+        if done == self._max_t or done not in self.rungs():
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """A trial has ended; its rungs have been recorded as it passed them."""
+        self._trial_info.pop(trial.trial_id, None)
+
+    def rungs(self) -> set[int]:
+        """Returns the epochs after which trials are compared."""
+        return {int(milestone) for bracket in self._brackets for milestone, _ in bracket._rungs}
+
+
+_PATIENCE_S = 30.0
+
+
+class ReleaseStopped(tune.Callback):
+    """Removes the placement group of each trial that ended, once its process is gone.
+
+    Not before: its training would take the loss of its workers for a fault and start others.
+    """
+
+    def __init__(self) -> None:
+        self._ended: dict[str, str] = {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has ended or was stopped."""
+        self._remember(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has failed."""
+        self._remember(trial)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Called many times a second."""
+        for name in [name for name in self._ended if not _is_alive(name)]:
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(self._ended.pop(name))))
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        """All trials have ended."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._ended and time.monotonic() < deadline:
+            self.on_step_end(0, trials)
+            time.sleep(0.2)
+
+    def _remember(self, trial: Any) -> None:
+        held = (trial.last_result or {}).get(PLACEMENT_GROUP)
+        if held:
+            self._ended[trial.trial_id] = held
+
+
+def _is_alive(trial: str) -> bool:
+    """Tells whether a trial's board is there, which ends with its process."""
+    try:
+        ray.get_actor(trial)
+    except ValueError:
+        return False
+    return True
+
+
+_shown: list[tuple[Progress, Any]] = []  # Ray Tune stores its callbacks, and a bar cannot be stored
+
+
+@contextmanager
+def shown(num_trials: int) -> Iterator[None]:
+    """Shows the bar while the block runs."""
+    with Progress() as bar:
+        _shown.append((bar, bar.add_task("trials", total=num_trials)))
+        try:
+            yield
+        finally:
+            _shown.pop()
+
+
+class ShowTrials(tune.Callback):
+    """Tells the bar of a sweep that is `shown`."""
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """A trial has validated."""
+        for bar, _task in _shown:
+            line = f"trial {trial.trial_id}: epoch {result[EPOCHS]}, validation PCC {result[VALIDATION_PCC]:.4f}"
+            bar.console.print(line, soft_wrap=True, highlight=False)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has ended or was stopped."""
+        _advance()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has failed."""
+        for bar, _task in _shown:
+            bar.console.print(f"trial {trial.trial_id}: failed", soft_wrap=True, highlight=False)
+        _advance()
+
+
+def _advance() -> None:
+    for bar, task in _shown:
+        bar.advance(task)

@@ -11,9 +11,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from mclstexp import storage, tracking
 from mclstexp.config import Config, override
-from mclstexp.training import trainer
-from mclstexp.training.loop import PLACEMENT_GROUP
+from mclstexp.training.run import RECORD, Run, RunRecord, last_checkpoint, open_run
+from mclstexp.training.trainer import fit
 from mclstexp.training.validation import VALIDATION_PCC
+from mclstexp.training.worker import PLACEMENT_GROUP
 
 EPOCHS = "epochs"
 """Metric: epochs that a trial has behind it."""
@@ -44,14 +45,14 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
         return
     metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
     try:
-        trainer.fit(run, metrics.log, [ReportValidation()], board_name=name)
+        fit(run, metrics.log, [ReportValidation()], board_name=name)
     finally:
         metrics.close()
 
 
-def _last_scores(run: trainer.Run) -> dict[str, Any] | None:
+def _last_scores(run: Run) -> dict[str, Any] | None:
     """Returns what a run that has all its epochs has to report."""
-    newest = trainer.last_checkpoint(run)
+    newest = last_checkpoint(run)
     metrics = newest.metrics if newest else {}
     if VALIDATION_PCC not in metrics or metrics["epoch"] + 1 < run.config.train.epochs:
         return None
@@ -65,11 +66,11 @@ def _said(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def tracked_run(name: str, plan: TrialPlan) -> str:
     """Returns the MLflow run of a trial that has begun."""
-    text = storage.read(storage.join(plan.uri, name, trainer.RECORD))
-    return trainer.RunRecord.model_validate_json(text).mlflow_run_id
+    text = storage.read(storage.join(plan.uri, name, RECORD))
+    return RunRecord.model_validate_json(text).mlflow_run_id
 
 
-def open_trial(name: str, settings: dict[str, Any], plan: TrialPlan) -> trainer.Run:
+def open_trial(name: str, settings: dict[str, Any], plan: TrialPlan) -> Run:
     """Returns a trial's run, new or as it was left.
 
     Raises:
@@ -81,7 +82,7 @@ def open_trial(name: str, settings: dict[str, Any], plan: TrialPlan) -> trainer.
         return tracking.start_run(config, run_name, tags)
 
     config = override(plan.config, settings, "the search space")
-    return trainer.open_run(plan.data, plan.uri, name, config, start)
+    return open_run(plan.data, plan.uri, name, config, start)
 
 
 class ReportValidation(TuneReportCallback):

@@ -8,6 +8,7 @@ tree of settings, so that one YAML file describes a whole study.
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -17,11 +18,11 @@ from pydantic import ValidationError, model_validator
 from mclstexp.errors import ConfigError
 from mclstexp.settings import (
     ClusterConfig,
+    ConfigBlock,
     GenesConfig,
     ModelConfig,
     PredictConfig,
     RetrievalConfig,
-    Section,
     SplitConfig,
     StorageConfig,
     TilesConfig,
@@ -30,8 +31,11 @@ from mclstexp.settings import (
     TuneConfig,
 )
 
+REMOVED = {"predict.bank_shards": "a bank needs no shards: it is read by memory map where it does not fit into memory"}
+"""Settings of earlier versions, and why they are gone."""
 
-class Config(Section):
+
+class Config(ConfigBlock):
     """All settings. Job arguments (`--data`, `--out`, ...) say what to work on, these say how."""
 
     storage: StorageConfig = StorageConfig()
@@ -89,11 +93,11 @@ class Config(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def leaf_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, tuple[type[Section], str]]:
+def leaf_fields(section: type[ConfigBlock] = Config, prefix: str = "") -> dict[str, tuple[type[ConfigBlock], str]]:
     """Returns every setting's dotted name with its section class and field name, in order of declaration."""
-    leaves: dict[str, tuple[type[Section], str]] = {}
+    leaves: dict[str, tuple[type[ConfigBlock], str]] = {}
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, ConfigBlock):
             leaves |= leaf_fields(field.annotation, f"{prefix}{name}.")
         else:
             leaves[prefix + name] = (section, name)
@@ -168,8 +172,25 @@ def config_from(tree: dict[str, object], origin: str = "settings") -> Config:
     return _validated(tree, origin)
 
 
+def recorded_config(tree: Mapping[str, object], origin: str) -> Config:
+    """Returns the Config that this or an earlier version of the code recorded; settings that are gone are ignored.
+
+    Raises:
+        ConfigError: as `config_from`.
+    """
+    known = {
+        section: {field: value for field, value in fields.items() if f"{section}.{field}" not in REMOVED}
+        if isinstance(fields, dict)
+        else fields
+        for section, fields in tree.items()
+    }
+    return config_from(known, origin)
+
+
 def unknown_setting(name: str, valid: list[str], origin: str) -> str:
     """Returns the message for an unknown setting, with the nearest valid name."""
+    if name in REMOVED:
+        return f"{name} in {origin} was removed: {REMOVED[name]}; leave it out"
     by_last = {key.rpartition(".")[2]: key for key in reversed(valid)}
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     near = near or [by_last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)]

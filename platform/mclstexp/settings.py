@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from mclstexp.errors import ConfigError
 
 
-class Section(BaseModel):
+class ConfigBlock(BaseModel):
     """Base of all sections: frozen, no unknown keys, no NaN, field docstrings as descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -39,7 +39,7 @@ def _known_encoder(name: str) -> str:
 Address = Annotated[str, AfterValidator(_without_password)]
 
 
-class StorageConfig(Section):
+class StorageConfig(ConfigBlock):
     """Where `s3://` URIs lead. Secrets come from the standard AWS environment variables or a named profile."""
 
     endpoint_url: Address | None = None
@@ -58,7 +58,7 @@ class StorageConfig(Section):
         return {name: value for name, value in values.items() if value}
 
 
-class ClusterConfig(Section):
+class ClusterConfig(ConfigBlock):
     """What Ray may use."""
 
     local_cpus: int | None = Field(None, ge=2)
@@ -73,7 +73,7 @@ class ClusterConfig(Section):
     """Seconds to wait for an autoscaler to add nodes before a run that does not fit is refused."""
 
 
-class TilesConfig(Section):
+class TilesConfig(ConfigBlock):
     """How slides are cut into tiles."""
 
     size_px: int = Field(224, ge=16, le=2048)
@@ -92,7 +92,7 @@ class TilesConfig(Section):
     """Least share of tissue for a tile of an H&E-only slide, and for a measured spot not to be rejected."""
 
 
-class GenesConfig(Section):
+class GenesConfig(ConfigBlock):
     """Which genes are predicted, and in which unit."""
 
     panel: str = "hvg"
@@ -113,7 +113,7 @@ class GenesConfig(Section):
     """Base of log(1 + x)."""
 
 
-class SplitConfig(Section):
+class SplitConfig(ConfigBlock):
     """What is held out. Held-out data enters neither panel, normaliser, bank nor training."""
 
     protocol: Literal["patient", "reference"] = "patient"
@@ -128,7 +128,7 @@ class SplitConfig(Section):
     """Validation patients to be drawn from those that no test holds, in cross-validation anew for each fold."""
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigBlock):
     """The two towers."""
 
     image_encoder: Annotated[str, AfterValidator(_known_encoder)] = "densenet121"
@@ -171,7 +171,7 @@ class ModelConfig(Section):
     """Batch statistics of each worker, of all workers (GPU), or fixed running ones."""
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigBlock):
     """Contrastive training."""
 
     epochs: int = Field(30, ge=1)
@@ -229,7 +229,7 @@ class TrainConfig(Section):
     """Seed of order, augmentation, dropout and initial weights."""
 
 
-class RetrievalConfig(Section):
+class RetrievalConfig(ConfigBlock):
     """How a query's expression is read from the bank."""
 
     k: int | None = Field(None, ge=1)
@@ -242,7 +242,7 @@ class RetrievalConfig(Section):
     """Distance d of `inverse_square`."""
 
 
-class PredictConfig(Section):
+class PredictConfig(ConfigBlock):
     """How slides are cut and predicted; a model fixes the tiles themselves."""
 
     overlap: float = Field(0.0, ge=0, lt=1)
@@ -259,15 +259,13 @@ class PredictConfig(Section):
     """CPUs that read and, without GPUs, embed, but for one; empty: those that are there."""
     num_gpus: int | None = Field(None, ge=0)
     """GPUs that embed; empty: those that are there. `cluster.wait_s` says how long to wait for either."""
-    bank_shards: int = Field(1, ge=1)
-    """Actors that hold the reference bank between them; 1: every node holds it whole."""
     scratch: str | None = None
     """Folder on every node for copies of remote slides; default in the system's temporary folder."""
     scratch_gb: float = Field(50.0, gt=0)
     """Most that those copies take on a node, in GB."""
 
 
-class TuneConfig(Section):
+class TuneConfig(ConfigBlock):
     """How a sweep spends its trials."""
 
     grace_epochs: int = Field(4, ge=1)
@@ -286,7 +284,7 @@ class TuneConfig(Section):
     """Edge of the blocks of tissue that are drawn in that comparison, in micrometres."""
 
 
-class TrackingConfig(Section):
+class TrackingConfig(ConfigBlock):
     """MLflow."""
 
     uri: Address = "sqlite:///mlflow.db"

@@ -10,16 +10,24 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+import boto3
 import pyarrow.fs
+from boto3.exceptions import Boto3Error
+from botocore.config import Config as BotoConfig
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
-from mclstexp import object_store
 from mclstexp.errors import ConflictError, StorageError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 
 def is_s3(uri: str) -> bool:
@@ -55,7 +63,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.LocalFileSystem(), uri
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options = {"endpoint_override": endpoint} if endpoint else {}
-    region = object_store.region()
+    region = _s3_region()
     return pyarrow.fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options), uri[5:]
 
 
@@ -65,7 +73,7 @@ def exists(uri: str) -> bool:
     if not is_s3(uri):
         return Path(uri).is_file()
     try:
-        object_store.head(uri)
+        _s3_head(uri)
     except FileNotFoundError:
         return False
     return True
@@ -79,7 +87,7 @@ def size(uri: str) -> int:
     """
     uri = absolute(uri)
     if is_s3(uri):
-        return object_store.head(uri)[0]
+        return _s3_head(uri)[0]
     with _errors("look up", uri):
         return os.stat(uri).st_size
 
@@ -94,7 +102,7 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
     uri = absolute(uri)
     if length == 0:
         return b""
-    data = object_store.get(uri, start, length) if is_s3(uri) else _read_file(uri, start, length)
+    data = _s3_get(uri, start, length) if is_s3(uri) else _read_file(uri, start, length)
     if length is not None and len(data) != length:
         raise StorageError(f"{uri} ended early: asked for {length} bytes at {start}, got {len(data)}")
     return data
@@ -108,7 +116,7 @@ def version(uri: str) -> str | None:
     uri = absolute(uri)
     try:
         if is_s3(uri):
-            return object_store.head(uri)[1]
+            return _s3_head(uri)[1]
         with _errors("look up", uri), open(uri, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
@@ -119,7 +127,7 @@ def write(uri: str, data: bytes) -> None:
     """Writes a whole object; readers see all of it or nothing."""
     uri = absolute(uri)
     if is_s3(uri):
-        object_store.put(uri, data)
+        _s3_put(uri, data)
         return
     with _errors("write", uri), _replacing(Path(uri)) as file:
         file.write(data)
@@ -137,7 +145,7 @@ def publish(uri: str, data: bytes, previous: str | None) -> str:
     uri = absolute(uri)
     try:
         if is_s3(uri):
-            return object_store.exchange(uri, data, previous)
+            return _s3_exchange(uri, data, previous)
         return _exchange_file(uri, data, previous)
     except ConflictError:
         raise ConflictError(
@@ -170,7 +178,7 @@ def upload(local: str | Path, uri: str) -> None:
     """Copies a local file to `uri`; readers see all of it or nothing."""
     uri = absolute(uri)
     if is_s3(uri):
-        object_store.upload(str(local), uri)
+        _s3_upload(str(local), uri)
         return
     with _errors("upload", uri), open(local, "rb") as source, _replacing(Path(uri)) as target:
         shutil.copyfileobj(source, target)
@@ -191,7 +199,7 @@ def download(uri: str, local: str | Path) -> None:
     """
     uri = absolute(uri)
     if is_s3(uri):
-        object_store.download(uri, str(local))
+        _s3_download(uri, str(local))
         return
     with _errors("download", uri):
         shutil.copyfile(uri, local)
@@ -219,7 +227,7 @@ def list_files(uri: str) -> list[str]:
     """Returns the URIs of all files under `uri`, sorted; empty where there is nothing."""
     uri = absolute(uri)
     if is_s3(uri):
-        return sorted(object_store.list_keys(uri))
+        return sorted(_s3_list(uri))
     # os.walk, unlike rglob, bears folders that are removed meanwhile
     found = (Path(folder, name) for folder, _, names in os.walk(uri) for name in names)
     return sorted(str(path) for path in found if path.is_file())
@@ -229,7 +237,7 @@ def delete(uri: str) -> None:
     """Removes one object or file; nothing happens where there is none."""
     uri = absolute(uri)
     if is_s3(uri):
-        object_store.delete(uri)
+        _s3_delete(uri)
         return
     with _errors("delete", uri):
         Path(uri).unlink(missing_ok=True)
@@ -239,7 +247,7 @@ def delete_folder(uri: str) -> None:
     """Removes all files under `uri`, and on disk the folders that this leaves empty."""
     uri = absolute(uri)
     if is_s3(uri):
-        object_store.delete_all(list_files(uri))
+        _s3_delete_all(list_files(uri))
         return
     for file in list_files(uri):
         delete(file)
@@ -296,3 +304,159 @@ def _errors(action: str, path: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+_MISSING = {"404", "NoSuchKey", "NotFound"}
+_LOST_RACE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+_REQUEST_TRIES = 6
+_MOST_DELETED = 1000
+_BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
+_BODY_WAIT_S = 0.5  # doubles with each try
+
+
+def _s3_client() -> "S3Client":
+    """Returns this process's S3 client."""
+    return _client_of(os.getpid())
+
+
+def _s3_region() -> str:
+    """Returns the region that the environment names."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
+def _s3_get(uri: str, start: int, length: int | None) -> bytes:
+    """Returns an object's bytes from `start` on, at most `length`; a body that breaks off is asked for again."""
+    bucket, key = _s3_address(uri)
+    with _s3_errors("read", uri):
+        for attempt in range(_BODY_TRIES):
+            try:
+                if length is None and not start:
+                    return _s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
+                span = f"bytes={start}-{'' if length is None else start + length - 1}"
+                return _s3_client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+            except (HTTPClientError, IncompleteReadError):
+                if attempt == _BODY_TRIES - 1:
+                    raise
+                time.sleep(_BODY_WAIT_S * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _s3_head(uri: str) -> tuple[int, str]:
+    """Returns an object's length and ETag."""
+    bucket, key = _s3_address(uri)
+    with _s3_errors("look up", uri):
+        answer = _s3_client().head_object(Bucket=bucket, Key=key)
+    return int(answer["ContentLength"]), str(answer["ETag"])
+
+
+def _s3_put(uri: str, data: bytes) -> None:
+    """Writes an object."""
+    bucket, key = _s3_address(uri)
+    with _s3_errors("write", uri):
+        _s3_client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def _s3_exchange(uri: str, data: bytes, previous: str | None) -> str:
+    """Writes an object only if its ETag is still `previous` (None: must not exist yet), and returns the new one.
+
+    Raises:
+        ConflictError: it is not; nothing was written.
+    """
+    bucket, key = _s3_address(uri)
+    with _s3_errors("publish", uri):
+        try:
+            if previous is None:
+                answer = _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            else:
+                answer = _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=previous)
+        except ClientError as error:
+            if _s3_code(error) not in _LOST_RACE | _MISSING:
+                raise
+            # A put that boto repeated after a lost answer meets its own first try.
+            held = _version_holding(uri, data)
+            if held is None:
+                raise ConflictError(uri) from error
+            return held
+        return str(answer["ETag"])
+
+
+def _s3_upload(local: str, uri: str) -> None:
+    """Copies a local file to an object, in parts where it is large."""
+    with _s3_errors("upload", uri):
+        _s3_client().upload_file(local, *_s3_address(uri))
+
+
+def _s3_download(uri: str, local: str) -> None:
+    """Copies an object to a local file."""
+    with _s3_errors("download", uri):
+        _s3_client().download_file(*_s3_address(uri), local)
+
+
+def _s3_list(uri: str) -> list[str]:
+    """Returns the URIs of all objects under `uri`."""
+    bucket, _, prefix = uri[5:].partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    with _s3_errors("list", uri):
+        pages = _s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())]
+
+
+def _s3_delete(uri: str) -> None:
+    """Removes an object; nothing happens where there is none."""
+    bucket, key = _s3_address(uri)
+    with _s3_errors("delete", uri):
+        _s3_client().delete_object(Bucket=bucket, Key=key)
+
+
+def _s3_delete_all(uris: Sequence[str]) -> None:
+    """Removes objects of one bucket, in requests of 1,000."""
+    for start in range(0, len(uris), _MOST_DELETED):
+        places = [_s3_address(uri) for uri in uris[start : start + _MOST_DELETED]]
+        with _s3_errors("delete", uris[start]):
+            answer = _s3_client().delete_objects(
+                Bucket=places[0][0], Delete={"Objects": [{"Key": key} for _, key in places], "Quiet": True}
+            )
+        if left := answer.get("Errors"):
+            raise StorageError(f"cannot delete {len(left)} of {len(places)} objects: {left[0]}")
+
+
+@cache
+def _client_of(process: int) -> "S3Client":
+    config = BotoConfig(
+        connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": _REQUEST_TRIES}
+    )
+    return boto3.client("s3", region_name=_s3_region(), config=config)
+
+
+def _s3_address(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri[5:].partition("/")
+    return bucket, key
+
+
+def _version_holding(uri: str, data: bytes) -> str | None:
+    """Returns an object's ETag if these are its bytes."""
+    bucket, key = _s3_address(uri)
+    try:
+        answer = _s3_client().get_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if _s3_code(error) in _MISSING:
+            return None
+        raise
+    return str(answer["ETag"]) if answer["Body"].read() == data else None
+
+
+def _s3_code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def _s3_errors(action: str, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        if _s3_code(error) in _MISSING:
+            raise FileNotFoundError(uri) from error
+        answer = f"the store answered {_s3_code(error)}"
+        raise StorageError(f"cannot {action} {uri}: {answer}; check credentials and bucket") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(f"cannot {action} {uri}: {error}; check storage.endpoint_url and credentials") from error

@@ -5,21 +5,20 @@ stay raw in the tile table and are normalised here, so that both can be fitted p
 turned into dense arrays over the panel each time they are read, which costs microseconds a spot.
 """
 
+import difflib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from mclstexp import storage
-from mclstexp.data.gene_naming import require_counts, why_none_shared
-from mclstexp.data.schema import Manifest, SectionEntry, gene_names, load_genes
+from mclstexp.data.schema import Manifest, SectionEntry, gene_names
 from mclstexp.data.table import read_counts
-from mclstexp.data.variability import most_variable, most_variable_of_any
-from mclstexp.errors import ConfigError, ModelError, StorageError
-from mclstexp.settings import FITTED_PANELS, GenesConfig
+from mclstexp.errors import ConfigError, ModelError
+from mclstexp.settings import GenesConfig
 
 Scheme = Literal["per_spot_all", "per_spot_panel", "per_gene"]
 _NAMED_IN_ERROR = 5
@@ -104,30 +103,6 @@ def normalisers(config: GenesConfig) -> tuple[Normaliser, Normaliser]:
     return tuple(Normaliser(scheme, config.scale, config.log_base) for scheme in schemes)  # type: ignore[return-value]
 
 
-def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config: GenesConfig) -> GenePanel:
-    """Returns the panel: a file's genes, or the most variable ones of the given (training) sections.
-
-    `hvg` keeps the order of variability, `hvg_union` that of the gene table (`variability.py`), a file its own.
-
-    Raises:
-        ConfigError: the panel file (local or `s3://`) is missing, or names genes that the data lacks
-            (`genes.missing`), or no gene is left, or a section names the file's genes otherwise (`gene_naming.py`).
-    """
-    table, names = load_genes(root, manifest), list(section_ids)
-    if config.panel == "hvg":
-        rows = most_variable(root, manifest, names, config, table["gene_id"].to_pylist())
-    elif config.panel == "hvg_union":
-        rows = most_variable_of_any(root, manifest, names, config)
-    else:
-        rows = _rows_of_file(config, table)
-        if rows:
-            require_counts(root, manifest, names, f"genes.panel={config.panel}", rows, table)
-    if not rows:
-        raise ConfigError(f"no gene is left for the panel {config.panel}: {_why_none(root, manifest, names, config)}")
-    picked = table.take(pa.array(rows))
-    return GenePanel(*(tuple(picked[name].to_pylist()) for name in ("gene_id", "symbol", "ensembl_id")))
-
-
 def align(panel: GenePanel, genes: pa.Table) -> np.ndarray:
     """Returns the gene-table row of each panel gene, int32 (G,); -1 where the table lacks it.
 
@@ -188,23 +163,64 @@ def _first_rows(names: list[str], rows: Iterable[int]) -> dict[str, int]:
     return first
 
 
-def _why_none(root: str, manifest: Manifest, section_ids: list[str], config: GenesConfig) -> str:
-    if config.panel not in FITTED_PANELS:
-        return "the file names none that the data has"
-    few = f"none has counts in all training sections and in genes.min_spots={config.min_spots} of their spots"
-    return why_none_shared(root, manifest, section_ids, load_genes(root, manifest)) or few
+def unique_labels(panel: GenePanel, genes: pa.Table) -> list[str]:
+    """Returns a label for each gene of a panel, none twice.
+
+    What is repeated is told by the tile table, so that folds whose panels differ call a gene the same.
+
+    Args:
+        panel: the genes.
+        genes: all genes of the tile table (GENE_SCHEMA).
+    """
+    symbols, ids = (genes[name].to_pylist() for name in ("symbol", "gene_id"))
+    in_table, in_panel = Counter(symbol or gene for symbol, gene in zip(symbols, ids, strict=True)), panel.names()
+    counted = in_table | Counter(in_panel)
+    return [
+        with_id(name, gene_id) if counted[name] > 1 else name
+        for name, gene_id in zip(in_panel, panel.gene_id, strict=True)
+    ]
 
 
-def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
-    try:
-        lines = [line.strip() for line in storage.read(config.panel).decode("utf-8-sig").splitlines()]
-    except FileNotFoundError:
-        raise ConfigError(f"genes.panel={config.panel}: there is no such file; give a file, hvg or hvg_union") from None
-    except (StorageError, UnicodeDecodeError) as error:
-        raise ConfigError(f"genes.panel={config.panel}: {error}; give a text file, hvg or hvg_union") from error
-    names = list(dict.fromkeys(line for line in lines if line))
-    asked = GenePanel.from_names(names)
-    columns = align(asked, genes)
-    if (columns < 0).any() and config.missing == "error":
-        raise ConfigError(f"genes.panel={config.panel}: {coverage(asked, columns)}; set genes.missing=drop to go on")
-    return list(dict.fromkeys(int(row) for row in columns if row >= 0))
+def with_id(name: str, gene_id: str) -> str:
+    """Returns the label of a gene whose name is not its own alone."""
+    return f"{name} ({gene_id})"
+
+
+_NUM_NEAREST = 3
+
+
+def choose_genes(panel: GenePanel, names: Sequence[str]) -> list[int]:
+    """Returns the columns of genes named by symbol, gene id or Ensembl id, in the order asked for and once each.
+
+    A symbol that several genes bear means all of them.
+
+    Raises:
+        ConfigError: the panel lacks some; names them and the panel's nearest.
+    """
+    columns: dict[str, list[int]] = {}
+    for column, aliases in enumerate(zip(panel.symbol, panel.gene_id, panel.ensembl_id, strict=True)):
+        for alias in dict.fromkeys(filter(None, aliases)):
+            columns.setdefault(alias, []).append(column)
+    unknown = [name for name in names if name not in columns]
+    if unknown:
+        lacks = "; ".join(_nearest(name, list(columns)) for name in dict.fromkeys(unknown))
+        raise ConfigError(f"the model's panel of {len(panel)} genes lacks {lacks}")
+    return list(dict.fromkeys(column for name in names for column in columns[name]))
+
+
+def gene_labels(panel: GenePanel, columns: Sequence[int]) -> list[str]:
+    """Returns what chosen genes are called: the symbol, followed by the gene id where another one bears it too."""
+    names = panel.names()
+    chosen = [names[column] for column in columns]
+    return [
+        name if chosen.count(name) == 1 else f"{name} {panel.gene_id[column]}"
+        for name, column in zip(chosen, columns, strict=True)
+    ]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Returns the name with the known ones most like it, whatever their case."""
+    folded = {alias.lower(): alias for alias in known}
+    near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=_NUM_NEAREST)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has, for example, {', '.join(known[:_NUM_NEAREST])}"
+    return f"{name} ({hint})"

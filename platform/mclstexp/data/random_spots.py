@@ -13,8 +13,7 @@ import pyarrow as pa
 import ray
 
 from mclstexp.data.schema import Manifest
-from mclstexp.data.spots import SpotReader, decode_tiles
-from mclstexp.data.stream import Batch, pad
+from mclstexp.data.spots import Batch, SpotReader, decode_tiles, pad
 from mclstexp.errors import ConfigError
 
 MAX_BYTES = 4 * 2**30

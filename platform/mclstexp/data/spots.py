@@ -4,6 +4,7 @@
 torch, so that decode tasks start fast; what it needs of a table travels with it.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,11 +15,12 @@ import pyarrow as pa
 from mclstexp import storage
 from mclstexp.config import Config
 from mclstexp.data.genes import GenePanel, Normaliser, align, gene_totals, normalisers, panel_counts
-from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import Manifest, SectionEntry, load_genes
-from mclstexp.data.stream import Batch, kept_spots, pad
 from mclstexp.data.table import read_columns, read_sentence
 from mclstexp.errors import UserError
+from mclstexp.slides.codec import decode_tile
+
+Batch = dict[str, np.ndarray]
 
 MAX_TABLE_POSITIONS = 65_536
 _TABLE_COLUMNS = {"table": ("array_col", "array_row"), "pixel_table": ("x_px", "y_px")}
@@ -191,3 +193,21 @@ class SentenceLoader:
             "expression": np.zeros((0, num_genes), np.float32),
             "position": np.zeros((0, 2), np.float32),
         }
+
+
+def kept_spots(num_spots: int, drop_spots: float, seed: int, epoch: int, sentence_id: str) -> np.ndarray:
+    """Returns the ascending rows of a sentence that an epoch keeps: a random share up to `drop_spots` is left out."""
+    rng = np.random.default_rng([seed, epoch, zlib.crc32(sentence_id.encode())])
+    num_kept = max(min(2, num_spots), num_spots - int(num_spots * rng.uniform(0, drop_spots)))
+    return np.sort(rng.choice(num_spots, num_kept, replace=False))
+
+
+def pad(spots: Batch, length: int) -> Batch:
+    """Returns per-spot arrays (n, ...) padded with zeros to (1, length, ...) and `mask` (1, length) of real spots."""
+    padded = {}
+    for name, values in spots.items():
+        full = np.zeros((1, length, *values.shape[1:]), values.dtype)
+        full[0, : len(values)] = values
+        padded[name] = full
+    num_spots = len(next(iter(spots.values())))
+    return padded | {"mask": np.arange(length)[None] < num_spots}

@@ -6,24 +6,17 @@ not depend on the world size and resume is "the index without what was consumed"
 executions do not know of each other and each must be given its share of the cluster (`docs/decisions.md`).
 """
 
-import logging
-import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 import ray.data
-from ray.data import DataContext, ExecutionResources
-from ray.util.annotations import RayDeprecationWarning
+from ray.data import ExecutionResources
 
+from mclstexp.cluster import MAX_RETRIES, ordered
 from mclstexp.data.schema import Manifest
-
-Batch = dict[str, np.ndarray]
-MAX_RETRIES = 2
-"""Times that a task or actor is started again after its process died."""
+from mclstexp.data.spots import Batch
 
 
 @dataclass(frozen=True)
@@ -113,42 +106,6 @@ def _row(sentence: Sentence, epoch: int) -> dict[str, object]:
         "expression_group": group,
         "epoch": epoch,
     }
-
-
-def kept_spots(num_spots: int, drop_spots: float, seed: int, epoch: int, sentence_id: str) -> np.ndarray:
-    """Returns the ascending rows of a sentence that an epoch keeps: a random share up to `drop_spots` is left out."""
-    rng = np.random.default_rng([seed, epoch, zlib.crc32(sentence_id.encode())])
-    num_kept = max(min(2, num_spots), num_spots - int(num_spots * rng.uniform(0, drop_spots)))
-    return np.sort(rng.choice(num_spots, num_kept, replace=False))
-
-
-def pad(spots: Batch, length: int) -> Batch:
-    """Returns per-spot arrays (n, ...) padded with zeros to (1, length, ...) and `mask` (1, length) of real spots."""
-    padded = {}
-    for name, values in spots.items():
-        full = np.zeros((1, length, *values.shape[1:]), values.dtype)
-        full[0, : len(values)] = values
-        padded[name] = full
-    num_spots = len(next(iter(spots.values())))
-    return padded | {"mask": np.arange(length)[None] < num_spots}
-
-
-@contextmanager
-def ordered(limits: ExecutionResources | None = None) -> Iterator[None]:
-    """Datasets made inside keep their order, stay within `limits` and draw no progress bars of their own."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        # Copying the context warns of its own deprecated fields, and bounded retries of a process that dies have no
-        # other way in than a deprecated one (default: for ever).
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        context = DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        if limits is not None:
-            context.execution_options.resource_limits = limits
-        with DataContext.current(context):
-            yield
 
 
 def stream(

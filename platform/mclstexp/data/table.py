@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from mclstexp import storage
-from mclstexp.data.images import decode_tile
 from mclstexp.data.schema import TILE_SCHEMA, RowGroup, SectionEntry, load_manifest
 from mclstexp.errors import StorageError, TableError
+from mclstexp.slides.codec import decode_tile
 
 _REPEATING = ["section_id", "patient_id", "gene_index.list.element", "count.list.element"]
 _CACHED_FOOTERS = 1024  # about 50 KB each

@@ -11,26 +11,21 @@ import numpy as np
 import pandas as pd
 
 from mclstexp import storage
-from mclstexp.data.gene_naming import require_counts
-from mclstexp.data.genes import GenePanel, Normaliser, coverage
+from mclstexp.data.genes import GenePanel, Normaliser, coverage, unique_labels
+from mclstexp.data.panel import require_counts
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.table import read_thumbnail
 from mclstexp.errors import ModelError, SplitError
-from mclstexp.evaluation import baselines
-from mclstexp.evaluation.ceiling import noise_ceiling
-from mclstexp.evaluation.floors import SEED, Floors, Show, embed_shown, floor_features
-from mclstexp.evaluation.gene_labels import unique_labels
+from mclstexp.evaluation.floors import SEED, Floors, Show, embed_shown, floor_features, library_size, noise_ceiling
 from mclstexp.evaluation.markers import marker_columns
-from mclstexp.evaluation.measured import MeasuredSection, read_measured, restate
 from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard
-from mclstexp.evaluation.section_file import SectionResult
-from mclstexp.evaluation.tables import gene_sets, gene_table, set_table
-from mclstexp.evaluation.targets import scored_targets
-from mclstexp.inference.bank import Bank
-from mclstexp.inference.embed import network_of
-from mclstexp.inference.model_version import ModelVersion, TrainingRecord
-from mclstexp.inference.retrieval import resolve, retrieve
+from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
+from mclstexp.evaluation.sections import MeasuredSection, SectionResult, read_measured, scored_targets, with_target
+from mclstexp.model.bank import Bank
+from mclstexp.model.embed import network_of
+from mclstexp.model.retrieval import resolve, retrieve
+from mclstexp.model.version import ModelVersion, TrainingRecord
 
 Labels = dict[str, str | int | list[str]]
 """Values of the columns that say what a table's rows are of."""
@@ -166,7 +161,7 @@ def _banks(
     """Returns the bank that the model reads its answer from in each target; None for a direct regression."""
     if model.bank is None:
         return dict.fromkeys(targets)
-    others = {name: restate(model.bank, training, target) for name, target in targets.items() if target != own}
+    others = {name: with_target(model.bank, training, target) for name, target in targets.items() if target != own}
     return {name: others.get(name, model.bank) for name in targets}
 
 
@@ -180,14 +175,14 @@ def _answer(model: ModelVersion, queries: np.ndarray, bank: Bank | None) -> np.n
 def _gene_tables(
     section: MeasuredSection, target: Normaliser, said: np.ndarray, known_unit: bool, floors: Floors
 ) -> dict[tuple[str, str], pd.DataFrame]:
-    """Returns each method's scores by gene (`gene_table`), by (method, kind); `said` is the model's prediction."""
+    """Returns each method's scores by gene (`gene_scores`), by (method, kind); `said` is the model's prediction."""
     truth, totals = section.expression(target), section.totals
-    own = gene_table(truth, said, totals)
-    oracle = _unitless(gene_table(truth, baselines.library_size(totals, truth.shape[1]), totals))
+    own = gene_scores(truth, said, totals)
+    oracle = _unitless(gene_scores(truth, library_size(totals, truth.shape[1]), totals))
     ceiling = noise_ceiling(section.counts, totals, target, SEED)[["pcc", "pcc_density_free"]]
     return {
         (MODEL, MODEL): own if known_unit else _unitless(own),
-        **{(method, FLOOR): gene_table(truth, values, totals) for method, values in floors.predict(section).items()},
+        **{(method, FLOOR): gene_scores(truth, values, totals) for method, values in floors.predict(section).items()},
         (ORACLE, LINE): oracle,
         (CEILING, LINE): oracle.assign(**ceiling),  # the truth's columns are those of any method
     }

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel, align
 from mclstexp.errors import ConfigError, StorageError
-from mclstexp.evaluation.tables import ALL, HEG, HVG
+from mclstexp.evaluation.scores import ALL, HEG, HVG
 
 _RESERVED = (ALL, HEG, HVG)
 _Genes = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]

@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 from rich.console import Group
 
-from mclstexp.evaluation.section_file import SectionResult, section_path, write_section_result
-from mclstexp.evaluation.tables import ALL, AVERAGED, mean_intervals
+from mclstexp.evaluation.scores import ALL, AVERAGED, mean_intervals
+from mclstexp.evaluation.sections import SectionResult, section_path, write_section_result
 from mclstexp.evaluation.verdicts import verdict
 
 MODEL, FLOOR, LINE = "model", "floor", "reference line"
@@ -46,7 +46,7 @@ class ScoreCard:
     columns of `tables.set_table`."""
     per_gene: pd.DataFrame
     """One row a section, target, method and gene: section_id, patient_id, target, method, gene (its label), and
-    the columns of `tables.gene_table`."""
+    the columns of `scores.gene_scores`."""
     sections: tuple[SectionResult, ...] = ()
     """The predictions, where they are at hand; the first is drawn."""
     predictions: Mapping[str, str] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class ScoreCard:
 
     def table(self) -> Group:
         """Returns the card for the terminal, 120 columns wide."""
-        from mclstexp.evaluation.score_table import card_tables
+        from mclstexp.evaluation.show import card_tables
 
         return card_tables(self)
 
@@ -119,7 +119,7 @@ class ScoreCard:
 
         Every file names the protocol.
         """
-        from mclstexp.evaluation.score_plot import draw
+        from mclstexp.evaluation.show import draw
 
         folder = Path(folder)
         record = {

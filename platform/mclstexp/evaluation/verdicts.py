@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from mclstexp.evaluation.metrics import NUM_HIGHEST
-from mclstexp.evaluation.tables import ALL, HEG, mean_intervals
+from mclstexp.evaluation.scores import ALL, HEG, mean_intervals
 
 
 class _Score(NamedTuple):

@@ -6,11 +6,10 @@ Shapes: N images, S sentences, L spots of a sentence, G genes, D embedding.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mclstexp.model.encoders import build_image_encoder
-from mclstexp.model.heads import ProjectionHead
-from mclstexp.model.spot import SpotTower
 from mclstexp.settings import ModelConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,3 +96,179 @@ class TwoTowers(nn.Module):
     ) -> torch.Tensor:
         """Returns embeddings (S, L, D) of normalised expression at positions (um, or column and row of the tables)."""
         return self.spot_head(self.spot_tower(expression_SLG, position_SL2, mask_SL))
+
+
+SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
+
+
+class SpotTower(nn.Module):
+    """Embeds each spot of a sentence in the light of the others.
+
+    With `spot_width` empty it is the published tower (u = e + X[x] + Y[y], width G, no input map); else
+    expression is first mapped to `spot_width`. Pre-norm blocks, no final norm (Vaswani et al. 2017,
+    https://arxiv.org/abs/1706.03762; mclSTExp 2024, https://arxiv.org/abs/2407.08216).
+    """
+
+    def __init__(self, config: ModelConfig, num_genes: int, num_positions: int) -> None:
+        super().__init__()
+        self.width = config.spot_width or num_genes
+        self.embed = nn.Linear(num_genes, self.width) if config.spot_width else nn.Identity()
+        self.position = _position(config.position, self.width, num_positions)
+        self.blocks = nn.ModuleList(Block(config, self.width) for _ in range(config.spot_layers))
+
+    def forward(self, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+        """Returns features (S, L, W); what stands in masked slots influences no other slot."""
+        features = self.embed(expression_SLG)
+        if self.position is not None:
+            features = features + self.position(position_SL2)
+        for block in self.blocks:
+            features = block(features, mask_SL)
+        return features
+
+
+class Block(nn.Module):
+    """z <- z + Attention(LN(z)); z <- z + FFN(LN(z))."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        hidden = max(1, round(width * config.spot_ffn_ratio))
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, config.spot_heads, config.spot_head_dim)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.dropout = nn.Dropout(config.spot_dropout)
+
+    def forward(self, features_SLW: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+        """Returns features (S, L, W)."""
+        features = features_SLW + self.dropout(self.attention(self.attention_norm(features_SLW), mask_SL))
+        return features + self.dropout(self.ffn(self.ffn_norm(features)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention within a sentence: bias-free map to 3HC, scores over sqrt(C), output map with bias."""
+
+    def __init__(self, width: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.qkv = nn.Linear(width, 3 * num_heads * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, width)
+
+    def forward(self, features_SLW: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+        """Returns features (S, L, W); an empty sentence attends to itself, so that nothing becomes NaN."""
+        sentences, length, _ = features_SLW.shape
+        qkv = self.qkv(features_SLW).view(sentences, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        allowed = mask_SL | ~mask_SL.any(dim=1, keepdim=True)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None, None, :])
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class PositionTables(nn.Module):
+    """Learnt rows for array (Visium, as published: pixel) column and row, X[x] + Y[y], unit-normal at the start.
+
+    Sized to the data's largest coordinate + 1 instead of the published 65,536: an unread row changes nothing.
+    """
+
+    def __init__(self, width: int, num_positions: int) -> None:
+        super().__init__()
+        self.x = nn.Embedding(num_positions, width)
+        self.y = nn.Embedding(num_positions, width)
+
+    def forward(self, position_SL2: torch.Tensor) -> torch.Tensor:
+        """Returns (S, L, W) for whole (column, row)."""
+        place = position_SL2.long()
+        return self.x(place[..., 0]) + self.y(place[..., 1])
+
+
+class Sinusoid(nn.Module):
+    """Sines and cosines of micrometres from the sentence's centre at geometric wavelengths, then a linear map.
+
+    Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) in two dimensions; wavelengths run from twice Visium's
+    pitch of 100 um (shorter ones alias) to a section's size (20 mm), so that neighbours differ and a whole
+    neighbourhood is unambiguous.
+    """
+
+    frequencies: torch.Tensor
+
+    def __init__(self, width: int, num_wavelengths: int = 16) -> None:
+        super().__init__()
+        wavelengths = torch.logspace(math.log10(SHORTEST_UM), math.log10(LONGEST_UM), num_wavelengths)
+        self.register_buffer("frequencies", 2 * math.pi / wavelengths, persistent=False)
+        self.project = nn.Linear(4 * num_wavelengths, width)
+
+    def forward(self, position_SL2: torch.Tensor) -> torch.Tensor:
+        """Returns (S, L, W) for micrometres (x, y)."""
+        phase = (position_SL2[..., None] * self.frequencies).flatten(2)
+        return self.project(torch.cat([phase.sin(), phase.cos()], dim=-1))
+
+
+def _position(kind: str, width: int, num_positions: int) -> nn.Module | None:
+    if kind in ("table", "pixel_table"):
+        return PositionTables(width, num_positions)
+    return Sinusoid(width) if kind == "sinusoidal" else None
+
+
+class ProjectionHead(nn.Module):
+    """Maps a tower's features (..., in_features) to the common space (..., embedding_dim).
+
+    p = W1 h + b1; v = LayerNorm(p + W2 GELU(p) + b2), as in mclSTExp (2024, https://arxiv.org/abs/2407.08216);
+    with `l2_normalise` v has unit length.
+    """
+
+    def __init__(self, in_features: int, embedding_dim: int, l2_normalise: bool) -> None:
+        super().__init__()
+        self.project = nn.Linear(in_features, embedding_dim)
+        self.refine = nn.Linear(embedding_dim, embedding_dim)
+        self.norm = nn.LayerNorm(embedding_dim)
+        self.l2_normalise = l2_normalise
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns embeddings, float32 (..., embedding_dim), also under bf16 autocast."""
+        projected = self.project(features)
+        embedding = self.norm((projected + self.refine(F.gelu(projected))).float()).float()
+        return F.normalize(embedding, dim=-1) if self.l2_normalise else embedding
+
+
+class DirectRegression(nn.Module):
+    """An image tower and one linear map to all genes, as ST-Net (He et al. 2020, doi 10.1038/s41551-020-0578-x)."""
+
+    def __init__(self, config: ModelConfig, num_genes: int, tile_size_px: int) -> None:
+        super().__init__()
+        self.image_tower = ImageTower(config, tile_size_px)
+        self.image_head = nn.Linear(self.image_tower.num_features, num_genes)
+        self.train()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns predicted expression (N, G) of images in [0, 1], float (N, 3, size, size)."""
+        return self.image_head(self.image_tower(images))
+
+
+Network = TwoTowers | DirectRegression
+
+
+def build_network(config: ModelConfig, num_genes: int, num_positions: int, tile_size_px: int) -> Network:
+    """Returns the two towers, or the direct regression, in training mode.
+
+    Raises:
+        ConfigError, ModelError: the image encoder or its weights cannot be had.
+    """
+    if config.predictor == "regression":
+        return DirectRegression(config, num_genes, tile_size_px)
+    return TwoTowers(config, num_genes, num_positions, tile_size_px)
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Tells whether `train.precision` means bf16 on a device."""
+    return precision == "bf16" or (precision == "auto" and native_bf16(device))
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Tells whether a device computes bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def plain_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns tensors as safetensors stores them: on the CPU, contiguous and each with memory of its own."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

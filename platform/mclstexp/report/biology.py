@@ -6,14 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mclstexp.data.genes import GenePanel
+from mclstexp.data.genes import GenePanel, with_id
 from mclstexp.errors import ConfigError
-from mclstexp.evaluation.domains import DomainComparison, compare_domains
-from mclstexp.evaluation.gene_labels import with_id
+from mclstexp.evaluation.domains import NO_DOMAIN, DomainComparison, compare_domains, is_labelled
 from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.significance import rank_genes, section_significance
-from mclstexp.report.domain_maps import number_labels
-from mclstexp.report.results import Result, Section, model_rows
+from mclstexp.report.result import Result, Section, model_rows
 
 CHOSEN = "chosen"
 PREDICTED = "predicted"
@@ -132,3 +130,12 @@ def _drawn(sets: Mapping[str, list[str]], rest: list[str], ranked: pd.DataFrame)
         for name, genes in sets.items()
     ]
     return list(dict.fromkeys(gene for part in parts for gene in part))
+
+
+def number_labels(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
+    """Returns the different labels in the order of their names, and int64 (N,): each spot's, or NO_DOMAIN."""
+    used = is_labelled(labels)
+    names, inverse = np.unique(np.asarray(labels, object)[used].astype(str), return_inverse=True)
+    numbers = np.full(len(used), NO_DOMAIN, np.int64)
+    numbers[used] = inverse
+    return names.tolist(), numbers

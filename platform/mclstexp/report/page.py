@@ -14,9 +14,9 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.report import biology, map_data, pictures, score_view
+from mclstexp.report import biology, maps, page_data, tables
 from mclstexp.report.biology import WAYS, GeneOrder
-from mclstexp.report.results import Result, Section
+from mclstexp.report.result import Result, Section
 
 PAGE, DOMAINS, SIGNIFICANT = "report.html", "domains.csv", "significant_genes.csv"
 _PICTURES_SHARE = 0.4
@@ -26,7 +26,7 @@ Show = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PageOptions:
     """What the page is asked to show, beside what every page has."""
 
     markers: dict[str, GenePanel]
@@ -62,13 +62,13 @@ class _Content:
     def embed(self, paths: Sequence[Path], room: float) -> None:
         """Puts pictures into the page as far as they have room; gene maps last, as the page draws those itself."""
         for path in sorted(paths, key=lambda path: path.name.startswith("genes_")):
-            data = pictures.embedded(path)
+            data = maps.embedded(path)
             if len(data) <= room:
                 self.images[path.name] = data
                 room -= len(data)
 
 
-def write_report(result: Result, wishes: Wishes, training: Training, folder: Path, show: Show) -> None:
+def write_report(result: Result, wishes: PageOptions, training: Training, folder: Path, show: Show) -> None:
     """Writes the page (`report.html`), its pictures, domains.csv and significant_genes.csv into a local folder.
 
     Raises:
@@ -94,23 +94,23 @@ def write_report(result: Result, wishes: Wishes, training: Training, folder: Pat
 
 def _result_pictures(result: Result, training: Training, folder: Path) -> list[Path]:
     paths = [folder / "pcc_by_method.png"]
-    pictures.draw_distribution(paths[0], result)
+    maps.draw_distribution(paths[0], result)
     if training.curves:
         paths.append(folder / "training_curves.png")
-        pictures.draw_curves(paths[1], training.curves, result.heading())
+        maps.draw_curves(paths[1], training.curves, result.heading())
     return paths
 
 
 def _add_section(content: _Content, result: Result, section: Section, order: GeneOrder, folder: Path) -> list[Path]:
     """Draws a section and finds its domains; returns its pictures."""
     name = section.section_id
-    content.slides.append(map_data.slide_data(section))
+    content.slides.append(page_data.slide_data(section))
     own = set(biology.section_names(result, section))
     files = content.drawn[name] = []
     genes = [gene for gene in order.drawn if gene in own]
     if genes:
         files.append(f"genes_{name}.png")
-        pictures.draw_section_genes(folder / files[-1], result, section, genes)
+        maps.draw_section_genes(folder / files[-1], result, section, genes)
     why = biology.why_no_domains(section)
     if why:
         content.without_domains.setdefault(why, []).append(name)
@@ -119,7 +119,7 @@ def _add_section(content: _Content, result: Result, section: Section, order: Gen
         content.domains.append(biology.domain_table(result.record.protocol, name, found))
         for way in WAYS:
             files.append(f"domains_{name}_{way}.png")
-            pictures.draw_section_domains(folder / files[-1], result, section, found, way)
+            maps.draw_section_domains(folder / files[-1], result, section, found, way)
     return [folder / file for file in files]
 
 
@@ -134,9 +134,9 @@ def _context(
     """Returns what the template shows, but for the gene maps."""
     return {
         "record": result.record,
-        "tables": score_view.target_tables(result.record),
-        "best_floor": score_view.best_floor(result.record),
-        "genes": score_view.gene_lines(result),
+        "tables": tables.target_tables(result.record),
+        "best_floor": tables.best_floor(result.record),
+        "genes": tables.gene_lines(result),
         "sets_of": _sets_of(order),
         "order": order,
         "ranked": ranked.head(_SHOWN_SIGNIFICANT).to_dict("records"),
@@ -145,8 +145,8 @@ def _context(
         "ways": WAYS,
         "training": training,
         "content": content,
-        "colours": map_data.colours(),
-        "number": score_view.number,
+        "colours": page_data.colours(),
+        "number": tables.number,
         "style": _asset("page.css"),
         "script": _asset("page.js"),
     }
@@ -166,12 +166,12 @@ def _with_maps(result: Result, order: GeneOrder, context: Mapping[str, Any], pag
     slides = context["content"].slides
     empty = [slide | {"genes": {}} for slide in slides]
     room = page_bytes - len(_render(context, [], order, empty).encode())
-    shown = map_data.genes_that_fit(result, order.names, room)
+    shown = page_data.genes_that_fit(result, order.names, room)
     wanted, filled = set(shown), []
     for done, slide in enumerate(slides):
         show("maps packed", done, len(slides))
         section = result.section(slide["id"])
-        genes = map_data.gene_data(section, biology.section_names(result, section), wanted)
+        genes = page_data.gene_data(section, biology.section_names(result, section), wanted)
         filled.append(slide | {"genes": genes})
     show("maps packed", len(slides), len(slides))
     return _render(context, shown, order, filled)

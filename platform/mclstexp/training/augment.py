@@ -4,9 +4,7 @@ Shapes: N tiles; all maps take and return float (N, 3, size, size) in [0, 1].
 """
 
 import math
-import zlib
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -38,21 +36,6 @@ def augment(tiles: torch.Tensor, kind: str, generator: torch.Generator) -> torch
     if kind == "flips":
         return images
     return colour_jitter(stain_jitter(images, STAIN_JITTER, generator), LIGHT_JITTER, generator)
-
-
-def fixed_turns(tiles: np.ndarray) -> np.ndarray:
-    """Returns tiles, uint8 (n, size, size, 3), each flipped and turned by a draw that its own bytes decide.
-
-    The published code draws anew whenever it embeds a Visium tile, so that its results cannot be repeated. Here the
-    checksum draws among the same eight: no result depends on order or batch.
-    """
-    turned = np.empty_like(tiles)
-    for place, tile in enumerate(tiles):
-        draw = zlib.crc32(tile.tobytes())
-        tile = tile[:, ::-1] if draw & 1 else tile
-        tile = tile[::-1] if draw & 2 else tile
-        turned[place] = tile.swapaxes(0, 1) if draw & 4 else tile
-    return turned
 
 
 def colour_jitter(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:

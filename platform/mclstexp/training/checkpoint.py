@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mclstexp.errors import RunError
+from mclstexp.model.towers import plain_tensors
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -60,11 +61,6 @@ def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.
     optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
     _lay_out_alike(optimizer)
     return state
-
-
-def plain_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns tensors as safetensors stores them: on the CPU, contiguous and each with memory of its own."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:

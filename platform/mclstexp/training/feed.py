@@ -12,8 +12,8 @@ import ray
 
 from mclstexp.config import Config
 from mclstexp.data import random_spots, stream
-from mclstexp.data.spots import SentenceLoader, SpotReader
-from mclstexp.data.stream import Batch, Sentence
+from mclstexp.data.spots import Batch, SentenceLoader, SpotReader
+from mclstexp.data.stream import Sentence
 
 Ids = Collection[str | int]
 

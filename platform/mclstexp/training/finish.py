@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from mclstexp import storage
 from mclstexp.data.spots import num_positions
-from mclstexp.inference.bank import Bank, build_bank
-from mclstexp.inference.embed import embed_sections, network_of
-from mclstexp.inference.model_version import FILES, ModelVersion, TrainingRecord
-from mclstexp.inference.out_of_distribution import drawn_sections, ood_similarity
-from mclstexp.inference.retrieval import ValidationSection, choose, resolve
+from mclstexp.model.bank import Bank, build_bank, drawn_sections, ood_similarity
+from mclstexp.model.embed import embed_sections, network_of
+from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import TwoTowers
+from mclstexp.model.version import FILES, ModelVersion, TrainingRecord
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import STATE, WEIGHTS
-from mclstexp.training.trainer import Run
+from mclstexp.training.run import Run
+from mclstexp.training.validation import ValidationSection, choose
 
 FOLDER = "model"
 

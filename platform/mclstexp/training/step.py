@@ -6,24 +6,25 @@ dominates), so that loss and gradients equal those of one process on the joined 
 Shapes: S sentences of the rank's share, L spots of a sentence, G genes, D embedding, N = S * L slots.
 """
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from mclstexp.config import Config
-from mclstexp.data.stream import Batch
+from mclstexp.data.spots import Batch
 from mclstexp.errors import RunError
-from mclstexp.model.build import Network
 from mclstexp.model.losses import contrastive_loss, gather, regression_loss
-from mclstexp.model.towers import TwoTowers
+from mclstexp.model.towers import Network, TwoTowers, uses_bf16
+from mclstexp.settings import TrainConfig
 from mclstexp.training.augment import augment
 from mclstexp.training.checkpoint import TrainState
-from mclstexp.training.optim import learning_rate_factor, uses_bf16
 
 
 @dataclass
-class Trainee:
+class RankState:
     """One rank's model and where it stands."""
 
     config: Config
@@ -40,7 +41,7 @@ class Trainee:
     """Ids that this rank consumed since the last checkpoint."""
 
 
-def train_step(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, int]:
+def train_step(trainee: RankState, batch: Batch) -> tuple[torch.Tensor, int]:
     """Takes one optimiser step; returns the global loss (scalar) and the global number of spots.
 
     Raises:
@@ -63,7 +64,7 @@ def train_step(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, int]:
     return loss.detach(), int(valid_N.sum())
 
 
-def prepare_images(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> torch.Tensor:
+def prepare_images(trainee: RankState, batch: Batch, mask_SL: torch.Tensor) -> torch.Tensor:
     """Returns the real tiles of a batch, augmented, float (n, 3, size, size); a blank one where a rank has none."""
     tiles = torch.as_tensor(batch["image"]).flatten(0, 1)[mask_SL.flatten().cpu()].to(trainee.device)
     if not len(tiles):
@@ -73,14 +74,14 @@ def prepare_images(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tor
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def autocast(trainee: Trainee) -> AbstractContextManager[object]:
+def autocast(trainee: RankState) -> AbstractContextManager[object]:
     """Returns the arithmetic of the towers: bf16 where asked for, or where native with `auto`."""
     enabled = uses_bf16(trainee.config.train.precision, trainee.device)
     return torch.autocast(trainee.device.type, torch.bfloat16, enabled=enabled)
 
 
 def _global_loss(
-    trainee: Trainee, batch: Batch, images: torch.Tensor, mask_SL: torch.Tensor, valid_N: torch.Tensor
+    trainee: RankState, batch: Batch, images: torch.Tensor, mask_SL: torch.Tensor, valid_N: torch.Tensor
 ) -> torch.Tensor:
     """Returns the loss of all ranks' spots: towers on the own share, the loss on all."""
     train, regresses = trainee.config.train, trainee.config.model.predictor == "regression"
@@ -102,7 +103,7 @@ def _in_slots(features: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
     return slots.masked_scatter(mask_SL.reshape(-1, 1), features[: int(mask_SL.sum())])
 
 
-def _choose_statistics(trainee: Trainee, fewest_images: int) -> None:
+def _choose_statistics(trainee: RankState, fewest_images: int) -> None:
     """Lets batch norm use running statistics in a step that leaves a rank with no batch to speak of.
 
     That is an epoch's last step only. All ranks do alike, so that synchronised statistics wait for nobody.
@@ -110,7 +111,9 @@ def _choose_statistics(trainee: Trainee, fewest_images: int) -> None:
     trainee.model.image_tower.train(fewest_images > 1)
 
 
-def _sentence(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sentence(
+    trainee: RankState, batch: Batch, mask_SL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (expression, position, mask) of the rank's sentences, or of the one global sentence of random spots."""
     expression, position = (torch.as_tensor(batch[name], device=trainee.device) for name in ("expression", "position"))
     if trainee.config.train.batching == "sentences":
@@ -120,17 +123,53 @@ def _sentence(trainee: Trainee, batch: Batch, mask_SL: torch.Tensor) -> tuple[to
     return expression, position, mask.squeeze(-1) > 0
 
 
-def _set_learning_rate(trainee: Trainee) -> None:
+def _set_learning_rate(trainee: RankState) -> None:
     factor = learning_rate_factor(trainee.state.step, trainee.total_steps, trainee.config.train)
     for group in trainee.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def _seed(trainee: Trainee) -> None:
+def _seed(trainee: RankState) -> None:
     """Seeds dropout; ranks that all run the same global sentence must drop the same."""
     alike = trainee.config.train.batching == "random_spots"
     torch.manual_seed(_step_seed(trainee, 0 if alike else trainee.rank))
 
 
-def _step_seed(trainee: Trainee, rank: int) -> int:
+def _step_seed(trainee: RankState, rank: int) -> int:
     return hash((trainee.config.train.seed, trainee.state.epoch, trainee.state.step, rank)) % 2**63
+
+
+def make_optimizer(model: Network, config: TrainConfig) -> torch.optim.Optimizer:
+    """Returns the optimiser; each group's `initial_lr` is its peak learning rate.
+
+    Towers learn at `tower_lr`, projection heads and the temperature at `head_lr`. With adamw (Loshchilov and Hutter
+    2019, https://arxiv.org/abs/1711.05101) vectors and scalars (norms, biases, temperature) are not decayed.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_head = name.startswith(("image_head.", "spot_head.")) or name == "log_scale"
+        spared = config.optimizer == "adamw" and parameter.ndim < 2
+        key = (config.head_lr if is_head else config.tower_lr, 0.0 if spared else config.weight_decay)
+        groups.setdefault(key, []).append(parameter)
+    settings = [
+        {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
+    ]
+    optimizer = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return optimizer(settings, fused=True)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Returns the share of the peak learning rate at a step (from 0): linear warm-up, then cosine to 0 or constant.
+
+    Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983.
+    """
+    warmup_steps = round(config.warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -5,19 +5,21 @@ for it. That fits validation sets of minutes, not of hours (the group's time lim
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch.distributed as dist
 
 from mclstexp.data.spots import SpotReader, decode_tiles
-from mclstexp.evaluation.metrics import heg_pcc, mean_by_patient
-from mclstexp.inference.bank import build_bank
-from mclstexp.inference.embed import image_network
-from mclstexp.inference.retrieval import ValidationSection, best_score
+from mclstexp.evaluation.metrics import heg_pcc, highest_genes, mean_by_patient
+from mclstexp.model.bank import Bank, build_bank
+from mclstexp.model.embed import image_network
+from mclstexp.model.retrieval import neighbours, resolve, weighted_mean, weights
 from mclstexp.model.towers import TwoTowers
-from mclstexp.training.step import Trainee
+from mclstexp.settings import RetrievalConfig
+from mclstexp.training.step import RankState
 
 VALIDATION_PCC = "validation_pcc"
 """Metric: PCC over the 50 highest genes of each validation section, mean over sections, then over patients."""
@@ -39,7 +41,7 @@ class ValidationSet:
         return [(name, group) for name in self.validation for group in range(len(manifest.section(name).row_groups))]
 
 
-def validate(trainee: Trainee, data: ValidationSet) -> float:
+def validate(trainee: RankState, data: ValidationSet) -> float:
     """Returns the model's `VALIDATION_PCC`; every rank must call it.
 
     k and the temperature of retrieval are those that score best where the configuration leaves them open, as a
@@ -55,7 +57,7 @@ def validate(trainee: Trainee, data: ValidationSet) -> float:
     return scores[0]
 
 
-def _score(trainee: Trainee, data: ValidationSet, embedded: Mapping[Place, np.ndarray]) -> float:
+def _score(trainee: RankState, data: ValidationSet, embedded: Mapping[Place, np.ndarray]) -> float:
     spots = {name: data.reader.read_section(name) for name in data.validation}
     said = {name: np.concatenate([embedded[place] for place in data.places() if place[0] == name]) for name in spots}
     sections = [
@@ -71,7 +73,7 @@ def _score(trainee: Trainee, data: ValidationSet, embedded: Mapping[Place, np.nd
     return best_score(sections, bank, trainee.config.retrieval)
 
 
-def _embed_share(trainee: Trainee, data: ValidationSet) -> dict[Place, np.ndarray]:
+def _embed_share(trainee: RankState, data: ValidationSet) -> dict[Place, np.ndarray]:
     """Returns what the rank's own sentences are embedded as (or, in direct regression, predicted)."""
     config, size_px = trainee.config, data.reader.manifest.tile_size_px
     weights = trainee.model.state_dict()
@@ -84,9 +86,67 @@ def _embedded(embed: Callable[[np.ndarray], np.ndarray], reader: SpotReader, pla
     return embed(decode_tiles(reader.read_encoded(*place)[1], reader.manifest.tile_size_px))
 
 
-def _gathered(trainee: Trainee, share: dict[Place, np.ndarray]) -> dict[Place, np.ndarray]:
+def _gathered(trainee: RankState, share: dict[Place, np.ndarray]) -> dict[Place, np.ndarray]:
     if trainee.world_size == 1:
         return share
     shares: list[dict[Place, np.ndarray]] = [{} for _ in range(trainee.world_size)]
     dist.all_gather_object(shares, share)
     return {place: values for part in shares for place, values in part.items()}
+
+
+TRIED_K = (10, 20, 50, 100, 200, 400)
+TRIED_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class ValidationSection:
+    """A section of a validation patient."""
+
+    patient_id: str
+    queries: np.ndarray
+    """Image embeddings, float32 (Q, D)."""
+    truth: np.ndarray
+    """Measured expression in the bank's unit, (Q, G)."""
+
+
+def choose(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> RetrievalConfig:
+    """Returns the settings with the `k` and `temperature` of the highest mean PCC over the 50 highest genes.
+
+    As on the score card, correlations are taken within a section over its own highest genes, and averaged by patient.
+    Only what the configuration leaves open is chosen.
+    """
+    tried, means = _tried(sections, bank, config)
+    return tried[int(means.argmax())]
+
+
+def best_score(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> float:
+    """Returns the mean PCC over the 50 highest genes under the settings that `choose` would return."""
+    return float(_tried(sections, bank, config)[1].max())
+
+
+def _tried(
+    sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig
+) -> tuple[list[RetrievalConfig], np.ndarray]:
+    """Returns all settings that a configuration leaves open, and each one's score."""
+    fixed = resolve(config, len(bank))
+    all_k = [config.k] if config.k else [k for k in TRIED_K if k <= len(bank)] or [len(bank)]
+    open_temperature = config.weighting == "softmax" and config.temperature is None
+    temperatures = TRIED_TEMPERATURES if open_temperature else (fixed.temperature,)
+    tried = [
+        fixed.model_copy(update={"k": k, "temperature": temperature}) for k, temperature in product(all_k, temperatures)
+    ]
+    scores = np.array([_scores(section, bank, tried, max(all_k)) for section in sections])
+    return tried, mean_by_patient([section.patient_id for section in sections], scores)
+
+
+def _scores(section: ValidationSection, bank: Bank, tried: Sequence[RetrievalConfig], most: int) -> list[float]:
+    """Returns the mean PCC over a section's own highest genes under each of the tried settings."""
+    genes = highest_genes(section.truth)
+    payload = bank.payload[:, genes]
+    best = neighbours(section.queries, bank, tried[0].model_copy(update={"k": most}))
+    means = []
+    for config in tried:
+        found = best.first(config.k or most)
+        said = weighted_mean(found.ids, weights(found, config), payload)
+        means.append(heg_pcc(section.truth[:, genes], said))
+    return means

@@ -1,0 +1,207 @@
+"""What a reader hands on: spots with raw counts and pixel positions, their genes, and who was left out and why.
+
+Counts are checked here once for all readers; a value that is no count stops the section, because whatever made it
+(a logarithm, a scaling, a broken export) has touched its neighbours as well.
+"""
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.spatial import cKDTree
+
+from mclstexp.data.schema import gene_names
+from mclstexp.errors import SourceError
+
+MAX_ARRAY = 65_535
+"""Largest array row or column."""
+_MAX_COUNT = 2**31 - 1
+_LOGGED_BELOW = 20.0  # log1p of five hundred million
+_MOST_NAMED = 5
+
+
+class Gene(NamedTuple):
+    """A gene as `mclstexp.data.schema` names it; symbol or ensembl_id may be empty."""
+
+    gene_id: str
+    symbol: str
+    ensembl_id: str
+
+
+class Reject(NamedTuple):
+    """A spot that gets no tile; its position is NaN where the source has none."""
+
+    spot_id: str
+    x_px: float
+    y_px: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Places on a slide, n of them in the same order in every field."""
+
+    spot_id: np.ndarray
+    """object (n,) of str."""
+    x_px: np.ndarray
+    """Centre in level-0 pixels, float64 (n,)."""
+    y_px: np.ndarray
+    array_row: np.ndarray
+    """float64 (n,), whole numbers; NaN where there is no array."""
+    array_col: np.ndarray
+    counts: csr_array | None = None
+    """Raw counts, int32 (n, genes); None on an H&E-only slide."""
+
+    def __len__(self) -> int:
+        return len(self.spot_id)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Returns the spots of the given rows (indices or mask)."""
+        names = ("spot_id", "x_px", "y_px", "array_row", "array_col")
+        taken = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, **taken, counts=None if self.counts is None else self.counts[rows])
+
+    def rejects(self, rows: np.ndarray, reason: str) -> list[Reject]:
+        """Returns the spots of the given rows as rejects."""
+        places = zip(self.spot_id[rows], self.x_px[rows].tolist(), self.y_px[rows].tolist(), strict=True)
+        return [Reject(str(spot_id), x, y, reason) for spot_id, x, y in places]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A measured section: its usable spots and the rest."""
+
+    spots: Spots
+    genes: tuple[Gene, ...]
+    """Columns of `spots.counts`."""
+    rejected: tuple[Reject, ...]
+    array_mpp: float | None = None
+    """Micrometres per full-resolution pixel by the array's known size, where the format has such an array."""
+    spot_diameter_px: float | None = None
+    """Diameter of a spot in full-resolution pixels, where the source says so."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a section's files say before its counts are read; empty for an H&E-only slide."""
+
+    genes: tuple[Gene, ...] = ()
+    other_features: Mapping[str, int] = field(default_factory=dict)
+    """Number of features that are left out because they are no genes, by their kind."""
+    array_mpp: float | None = None
+    """As in `Expression`."""
+
+
+def named_gene(name: str, ensembl: str = "", symbol: str = "") -> Gene:
+    """Returns a gene from its name in a source and, where the source has them, its Ensembl id and symbol.
+
+    The whole mapping: an Ensembl id loses its version; the id is the Ensembl id where the source gives one, else the
+    symbol as it is written, upper and lower case included; nothing is looked up elsewhere.
+    """
+    by_name, by_column = Gene(*gene_names(name)), Gene(*gene_names(ensembl))
+    ensembl_id = by_name.ensembl_id or by_column.ensembl_id
+    symbol = by_name.symbol or symbol
+    return Gene(ensembl_id or symbol, symbol, ensembl_id)
+
+
+@contextmanager
+def naming(path: str, kind: str) -> Iterator[None]:
+    """Names the file in whatever goes wrong with it meanwhile; `kind` says what it should be.
+
+    Raises:
+        SourceError: instead of what damaged files make libraries raise.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise SourceError(f"{Path(path).name} cannot be read, it is damaged or no {kind}: {error}") from error
+    except SourceError as error:
+        raise SourceError(f"{Path(path).name}: {error}") from None
+
+
+def checked_counts(values: csr_array, spot_ids: list[str], genes: tuple[Gene, ...]) -> csr_array:
+    """Returns values (spots, genes) as int32 counts, canonical and without stored zeros.
+
+    Raises:
+        SourceError: a value is NaN, infinite, negative, fractional or above 2^31 - 1; names spot and gene.
+    """
+    counts = csr_array(values)
+    counts.sum_duplicates()
+    data = counts.data
+    with np.errstate(invalid="ignore"):
+        wrong = ~((data >= 0) & (data <= _MAX_COUNT) & (data == np.rint(data)))
+    if wrong.any():
+        place = int(wrong.argmax())
+        spot = spot_ids[int(np.searchsorted(counts.indptr, place, side="right")) - 1]
+        gene = genes[counts.indices[place]].gene_id
+        hint = "; the values look normalised or log-transformed" if np.nanmax(data) < _LOGGED_BELOW else ""
+        raise SourceError(f"gene {gene} of spot {spot} has the value {data[place]}, which is no raw count{hint}")
+    counts = counts.astype(np.int32)
+    counts.eliminate_zeros()
+    return counts
+
+
+def require_unique(names: list[str], what: str) -> None:
+    """Refuses repeated names.
+
+    Raises:
+        SourceError: names the repeated ones.
+    """
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
+    if repeated:
+        more = f" and {len(repeated) - _MOST_NAMED} more" if len(repeated) > _MOST_NAMED else ""
+        raise SourceError(
+            f"{what} appears more than once: {', '.join(repeated[:_MOST_NAMED])}{more}; merge or drop them"
+        )
+
+
+def require_places(spots: Spots) -> None:
+    """Refuses positions that no slide has.
+
+    Raises:
+        SourceError: a pixel position is not finite, or an array place is negative or above `MAX_ARRAY`; names the spot.
+    """
+    place = np.stack([spots.array_row, spots.array_col])
+    faults = {
+        "pixel position": ~np.isfinite(spots.x_px + spots.y_px),
+        f"array place (allowed 0 to {MAX_ARRAY})": ((place < 0) | (place > MAX_ARRAY)).any(axis=0),
+    }
+    for what, wrong in faults.items():
+        if wrong.any():
+            i = int(wrong.argmax())
+            got = (spots.x_px[i], spots.y_px[i]) if what == "pixel position" else tuple(place[:, i])
+            raise SourceError(f"spot {spots.spot_id[i]} has the {what} {tuple(map(float, got))}")
+
+
+def split_usable(spots: Spots, selected: np.ndarray) -> tuple[Spots, list[Reject]]:
+    """Returns the spots that are selected, bool (n,), and have counts, and the others as rejects."""
+    assert spots.counts is not None, "only measured spots are selected"
+    empty = spots.counts.sum(axis=1) == 0
+    rejected = spots.rejects(~selected, "not_selected") + spots.rejects(selected & empty, "no_counts")
+    return spots.take(selected & ~empty), rejected
+
+
+_LEAST_SPOTS = 16
+
+
+def array_mpp(place: np.ndarray, pixel: np.ndarray, pitch_um: float) -> float | None:
+    """Returns the micrometres per pixel, or None where the spots are fewer than 16 or on a line.
+
+    Args:
+        place: places on the array, float64 (n, 2), in any unit that makes neighbours equally far apart.
+        pixel: the same spots on the image, float64 (n, 2), in pixels; turned or mirrored as it may be.
+        pitch_um: distance of neighbouring spots in micrometres.
+    """
+    if len(place) < _LEAST_SPOTS:
+        return None
+    px_per_place = np.linalg.lstsq(place - place.mean(axis=0), pixel - pixel.mean(axis=0))[0]
+    area = abs(float(np.linalg.det(px_per_place)))
+    neighbour = float(np.median(cKDTree(place).query(place, k=2)[0][:, 1]))
+    return pitch_um / (neighbour * math.sqrt(area)) if area > 0 and neighbour > 0 else None

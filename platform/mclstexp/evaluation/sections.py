@@ -1,0 +1,188 @@
+"""Measured sections as raw counts, so that one reading serves every target that a score card states.
+
+The price is memory: the panel counts of all training and held-out spots are held, 4 bytes a spot and gene.
+
+Shapes: N spots of one section, G genes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from mclstexp.data.genes import GenePanel, Normaliser, panel_counts
+from mclstexp.data.spots import SpotReader
+from mclstexp.data.table import read_columns
+from mclstexp.errors import ModelError
+from mclstexp.evaluation.domains import spot_pitch
+from mclstexp.model.bank import Bank
+
+_PLACE, _PLACE_PX = ("x_um", "y_um"), ("x_px", "y_px")
+
+
+@dataclass(frozen=True)
+class MeasuredSection:
+    """One section's spots in stored order: where they are and what was counted."""
+
+    section_id: str
+    patient_id: str
+    spot_id: np.ndarray
+    """Strings, (N,)."""
+    place: np.ndarray
+    """Micrometres, (N, 2)."""
+    place_px: np.ndarray
+    """Pixels of slide level 0, (N, 2)."""
+    label: np.ndarray
+    """A pathologist's labels, object (N,) of str; None where there is none."""
+    counts: np.ndarray
+    """Raw counts of the panel's genes, float32 (N, G)."""
+    totals: np.ndarray
+    """Count over all genes, float64 (N,)."""
+
+    def __len__(self) -> int:
+        return len(self.spot_id)
+
+    def expression(self, target: Normaliser) -> np.ndarray:
+        """Returns the section's expression in a target's unit, float32 (N, G)."""
+        return normalise_section(target, self.counts, self.totals)
+
+
+def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
+    """Returns a measured section of the reader's tile table over the reader's panel."""
+    entry = reader.manifest.section(section_id)
+    table = read_columns(reader.root, entry, ["spot_id", *_PLACE, *_PLACE_PX, "label", "gene_index", "count"])
+    counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns)
+    place, place_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (_PLACE, _PLACE_PX))
+    return MeasuredSection(
+        section_id,
+        entry.patient_id,
+        np.array(table["spot_id"].to_pylist(), object),
+        place,
+        place_px,
+        np.array(table["label"].to_pylist(), object),
+        counts,
+        totals,
+    )
+
+
+def with_target(bank: Bank, training: Sequence[MeasuredSection], target: Normaliser) -> Bank:
+    """Returns a bank whose payload stands in another target: the same keys, so the same neighbours and weights.
+
+    Args:
+        bank: of a model version.
+        training: the version's training sections, in its order.
+        target: the unit of the new payload.
+
+    Raises:
+        ModelError: the sections' spots are not the bank's.
+    """
+    sections = np.concatenate([np.full(len(section), section.section_id, object) for section in training])
+    spots = np.concatenate([section.spot_id for section in training])
+    if not (np.array_equal(sections, bank.section_id) and np.array_equal(spots, bank.spot_id)):
+        raise ModelError(
+            f"the bank holds {len(bank)} spots of {', '.join(dict.fromkeys(bank.section_id))}, and the tile table's "
+            f"{len(spots)} spots of {', '.join(dict.fromkeys(sections))} are not the same in the same order, so that "
+            "the model cannot answer in another target; score it on the tile table that it was trained on"
+        )
+    return replace(bank, payload=np.concatenate([section.expression(target) for section in training]))
+
+
+TARGETS = MappingProxyType(
+    {
+        "per_spot": Normaliser("per_spot_all", 1e4, "e"),
+        "per_spot_panel": Normaliser("per_spot_panel", 1e4, "10"),
+        "per_gene": Normaliser("per_gene", 1e4, "10"),
+    }
+)
+"""By name: ours, ln(1 + 1e4 c / spot total over all genes); and mclSTExp's (2024, https://arxiv.org/abs/2407.08216)
+training input, log10(1 + 1e4 c / spot total over the panel), and truth and payload, log10(1 + 1e4 c / gene total over
+the section)."""
+
+
+def scored_targets(own: Normaliser, seen: Normaliser) -> dict[str, Normaliser]:
+    """Returns by name what a score card states, each once.
+
+    The model's own target first, then `per_spot`, `per_gene` and what the model's spots were `seen` in: in mclSTExp's
+    recipe `per_spot_panel`, the per-spot unit of its published figures. One without a name in `TARGETS` is called by
+    its unit.
+    """
+    known = {target: name for name, target in TARGETS.items()}
+    stated = (own, TARGETS["per_spot"], TARGETS["per_gene"], seen)
+    return {known.get(target, target.unit()): target for target in stated}
+
+
+def normalise_section(target: Normaliser, counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Returns the expression of one whole section in a target's unit, float32 (N, G).
+
+    Args:
+        target: one of `TARGETS`, or a model's own.
+        counts: raw counts of the panel's G genes in all N spots of the section, (N, G).
+        totals: each spot's count over all genes, (N,).
+    """
+    return target.apply(counts, totals, counts.sum(axis=0, dtype=np.float64))
+
+
+FOLDER = "sections"
+MEASURED = "measured"
+"""The layer with what was measured; `X` is what was predicted."""
+
+
+@dataclass(frozen=True)
+class SectionResult:
+    """A held-out section with what was measured and predicted, in the model's own target."""
+
+    section: MeasuredSection
+    panel: GenePanel
+    """The G genes."""
+    truth: np.ndarray
+    """(N, G)."""
+    prediction: np.ndarray
+    thumbnail: np.ndarray
+    """The slide, uint8 (height, width, 3)."""
+    thumbnail_scale: float
+    """Level-0 pixels along a pixel of the thumbnail."""
+
+
+def section_path(section_id: str) -> str:
+    """Returns where a section's file lies within a result folder."""
+    return f"{FOLDER}/{section_id}.h5ad"
+
+
+def write_section_result(folder: str | Path, result: SectionResult, facts: Mapping[str, str]) -> None:
+    """Writes one section into a local result folder, see `section_path`.
+
+    `X` and `layers["measured"]` float32 (N, G); `obs` by spot id with section_id, patient_id, x_px, y_px, x_um, y_um
+    and label (missing where there is none); `var` by gene id with symbol and ensembl_id; `obsm["spatial"]` in level-0
+    pixels; `uns["spatial"][section_id]` with the slide; `uns["result"]` holds `facts`.
+    """
+    section, panel = result.section, result.panel
+    places = {"x_px": section.place_px[:, 0], "y_px": section.place_px[:, 1]}
+    places |= {"x_um": section.place[:, 0], "y_um": section.place[:, 1]}
+    names = {"section_id": section.section_id, "patient_id": section.patient_id}
+    label = pd.Categorical([name or None for name in section.label])
+    data = anndata.AnnData(
+        X=result.prediction.astype(np.float32),
+        layers={MEASURED: result.truth.astype(np.float32)},
+        obs=pd.DataFrame(names | places | {"label": label}, index=section.spot_id.astype(str)),
+        var=pd.DataFrame({"symbol": panel.symbol, "ensembl_id": panel.ensembl_id}, index=list(panel.gene_id)),
+        obsm={"spatial": section.place_px},
+        uns={"result": dict(facts), "spatial": {section.section_id: _slide(result)}},
+    )
+    path = Path(folder, section_path(section.section_id))
+    path.parent.mkdir(exist_ok=True)
+    data.write_h5ad(path, compression="gzip")
+
+
+def _slide(result: SectionResult) -> dict[str, object]:
+    scale = 1 / result.thumbnail_scale
+    return {
+        "images": {"hires": result.thumbnail},
+        "scalefactors": {
+            "tissue_hires_scalef": scale,
+            "spot_diameter_fullres": 0.5 * spot_pitch(result.section.place_px),
+        },
+    }

@@ -1,0 +1,226 @@
+"""Images to embeddings over a whole tile table: decode on CPU tasks, embed on an actor pool.
+
+Sections come back one after the other in the order asked for, so that a caller can write one while the next is
+under way and memory does not grow with the cohort. Ray Data knows nothing of other work on the cluster and starts all
+actors of a pool at once, so runs that embed side by side must each be given a share (`resources.share_of_run`).
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import ray
+import safetensors.torch
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+
+from mclstexp.cluster import MAX_RETRIES, ordered
+from mclstexp.data.schema import Manifest
+from mclstexp.data.spots import Batch, decode_tiles, pad
+from mclstexp.data.table import read_sentence
+from mclstexp.errors import ResourceError
+from mclstexp.model.towers import ImageTower, ProjectionHead, plain_tensors, uses_bf16
+from mclstexp.model.version import ModelVersion
+from mclstexp.settings import ModelConfig
+
+_IMAGE_SETTINGS = ("image_encoder", "input_scaling", "test_turns", "predictor", "embedding_dim", "l2_normalise")
+_TILES_AT_ONCE = {"cpu": 16, "cuda": 64}  # larger batches are slower on a CPU (docs/scaling.md)
+_TILES_WORTH_AN_ACTOR = 256  # fewer are embedded sooner than another process has imported torch
+
+
+@dataclass(frozen=True)
+class ImageNetwork:
+    """An image tower to be built where it is used, with or without its projection head."""
+
+    config: dict[str, object]
+    """ModelConfig as a plain dict."""
+    tile_size_px: int
+    tower: dict[str, torch.Tensor]
+    """State dict of ImageTower; it travels with the network, so that no worker needs a weights file."""
+    head: dict[str, torch.Tensor] | None
+    """State dict of the head: an embedding's or, in direct regression, the genes'. None: features of the encoder."""
+    precision: str = "auto"
+
+    def digest(self) -> str:
+        """Returns 16 hex digits of everything that its answers depend on."""
+        shape = [self.config[name] for name in _IMAGE_SETTINGS]
+        found = hashlib.sha256(json.dumps([shape, self.tile_size_px, self.precision]).encode())
+        for part in (self.tower, self.head or {}):
+            found.update(safetensors.torch.save({name: value.contiguous() for name, value in part.items()}))
+        return found.hexdigest()[:16]
+
+    def build(self, device: torch.device, batch: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+        """Returns the map from tiles, uint8 (n, size, size, 3), n > 0, to embeddings or features, float32 (n, D).
+
+        Args:
+            device: where it computes.
+            batch: tiles that go through the network at once (other sizes may round otherwise); None: what suits the
+                device.
+        """
+        config = ModelConfig.model_validate(self.config | {"image_weights": "random"})
+        tower = ImageTower(config, self.tile_size_px)
+        tower.load_state_dict(self.tower)
+        network = torch.nn.Sequential(tower)
+        if self.head is not None:
+            network.append(_head(config, tower.num_features, self.head))
+        network = network.eval().to(device).to(memory_format=torch.channels_last)
+        bf16 = uses_bf16(self.precision, device)
+        size = batch or _TILES_AT_ONCE[device.type]
+
+        def at_once(tiles: np.ndarray) -> np.ndarray:
+            images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
+
+        @torch.inference_mode()
+        def embed(tiles: np.ndarray) -> np.ndarray:
+            tiles = fixed_turns(tiles) if config.test_turns else tiles
+            return np.concatenate([at_once(tiles[start : start + size]) for start in range(0, len(tiles), size)])
+
+        return embed
+
+
+def _head(config: ModelConfig, num_features: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    head: torch.nn.Module = ProjectionHead(num_features, config.embedding_dim, config.l2_normalise)
+    if config.predictor == "regression":
+        head = torch.nn.Linear(num_features, len(state["bias"]))
+    head.load_state_dict(state)
+    return head
+
+
+def network_of(model: ModelVersion) -> ImageNetwork:
+    """Returns the image side of a model version."""
+    return image_network(model.config.model, model.tile_size_px, model.weights, model.config.train.precision)
+
+
+def image_network(
+    config: ModelConfig, tile_size_px: int, weights: Mapping[str, torch.Tensor], precision: str
+) -> ImageNetwork:
+    """Returns the image side of a network from its state dict."""
+    tower, head = (
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        for prefix in ("image_tower.", "image_head.")
+    )
+    return ImageNetwork(config.model_dump(mode="json"), tile_size_px, tower, head, precision)
+
+
+def encoder_network(model: ModelVersion, image_weights: str, seed: int) -> ImageNetwork:
+    """Returns a model version's image encoder with other weights (as `model.image_weights`) and no head.
+
+    Raises:
+        ConfigError, ModelError: the weights cannot be had here, on the driver, or do not fit.
+    """
+    torch.manual_seed(seed)
+    config = model.config.model.model_copy(update={"image_weights": image_weights})
+    tower = plain_tensors(ImageTower(config, model.tile_size_px).state_dict())
+    return ImageNetwork(config.model_dump(mode="json"), model.tile_size_px, tower, None, model.config.train.precision)
+
+
+def embed_sections(
+    root: str, manifest: Manifest, section_ids: Sequence[str], network: ImageNetwork, done: Callable[[int], None]
+) -> Iterator[tuple[str, Batch]]:
+    """Yields each section's arrays in stored order: embedding float32 (N, D) and rgb float32 (N, 6).
+
+    `rgb` is each tile's mean and standard deviation of red, green and blue in [0, 1]. `done` is called with the
+    number of spots embedded since its last call.
+
+    Raises:
+        ResourceError: the cluster has no CPU to decode tiles on beside the one that embeds.
+    """
+    places = [(name, group) for name in section_ids for group in range(len(manifest.section(name).row_groups))]
+    parts: list[Batch] = []
+    for (name, group), batch in zip(places, _pipeline(root, manifest, places, network), strict=True):
+        mask = batch.pop("mask")[0]
+        parts.append({key: values[0][mask] for key, values in batch.items()})
+        done(int(mask.sum()))
+        if group + 1 == len(manifest.section(name).row_groups):
+            yield name, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            parts = []
+
+
+def num_embedders(num_cpus: int, num_gpus: int) -> int:
+    """Returns how many actors embed tiles where the work may use so much: each holds a GPU, else one of half the CPUs.
+
+    Raises:
+        ResourceError: there is no CPU to read on, and tasks that read starve for ever where actors hold every CPU.
+    """
+    needed = 1 if num_gpus else 2
+    if num_cpus < needed:
+        raise ResourceError(
+            f"embedding needs {needed} CPU(s), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or "
+            "add a node"
+        )
+    return num_gpus or num_cpus // 2
+
+
+def _room() -> tuple[int, int]:
+    """Returns the CPUs and GPUs that datasets made here may use: the cluster's, within the limits of `ordered`."""
+    there, limits = ray.cluster_resources(), DataContext.get_current().execution_options.resource_limits
+    return int(min(there.get("CPU", 0), limits.cpu)), int(min(there.get("GPU", 0), limits.gpu))
+
+
+def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
+    num_cpus, num_gpus = _room()
+    num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in places)
+    actors = min(num_embedders(num_cpus, num_gpus), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
+    rows = [{"section_id": name, "group": group} for name, group in places]
+    with ordered():
+        dataset = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(cast(Any, _Read(root, manifest)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
+            .map_batches(
+                _Embed,
+                fn_constructor_args=(ray.put(network),),
+                batch_size=1,
+                compute=ActorPoolStrategy(size=min(actors, len(rows))),
+                num_gpus=1 if num_gpus else None,
+                num_cpus=None if num_gpus else 1,
+                max_restarts=MAX_RETRIES,
+                max_task_retries=MAX_RETRIES,
+            )
+        )
+    yield from cast(Iterable[Batch], dataset.iter_batches(batch_size=1, batch_format="numpy"))
+
+
+@dataclass(frozen=True)
+class _Read:
+    root: str
+    manifest: Manifest
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+        entry = self.manifest.section(str(rows["section_id"][0]))
+        table = read_sentence(self.root, entry, int(rows["group"][0]))
+        tiles = decode_tiles(table["image"], self.manifest.tile_size_px)
+        return pad({"image": tiles}, self.manifest.sentence_length)
+
+
+class _Embed:
+    def __init__(self, network: ray.ObjectRef) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._embed = ray.get(network).build(device)
+
+    def __call__(self, batch: Batch) -> Batch:
+        mask = batch["mask"][0]
+        tiles = batch["image"][0][mask]
+        pixels = tiles.reshape(len(tiles), -1, 3) / np.float32(255)
+        rgb = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
+        return pad({"embedding": self._embed(tiles), "rgb": rgb.astype(np.float32)}, len(mask))
+
+
+def fixed_turns(tiles: np.ndarray) -> np.ndarray:
+    """Returns tiles, uint8 (n, size, size, 3), each flipped and turned by a draw that its own bytes decide.
+
+    The published code draws anew whenever it embeds a Visium tile, so that its results cannot be repeated. Here the
+    checksum draws among the same eight: no result depends on order or batch.
+    """
+    turned = np.empty_like(tiles)
+    for place, tile in enumerate(tiles):
+        draw = zlib.crc32(tile.tobytes())
+        tile = tile[:, ::-1] if draw & 1 else tile
+        tile = tile[::-1] if draw & 2 else tile
+        turned[place] = tile.swapaxes(0, 1) if draw & 4 else tile
+    return turned

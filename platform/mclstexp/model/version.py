@@ -1,0 +1,228 @@
+"""A model version as a folder: everything that a prediction needs, and nothing that must be unpickled.
+
+A direct regression has no bank; every other version has one.
+
+Weights and bank are safetensors, the rest JSON and Parquet; `files.json` holds every file's checksum, and its own
+digest names the version. A folder that lacks a file or was edited is refused, and so is a bank that was made for other
+weights, genes, tiles or normalisers, whatever the checksums say. Schema 1 knew no `ood_similarity`: such a version
+loads, and leaves open which tiles are out of distribution. Banks of schema 1 and 2 do not say what they were made for.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mclstexp.config import Config, recorded_config
+from mclstexp.data.genes import GenePanel, normalisers
+from mclstexp.data.schema import Manifest
+from mclstexp.errors import ModelError
+from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
+from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
+from mclstexp.model.towers import TwoTowers, plain_tensors
+from mclstexp.settings import TilesConfig
+
+MODEL_SCHEMA = 4
+_READ_SCHEMAS = (1, 2, 3, MODEL_SCHEMA)
+FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
+MPP_TOLERANCE = 0.02
+
+
+class TrainingRecord(BaseModel):
+    """What the version was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    manifest_digest: str
+    protocol: str
+    sections: tuple[str, ...]
+    patients: tuple[str, ...]
+    validation_sections: tuple[str, ...]
+    validation_patients: tuple[str, ...] = ()
+    """Theirs; empty in versions that do not name them."""
+    test_sections: tuple[str, ...]
+    epochs: int
+
+
+class _ModelFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int
+    config: dict[str, object]
+    panel: str
+    tile_size_px: int
+    mpp: float
+    num_positions: int
+    training: TrainingRecord
+    ood_similarity: float | None = None
+
+
+class ModelVersion:
+    """A trained model with its bank, panel, normalisers and tile geometry."""
+
+    def __init__(
+        self,
+        config: Config,
+        panel: GenePanel,
+        geometry: tuple[int, float],
+        num_positions: int,
+        training: TrainingRecord,
+        weights: dict[str, torch.Tensor],
+        bank: Bank | None,
+        ood_similarity: float | None = None,
+    ) -> None:
+        self.config, self.panel, self.training, self.bank = config, panel, training, bank
+        self.tile_size_px, self.mpp = geometry
+        self.num_positions = num_positions
+        self.weights = weights
+        self.ood_similarity = ood_similarity
+        """Best cosine below which a tile is out of distribution; None where that is unknown."""
+        self.digest = ""
+        """12 hex digits that name the version's content; empty until it was saved or loaded."""
+
+    def predict(self, embedding: np.ndarray) -> Retrieved:
+        """Returns what the version says of tiles, from their embeddings by `embed.network_of`, float32 (N, D)."""
+        if self.bank is None:
+            return regressed(embedding)
+        return retrieve(embedding, self.bank, resolve(self.config.retrieval, len(self.bank)))
+
+    def towers(self) -> TwoTowers:
+        """Returns the two towers with the version's weights, in evaluation mode on the CPU."""
+        settings = self.config.model.model_copy(update={"image_weights": "random"})
+        model = TwoTowers(settings, len(self.panel), self.num_positions, self.tile_size_px)
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the version into an existing empty local folder."""
+        folder = Path(folder)
+        record = _ModelFile(
+            schema_version=MODEL_SCHEMA,
+            config=self.config.model_dump(mode="json"),
+            panel=self.panel.to_json(),
+            tile_size_px=self.tile_size_px,
+            mpp=self.mpp,
+            num_positions=self.num_positions,
+            training=self.training,
+            ood_similarity=self.ood_similarity,
+        )
+        (folder / MODEL).write_text(record.model_dump_json(indent=1))
+        save_file(plain_tensors(self.weights), folder / WEIGHTS)
+        if self.bank is not None:
+            self.bank.save(folder, self._identity(folder))
+        files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        (folder / FILES).write_text(json.dumps(files, indent=1))
+        self.digest = _sha256(folder / FILES)[:12]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ModelVersion":
+        """Returns the version that `save` wrote.
+
+        Raises:
+            ModelError: a file is missing or was edited, or the version is of another schema.
+        """
+        folder = Path(folder)
+        _verify(folder)
+        try:
+            tree = json.loads((folder / MODEL).read_text())
+            if tree["schema_version"] not in _READ_SCHEMAS:
+                readable = ", ".join(map(str, _READ_SCHEMAS))
+                raise ModelError(f"{folder} has model schema {tree['schema_version']}, this code reads {readable}")
+            record = _ModelFile.model_validate(tree)
+            weights = load_file(folder / WEIGHTS)
+            bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
+        except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
+            raise ModelError(f"{folder} is no model version that this code reads: {error}") from error
+        panel, config = GenePanel.from_json(record.panel), recorded_config(record.config, str(folder))
+        geometry = (record.tile_size_px, record.mpp)
+        positions, ood = record.num_positions, record.ood_similarity
+        version = cls(config, panel, geometry, positions, record.training, weights, bank, ood)
+        if (bank is None) != (config.model.predictor == "regression"):
+            has = "no bank" if bank is None else "a bank"
+            raise ModelError(f"{folder} has {has}, and model.predictor={config.model.predictor}; fetch it again")
+        if bank is not None and bank.payload.shape[1] != len(panel):
+            raise ModelError(f"the bank of {folder} has {bank.payload.shape[1]} genes, its panel {len(panel)}")
+        if bank is not None:
+            version._require_own_bank(folder)
+        version.digest = _sha256(folder / FILES)[:12]
+        return version
+
+    def _identity(self, folder: Path) -> dict[str, str]:
+        """Returns what a bank answers for, and no other version's does."""
+        spot, target = normalisers(self.config.genes)
+        return {
+            "weights": f"with SHA-256 {_sha256(folder / WEIGHTS)[:12]}...",
+            "a panel": f"of {len(self.panel)} genes with SHA-256 {_digest(self.panel.to_json())[:12]}...",
+            "tiles": f"of {self.tile_size_px} px at {self.mpp!r} um/px",
+            "spots": f"in {spot.unit()}",
+            "a target": f"in {target.unit()}",
+        }
+
+    def _require_own_bank(self, folder: Path) -> None:
+        own = self._identity(folder)
+        for name, value in made_for(folder).items():
+            if own.get(name) != value:
+                raise ModelError(
+                    f"the bank of {folder} does not belong to it: it was made for {name} {value}, the model version "
+                    f"has {name} {own.get(name)}; fetch it again"
+                )
+
+    def require_table(self, manifest: Manifest) -> None:
+        """Checks that a tile table was cut as the model's tiles were.
+
+        Raises:
+            ModelError: tile size, resolution or encoding differ; names both values.
+        """
+        if manifest.tile_size_px != self.tile_size_px:
+            raise ModelError(
+                f"the model takes tiles of {self.tile_size_px} px, the table has {manifest.tile_size_px} px; prepare "
+                f"it with --tiles.size_px {self.tile_size_px}"
+            )
+        if abs(manifest.mpp / self.mpp - 1) > MPP_TOLERANCE:
+            raise ModelError(
+                f"the model takes tiles of {self.mpp:.4g} um/px, the table has {manifest.mpp:.4g}; prepare it with "
+                f"--tiles.mpp {self.mpp:.4g}"
+            )
+        own, other = (_encoding(source) for source in (self.config.tiles, manifest))
+        if own != other:
+            raise ModelError(
+                f"the model's tiles are {own}, the table's {other}, which changes fine texture; prepare it with "
+                f"--tiles.encoding {self.config.tiles.encoding} --tiles.jpeg_quality {self.config.tiles.jpeg_quality}"
+            )
+
+
+def _encoding(source: TilesConfig | Manifest) -> str:
+    return f"jpeg of quality {source.jpeg_quality}" if source.encoding == "jpeg" else source.encoding
+
+
+def _verify(folder: Path) -> None:
+    try:
+        files = json.loads((folder / FILES).read_text())
+        unlisted = {MODEL, WEIGHTS, *(name for name in (ARRAYS, DONORS) if (folder / name).exists())} - files.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder} is no model version: {FILES} cannot be read ({error})") from error
+    if unlisted:
+        raise ModelError(f"{FILES} of the model version {folder} does not list {', '.join(sorted(unlisted))}")
+    for name, checksum in files.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise ModelError(f"the model version {folder} is incomplete: {name} is missing; fetch it again")
+        if (found := _sha256(path)) != checksum:
+            raise ModelError(
+                f"{name} of the model version {folder} was changed after it was saved: it has SHA-256 {found[:12]}..., "
+                f"{FILES} says {str(checksum)[:12]}...; fetch it again"
+            )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,211 @@
+"""Looks at one slide before it is predicted: resolution, stain, tissue, and the tiles in the order of prediction.
+
+What was found is written to the slide's staging folder, its record last, and read back by a later run. A slide without
+tissue is a result with no tiles. The small picture and the tissue mask are read apart, twice the work on a slide of a
+single level, so that both are what the tile table has.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from mclstexp import storage
+from mclstexp.errors import SourceError
+from mclstexp.prediction.parts import (
+    GRID,
+    GRID_SCHEMA,
+    PREVIEW,
+    RECORD,
+    THUMBNAIL,
+    SlideRecord,
+    remove_staging,
+    staging_folder,
+)
+from mclstexp.prediction.plan import CohortPlan, SlideSource, fingerprint, key
+from mclstexp.prediction.slide_cache import staged
+from mclstexp.slides.slide import Slide, open_slide
+from mclstexp.slides.stain import not_h_and_e
+from mclstexp.slides.tiles import (
+    MAX_UPSAMPLING,
+    curve_order,
+    encode_picture,
+    grid,
+    inside,
+    preview,
+    small_picture,
+    tile_corner,
+    tile_names,
+    tile_scale,
+)
+from mclstexp.slides.tissue import TissueMask, find_tissue_on_thumbnail
+
+ASSUMED = "assumed"
+"""`mpp_source` of a slide whose resolution is the run's assumed one."""
+_SOURCES_AGREE = 1.05  # ratio of the mpp that the sheet and the image say
+_LEAST_ON_SLIDE = 0.5  # share of given positions
+_UM2_PER_MM2 = 1e6
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A slide that can be predicted."""
+
+    record: SlideRecord
+    staging: str
+    """URI of its staging folder."""
+
+
+def inspect(source: SlideSource, plan: CohortPlan) -> Inspection:
+    """Returns what is known of a slide, from its staging folder where it was inspected before.
+
+    Raises:
+        SourceError: it is damaged, says no resolution and none is assumed, would be enlarged too much, shows no H&E
+            stain, or has less than half of the given positions; the run may allow some of it.
+        FileNotFoundError, ResourceError, StorageError: it cannot be had now.
+    """
+    found = fingerprint(source.image)
+    inspection = _read_back(source, found, plan)
+    if inspection is None:
+        with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path, open_slide(path) as slide:
+            inspection = _inspect(source, found, plan, slide)
+    _require_stain(inspection.record.not_h_and_e, plan)
+    return inspection
+
+
+def resolution(source: SlideSource, image_mpp: float | None, assume_mpp: float | None) -> tuple[float, str]:
+    """Returns the micrometres per level-0 pixel and who says so: `sheet`, else `image`, else `assumed`.
+
+    Raises:
+        SourceError: nobody says, or sheet and image disagree by more than 5 %.
+    """
+    if source.mpp is not None and image_mpp is not None:
+        low, high = sorted((source.mpp, image_mpp))
+        if high > _SOURCES_AGREE * low:
+            raise SourceError(f"mpp is {source.mpp:.4g} in the sheet and {image_mpp:.4g} in its image: mend the sheet")
+    for mpp, origin in ((source.mpp, "sheet"), (image_mpp, "image"), (assume_mpp, ASSUMED)):
+        if mpp is not None:
+            return mpp, origin
+    raise SourceError("no resolution: neither the sheet nor its image says it; fill in mpp, or give --assume-mpp")
+
+
+def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection | None:
+    for assumed in (False, True) if plan.assume_mpp is not None else (False,):
+        staging = staging_folder(plan.out, source.slide_id, key(source, found, plan, assumed=assumed))
+        try:
+            record = SlideRecord.model_validate_json(storage.read(storage.join(staging, RECORD)))
+            storage.read(storage.join(staging, GRID), length=1)
+        except FileNotFoundError:
+            continue
+        except ValidationError:  # written by another version of this project: all of it is made anew
+            remove_staging(staging)
+            continue
+        if record.image != source.image:  # moved since: its output must not tell where it lay first
+            record = record.model_copy(update={"image": source.image})
+            _write_record(record, staging)
+        return Inspection(record, staging)
+    return None
+
+
+def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) -> Inspection:
+    mpp, origin = resolution(source, slide.mpp, plan.assume_mpp)
+    scale = tile_scale(plan.mpp, mpp)
+    if 1 / scale > MAX_UPSAMPLING and not plan.tiles.allow_upsampling:
+        raise SourceError(
+            f"it has {mpp:.4g} um/px and would be enlarged {1 / scale:.3g} times to the model's {plan.mpp:.4g} um/px "
+            f"(allowed is {MAX_UPSAMPLING}): give a finer scan, or set predict.allow_upsampling=true"
+        )
+    mask, seen = find_tissue_on_thumbnail(slide, mpp)
+    stain = not_h_and_e(seen, mask.is_tissue)
+    _require_stain(stain, plan)
+    given = plan.positions.get(source.slide_id)
+    table = _tiles(given, plan, slide, mask, scale, mpp)
+    small, small_scale = small_picture(slide)
+    record = SlideRecord(
+        slide_id=source.slide_id,
+        patient_id=source.patient_id,
+        site=source.site,
+        image=source.image,
+        fingerprint=found,
+        width_px=slide.width,
+        height_px=slide.height,
+        mpp=mpp,
+        mpp_source=origin,
+        scale=scale,
+        reads_regions=slide.reads_regions,
+        scanned_from_px=slide.scanned_from,
+        num_tiles=len(table),
+        tile_area_mm2=len(table) * (plan.tiles.size_px * scale * mpp) ** 2 / _UM2_PER_MM2,
+        tissue_area_mm2=float(mask.is_tissue.sum()) * (mask.scale * mpp) ** 2 / _UM2_PER_MM2,
+        missing_tiles=0,
+        left_out_positions=0 if given is None else len(given) - len(table),
+        thumbnail_scale=small_scale,
+        not_h_and_e=stain,
+    )
+    staging = staging_folder(plan.out, source.slide_id, key(source, found, plan, assumed=origin == ASSUMED))
+    left, top = corners(table, plan.tiles.size_px, scale)
+    shown = preview(small, small_scale, mask.is_tissue, left, top, plan.tiles.size_px * scale)
+    storage.write(storage.join(staging, GRID), _parquet(table))
+    storage.write(storage.join(staging, THUMBNAIL), encode_picture(small))
+    storage.write(storage.join(staging, PREVIEW), encode_picture(shown))
+    _write_record(record, staging)
+    return Inspection(record, staging)
+
+
+def corners(table: pa.Table, size_px: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the left and top edges, float64 (n,) in level-0 pixels, of tiles around the centres x_px and y_px."""
+    left, top = (tile_corner(table[name].to_numpy(), size_px, scale) for name in ("x_px", "y_px"))
+    return left, top
+
+
+def _require_stain(reason: str, plan: CohortPlan) -> None:
+    if reason and not plan.allow_other_stains:
+        raise SourceError(f"not H&E: {reason}; set predict.other_stains=true to predict it all the same")
+
+
+def _tiles(
+    given: pa.Table | None, plan: CohortPlan, slide: Slide, mask: TissueMask, scale: float, mpp: float
+) -> pa.Table:
+    """Returns the tiles of a slide (GRID_SCHEMA) in curve order: given ones, or those of a grid that show tissue."""
+    size_px = plan.tiles.size_px
+    if given is None:
+        column, row, x, y = grid(slide.width, slide.height, size_px, scale, plan.overlap)
+        places = {"spot_id": tile_names(column, row).tolist(), "array_row": row, "array_col": column}
+    else:
+        x, y = (given[name].to_numpy() for name in ("x_px", "y_px"))
+        none = pa.nulls(len(given), pa.int32())
+        places = {"spot_id": given["spot_id"], "array_row": none, "array_col": none}
+    left, top = tile_corner(x, size_px, scale), tile_corner(y, size_px, scale)
+    share = mask.share(left, top, size_px * scale)
+    if given is None:
+        kept = share >= plan.tiles.min_tissue
+    else:
+        kept = inside(left, top, size_px * scale, slide.width, slide.height)
+        _require_on_slide(kept, x, y, slide)
+    positions = {"x_px": x, "y_px": y, "x_um": x * mpp, "y_um": y * mpp, "tissue_fraction": share}
+    rows = np.flatnonzero(kept)
+    return pa.table(places | positions, schema=GRID_SCHEMA).take(rows[curve_order(x[rows], y[rows])])
+
+
+def _require_on_slide(kept: np.ndarray, x: np.ndarray, y: np.ndarray, slide: Slide) -> None:
+    """Refuses positions of another image; a few off this one are left out and counted."""
+    if kept.sum() >= _LEAST_ON_SLIDE * len(kept):
+        return
+    centred, exchanged = (int(inside(a, b, 0, slide.width, slide.height).sum()) for a, b in ((x, y), (y, x)))
+    raise SourceError(
+        f"of {len(kept)} given positions {len(kept) - centred} lie off its image of {slide.width} x {slide.height} px "
+        f"and the tiles of {centred - int(kept.sum())} cross its edge ({exchanged} lie on it with x and y exchanged): "
+        "give positions in level-0 pixels of this very image"
+    )
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", store_schema=False)
+    return sink.getvalue().to_pybytes()
+
+
+def _write_record(record: SlideRecord, staging: str) -> None:
+    storage.write(storage.join(staging, RECORD), record.model_dump_json(indent=1).encode())

@@ -1,0 +1,129 @@
+"""A slide's prediction as an AnnData file that scanpy and squidpy draw over the slide.
+
+AnnData's own writer wants the whole matrix; this one appends group by group to growing HDF5 datasets in AnnData's
+on-disk format (https://anndata.readthedocs.io/en/stable/fileformat-prose.html), so that memory does not grow with
+the slide. The price is that the format's encodings are spelt out here.
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from anndata.io import write_elem
+
+from mclstexp.prediction.parts import PART_TILES, SlideRecord
+from mclstexp.prediction.writers.table import GROUP_TILES, SPOT_SCHEMA, OutputInfo, provenance, row_groups, tile_edge
+
+_INDEX = "spot_id"
+_CHUNK_GENES = 1024
+_PACKED = {"compression": "gzip"}
+_VERSIONS = {"array": "0.2.0", "string-array": "0.2.0", "categorical": "0.2.0", "dataframe": "0.2.0"}
+
+
+def write_h5ad(path: Path, table: Path, record: SlideRecord, facts: OutputInfo, thumbnail: np.ndarray) -> None:
+    """Writes an AnnData file of the slide's table.
+
+    X float32 (n, G); obs by spot id with the table's other columns; var by gene id with symbol and ensembl_id;
+    obsm["spatial"] float64 (n, 2) in level-0 pixels; uns["prediction"] with `provenance`; uns["spatial"][slide_id]
+    in the layout of Space Ranger's readers, a spot being as wide as a tile.
+
+    Args:
+        path: local file to write.
+        table: what `slide_table.write_table` wrote.
+        record: the slide, with the number of its missing tiles.
+        facts: the model.
+        thumbnail: the slide, uint8 (height, width, 3).
+    """
+    with h5py.File(path, "w") as file:
+        _mark(file, "anndata", "0.1.0")
+        obs, obsm = file.create_group("obs"), file.create_group("obsm")
+        _mark(obs, "dataframe")
+        _mark(obsm, "dict", "0.1.0")
+        obs.attrs.update({"_index": _INDEX, "column-order": [name for name in SPOT_SCHEMA.names if name != _INDEX]})
+        for name, constant in (("section_id", record.slide_id), ("patient_id", record.patient_id)):
+            _create_constant(obs, name, constant)
+        empty = pa.schema([*SPOT_SCHEMA, *((gene, pa.float32()) for gene in facts.panel.gene_id)]).empty_table()
+        _append_rows(file, empty, facts)  # makes all datasets, also of a slide without a row
+        for rows in row_groups(table):
+            _append_rows(file, rows, facts)
+        panel = {"symbol": facts.panel.symbol, "ensembl_id": facts.panel.ensembl_id}
+        write_elem(file, "var", pd.DataFrame(panel, index=list(facts.panel.gene_id)))
+        write_elem(file, "uns", _unstructured(record, facts, thumbnail), dataset_kwargs=_PACKED)
+        for name in ("layers", "obsp", "varm", "varp"):
+            write_elem(file, name, {})
+
+
+def published_thumbnail(path: Path, slide_id: str) -> np.ndarray:
+    """Returns the picture of a slide, uint8 (height, width, 3), from the file that `write_h5ad` wrote."""
+    with h5py.File(path) as file:
+        return np.asarray(file["uns"]["spatial"][slide_id]["images"]["hires"])
+
+
+def _append_rows(file: h5py.File, rows: pa.Table, facts: OutputInfo) -> None:
+    _append(file, "X", _matrix(rows, list(facts.panel.gene_id)))
+    _append(file["obsm"], "spatial", _matrix(rows, ["x_px", "y_px"]))
+    for field in SPOT_SCHEMA:
+        _append_column(file["obs"], field.name, rows[field.name])
+
+
+def _matrix(rows: pa.Table, columns: list[str]) -> np.ndarray:
+    return np.stack([rows[name].to_numpy() for name in columns], axis=1)
+
+
+def _append_column(obs: h5py.Group, name: str, values: pa.ChunkedArray) -> None:
+    """Appends to a column of the data frame: whole numbers and truth values may be missing."""
+    if name == _INDEX:
+        _append(obs, name, values.to_numpy())
+    elif pa.types.is_string(values.type):
+        _append(obs[name], "codes", np.zeros(len(values), np.int8))
+    elif pa.types.is_floating(values.type):
+        _append(obs, name, values.to_numpy())
+    else:
+        kind, filler = ("boolean", False) if pa.types.is_boolean(values.type) else ("integer", -1)
+        group = obs.require_group(name)
+        _mark(group, f"nullable-{kind}", "0.1.0")
+        _append(group, "values", values.fill_null(filler).to_numpy())
+        _append(group, "mask", values.is_null().to_numpy())
+
+
+def _create_constant(obs: h5py.Group, name: str, value: str) -> None:
+    """Makes a categorical column with a single category."""
+    group = obs.create_group(name)
+    _mark(group, "categorical")
+    group.attrs["ordered"] = False
+    _append(group, "categories", np.array([value], object))
+
+
+def _append(group: h5py.Group, name: str, values: np.ndarray) -> None:
+    """Appends to a dataset along its first axis; makes it where there is none."""
+    if name not in group:
+        _create(group, name, values)
+    data = group[name]
+    data.resize(len(data) + len(values), axis=0)
+    data[len(data) - len(values) :] = values
+
+
+def _create(group: h5py.Group, name: str, like: np.ndarray) -> None:
+    """Makes an empty dataset of the type and width of an array, in chunks of about 1 MB at most."""
+    is_text = like.dtype == object
+    chunks = (PART_TILES, min(like.shape[1], _CHUNK_GENES)) if like.ndim == 2 else (GROUP_TILES,)
+    sizes = {"shape": (0, *like.shape[1:]), "maxshape": (None, *like.shape[1:]), "chunks": chunks}
+    data = group.create_dataset(name, dtype=h5py.string_dtype() if is_text else like.dtype, **sizes, **_PACKED)
+    _mark(data, "string-array" if is_text else "array")
+
+
+def _mark(element: h5py.Group | h5py.Dataset, encoding: str, version: str = "") -> None:
+    element.attrs.update({"encoding-type": encoding, "encoding-version": version or _VERSIONS[encoding]})
+
+
+def _unstructured(record: SlideRecord, facts: OutputInfo, thumbnail: np.ndarray) -> dict[str, object]:
+    factors = {
+        "tissue_hires_scalef": 1 / record.thumbnail_scale,
+        "spot_diameter_fullres": tile_edge(record, facts),
+    }
+    return {
+        "prediction": provenance(record, facts) | {"spatial_unit": "px at slide level 0"},
+        "spatial": {record.slide_id: {"images": {"hires": thumbnail}, "scalefactors": factors}},
+    }
