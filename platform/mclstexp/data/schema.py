@@ -8,6 +8,7 @@ that a sentence costs one range request.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,6 +134,18 @@ class Manifest(_Record):
                 return entry
         known = ", ".join(entry.section_id for entry in self.sections)
         raise TableError(f"the tile table has no section {section_id}; it has {known}")
+
+    def num_spots(self, section_ids: Iterable[str]) -> int:
+        """Returns the number of spots (tiles) of some sections."""
+        return sum(self.section(name).num_spots for name in section_ids)
+
+    def sentences(self, section_ids: Iterable[str]) -> list[tuple[str, int]]:
+        """Returns the sentences of some sections in stored order, as (section id, index of the row group)."""
+        return [(name, group) for name in section_ids for group in range(len(self.section(name).row_groups))]
+
+    def patients(self, section_ids: Iterable[str]) -> set[str]:
+        """Returns the patients of some sections."""
+        return {self.section(name).patient_id for name in section_ids}
 
     def encode(self) -> bytes:
         """Returns the bytes of `manifest.json`: the same manifest always gives the same bytes."""
