@@ -50,7 +50,7 @@ def _evaluate(arguments, config) -> None:  # noqa: ANN001
     from mclstexp import cluster, storage, tracking
     from mclstexp.data.schema import load_manifest
     from mclstexp.evaluation.evaluate import held_out
-    from mclstexp.model.encoders import require_weights
+    from mclstexp.model.encoders import require_encoder
     from mclstexp.model.version import ModelVersion
 
     marker_sets = markers(arguments)
@@ -59,7 +59,7 @@ def _evaluate(arguments, config) -> None:  # noqa: ANN001
     arguments.sections = [name for name in arguments.sections.split(",") if name]
     arguments.out = arguments.out or f"runs/scores/{model.digest}"
     names = held_out(model, load_manifest(arguments.data), arguments.sections)
-    require_weights(model.config.model.image_encoder, arguments.probe_weights or "random")
+    require_encoder(model.config.model.image_encoder, arguments.probe_weights or "random")
     if arguments.dry_run:
         print(describe(config, SECTIONS))
         print(f"would score {', '.join(names)} under the protocol {model.training.protocol} into {arguments.out}")
@@ -128,10 +128,14 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
 
     from mclstexp import cluster, storage, tracking
     from mclstexp.data.schema import load_manifest
-    from mclstexp.model.encoders import require_weights
+    from mclstexp.model.encoders import require_encoder
+    from mclstexp.model.losses import require_loss
     from tuning import cross_validation as study_of
     from tuning.cross_validation import collect
 
+    for weights in (config.model.image_weights, arguments.probe_weights or "random"):
+        require_encoder(config.model.image_encoder, weights)
+    require_loss(config)
     manifest, protocol = load_manifest(arguments.data), arguments.protocol
     only = [name for name in arguments.folds.split(",") if name]
     folds = study_of.make_folds(manifest, config, protocol, only)
@@ -147,8 +151,6 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
     _launch.connect(config)
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
     cluster.require(config)
-    for weights in (config.model.image_weights, arguments.probe_weights or "random"):
-        require_weights(config.model.image_encoder, weights)
     tags = {"protocol": protocol}
     study = study_of.open_study(
         arguments.data,

@@ -16,20 +16,23 @@ SECTIONS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval
 def main() -> None:
     """Parses, checks, trains, registers."""
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
+    from mclstexp.model.encoders import require_encoder
+    from mclstexp.model.losses import require_loss
+
+    require_encoder(config.model.image_encoder, config.model.image_weights)
+    require_loss(config)
     if arguments.dry_run:
         print(describe(config, SECTIONS))
         print(_plan(arguments.data, config))
         return
     _launch.connect(config)
     from mclstexp import cluster, tracking
-    from mclstexp.model.encoders import require_weights
     from mclstexp.training import finish
     from mclstexp.training.run import open_run
     from mclstexp.training.trainer import fit
 
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
     cluster.require(config)
-    require_weights(config.model.image_encoder, config.model.image_weights)
     protocol = {"protocol": config.split.protocol}
     this = open_run(
         arguments.data,

@@ -25,11 +25,15 @@ def main() -> None:
     arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
     from mclstexp import cluster, storage
     from mclstexp.data.schema import load_manifest
+    from mclstexp.model.encoders import require_encoder
+    from mclstexp.model.losses import require_loss
     from tuning.forecast import plan
     from tuning.space import digest, load_space, num_trials, require_search
     from tuning.sweep import with_validation
 
     search, asked = require_search(arguments.search, arguments.trials)
+    require_encoder(config.model.image_encoder, config.model.image_weights)
+    require_loss(config)
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
     config = with_validation(manifest, config)
@@ -48,13 +52,11 @@ def main() -> None:
 
 def _run(arguments, config, space, search: str, trials: int, name: str, uri: str) -> None:  # noqa: ANN001
     from mclstexp import cluster, storage, tracking
-    from mclstexp.model.encoders import require_weights
     from tuning.results import BEST, publish, score_trials
     from tuning.sweep import open_sweep, run_trials
 
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
     cluster.require(config)
-    require_weights(config.model.image_encoder, config.model.image_weights)
     tags = {"protocol": config.split.protocol}
     sweep = open_sweep(
         arguments.data, uri, config, space, search, trials, lambda: tracking.start_run(config, name, tags)

@@ -18,6 +18,8 @@ from ray import tune
 
 from mclstexp.config import Config, leaf_fields, unknown_setting
 from mclstexp.errors import ConfigError
+from mclstexp.model.encoders import require_encoder
+from mclstexp.model.losses import require_loss
 
 SEARCHES = ("random", "grid", "optuna")
 SECTIONS = ("model", "train", "retrieval")
@@ -190,6 +192,9 @@ def _number(value: object) -> Any:
 def _require_allowed(name: str, value: object, config: Config) -> None:
     section, _, field = name.partition(".")
     try:
-        getattr(config, section).model_validate(getattr(config, section).model_dump() | {field: value})
+        block = getattr(config, section).model_validate(getattr(config, section).model_dump() | {field: value})
     except ValidationError as error:
         raise ConfigError(f"{name}={value!r}: {error.errors()[0]['msg']}") from None
+    changed = config.model_copy(update={section: block})
+    require_encoder(changed.model.image_encoder)
+    require_loss(changed)

@@ -1,15 +1,16 @@
 """Image encoders by name: each maps float images (N, 3, size, size) to pooled features (N, F).
 
-Weights are random, ImageNet's from torchvision, or a local file, so that nothing needs a download to run. Files
-are read without executing pickled code. torchvision and timm are imported where they are used: each takes every process
-two seconds or more.
+A new encoder is a line in `ENCODERS`. Weights are random, torchvision's for ImageNet, or a file, so nothing needs a
+download to run; files are read without executing pickled code. torchvision and timm are imported only where they are
+used, because either adds two seconds or more to the start of a process.
 """
 
-import difflib
 import http.client
 import tempfile
 import urllib.error
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -21,16 +22,16 @@ from torch import nn
 
 from mclstexp import storage
 from mclstexp.errors import ConfigError, ModelError
-from mclstexp.settings import TIMM
+from mclstexp.messages import did_you_mean, some_of
 
 DOWNLOAD_TIMEOUT_S = 20
-_NAMED_IN_ERROR = 3
+_MAX_NAMED = 3
 
 
 class DenseNet121(nn.Module):
-    """DenseNet-121 up to its last batch-norm, without the final ReLU, globally average-pooled: F = 1024.
+    """DenseNet-121 up to its last batch norm, without the final ReLU, globally average-pooled: F = 1024.
 
-    Huang et al. 2017 (https://arxiv.org/abs/1608.06993); the missing ReLU is mclSTExp's.
+    Huang et al. 2017 (https://arxiv.org/abs/1608.06993); leaving out the ReLU is mclSTExp's change.
     """
 
     num_features = 1024
@@ -64,7 +65,17 @@ class SmallCNN(nn.Module):
         return F.adaptive_avg_pool2d(self.features(images), 1).flatten(1)
 
 
-def _resnet(name: str) -> nn.Module:
+@dataclass(frozen=True)
+class Encoder:
+    """How an encoder is built, and which ImageNet weights it has."""
+
+    build: Callable[[int], nn.Module]
+    """Tile size in pixels to a module that ends in pooled features (N, F) and has F as `num_features`."""
+    imagenet: str | None = None
+    """torchvision's name of its ImageNet weights; None if there are none."""
+
+
+def _resnet(name: str, tile_size_px: int) -> nn.Module:
     import torchvision
 
     network = getattr(torchvision.models, name)()
@@ -85,20 +96,15 @@ def _vit(tile_size_px: int) -> nn.Module:
     return network
 
 
-_BUILDERS: dict[str, Callable[[int], nn.Module]] = {
-    "densenet121": lambda size: DenseNet121(),
-    "resnet18": lambda size: _resnet("resnet18"),
-    "resnet50": lambda size: _resnet("resnet50"),
-    "vit_b_16": _vit,
-    "small_cnn": lambda size: SmallCNN(),
+ENCODERS = {
+    "densenet121": Encoder(lambda tile_size_px: DenseNet121(), "DenseNet121_Weights.IMAGENET1K_V1"),
+    "resnet18": Encoder(partial(_resnet, "resnet18"), "ResNet18_Weights.IMAGENET1K_V1"),
+    "resnet50": Encoder(partial(_resnet, "resnet50"), "ResNet50_Weights.IMAGENET1K_V2"),
+    "vit_b_16": Encoder(_vit, "ViT_B_16_Weights.IMAGENET1K_V1"),
+    "small_cnn": Encoder(lambda tile_size_px: SmallCNN()),
 }
-_IMAGENET = {
-    "densenet121": "DenseNet121_Weights.IMAGENET1K_V1",
-    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
-    "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
-    "vit_b_16": "ViT_B_16_Weights.IMAGENET1K_V1",
-}
-"""torchvision's name of each encoder's weights."""
+"""The encoders by name, as `model.image_encoder` gives it. timm/NAME is every timm model beside them."""
+TIMM = "timm/"
 
 
 def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.Module, int]:
@@ -108,52 +114,69 @@ def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.
         name: as `model.image_encoder`.
         weights: `random` (the caller seeds torch), `imagenet`, or a .pth or .safetensors file (local or s3://)
             with the state dict of torchvision's model, of its `features`, or of this module.
-        tile_size_px: edge of the tiles; matters to vit_b_16 only.
+        tile_size_px: edge of the tiles, for encoders that are built for one size.
 
     Raises:
-        ConfigError: timm has no such model, there are no such weights, or tiles have a size that it cannot take.
-        ModelError: the weights cannot be had, or belong to another architecture.
+        ConfigError: the encoder is unknown, has no ImageNet weights, or cannot take tiles of this size.
+        ModelError: the weights cannot be read, or belong to another architecture.
     """
-    encoder = _timm(name, tile_size_px) if name.startswith(TIMM) else _BUILDERS[name](tile_size_px)
+    encoder = _encoder(name).build(tile_size_px)
     if weights == "imagenet":
         _load(encoder, _imagenet_state(name), "imagenet")
     elif weights != "random":
         _load(encoder, _read_state(weights), weights)
-    width = getattr(encoder, "head_hidden_size", encoder.num_features)  # timm: of what a classifier would see
+    width = getattr(encoder, "head_hidden_size", encoder.num_features)  # of timm: the input of its classifier
     return encoder, cast(int, width)
 
 
-def _timm(name: str, tile_size_px: int) -> nn.Module:
-    """Returns a timm model that ends in its pooled features, for tiles of the given edge."""
-    import timm
-
-    known = name.removeprefix(TIMM)
-    if not timm.is_model(known):
-        near = difflib.get_close_matches(known, timm.list_models(), n=3)
-        raise ConfigError(f"model.image_encoder={name}: timm has no such model; did you mean {' or '.join(near)}?")
-    built_for = timm.get_pretrained_cfg(known)
-    sized: dict[str, Any] = {"img_size": tile_size_px} if built_for and built_for.fixed_input_size else {}
-    return timm.create_model(known, pretrained=False, num_classes=0, **sized)
-
-
-def require_weights(name: str, weights: str) -> None:
-    """Checks on the driver that the weights can be had.
+def require_encoder(name: str, weights: str = "random") -> None:
+    """Checks on the driver, before workers start, that there is such an encoder and that its weights are available.
 
     Raises:
         ConfigError, ModelError: as `build_image_encoder`.
     """
+    _encoder(name)
     if weights == "imagenet":
         _imagenet_state(name)
     elif weights != "random" and not storage.exists(weights):
-        raise ModelError(f"model.image_weights={weights}: there is no such file; give a file, imagenet or random")
+        raise ModelError(f"model.image_weights={weights}: no such file; give a file, imagenet or random")
+
+
+def _encoder(name: str) -> Encoder:
+    if name.startswith(TIMM):
+        return _timm_encoder(name)
+    if name not in ENCODERS:
+        raise ConfigError(
+            f"model.image_encoder={name} is neither a known encoder nor {TIMM}NAME of timm; "
+            f"{did_you_mean(name, ENCODERS)}"
+        )
+    return ENCODERS[name]
+
+
+def _timm_encoder(name: str) -> Encoder:
+    """Returns the timm model of this name, ending in its pooled features."""
+    import timm
+
+    known = name.removeprefix(TIMM)
+    if not timm.is_model(known):
+        near = did_you_mean(known, timm.list_models(), num_nearest=3)
+        raise ConfigError(f"model.image_encoder={name}: timm has no such model; {near}")
+    built_for = timm.get_pretrained_cfg(known)
+
+    def build(tile_size_px: int) -> nn.Module:
+        sized: dict[str, Any] = {"img_size": tile_size_px} if built_for and built_for.fixed_input_size else {}
+        return timm.create_model(known, pretrained=False, num_classes=0, **sized)
+
+    return Encoder(build)
 
 
 def _imagenet_state(name: str) -> dict[str, torch.Tensor]:
-    if name not in _IMAGENET:
+    known_as = _encoder(name).imagenet
+    if known_as is None:
         raise ConfigError(f"there are no ImageNet weights for {name}; use model.image_weights=random or a file")
     import torchvision
 
-    url = torchvision.models.get_weight(_IMAGENET[name]).url
+    url = torchvision.models.get_weight(known_as).url
     cached = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not cached.is_file():
         _download(url, cached)
@@ -170,7 +193,7 @@ def _download(url: str, target: Path) -> None:
         torch.hub.download_url_to_file(url, str(target), hash_prefix=target.stem.rsplit("-", 1)[1])
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
         raise ModelError(
-            f"model.image_weights=imagenet: the weights are neither in {target} nor to be had from the network "
+            f"model.image_weights=imagenet: the weights are not in {target}, and the network does not give them "
             f"({error}); give a file with --model.image_weights FILE, or use random"
         ) from error
     finally:
@@ -191,7 +214,7 @@ def _read_state(uri: str) -> dict[str, torch.Tensor]:
 
 
 def _load(encoder: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Loads a state dict, tolerant of a missing `features.` prefix and of a classifier that is not used."""
+    """Loads a state dict; its keys may omit the prefix `features.`, and its classifier is ignored."""
     own = encoder.state_dict()
     state = {_modern(key): value for key, value in state.items()}
     if not own.keys() & state.keys():
@@ -199,19 +222,19 @@ def _load(encoder: nn.Module, state: dict[str, torch.Tensor], origin: str) -> No
     classifier = ("classifier.", "fc.", "head.", "heads.")
     state = {key: value for key, value in state.items() if key in own or not key.startswith(classifier)}
     counters = {key: value for key, value in own.items() if key.endswith(".num_batches_tracked")}
-    state = counters | state  # published files are older than these counters, which nothing here reads
+    state = counters | state  # older published files have no such counters; nothing here reads them
     wrong = sorted(own.keys() ^ state.keys())
     wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if wrong:
         raise ModelError(
-            f"the weights {origin} do not fit {type(encoder).__name__}: {len(wrong)} tensors are missing, left over or "
-            f"of another shape, such as {', '.join(wrong[:_NAMED_IN_ERROR])}"
+            f"the weights {origin} do not fit {type(encoder).__name__}: {len(wrong)} tensors are missing, unexpected or of "
+            f"another shape: {some_of(wrong, _MAX_NAMED)}"
         )
     encoder.load_state_dict(state)
 
 
 def _modern(key: str) -> str:
-    """torchvision's published DenseNet files write `norm.1` where its modules say `norm1`."""
+    """Returns the key of torchvision's modules (`norm1`) for that of its published DenseNet files (`norm.1`)."""
     for layer in ("norm", "relu", "conv"):
         for number in ("1", "2"):
             key = key.replace(f".{layer}.{number}.", f".{layer}{number}.")

@@ -1,59 +1,102 @@
-"""The symmetric contrastive loss over global negatives, and the squared error of direct regression.
+"""The losses by name, and the gathering of all ranks' embeddings that they are computed over.
 
-Shapes: N slots of all ranks' batches (some empty), D embedding, G genes.
+Every loss has the signature of `Loss`, so that a new one is a function and a line in `LOSSES`. Each rank computes the
+whole loss over the global batch: the matrix of similarities is small beside the image tower, and the negatives are
+those of all ranks.
+
+Shapes: N slots of all ranks' batches (some empty), D channels of the embedding, or genes in direct regression.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mclstexp.config import Config
+from mclstexp.errors import ConfigError
+from mclstexp.messages import did_you_mean
 
-def contrastive_loss(
-    image_ND: torch.Tensor,
-    spot_ND: torch.Tensor,
-    logit_scale: torch.Tensor,
-    valid_N: torch.Tensor,
-    soft: bool = False,
+REGRESSION = "regression"
+"""The loss of `model.predictor=regression`; the others are values of `train.positives`."""
+
+
+class Loss(Protocol):
+    """Compares what the images and the spots of a global batch became."""
+
+    def __call__(
+        self, image_ND: torch.Tensor, spot_ND: torch.Tensor, valid_N: torch.Tensor, logit_scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns a scalar; 0 with zero gradient if no slot is valid.
+
+        Args:
+            image_ND: image embeddings or predicted expression, float32 (N, D).
+            spot_ND: spot embeddings or measured expression, float32 (N, D); slot i of both is the same spot.
+            valid_N: bool (N,); False slots are empty: they are neither queries nor negatives.
+            logit_scale: 1 / temperature, scalar.
+        """
+
+
+def pairs_loss(
+    image_ND: torch.Tensor, spot_ND: torch.Tensor, valid_N: torch.Tensor, logit_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the mean of row-wise and column-wise cross-entropy of S = scale * spot imageT against the identity.
+    """Symmetric InfoNCE: a tile's only positive is its own spot. Arguments as `Loss`.
 
-    InfoNCE (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748) in its symmetric form (CLIP, Radford et al.
-    2021, https://arxiv.org/abs/2103.00020), as mclSTExp uses it (2024, https://arxiv.org/abs/2407.08216).
-
-    Args:
-        image_ND: image embeddings, float32 (N, D); slot i of both belongs to the same spot.
-        spot_ND: spot embeddings, float32 (N, D).
-        logit_scale: 1 / temperature, scalar.
-        valid_N: bool (N,); False slots are neither queries nor negatives.
-        soft: the target of a row is not the identity but a softmax of the mean similarity within images and within
-            spots, divided by the scale (BLEEP, Xie et al. 2023, https://arxiv.org/abs/2306.01859).
-
-    Returns:
-        Scalar; 0 with zero gradient where no slot is valid.
+    The mean of row-wise and column-wise cross-entropy of S = scale * spot imageT against the identity: InfoNCE (van
+    den Oord et al. 2018, https://arxiv.org/abs/1807.03748) in its symmetric form (CLIP, Radford et al. 2021,
+    https://arxiv.org/abs/2103.00020), as mclSTExp uses it (2024, https://arxiv.org/abs/2407.08216).
     """
-    with torch.autocast(image_ND.device.type, enabled=False):
-        images, spots = image_ND[valid_N].float(), spot_ND[valid_N].float()
-        if not len(images):
-            return (image_ND.sum() + spot_ND.sum()) * 0.0 * logit_scale
-        logits_NN = logit_scale.float() * spots @ images.T
-        target = torch.arange(len(images), device=images.device)
-        if soft:
-            target = ((images @ images.T + spots @ spots.T) / (2 * logit_scale.float())).softmax(dim=1)
-        return (F.cross_entropy(logits_NN, target) + F.cross_entropy(logits_NN.T, target)) / 2
+    return _cross_entropy(image_ND, spot_ND, valid_N, logit_scale, _own_spot)
 
 
-def regression_loss(predicted_NG: torch.Tensor, truth_NG: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
-    """Returns the mean squared error over the valid slots and all genes, both float32 (N, G); 0 where none is valid."""
+def soft_loss(
+    image_ND: torch.Tensor, spot_ND: torch.Tensor, valid_N: torch.Tensor, logit_scale: torch.Tensor
+) -> torch.Tensor:
+    """`pairs_loss` with soft targets: similar spots are positives too. Arguments as `Loss`.
+
+    A row's target is a softmax of the mean similarity within images and within spots, divided by the scale (BLEEP,
+    Xie et al. 2023, https://arxiv.org/abs/2306.01859).
+    """
+    return _cross_entropy(image_ND, spot_ND, valid_N, logit_scale, _similar_spots)
+
+
+def regression_loss(
+    image_ND: torch.Tensor, spot_ND: torch.Tensor, valid_N: torch.Tensor, logit_scale: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error over the valid slots and all genes. Arguments as `Loss`; the scale has no effect."""
     if not valid_N.any():
-        return predicted_NG.sum() * 0.0
-    return F.mse_loss(predicted_NG[valid_N], truth_NG[valid_N])
+        return image_ND.sum() * 0.0
+    return F.mse_loss(image_ND[valid_N], spot_ND[valid_N])
+
+
+LOSSES: dict[str, Loss] = {"pairs": pairs_loss, "soft": soft_loss, REGRESSION: regression_loss}
+
+
+def require_loss(config: Config) -> Loss:
+    """Returns the loss that the settings choose: direct regression's own, else `train.positives`.
+
+    Raises:
+        ConfigError: `train.positives` names no loss between images and spots.
+    """
+    known, name = LOSSES.keys() - {REGRESSION}, config.train.positives
+    if name not in known:
+        raise ConfigError(f"train.positives={name} is no loss; {did_you_mean(name, sorted(known))}")
+    return LOSSES[REGRESSION if config.model.predictor == "regression" else name]
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """Returns all ranks' rows, (n, ...) on each, concatenated by rank with gradient; unchanged without a group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    return _Gather.apply(rows)
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward is exact when every rank computes the same full loss and DDP averages gradients.
+    """All-gather whose backward is exact if every rank computes the same full loss and DDP averages gradients.
 
-    The gradient of the gathered matrix is then the same on all ranks, so that the own slice is known without a
-    second collective; times the world size it survives the averaging.
+    The gradient of the gathered matrix is then the same on all ranks, so each rank takes its own slice without a
+    second collective; multiplied by the world size it survives the averaging.
     """
 
     @staticmethod
@@ -68,8 +111,30 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(world_size)[dist.get_rank()] * world_size
 
 
-def gather(rows: torch.Tensor) -> torch.Tensor:
-    """Returns all ranks' rows, (n, ...) on each, concatenated by rank with gradient; the same without a group."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    return _Gather.apply(rows)
+_Targets = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Valid images (n, D), spots (n, D) and the scale to the targets of the rows: indices (n,) or shares (n, n)."""
+
+
+def _cross_entropy(
+    image_ND: torch.Tensor,
+    spot_ND: torch.Tensor,
+    valid_N: torch.Tensor,
+    logit_scale: torch.Tensor,
+    targets: _Targets,
+) -> torch.Tensor:
+    """Returns the mean of row-wise and column-wise cross-entropy of the scaled similarities, in float32."""
+    with torch.autocast(image_ND.device.type, enabled=False):
+        images, spots = image_ND[valid_N].float(), spot_ND[valid_N].float()
+        if not len(images):
+            return (image_ND.sum() + spot_ND.sum()) * 0.0 * logit_scale
+        logits_NN = logit_scale.float() * spots @ images.T
+        target = targets(images, spots, logit_scale.float())
+        return (F.cross_entropy(logits_NN, target) + F.cross_entropy(logits_NN.T, target)) / 2
+
+
+def _own_spot(images: torch.Tensor, spots: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(images), device=images.device)
+
+
+def _similar_spots(images: torch.Tensor, spots: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    return ((images @ images.T + spots @ spots.T) / (2 * logit_scale)).softmax(dim=1)

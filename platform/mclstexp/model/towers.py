@@ -1,6 +1,9 @@
-"""The two towers of mclSTExp together: image patches and spots in one space.
+"""The network: image tower, spot tower and heads, joined to two towers or to a direct regression.
 
-Shapes: N images, S sentences, L spots of a sentence, G genes, D embedding.
+Every part follows `ModelConfig` alone, so that a model version rebuilds its network from its settings and a state dict.
+
+Shapes: N images, F features of the image encoder, S sentences, L spots of a sentence, G genes, W width of the spot
+tower, H heads of C channels, D embedding.
 """
 
 import math
@@ -13,16 +16,19 @@ from mclstexp.model.encoders import build_image_encoder
 from mclstexp.settings import ModelConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_NOTHING = (0.0,) * 3
+_ZERO, _ONE = (0.0,) * 3, (1.0,) * 3
 _SCALINGS = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "unit": (_NOTHING, (1.0,) * 3),
-    "bgr255": (_NOTHING, (1 / 255,) * 3),
+    "unit": (_ZERO, _ONE),
+    "bgr255": (_ZERO, (1 / 255,) * 3),
 }
+"""Mean and deviation that pixels in [0, 1] are normalised by, for each `model.input_scaling`."""
+SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
+"""Wavelengths of the sinusoidal position: twice Visium's pitch (shorter ones alias) and the size of a section."""
 
 
 class ImageTower(nn.Module):
-    """Image encoder with the input scaling that it expects; `freeze_encoder` and `batch_norm` are kept here."""
+    """An image encoder with the input scaling it expects; applies `freeze_encoder` and `batch_norm`."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -45,7 +51,7 @@ class ImageTower(nn.Module):
         return self.encoder((images - self.mean) / self.std)
 
     def train(self, mode: bool = True) -> "ImageTower":
-        """Sets training mode; a frozen encoder stays in evaluation, frozen batch-norm keeps its running statistics."""
+        """Sets training mode, except that a frozen encoder stays in evaluation mode, as do frozen batch norms."""
         super().train(mode)
         if self.config.freeze_encoder:
             self.encoder.eval()
@@ -56,55 +62,10 @@ class ImageTower(nn.Module):
         return self
 
 
-class TwoTowers(nn.Module):
-    """Embeds images and spots into one space of `embedding_dim` channels."""
-
-    def __init__(self, config: ModelConfig, num_genes: int, num_positions: int, tile_size_px: int) -> None:
-        super().__init__()
-        self.config = config
-        self.image_tower = ImageTower(config, tile_size_px)
-        self.spot_tower = SpotTower(config, num_genes, num_positions)
-        self.image_head = ProjectionHead(self.image_tower.num_features, config.embedding_dim, config.l2_normalise)
-        self.spot_head = ProjectionHead(self.spot_tower.width, config.embedding_dim, config.l2_normalise)
-        start = torch.tensor(math.log(1 / config.temperature))
-        self.log_scale = nn.Parameter(start, requires_grad=config.learn_temperature)
-        self.train()
-
-    @property
-    def logit_scale(self) -> torch.Tensor:
-        """1 / temperature, scalar."""
-        return self.log_scale.exp()
-
-    @torch.no_grad()
-    def bound_logit_scale(self) -> None:
-        """Brings a learnt scale back to `max_logit_scale`; call after each step (CLIP, 2021, arXiv 2103.00020)."""
-        if self.config.learn_temperature:
-            self.log_scale.clamp_(max=math.log(self.config.max_logit_scale))
-
-    def forward(
-        self, images: torch.Tensor, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns image embeddings (N, D) and spot embeddings (S, L, D)."""
-        return self.embed_images(images), self.embed_spots(expression_SLG, position_SL2, mask_SL)
-
-    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns embeddings (N, D) of images in [0, 1], float (N, 3, size, size)."""
-        return self.image_head(self.image_tower(images))
-
-    def embed_spots(
-        self, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns embeddings (S, L, D) of normalised expression at positions (um, or column and row of the tables)."""
-        return self.spot_head(self.spot_tower(expression_SLG, position_SL2, mask_SL))
-
-
-SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
-
-
 class SpotTower(nn.Module):
-    """Embeds each spot of a sentence in the light of the others.
+    """A transformer over the spots of a sentence: expression and position to features.
 
-    With `spot_width` empty it is the published tower (u = e + X[x] + Y[y], width G, no input map); else
+    With `spot_width` empty it is the published tower (u = e + X[x] + Y[y], width G, no input map); otherwise
     expression is first mapped to `spot_width`. Pre-norm blocks, no final norm (Vaswani et al. 2017,
     https://arxiv.org/abs/1706.03762; mclSTExp 2024, https://arxiv.org/abs/2407.08216).
     """
@@ -117,7 +78,7 @@ class SpotTower(nn.Module):
         self.blocks = nn.ModuleList(Block(config, self.width) for _ in range(config.spot_layers))
 
     def forward(self, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
-        """Returns features (S, L, W); what stands in masked slots influences no other slot."""
+        """Returns features (S, L, W); a masked slot influences no other slot."""
         features = self.embed(expression_SLG)
         if self.position is not None:
             features = features + self.position(position_SL2)
@@ -154,7 +115,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(num_heads * head_dim, width)
 
     def forward(self, features_SLW: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
-        """Returns features (S, L, W); an empty sentence attends to itself, so that nothing becomes NaN."""
+        """Returns features (S, L, W); an empty sentence attends to all its slots, which avoids NaN."""
         sentences, length, _ = features_SLW.shape
         qkv = self.qkv(features_SLW).view(sentences, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -163,10 +124,16 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class PositionTables(nn.Module):
-    """Learnt rows for array (Visium, as published: pixel) column and row, X[x] + Y[y], unit-normal at the start.
+def _position(kind: str, width: int, num_positions: int) -> nn.Module | None:
+    if kind in ("table", "pixel_table"):
+        return PositionTables(width, num_positions)
+    return Sinusoid(width) if kind == "sinusoidal" else None
 
-    Sized to the data's largest coordinate + 1 instead of the published 65,536: an unread row changes nothing.
+
+class PositionTables(nn.Module):
+    """Learnt vectors for array column and row (in pixels for published Visium), X[x] + Y[y], from a unit normal.
+
+    Sized to the data's largest coordinate + 1, not to the published 65,536: a row that is never read has no effect.
     """
 
     def __init__(self, width: int, num_positions: int) -> None:
@@ -176,16 +143,15 @@ class PositionTables(nn.Module):
 
     def forward(self, position_SL2: torch.Tensor) -> torch.Tensor:
         """Returns (S, L, W) for whole (column, row)."""
-        place = position_SL2.long()
-        return self.x(place[..., 0]) + self.y(place[..., 1])
+        column_row = position_SL2.long()
+        return self.x(column_row[..., 0]) + self.y(column_row[..., 1])
 
 
 class Sinusoid(nn.Module):
-    """Sines and cosines of micrometres from the sentence's centre at geometric wavelengths, then a linear map.
+    """Sines and cosines of the distance from the sentence's centre (um) at geometric wavelengths, then a linear map.
 
-    Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) in two dimensions; wavelengths run from twice Visium's
-    pitch of 100 um (shorter ones alias) to a section's size (20 mm), so that neighbours differ and a whole
-    neighbourhood is unambiguous.
+    Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) in two dimensions. Wavelengths run from `SHORTEST_UM` to
+    `LONGEST_UM`, so that neighbours differ and positions within a neighbourhood are unambiguous.
     """
 
     frequencies: torch.Tensor
@@ -202,17 +168,11 @@ class Sinusoid(nn.Module):
         return self.project(torch.cat([phase.sin(), phase.cos()], dim=-1))
 
 
-def _position(kind: str, width: int, num_positions: int) -> nn.Module | None:
-    if kind in ("table", "pixel_table"):
-        return PositionTables(width, num_positions)
-    return Sinusoid(width) if kind == "sinusoidal" else None
-
-
 class ProjectionHead(nn.Module):
     """Maps a tower's features (..., in_features) to the common space (..., embedding_dim).
 
-    p = W1 h + b1; v = LayerNorm(p + W2 GELU(p) + b2), as in mclSTExp (2024, https://arxiv.org/abs/2407.08216);
-    with `l2_normalise` v has unit length.
+    p = W1 h + b1; v = LayerNorm(p + W2 GELU(p) + b2), as in mclSTExp (2024, https://arxiv.org/abs/2407.08216).
+    With `l2_normalise`, v has unit length.
     """
 
     def __init__(self, in_features: int, embedding_dim: int, l2_normalise: bool) -> None:
@@ -229,14 +189,67 @@ class ProjectionHead(nn.Module):
         return F.normalize(embedding, dim=-1) if self.l2_normalise else embedding
 
 
+class TwoTowers(nn.Module):
+    """Embeds images and spots into one space of `embedding_dim` channels."""
+
+    def __init__(self, config: ModelConfig, num_genes: int, num_positions: int, tile_size_px: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_tower = ImageTower(config, tile_size_px)
+        self.spot_tower = SpotTower(config, num_genes, num_positions)
+        self.image_head = ProjectionHead(self.image_tower.num_features, config.embedding_dim, config.l2_normalise)
+        self.spot_head = ProjectionHead(self.spot_tower.width, config.embedding_dim, config.l2_normalise)
+        start = torch.tensor(math.log(1 / config.temperature))
+        self.log_scale = nn.Parameter(start, requires_grad=config.learn_temperature)
+        self.train()
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """1 / temperature, scalar."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def bound_logit_scale(self) -> None:
+        """Caps a learnt scale at `max_logit_scale`; call after each step (CLIP 2021, https://arxiv.org/abs/2103.00020)."""
+        if self.config.learn_temperature:
+            self.log_scale.clamp_(max=math.log(self.config.max_logit_scale))
+
+    def forward(
+        self, images: torch.Tensor, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns image embeddings (N, D) and spot embeddings (S, L, D)."""
+        return self.embed_images(images), self.embed_spots(expression_SLG, position_SL2, mask_SL)
+
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns embeddings (N, D) of images in [0, 1], float (N, 3, size, size)."""
+        return self.image_head(self.image_tower(images))
+
+    def embed_spots(
+        self, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns embeddings (S, L, D) of normalised expression at positions (um, or column and row of the tables)."""
+        return self.spot_head(self.spot_tower(expression_SLG, position_SL2, mask_SL))
+
+
 class DirectRegression(nn.Module):
-    """An image tower and one linear map to all genes, as ST-Net (He et al. 2020, doi 10.1038/s41551-020-0578-x)."""
+    """An image tower and one linear map to all genes: ST-Net (He et al. 2020, https://doi.org/10.1038/s41551-020-0578-x).
+
+    It has the scale of the two towers in name only: direct regression compares no similarities.
+    """
 
     def __init__(self, config: ModelConfig, num_genes: int, tile_size_px: int) -> None:
         super().__init__()
         self.image_tower = ImageTower(config, tile_size_px)
         self.image_head = nn.Linear(self.image_tower.num_features, num_genes)
         self.train()
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """1, scalar."""
+        return self.image_head.bias.new_ones(())
+
+    def bound_logit_scale(self) -> None:
+        """Does nothing: this scale is not learnt."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Returns predicted expression (N, G) of images in [0, 1], float (N, 3, size, size)."""
@@ -247,10 +260,10 @@ Network = TwoTowers | DirectRegression
 
 
 def build_network(config: ModelConfig, num_genes: int, num_positions: int, tile_size_px: int) -> Network:
-    """Returns the two towers, or the direct regression, in training mode.
+    """Returns the two towers, or with `model.predictor=regression` the direct regression, in training mode.
 
     Raises:
-        ConfigError, ModelError: the image encoder or its weights cannot be had.
+        ConfigError, ModelError: the image encoder is unknown, or its weights cannot be loaded.
     """
     if config.predictor == "regression":
         return DirectRegression(config, num_genes, tile_size_px)
@@ -258,17 +271,17 @@ def build_network(config: ModelConfig, num_genes: int, num_positions: int, tile_
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Tells whether `train.precision` means bf16 on a device."""
+    """Returns whether `train.precision` means bf16 on this device."""
     return precision == "bf16" or (precision == "auto" and native_bf16(device))
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Tells whether a device computes bf16 in hardware."""
+    """Returns whether the device computes bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def plain_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns tensors as safetensors stores them: on the CPU, contiguous and each with memory of its own."""
+    """Returns copies that safetensors can store: on the CPU, contiguous, sharing no memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -16,8 +16,8 @@ from torch import nn
 from mclstexp.config import Config
 from mclstexp.data.spots import Batch
 from mclstexp.errors import RunError
-from mclstexp.model.losses import contrastive_loss, gather, regression_loss
-from mclstexp.model.towers import Network, TwoTowers, uses_bf16
+from mclstexp.model.losses import gather, require_loss
+from mclstexp.model.towers import Network, uses_bf16
 from mclstexp.settings import TrainConfig
 from mclstexp.training.augment import augment
 from mclstexp.training.checkpoint import TrainState
@@ -59,8 +59,7 @@ def train_step(trainee: RankState, batch: Batch) -> tuple[torch.Tensor, int]:
     trainee.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     trainee.optimizer.step()
-    if isinstance(trainee.model, TwoTowers):
-        trainee.model.bound_logit_scale()
+    trainee.model.bound_logit_scale()
     return loss.detach(), int(valid_N.sum())
 
 
@@ -92,9 +91,7 @@ def _global_loss(
     spot_ND = outputs[1].float().flatten(0, 1)
     if train.batching == "sentences":
         spot_ND = gather(spot_ND)
-    if isinstance(trainee.model, TwoTowers):
-        return contrastive_loss(image_ND, spot_ND, trainee.model.logit_scale, valid_N, train.positives == "soft")
-    return regression_loss(image_ND, spot_ND, valid_N)
+    return require_loss(trainee.config)(image_ND, spot_ND, valid_N, trainee.model.logit_scale)
 
 
 def _in_slots(features: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from mclstexp import cluster, storage
 from mclstexp.data.spots import num_positions
 from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
+from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import build_network, plain_tensors
 from mclstexp.progress import Metrics, ProgressBoard, followed
@@ -52,8 +53,10 @@ def fit(
         UserError: what the workers raised, where a user can mend it.
         RunError: the workers failed more often than train.max_failures allows.
         ModelError: retrieval.k exceeds the training spots.
+        ConfigError: train.positives names no loss.
     """
     train = run.config.train
+    require_loss(run.config)
     if run.config.model.predictor == "retrieval":
         resolve(run.config.retrieval, sum(run.manifest.section(name).num_spots for name in run.split.train))
     plan = make_plan(run, board_name)
