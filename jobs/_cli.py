@@ -1,7 +1,7 @@
-"""The command line of all jobs, made from the configuration's fields.
+"""The command line of all jobs, made from pydantic fields: a job's own arguments and the configuration's settings.
 
-`--train.epochs 3` on the command line wins over `--config FILE.yaml`, which wins over the defaults. argparse is
-driven by the pydantic fields themselves, so that a setting and its help are written once.
+`--train.epochs 3` on the command line wins over `--config FILE.yaml`, which wins over the defaults. Name, type, bounds
+and help text of an argument or a setting are written once, at its field.
 """
 
 import argparse
@@ -10,12 +10,149 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import yaml
+from _launch import hide_logs_of_ray
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from mclstexp.config import Config, leaf_fields, load_config, override, unknown_setting
+from mclstexp.config import Config, leaf_fields, load_config, override, unknown_setting, validation_faults
 from mclstexp.errors import ConfigError, UserError
+from mclstexp.settings import ConfigBlock
+
+
+class JobArguments(ConfigBlock):
+    """Base of each job's own arguments: what to work on, while settings say how. `--page-mb` is the field `page_mb`."""
+
+    dry_run: bool = False
+    """Print the settings and the plan, and start nothing."""
+    verbose: bool = False
+    """Show the log lines of Ray and MLflow too."""
+
+
+Arguments = typing.TypeVar("Arguments", bound=JobArguments)
+
+
+def parse(
+    kind: type[Arguments], purpose: str, example: str, blocks: Sequence[str], argv: Sequence[str] | None = None
+) -> tuple[Arguments, Config]:
+    """Returns the job's arguments and the resolved configuration, and applies its storage block to this process.
+
+    Args:
+        kind: the job's arguments.
+        purpose: what the job does, for --help.
+        example: a command line, for --help.
+        blocks: the blocks of the configuration that the job reads; only their settings are options.
+        argv: the command line without the program's name; default sys.argv.
+
+    Raises:
+        ConfigError: an unknown or invalid argument or setting, with the nearest valid name.
+    """
+    if isinstance(kind, str):
+        return _legacy_parse(kind, purpose, example, blocks, argv)
+    settings = [name for name in leaf_fields() if name.partition(".")[0] in blocks]
+    known, unknown = _parser(kind, purpose, example, settings).parse_known_args(argv)
+    if unknown:
+        valid = [_option(name) for name in kind.model_fields] + ["config", *settings]
+        raise ConfigError(unknown_setting(unknown[0].lstrip("-").partition("=")[0], valid, "the command line"))
+    given = {name: text for name, text in vars(known).items() if text is not None and name != "config"}
+    fields = {**kind.model_fields, **{name: _setting(name) for name in settings}}
+    values = {name: _value(fields[name], text) for name, text in given.items()}
+    arguments = _validated(kind, {name: value for name, value in values.items() if name in kind.model_fields})
+    config = override(
+        load_config(known.config), {name: value for name, value in values.items() if "." in name}, "the command line"
+    )
+    os.environ.update(config.storage.environment())
+    if not arguments.verbose:
+        hide_logs_of_ray()
+    return arguments, config
+
+
+def run(job: Callable[[], None]) -> None:
+    """Runs a job; a user's mistake is printed without a traceback and exits with code 2."""
+    try:
+        job()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def describe(config: Config, blocks: Sequence[str]) -> str:
+    """Returns the resolved settings of some blocks as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json", include=set(blocks)), sort_keys=False).rstrip()
+
+
+def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=purpose,
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    own = {name: field for name, field in kind.model_fields.items() if name not in JobArguments.model_fields}
+    for name, field in own.items():
+        _add(parser, _option(name), name, field)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a file; the command line wins over it.")
+    for name, field in JobArguments.model_fields.items():
+        _add(parser, _option(name), name, field)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name in settings:
+        block = name.partition(".")[0]
+        if block not in groups:
+            title = Config.model_fields[block].annotation.__doc__ or ""  # type: ignore[union-attr]
+            groups[block] = parser.add_argument_group(block, title)
+        _add(groups[block], name, name, _setting(name))
+    return parser
+
+
+def _add(group: argparse._ActionsContainer, option: str, name: str, field: FieldInfo) -> None:
+    default = "" if field.is_required() or field.default in (None, (), False) else f" [{field.default}]"
+    text = f"{field.description}{default}".replace("%", "%%")
+    switch: dict[str, typing.Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+    group.add_argument(
+        f"--{option}", dest=name, help=text, metavar=_metavar(field.annotation), required=field.is_required(), **switch
+    )
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _setting(name: str) -> FieldInfo:
+    block, field = leaf_fields()[name]
+    return block.model_fields[field]
+
+
+def _metavar(annotation: object) -> str:
+    """Returns what a value looks like, for --help."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is tuple:
+        return "A,B,..."
+    if typing.get_origin(annotation) is types.UnionType:
+        return _metavar(typing.get_args(annotation)[0])
+    return {bool: "true|false", int: "N", float: "X"}.get(annotation, "TEXT")  # type: ignore[call-overload]
+
+
+def _value(field: FieldInfo, text: str) -> object:
+    """Returns a command-line text as the plain value that pydantic validates."""
+    if typing.get_origin(field.annotation) is tuple:
+        return [part for part in text.split(",") if part]
+    if text.lower() in ("none", "null") and type(None) in typing.get_args(field.annotation):
+        return None
+    return text
+
+
+def _validated(kind: type[Arguments], values: dict[str, object]) -> Arguments:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"invalid argument: {validation_faults(error, '--', _option)}") from None
+
+
+# TEMPORARY: the former way to declare arguments; removed when all jobs are converted
+
+from dataclasses import dataclass  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -29,7 +166,7 @@ class Argument:
     is_switch: bool = False
 
 
-def parse(
+def _legacy_parse(
     purpose: str,
     example: str,
     arguments: Sequence[Argument],
@@ -49,32 +186,18 @@ def parse(
         ConfigError: an unknown or invalid setting, with the nearest valid name.
     """
     settings = [name for name in leaf_fields() if name.partition(".")[0] in sections]
-    parser = _parser(purpose, example, arguments, settings)
+    parser = _legacy_parser(purpose, example, arguments, settings)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         valid = [argument.name for argument in arguments] + ["config", "dry-run", *settings]
         raise ConfigError(unknown_setting(unknown[0].lstrip("-").partition("=")[0], valid, "the command line"))
-    given = {name: _value(name, text) for name, text in vars(known).items() if "." in name and text is not None}
+    given = {name: _legacy_value(name, text) for name, text in vars(known).items() if "." in name and text is not None}
     config = override(load_config(known.config), given, "the command line")
     os.environ.update(config.storage.environment())
     return known, config
 
 
-def run(job: Callable[[], None]) -> None:
-    """Runs a job; a user's mistake is printed without a traceback and exits with code 2."""
-    try:
-        job()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def describe(config: Config, sections: Sequence[str]) -> str:
-    """Returns the resolved settings of some sections as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json", include=set(sections)), sort_keys=False).rstrip()
-
-
-def _parser(
+def _legacy_parser(
     purpose: str, example: str, arguments: Sequence[Argument], settings: Sequence[str]
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -108,21 +231,10 @@ def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
     default = "" if info.default in (None, ()) else f" [{info.default}]"
     text = f"{info.description}{default}".replace("%", "%%")
     switch: dict[str, object] = {"nargs": "?", "const": "true"} if info.annotation is bool else {}
-    group.add_argument(f"--{name}", dest=name, help=text, metavar=_kind(info.annotation), **switch)  # type: ignore[arg-type]
+    group.add_argument(f"--{name}", dest=name, help=text, metavar=_metavar(info.annotation), **switch)  # type: ignore[arg-type]
 
 
-def _kind(annotation: object) -> str:
-    """Returns what a setting's value looks like, for --help."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) is tuple:
-        return "A,B,..."
-    if typing.get_origin(annotation) is types.UnionType:
-        return _kind(typing.get_args(annotation)[0])
-    return {bool: "true|false", int: "N", float: "X"}.get(annotation, "TEXT")  # type: ignore[call-overload]
-
-
-def _value(name: str, text: str) -> object:
+def _legacy_value(name: str, text: str) -> object:
     """Returns a command-line text as the plain value that pydantic validates."""
     section, field = leaf_fields()[name]
     annotation = section.model_fields[field].annotation

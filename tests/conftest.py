@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mclstexp.evaluation.sections import SectionResult
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the jobs set it, and before anything imports Ray
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = f"{ROOT / 'platform'}:{ROOT}:{ROOT / 'jobs'}"
 
@@ -190,13 +191,11 @@ RESULT_UNIT = "ln(1 + x), <per spot> & more"
 
 
 def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[str, str] | None = None) -> Path:
-    import pyarrow as pa
-
-    from mclstexp.data.genes import unique_labels
+    from mclstexp.data.genes import GenePanel, unique_labels
     from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
     from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
 
-    in_table = pa.table({"gene_id": list(RESULT_GENES), "symbol": list(RESULT_GENES.values())})
+    in_table = GenePanel(tuple(RESULT_GENES), tuple(RESULT_GENES.values()), tuple(RESULT_GENES)).names()
     rows, per_gene, results = [], [], []
     for name, num_genes in {"S1": 8, "S-2": 7}.items():
         result = _section_result(name, list(RESULT_GENES)[:num_genes])
@@ -208,14 +207,15 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
             of = {"section_id": name, "patient_id": name[0], "target": "per_spot", "method": method}
             own = of | {"num_spots": len(result.section), "kind": kind}
             rows.append(set_table(table, gene_sets(result.truth, {})).assign(**own))
-            per_gene.append(table.assign(**of, gene=unique_labels(result.panel, in_table)))
+            labels = unique_labels(result.panel.names(), result.panel.gene_id, in_table)
+            per_gene.append(table.assign(**of, gene=labels))
     leaks = ("LEAK that this protocol allows: <others> trained",) if protocol == "reference" else ()
     ScoreCard(
         protocol=protocol,
         targets={"per_spot": RESULT_UNIT},
         model_digest="abc",
         notes=(*leaks, "a note & more"),
-        genes=unique_labels(results[0].panel, in_table),
+        genes=unique_labels(results[0].panel.names(), results[0].panel.gene_id, in_table),
         rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(per_gene, ignore_index=True),
         sections=tuple(results),

@@ -29,11 +29,11 @@ _ROUNDING = 1e-9
 Node = dict[str, Any]
 """An entry of `ray.nodes()`."""
 _Bundles = Sequence[tuple[dict[str, float], dict[str, str]]]
-"""What is claimed together on one node, and the labels that the node must have."""
+"""Resources claimed together on one node, with the labels that the node must have."""
 
 
 def local_ray(config: Config, min_cpus: int = 2) -> dict[str, object]:
-    """Returns the arguments of `ray.init` for a Ray on this machine: logical CPUs enough for the run, at least some."""
+    """Returns the arguments of `ray.init` for a Ray on this machine, with enough logical CPUs for the run."""
     train = config.train
     needed = train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus)
     num_cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, needed, min_cpus)
@@ -46,18 +46,18 @@ def local_ray(config: Config, min_cpus: int = 2) -> dict[str, object]:
 
 
 def worker_resources(config: Config) -> dict[str, float]:
-    """Returns what a training worker claims."""
+    """Returns the resources that one training worker claims."""
     claimed: dict[str, float] = {"CPU": config.train.cpus_per_worker}
     return claimed | {"GPU": config.train.gpus_per_worker} if config.train.use_gpu else claimed
 
 
 def worker_nodes(config: Config) -> dict[str, str] | None:
-    """Returns the label selector of training workers: they stay off the nodes that decode for them."""
+    """Returns the label selector that keeps training workers off the nodes that decode for them."""
     return {"pool": f"!{config.cluster.data_pool}"} if config.cluster.data_pool else None
 
 
 def plan(config: Config) -> str:
-    """Returns what a training run asks for, in words."""
+    """Returns in words what a training run requests."""
     train, gpus = config.train, f"{config.train.gpus_per_worker:g} GPU and " if config.train.use_gpu else ""
     return (
         f"{train.num_workers} training worker(s) with {gpus}{train.cpus_per_worker} CPU(s) each, "
@@ -70,36 +70,36 @@ def require(config: Config) -> None:
     """Checks that the cluster can hold the training workers and leaves a CPU for their data.
 
     Raises:
-        ResourceError: it cannot, even after `cluster.wait_s`; names the numbers and the setting to change.
+        ResourceError: it cannot, even after `cluster.wait_s`; states the numbers and the setting to change.
     """
     pool = {"pool": config.cluster.data_pool} if config.cluster.data_pool else {}
     bundles = [(worker_resources(config), worker_nodes(config) or {})] * config.train.num_workers
-    _require(lambda nodes: _lack(config, nodes), [*bundles, ({"CPU": 1}, pool)], config.cluster.wait_s)
+    _require(lambda nodes: _shortage(config, nodes), [*bundles, ({"CPU": 1}, pool)], config.cluster.wait_s)
 
 
 def require_to_predict(config: Config) -> None:
-    """Checks that the cluster has the CPUs and GPUs that prediction was told to use.
+    """Checks that the cluster has the CPUs and GPUs that the settings of prediction name.
 
     Raises:
-        ResourceError: it has not, even after `cluster.wait_s`; names the numbers and the settings to change.
+        ResourceError: it has not, even after `cluster.wait_s`; states the numbers and the settings to change.
     """
-    asked = {"CPU": config.predict.num_cpus or 0, "GPU": config.predict.num_gpus or 0}
-    bundles: _Bundles = [({kind: 1.0}, {}) for kind, number in asked.items() for _ in range(number)]
-    _require(lambda nodes: _lack_to_predict(asked, nodes), bundles, config.cluster.wait_s)
+    requested = {"CPU": config.predict.num_cpus or 0, "GPU": config.predict.num_gpus or 0}
+    bundles: _Bundles = [({kind: 1.0}, {}) for kind, number in requested.items() for _ in range(number)]
+    _require(lambda nodes: _shortage_to_predict(requested, nodes), bundles, config.cluster.wait_s)
 
 
 def runs_at_once(config: Config) -> int:
-    """Returns how many such training runs with their data streams the cluster holds side by side, at least 1."""
+    """Returns how many training runs like this, with their data streams, fit on the cluster at once (at least 1)."""
     data_cpus = 0 if config.cluster.data_pool else config.cluster.data_cpus
     slots = sum(_slots(config, node, data_cpus) for node in _hosts(config, _alive_nodes()))
     return max(1, slots // config.train.num_workers)
 
 
 def share_of_run(config: Config) -> dict[str, float]:
-    """Returns the `cpu` and `gpu` that each of `runs_at_once` may use to embed tiles, while the others train or embed.
+    """Returns the `cpu` and `gpu` that each of `runs_at_once` may use to embed tiles while the others train or embed.
 
-    Embedders that take half of it (`embed.num_embedders`) leave a CPU to read tiles on, whatever the other runs do.
-    Two CPUs at least, and a GPU where there is one: without a CPU for each a run could never embed.
+    Embedders take half of it (`embed.num_embedders`), which leaves a CPU to read tiles whatever the other runs do. At
+    least two CPUs and one GPU: with fewer a run could never embed.
     """
     nodes, runs = _alive_nodes(), runs_at_once(config)
     cpus, gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
@@ -107,10 +107,10 @@ def share_of_run(config: Config) -> dict[str, float]:
 
 
 def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = True) -> None:
-    """Refuses places that only one node can see where the work is done on several, or on another than the head.
+    """Refuses paths that only one node can see when the work runs on several nodes, or not on the head.
 
     Args:
-        uris: paths or URIs, each with the name of its argument before it, such as `--out s3://bucket/runs`.
+        uris: paths or URIs, each after the name of its argument, such as `--out s3://bucket/runs`.
         uses_tracking: whether the job talks to MLflow.
 
     Raises:
@@ -123,10 +123,10 @@ def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = Tr
     if uses_tracking and not config.tracking.uri.startswith(("http://", "https://")):
         local.append(f"tracking.uri={config.tracking.uri}")
     if local:
-        size = f"{len(nodes)} nodes" if len(nodes) > 1 else "a head that takes no work and other nodes to come"
+        size = f"{len(nodes)} nodes" if len(nodes) > 1 else "a head that takes no work, and other nodes may join"
         raise ResourceError(
-            f"the cluster has {size}, and {', '.join(local)} can be seen from one only; use s3:// and an "
-            "MLflow server, or storage.shared_paths=true where all nodes mount the same paths"
+            f"the cluster has {size}, but only one node can see {', '.join(local)}; use s3:// and an MLflow server, or "
+            "storage.shared_paths=true if all nodes mount the same paths"
         )
 
 
@@ -136,21 +136,21 @@ def _alive_nodes() -> list[Node]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _require(lack: Callable[[list[Node]], str], bundles: _Bundles, wait_s: float) -> None:
-    """Raises what `lack` says of the nodes, after waiting for an autoscaler to add some."""
-    fault = lack(_alive_nodes())
+def _require(shortage: Callable[[list[Node]], str], bundles: _Bundles, wait_s: float) -> None:
+    """Raises the shortage of the nodes, if any, after waiting for an autoscaler to add some."""
+    fault = shortage(_alive_nodes())
     if fault and wait_s:
         deadline = time.monotonic() + wait_s
-        with _asked_for(bundles):
-            while (fault := lack(_alive_nodes())) and time.monotonic() < deadline:
+        with _requested(bundles):
+            while (fault := shortage(_alive_nodes())) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
     if fault:
         raise ResourceError(fault)
 
 
 @contextmanager
-def _asked_for(bundles: _Bundles) -> Iterator[None]:
-    """Asks an autoscaler for the run's nodes: it acts on requests alone, and nothing of the run is pending yet."""
+def _requested(bundles: _Bundles) -> Iterator[None]:
+    """Requests the run's nodes from an autoscaler: no task of the run is pending yet, so it would add none."""
     from ray.autoscaler.sdk import request_resources
 
     resources, selectors = ([*each] for each in zip(*bundles, strict=True))
@@ -158,55 +158,54 @@ def _asked_for(bundles: _Bundles) -> Iterator[None]:
     try:
         yield
     finally:
-        request_resources(bundles=[])  # or the nodes would never go
+        request_resources(bundles=[])  # else the nodes would never be removed
 
 
-def _lack_to_predict(asked: Mapping[str, int], nodes: list[Node]) -> str:
-    """Returns what of the asked CPUs and GPUs is not there, or nothing."""
-    there = {kind: sum(_has(node, kind) for node in nodes) for kind in asked}
-    lacking = [kind for kind in asked if there[kind] < asked[kind]]
-    if not lacking:
+def _shortage_to_predict(requested: Mapping[str, int], nodes: list[Node]) -> str:
+    """Returns which of the requested CPUs and GPUs are missing; empty if none."""
+    existing = {kind: sum(_has(node, kind) for node in nodes) for kind in requested}
+    short = [kind for kind in requested if existing[kind] < requested[kind]]
+    if not short:
         return ""
-    found = " and ".join(f"{asked[kind]} {kind}(s), the cluster has {there[kind]}" for kind in lacking)
+    found = " and ".join(f"{requested[kind]} {kind}(s), the cluster has {existing[kind]}" for kind in short)
     return (
-        f"prediction asks for {found}; lower predict.num_cpus and predict.num_gpus, or leave them empty to take what "
-        "is there, or raise cluster.wait_s where nodes can be added"
+        f"prediction requests {found}; lower predict.num_cpus and predict.num_gpus, or leave them empty to use what "
+        "the cluster has, or raise cluster.wait_s if nodes can be added"
     )
 
 
-def _lack(config: Config, nodes: list[Node]) -> str:
-    """Returns why the run does not fit, or nothing."""
+def _shortage(config: Config, nodes: list[Node]) -> str:
+    """Returns why the run does not fit; empty if it fits."""
     train, pool = config.train, config.cluster.data_pool
     total_cpus, total_gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))
     if train.use_gpu and total_gpus < train.num_workers * train.gpus_per_worker:
         return (
-            f"the run asks for {train.num_workers * train.gpus_per_worker:g} GPU(s) (train.num_workers, "
+            f"the run requests {train.num_workers * train.gpus_per_worker:g} GPU(s) (train.num_workers, "
             f"train.gpus_per_worker), the cluster has {total_gpus}; lower "
-            "train.num_workers, or set train.use_gpu=false, or raise cluster.wait_s where nodes can be added"
+            "train.num_workers, or set train.use_gpu=false, or raise cluster.wait_s if nodes can be added"
         )
     hosts = _hosts(config, nodes)
     slots = sum(_slots(config, node) for node in hosts)
     if slots < train.num_workers:
         outside = f" outside cluster.data_pool={pool}" if pool else ""
         return (
-            f"the run asks for {train.num_workers} worker(s) of {train.cpus_per_worker} CPU(s), the cluster's "
+            f"the run requests {train.num_workers} worker(s) of {train.cpus_per_worker} CPU(s), the cluster's "
             f"{len(hosts)} node(s){outside} with {sum(_has(node, 'CPU') for node in hosts)} CPU(s) hold {slots}; lower "
-            "train.num_workers or "
-            "train.cpus_per_worker, or raise cluster.local_cpus on one machine"
+            "train.num_workers or train.cpus_per_worker, or raise cluster.local_cpus on one machine"
         )
     needed = train.num_workers * train.cpus_per_worker + 1
     if total_cpus < needed:
         return (
-            f"the run asks for {needed} CPUs ({train.num_workers} worker(s) of {train.cpus_per_worker} and 1 for their "
+            f"the run requests {needed} CPUs ({train.num_workers} worker(s) of {train.cpus_per_worker} and 1 for their "
             f"data), the cluster has {total_cpus}; the data stream would starve: lower train.num_workers or "
             "train.cpus_per_worker, or raise cluster.local_cpus on one machine"
         )
     pools = {node["Labels"].get("pool") for node in nodes if _has(node, "CPU")}
     if pool and pool not in pools:
         return (
-            f"cluster.data_pool={pool}, and no node with CPUs has the label pool={pool} (found: "
+            f"cluster.data_pool={pool}, but no node with CPUs has the label pool={pool} (found: "
             f"{', '.join(sorted(filter(None, pools))) or 'none'}); start nodes with --labels pool={pool}, or leave "
-            "cluster.data_pool empty, or raise cluster.wait_s where nodes can be added"
+            "cluster.data_pool empty, or raise cluster.wait_s if nodes can be added"
         )
     return ""
 
@@ -222,7 +221,7 @@ def _hosts(config: Config, nodes: list[Node]) -> list[Node]:
 
 
 def _slots(config: Config, node: Node, data_cpus: int = 0) -> int:
-    """Returns how many training workers fit on a node, each with so many CPUs for its data."""
+    """Returns how many training workers fit on a node, each with `data_cpus` for its data."""
     slots = _has(node, "CPU") // (config.train.cpus_per_worker + data_cpus)
     if not config.train.use_gpu:
         return slots
@@ -234,20 +233,20 @@ _SQLITE = "sqlite:///"
 
 
 def config_for_tasks(config: Config) -> Config:
-    """Returns the configuration with its local files named absolutely. Ray must be connected.
+    """Returns the configuration with absolute paths of its local files, for tasks. Ray must be connected.
 
-    It stays as it is where the job brings a working folder along (`ray job submit`): tasks begin in a copy of it.
+    Unchanged if the job ships its working folder (`ray job submit`): tasks then start in a copy of it.
     """
-    return config if _have_working_folder() else with_absolute_paths(config)
+    return config if _ships_working_folder() else with_absolute_paths(config)
 
 
 def weights_for_tasks(weights: str | None) -> str | None:
-    """Returns the name of image weights (as `model.image_weights`) in the same way."""
-    return weights if weights is None or _have_working_folder() else _absolute_weights(weights)
+    """Returns the name of image weights (as `model.image_weights`), its path made absolute in the same way."""
+    return weights if weights is None or _ships_working_folder() else _absolute_weights(weights)
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Returns the configuration with its local files named absolutely, by the folder of this process."""
+    """Returns the configuration with paths made absolute from the folder of this process."""
     database, weights, panel = config.tracking.uri, config.model.image_weights, config.genes.panel
     changed: dict[str, object] = {"model.image_weights": _absolute_weights(weights)}
     if database.startswith(_SQLITE):
@@ -261,7 +260,7 @@ def _absolute_weights(weights: str) -> str:
     return weights if weights in ("random", "imagenet") else storage.absolute(weights)
 
 
-def _have_working_folder() -> bool:
+def _ships_working_folder() -> bool:
     return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
 
@@ -284,11 +283,11 @@ def guarded(function: Callable[..., Result], *arguments: object) -> Result | Use
 
 @contextmanager
 def ordered(limits: ExecutionResources | None = None) -> Iterator[None]:
-    """Datasets made inside keep their order, stay within `limits` and draw no progress bars of their own."""
+    """Datasets made inside the block keep their order, stay within `limits` and draw no progress bars of their own."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # Copying the context warns of its own deprecated fields, and bounded retries of a process that dies have no
-        # other way in than a deprecated one (default: for ever).
+        # Copying the context warns about its own deprecated fields, and a limit on the retries of a process that dies
+        # can only be set by a deprecated one (default: no limit).
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context = DataContext.get_current().copy()

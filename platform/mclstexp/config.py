@@ -8,7 +8,7 @@ tree of settings, so that one YAML file describes a whole study.
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -198,14 +198,18 @@ def unknown_setting(name: str, valid: list[str], origin: str) -> str:
     return f"unknown setting {name} in {origin}{hint}"
 
 
+def validation_faults(error: ValidationError, prefix: str = "", spelled: Callable[[str], str] = str) -> str:
+    """Returns each fault of a validation in words, with `prefix` before the names of fields, which are `spelled`."""
+    return "; ".join(
+        f"{prefix}{spelled('.'.join(map(str, fault['loc'])))}={fault['input']!r}: {fault['msg']}"
+        if fault["loc"]
+        else fault["msg"].removeprefix("Value error, ")
+        for fault in error.errors()
+    )
+
+
 def _validated(tree: dict[str, object], origin: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'settings'}={fault['input']!r}: {fault['msg']}"
-            if fault["loc"]
-            else fault["msg"]
-            for fault in error.errors()
-        )
-        raise ConfigError(f"invalid setting in {origin}: {faults}") from None
+        raise ConfigError(f"invalid setting in {origin}: {validation_faults(error)}") from None

@@ -1,4 +1,4 @@
-"""A run that does not fit is refused with numbers and the setting to change, and places must be seen by all nodes."""
+"""A run that does not fit is refused with numbers and the setting to change, and all nodes must see its paths."""
 
 import time
 
@@ -47,7 +47,7 @@ def test_what_fits_is_let_through(nodes: list[dict], alive: list[dict], settings
 @pytest.mark.parametrize(
     ("alive", "settings", "message"),
     [
-        ([_node(CPU=2)], {"train_num_workers": 2}, "asks for 3 CPUs .* has 2; .* lower train.num_workers"),
+        ([_node(CPU=2)], {"train_num_workers": 2}, "requests 3 CPUs .* has 2; .* lower train.num_workers"),
         (
             [_node(CPU=3), _node(CPU=3)],
             {"train_cpus_per_worker": 4},
@@ -57,7 +57,7 @@ def test_what_fits_is_let_through(nodes: list[dict], alive: list[dict], settings
         (
             [_node(CPU=16, GPU=1)],
             {"train_num_workers": 2, "train_use_gpu": True},
-            r"asks for 2 GPU\(s\) .* has 1; .*train.use_gpu=false",
+            r"requests 2 GPU\(s\) .* has 1; .*train.use_gpu=false",
         ),
         ([_node(CPU=16), _node(CPU=1, GPU=2)], {"train_num_workers": 2, "train_use_gpu": True}, "hold 1"),
         (
@@ -161,20 +161,20 @@ def test_the_plan_names_what_a_run_claims() -> None:
 @pytest.mark.parametrize(
     "alive", [[_node(CPU=4), _node(CPU=4)], [_node(CPU=0)]], ids=["two nodes", "head and none yet"]
 )
-def test_places_that_one_node_only_sees_are_refused(nodes: list[dict], alive: list[dict]) -> None:
+def test_paths_that_only_one_node_sees_are_refused(nodes: list[dict], alive: list[dict]) -> None:
     nodes += alive
     with pytest.raises(
-        ResourceError, match=r"--data tiles, tracking.uri=sqlite:///mlflow.db .*storage.shared_paths"
+        ResourceError, match=r"--data tiles, tracking.uri=sqlite:///mlflow.db; .*storage.shared_paths"
     ) as e:
         cluster.require_shared(Config(), LOCAL)
     assert "s3://bucket" not in str(e.value)
-    with pytest.raises(ResourceError, match="and --data tiles can be seen"):
+    with pytest.raises(ResourceError, match="one node can see --data tiles"):
         cluster.require_shared(Config(), LOCAL, uses_tracking=False)
     cluster.require_shared(override(Config(), {"storage.shared_paths": True}), LOCAL)
     cluster.require_shared(override(Config(), {"tracking.uri": "http://mlflow:5000"}), ["--data s3://bucket/tiles"])
 
 
-def test_one_node_may_use_its_own_places(nodes: list[dict]) -> None:
+def test_one_node_may_use_its_own_paths(nodes: list[dict]) -> None:
     nodes.append(_node(CPU=4))
     cluster.require_shared(Config(), LOCAL)
 
@@ -184,8 +184,8 @@ def test_one_node_may_use_its_own_places(nodes: list[dict]) -> None:
     [
         ({}, ""),
         ({"predict_num_cpus": 6, "predict_num_gpus": 1}, ""),
-        ({"predict_num_cpus": 7, "predict_num_gpus": 1}, r"asks for 7 CPU\(s\), the cluster has 6; lower predict\.num"),
-        ({"predict_num_gpus": 2}, r"asks for 2 GPU\(s\), the cluster has 1; .*cluster\.wait_s"),
+        ({"predict_num_cpus": 7, "predict_num_gpus": 1}, r"requests 7 CPU\(s\), the cluster has 6; lower predict\.num"),
+        ({"predict_num_gpus": 2}, r"requests 2 GPU\(s\), the cluster has 1; .*cluster\.wait_s"),
     ],
 )
 def test_prediction_is_refused_what_the_cluster_lacks(nodes: list[dict], settings: dict, message: str) -> None:
@@ -202,11 +202,11 @@ def test_a_real_cluster_is_asked_for_nodes_and_refused_in_time(ray_session: None
     cluster.require(_config(train_num_workers=4))
     started = time.monotonic()
     with pytest.raises(
-        ResourceError, match=r"asks for 7 CPUs .* the cluster has 6; the data stream would starve: lower train\.num"
+        ResourceError, match=r"requests 7 CPUs .* the cluster has 6; the data stream would starve: lower train\.num"
     ):
         cluster.require(_config(train_num_workers=6, cluster_wait_s=1.5))
     assert 1.5 <= time.monotonic() - started < 15
     started = time.monotonic()
-    with pytest.raises(ResourceError, match=r"asks for 1 GPU\(s\), the cluster has 0"):
+    with pytest.raises(ResourceError, match=r"requests 1 GPU\(s\), the cluster has 0"):
         cluster.require_to_predict(_config(predict_num_gpus=1, cluster_wait_s=1.5))
     assert 1.5 <= time.monotonic() - started < 15
