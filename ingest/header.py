@@ -78,7 +78,7 @@ def _resolution_lines(headers: Mapping[str, Header]) -> list[str]:
     for name, header in headers.items():
         sections[header.mpp_source].append(name)
     return [
-        f"resolution {_range([headers[name].mpp for name in names])} um/px by {source}: {_named(names)}"
+        f"resolution {_range([headers[name].mpp for name in names])} um/px by the {source}: {_named(names)}"
         for source, names in sections.items()
     ]
 

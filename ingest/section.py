@@ -28,6 +28,7 @@ from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
 from mclstexp.settings import TilesConfig
 from mclstexp.slides.codec import encode_tile
+from mclstexp.slides.resolution import resolve_mpp
 from mclstexp.slides.slide import Slide, open_slide
 from mclstexp.slides.tiles import (
     curve_order,
@@ -42,8 +43,6 @@ from mclstexp.slides.tiles import (
 )
 from mclstexp.slides.tissue import find_tissue
 
-_SOURCES_AGREE = 1.05  # ratio of the mpp that the sheet, the image and the array say
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -55,20 +54,12 @@ class Recipe:
 
 
 def source_mpp(row: SectionRow, image_mpp: float | None, array_mpp: float | None) -> tuple[float, str]:
-    """Returns the micrometres per level-0 pixel and who says so: the sheet, else the image, else its array of spots.
+    """Returns the micrometres per level-0 pixel and its source: the sheet, the image or the array of spots.
 
     Raises:
-        SourceError: none of them says, or they disagree by more than 5 %.
+        SourceError: as `resolve_mpp`.
     """
-    told = {"the sheet": row.mpp, "its image": image_mpp, "its array of spots": array_mpp}
-    known = {source: mpp for source, mpp in told.items() if mpp is not None}
-    if not known:
-        raise SourceError("neither the sheet nor its image says the resolution: fill in mpp")
-    if max(known.values()) > _SOURCES_AGREE * min(known.values()):
-        listed = " and ".join(f"{mpp:.4g} in {source}" for source, mpp in known.items())
-        raise SourceError(f"mpp is {listed}: mend the sheet, or give the image that the positions belong to")
-    source, mpp = next(iter(known.items()))
-    return mpp, source
+    return resolve_mpp({"sheet": row.mpp, "image": image_mpp, "array of spots": array_mpp})
 
 
 def cut_section(

@@ -11,7 +11,7 @@ from small_table import NAMES, make_sentence, make_table
 
 from mclstexp import storage
 from mclstexp.data import genes
-from mclstexp.data.genes import GenePanel, Normaliser
+from mclstexp.data.genes import AFTER_NAME, GenePanel, Normaliser, unique_labels
 from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import GENE_SCHEMA, gene_names
 from mclstexp.data.variability import normalised_dispersion
@@ -167,7 +167,7 @@ def test_unknown_genes_of_a_panel_file_are_named_or_dropped(tmp_path: Path) -> N
     file = tmp_path / "panel.txt"
     file.write_text("MUC1\nNOPE1\nNOPE2\n")
     with pytest.raises(
-        ConfigError, match=r"has 1 of the panel's 3 genes; it lacks NOPE1, NOPE2; set genes\.missing=drop"
+        ConfigError, match=r"has 1 of the panel's 3 genes; missing: NOPE1, NOPE2; set genes\.missing=drop"
     ):
         fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
     dropped = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file), missing="drop"))
@@ -206,13 +206,40 @@ def test_genes_are_aligned_by_ensembl_id_and_else_by_symbol() -> None:
     )
     columns = genes.align(panel, table)
     assert list(columns) == [3, 1, 2, -1]
-    assert genes.coverage(panel, columns) == "the data has 3 of the panel's 4 genes; it lacks X"
+    assert genes.coverage(panel, columns) == "the data has 3 of the panel's 4 genes; missing: X"
 
 
 def test_a_symbol_of_another_ensembl_id_is_another_gene() -> None:
     panel = GenePanel(("ENSG1", "ENSG2"), ("X", "X"), ("ENSG1", "ENSG2"))
     table = pa.table([["ENSG1"], ["X"], ["ENSG1"]], schema=GENE_SCHEMA)
     assert list(genes.align(panel, table)) == [0, -1]
+
+
+def test_genes_are_found_by_any_of_their_names() -> None:
+    panel = GenePanel(
+        ("ENSG01", "FASN", "ENSG03", "ENSG04"), ("GNAS", "FASN", "DUP", "DUP"), ("ENSG01", "", "ENSG03", "ENSG04")
+    )
+    assert genes.find_genes(panel, ["FASN", "ENSG01", "GNAS", "DUP"]) == [1, 0, 2, 3]
+    assert genes.find_genes(panel, ["ENSG03.12"]) == [2]
+    with pytest.raises(ConfigError) as caught:
+        genes.find_genes(panel, ["gnas", "FASN", "XQ"])
+    nearest = "gnas (did you mean GNAS?); XQ (known: GNAS, ENSG01, FASN, DUP, ENSG03 and 1 more)"
+    assert str(caught.value) == f"the panel of 4 genes does not have {nearest}"
+
+
+def test_labels_have_the_id_where_a_name_is_shared() -> None:
+    names, ids = ["GNAS", "DUP", "DUP", "x"], ["ENSG1", "ENSG5", "ENSG6", "x"]
+    assert unique_labels(names, ids) == ["GNAS", "DUP (ENSG5)", "DUP (ENSG6)", "x"]
+    assert unique_labels(names, ids, form=AFTER_NAME) == ["GNAS", "DUP ENSG5", "DUP ENSG6", "x"]
+    assert unique_labels(names[:2], ids[:2]) == ["GNAS", "DUP"], "the other one is not chosen"
+    assert unique_labels(names[:2], ids[:2], ["GNAS", "DUP", "DUP"], ["x"]) == ["GNAS", "DUP (ENSG5)"]
+
+
+def test_a_panel_is_a_gene_table_and_back() -> None:
+    panel = GenePanel(("ENSG1", "VIM"), ("TP53", "VIM"), ("ENSG1", ""))
+    assert GenePanel.from_table(panel.to_table()) == panel
+    assert panel.to_table().schema == GENE_SCHEMA
+    assert panel.take(np.array([1])) == GenePanel(("VIM",), ("VIM",), ("",))
 
 
 def test_panel_counts_are_the_dense_columns(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from round_slide import MPP, SIZE, TILE, make_plan, tissue_image
 from mclstexp import storage
 from mclstexp.errors import SourceError
 from mclstexp.prediction.cohort import POSITION_SCHEMA
-from mclstexp.prediction.inspect import inspect, resolution
+from mclstexp.prediction.inspect import inspect
 from mclstexp.prediction.parts import GRID, GRID_SCHEMA, PARTS, PREVIEW, RECORD, THUMBNAIL
 from mclstexp.prediction.plan import SlideSource, attempt_key, key
 from mclstexp.settings import TilesConfig
@@ -138,20 +138,6 @@ def test_positions_of_another_image_are_refused(slide, tmp_path):
 
 
 # ---------------------------------------------------------------- resolution
-
-
-def test_who_says_the_resolution():
-    def source(mpp):
-        return SlideSource("a", "a", "", "a.svs", mpp)
-
-    assert resolution(source(0.5), 0.51, 2.0) == (0.5, "sheet")
-    assert resolution(source(0.5), None, 2.0) == (0.5, "sheet")
-    assert resolution(source(None), 0.51, 2.0) == (0.51, "image")
-    assert resolution(source(None), None, 2.0) == (2.0, "assumed")
-    with pytest.raises(SourceError, match="no resolution"):
-        resolution(source(None), None, None)
-    with pytest.raises(SourceError, match=r"0\.5 in the sheet and 0\.25 in its image"):
-        resolution(source(0.5), 0.25, None)
 
 
 def test_a_slide_without_resolution_can_have_one_assumed(tmp_path):

@@ -48,5 +48,5 @@ def test_a_cut_file_is_refused(image: Image.Image, tmp_path: Path, kept: int) ->
 
 def test_other_packed_files_are_refused_with_what_to_do(image: Image.Image, tmp_path: Path) -> None:
     image.save(tmp_path / "a.tif")
-    with pytest.raises(SourceError, match=r"image a\.tif\.gz: gzip packed it and it holds no JPEG or PNG; unpack it"):
+    with pytest.raises(SourceError, match=r"image a\.tif\.gz: it is compressed by gzip and holds no JPEG or PNG; decompress"):
         open_slide(_pack(tmp_path / "a.tif"))

@@ -74,7 +74,7 @@ def test_sheet_faults_come_before_everything(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "settings", "error", "reason"),
     [
-        ({"mpp": "1.2"}, {}, SourceError, r"section P1S1: mpp is 1\.2 in the sheet and 1 in its image"),
+        ({"mpp": "1.2"}, {}, SourceError, r"section P1S1: mpp is 1\.2 in the sheet and 1 in the image"),
         ({}, {"tiles.mpp": 0.5}, ConfigError, "would enlarge P1S1 by 2"),
         ({"spot_diameter_um": "100"}, {}, SourceError, "section P1S1: its spots lie 32 um apart"),
     ],
@@ -97,7 +97,7 @@ def test_no_resolution_anywhere_is_refused(cohort, tmp_path):
     sheet = copy_of(cohort, tmp_path / "cohort", ["P1S1"], mpp="")
     path = tmp_path / "cohort" / "P1S1.tif"
     tifffile.imwrite(path, tifffile.imread(path, level=0), photometric="rgb", tile=(256, 256))
-    with pytest.raises(SourceError, match="section P1S1: neither the sheet nor its image says the resolution"):
+    with pytest.raises(SourceError, match="section P1S1: no resolution: sheet"):
         run(sheet, tmp_path / "out")
 
 

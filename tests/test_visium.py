@@ -130,7 +130,7 @@ def test_resolution_comes_from_sheet_image_or_array_and_the_source_is_stated(tmp
     for image, mpp, expected, source in [*cases, ("plain.tif", None, MPP, "its array of spots")]:
         header = read_header(section(tmp_path, mtx, image=str(tmp_path / image), mpp=mpp))
         assert (header.mpp, header.mpp_source) == (pytest.approx(expected, rel=1e-3), source)
-    with pytest.raises(SourceError, match=r"S1: mpp is 0\.25 in the sheet and 0\.5 in its array of spots"):
+    with pytest.raises(SourceError, match=r"S1: mpp is 0\.25 in the sheet and 0\.5 in the array of spots"):
         read_header(section(tmp_path, mtx, image=str(tmp_path / "plain.tif"), mpp=0.25))
 
 
@@ -160,7 +160,7 @@ def test_tiles_of_a_section_and_its_plan(tmp_path, mtx):
     sheet.write_text("section_id,patient_id,image,format,expression\nS1,P1,a.tif,visium,S1\n")
     text = plan(str(sheet), str(tmp_path / "out"), Config())
     assert "S1: patient P1, visium, 0.5 um/px, exact crops" in text
-    assert "resolution 0.5 um/px by its array of spots: 1 section(s) (S1)" in text
+    assert "resolution 0.5 um/px by the array of spots: 1 section(s) (S1)" in text
     assert "genes by   Ensembl ids (ENSG) and symbols, some by" in text
     assert "left out   1 features of Antibody Capture in 1 section(s) (S1)" in text
 

@@ -1,11 +1,14 @@
-"""Gene panels and normalisation.
+"""Gene panels, the names of their genes, and normalisation.
 
-A panel is fitted on training sections only and carried by the model; any data is aligned to it by gene id. Counts
-stay raw in the tile table and are normalised here, so that both can be fitted per split. The trade-off: counts are
-turned into dense arrays over the panel each time they are read, which costs microseconds a spot.
+A panel is fitted on training sections only and travels with the model; any data is aligned to it by gene id. The tile
+table stores raw counts, and they are normalised here, so that both can be fitted for each split. The trade-off: counts
+become dense arrays over the panel each time they are read, which costs microseconds per spot.
+
+A gene has one id (its Ensembl id where the source gives one, else its symbol), and three functions deal with names:
+`find_genes` finds the genes that a user names, `align` finds a panel's genes in a gene table, and `unique_labels` gives
+genes names that differ.
 """
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,44 +18,133 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from mclstexp.data.schema import Manifest, SectionEntry, gene_names
+from mclstexp.data.schema import GENE_SCHEMA, Manifest, SectionEntry, gene_names
 from mclstexp.data.table import read_counts
 from mclstexp.errors import ConfigError, ModelError
+from mclstexp.messages import did_you_mean, some_of
 from mclstexp.settings import GenesConfig
 
 Scheme = Literal["per_spot_all", "per_spot_panel", "per_gene"]
-_NAMED_IN_ERROR = 5
+IN_BRACKETS, AFTER_NAME = "{name} ({gene_id})", "{name} {gene_id}"
+"""Where a label has the gene id: in score cards and reports, and in pictures and GeoJSON."""
+_NUM_NEAREST = 3
 
 
 @dataclass(frozen=True)
 class GenePanel:
-    """The genes that a model predicts, in their order."""
+    """The genes that a model predicts, in order."""
 
     gene_id: tuple[str, ...]
     symbol: tuple[str, ...]
+    """Empty where the source gives only an Ensembl id."""
     ensembl_id: tuple[str, ...]
+    """Empty where the source gives only a symbol."""
 
     def __len__(self) -> int:
         return len(self.gene_id)
 
     def names(self) -> list[str]:
-        """Returns what people call the genes: the symbol where there is one, else the id."""
-        return [symbol or gene for symbol, gene in zip(self.symbol, self.gene_id, strict=True)]
+        """Returns what people call the genes: the symbol, or the id of a gene without one. Names may repeat."""
+        return [symbol or gene_id for symbol, gene_id in zip(self.symbol, self.gene_id, strict=True)]
+
+    def take(self, columns: Sequence[int] | np.ndarray) -> "GenePanel":
+        """Returns the panel of the genes in the given columns, in that order."""
+        return GenePanel(*(tuple(names[column] for column in columns) for names in self._fields()))
+
+    def to_table(self) -> pa.Table:
+        """Returns the panel as a gene table (GENE_SCHEMA)."""
+        return pa.table([list(names) for names in self._fields()], schema=GENE_SCHEMA)
 
     def to_json(self) -> str:
         """Returns the panel as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_names(cls, names: Iterable[str]) -> "GenePanel":
-        """Returns the panel of genes as a source names them, by symbol or Ensembl id."""
-        genes = [gene_names(name) for name in names]
-        return cls(*(tuple(gene[place] for gene in genes) for place in range(3)))
-
-    @classmethod
     def from_json(cls, text: str) -> "GenePanel":
         """Returns the panel that `to_json` wrote."""
         return cls(**{name: tuple(values) for name, values in json.loads(text).items()})
+
+    @classmethod
+    def from_names(cls, names: Iterable[str]) -> "GenePanel":
+        """Returns the panel of genes that a file lists by symbol or Ensembl id."""
+        genes = [gene_names(name) for name in names]
+        return cls(*(tuple(gene[field] for gene in genes) for field in range(3)))
+
+    @classmethod
+    def from_table(cls, genes: pa.Table) -> "GenePanel":
+        """Returns the genes of a gene table (GENE_SCHEMA) as a panel."""
+        return cls(*(tuple(genes[name].to_pylist()) for name in GENE_SCHEMA.names))
+
+    def _fields(self) -> tuple[tuple[str, ...], ...]:
+        return self.gene_id, self.symbol, self.ensembl_id
+
+
+def find_genes(panel: GenePanel, names: Sequence[str]) -> list[int]:
+    """Returns the columns of the genes that a user names, in the user's order, each once.
+
+    A name is a symbol, a gene id or an Ensembl id, with or without its version. A symbol that several genes share means
+    all of them.
+
+    Raises:
+        ConfigError: the panel has no such gene; gives the nearest names of the panel.
+    """
+    columns: dict[str, list[int]] = {}
+    for column, aliases in enumerate(zip(panel.symbol, panel.gene_id, panel.ensembl_id, strict=True)):
+        for alias in dict.fromkeys(filter(None, aliases)):
+            columns.setdefault(alias, []).append(column)
+    found = {name: columns.get(name) or columns.get(gene_names(name)[0], []) for name in names}
+    unknown = [f"{name} ({did_you_mean(name, columns, _NUM_NEAREST)})" for name in found if not found[name]]
+    if unknown:
+        raise ConfigError(f"the panel of {len(panel)} genes does not have {'; '.join(unknown)}")
+    return list(dict.fromkeys(column for each in found.values() for column in each))
+
+
+def align(panel: GenePanel, genes: pa.Table) -> np.ndarray:
+    """Returns the row of each panel gene in a gene table (GENE_SCHEMA), int32 (G,); -1 if the table has no such gene.
+
+    A gene is found by its Ensembl id, else by its symbol; one symbol with two different Ensembl ids is two genes.
+    """
+    symbols, ids = genes["symbol"].to_pylist(), genes["ensembl_id"].to_pylist()
+    by_ensembl = _first_rows(ids, range(len(ids)))
+    by_symbol = _first_rows(symbols, range(len(ids)))
+    by_symbol_alone = _first_rows(symbols, [row for row, name in enumerate(ids) if not name])
+    rows = [
+        by_ensembl.get(ensembl, by_symbol_alone.get(symbol, -1)) if ensembl else by_symbol.get(symbol, -1)
+        for ensembl, symbol in zip(panel.ensembl_id, panel.symbol, strict=True)
+    ]
+    return np.array(rows, np.int32)
+
+
+def unique_labels(
+    names: Sequence[str], gene_ids: Sequence[str], *others: Iterable[str], form: str = IN_BRACKETS
+) -> list[str]:
+    """Returns a label for each gene: its name, with its gene id where the name is shared.
+
+    Args:
+        names: what the genes are called (`GenePanel.names`).
+        gene_ids: their ids.
+        others: names of other lists of genes. A name is shared if it occurs twice in `names` or twice in one of these:
+            the names of the tile table's genes give one gene the same label in folds with different panels.
+        form: the label of a gene whose name is shared.
+    """
+    times = Counter(names)
+    for other in others:
+        times |= Counter(other)
+    return [
+        form.format(name=name, gene_id=gene_id) if times[name] > 1 else name
+        for name, gene_id in zip(names, gene_ids, strict=True)
+    ]
+
+
+def coverage(panel: GenePanel, columns: np.ndarray) -> str:
+    """Returns how many of the panel's genes a data set has and which are missing, in words.
+
+    Args:
+        columns: the data set's row of each gene, (G,); -1 if it has none (`align`).
+    """
+    missing = [name for name, column in zip(panel.names(), columns, strict=True) if column < 0]
+    named = f"; missing: {some_of(missing)}" if missing else ""
+    return f"the data has {len(panel) - len(missing)} of the panel's {len(panel)} genes{named}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +166,10 @@ class Normaliser:
         Args:
             counts: raw counts of the panel genes, (N, G).
             totals: each spot's count over all genes, (N,).
-            gene_totals: each panel gene's count over its section, (G,); used by `per_gene` only.
+            gene_totals: each panel gene's count over its section, (G,); only `per_gene` uses it.
+
+        Raises:
+            ModelError: `per_gene` without `gene_totals`.
         """
         if self.scheme == "per_gene":
             if gene_totals is None:
@@ -99,32 +194,10 @@ class Normaliser:
 
 def normalisers(config: GenesConfig) -> tuple[Normaliser, Normaliser]:
     """Returns the normalisers of the spot tower's input and of the target."""
-    schemes = (config.input, config.target)
-    return tuple(Normaliser(scheme, config.scale, config.log_base) for scheme in schemes)  # type: ignore[return-value]
-
-
-def align(panel: GenePanel, genes: pa.Table) -> np.ndarray:
-    """Returns the gene-table row of each panel gene, int32 (G,); -1 where the table lacks it.
-
-    A gene is found by its Ensembl id, else by its symbol; one symbol with two different Ensembl ids is two genes.
-    """
-    symbols, ids = genes["symbol"].to_pylist(), genes["ensembl_id"].to_pylist()
-    by_ensembl = _first_rows(ids, range(len(ids)))
-    by_symbol = _first_rows(symbols, range(len(ids)))
-    by_symbol_alone = _first_rows(symbols, [row for row, name in enumerate(ids) if not name])
-    rows = [
-        by_ensembl.get(ensembl, by_symbol_alone.get(symbol, -1)) if ensembl else by_symbol.get(symbol, -1)
-        for ensembl, symbol in zip(panel.ensembl_id, panel.symbol, strict=True)
-    ]
-    return np.array(rows, np.int32)
-
-
-def coverage(panel: GenePanel, columns: np.ndarray) -> str:
-    """Returns a line on how many of the panel's genes a data set has, and which it lacks."""
-    missing = [name for name, column in zip(panel.names(), columns, strict=True) if column < 0]
-    more = f" and {len(missing) - _NAMED_IN_ERROR} more" if len(missing) > _NAMED_IN_ERROR else ""
-    lacks = f"; it lacks {', '.join(missing[:_NAMED_IN_ERROR])}{more}" if missing else ""
-    return f"the data has {len(panel) - len(missing)} of the panel's {len(panel)} genes{lacks}"
+    return (
+        Normaliser(config.input, config.scale, config.log_base),
+        Normaliser(config.target, config.scale, config.log_base),
+    )
 
 
 def panel_counts(
@@ -134,93 +207,34 @@ def panel_counts(
 
     Args:
         gene_index, count: the table's sparse columns.
-        columns: gene-table row of each panel gene, (G,); a gene at -1 gets zeros.
+        columns: row of each panel gene in the gene table, (G,); a gene at -1 gets zeros.
     """
     genes, values = (column.combine_chunks() for column in (gene_index, count))
     lengths = np.diff(genes.offsets.to_numpy())
     spots = np.repeat(np.arange(len(genes)), lengths)
     gene, value = genes.flatten().to_numpy(), values.flatten().to_numpy().astype(np.float64)
-    place = np.full(max(gene.max(initial=0), columns.max(initial=0)) + 1, -1)
-    place[columns[columns >= 0]] = np.flatnonzero(columns >= 0)
+    column_of = np.full(max(gene.max(initial=0), columns.max(initial=0)) + 1, -1)
+    column_of[columns[columns >= 0]] = np.flatnonzero(columns >= 0)
     dense = np.zeros((len(genes), len(columns)), np.float32)
-    wanted = place[gene] >= 0
-    dense[spots[wanted], place[gene[wanted]]] = value[wanted]
+    wanted = column_of[gene] >= 0
+    dense[spots[wanted], column_of[gene[wanted]]] = value[wanted]
     return dense, np.bincount(spots, weights=value, minlength=len(genes))
 
 
 def gene_totals(root: str, manifest: Manifest, entry: SectionEntry, columns: np.ndarray) -> np.ndarray:
-    """Returns each panel gene's count over a section, float64 (G,); 0 for a gene that the table lacks."""
+    """Returns each panel gene's count over a section, float64 (G,); 0 for a gene at -1.
+
+    Args:
+        columns: row of each panel gene in the gene table, (G,).
+    """
     totals = np.asarray(read_counts(root, entry, manifest.num_genes).sum(axis=0), np.float64).ravel()
     return np.where(columns >= 0, totals[columns], 0.0)
 
 
 def _first_rows(names: list[str], rows: Iterable[int]) -> dict[str, int]:
-    """Returns the first of the given rows that each name stands in; an empty name stands nowhere."""
+    """Returns the first of the given rows for each name that is not empty."""
     first: dict[str, int] = {}
     for row in rows:
         if names[row]:
             first.setdefault(names[row], row)
     return first
-
-
-def unique_labels(panel: GenePanel, genes: pa.Table) -> list[str]:
-    """Returns a label for each gene of a panel, none twice.
-
-    What is repeated is told by the tile table, so that folds whose panels differ call a gene the same.
-
-    Args:
-        panel: the genes.
-        genes: all genes of the tile table (GENE_SCHEMA).
-    """
-    symbols, ids = (genes[name].to_pylist() for name in ("symbol", "gene_id"))
-    in_table, in_panel = Counter(symbol or gene for symbol, gene in zip(symbols, ids, strict=True)), panel.names()
-    counted = in_table | Counter(in_panel)
-    return [
-        with_id(name, gene_id) if counted[name] > 1 else name
-        for name, gene_id in zip(in_panel, panel.gene_id, strict=True)
-    ]
-
-
-def with_id(name: str, gene_id: str) -> str:
-    """Returns the label of a gene whose name is not its own alone."""
-    return f"{name} ({gene_id})"
-
-
-_NUM_NEAREST = 3
-
-
-def choose_genes(panel: GenePanel, names: Sequence[str]) -> list[int]:
-    """Returns the columns of genes named by symbol, gene id or Ensembl id, in the order asked for and once each.
-
-    A symbol that several genes bear means all of them.
-
-    Raises:
-        ConfigError: the panel lacks some; names them and the panel's nearest.
-    """
-    columns: dict[str, list[int]] = {}
-    for column, aliases in enumerate(zip(panel.symbol, panel.gene_id, panel.ensembl_id, strict=True)):
-        for alias in dict.fromkeys(filter(None, aliases)):
-            columns.setdefault(alias, []).append(column)
-    unknown = [name for name in names if name not in columns]
-    if unknown:
-        lacks = "; ".join(_nearest(name, list(columns)) for name in dict.fromkeys(unknown))
-        raise ConfigError(f"the model's panel of {len(panel)} genes lacks {lacks}")
-    return list(dict.fromkeys(column for name in names for column in columns[name]))
-
-
-def gene_labels(panel: GenePanel, columns: Sequence[int]) -> list[str]:
-    """Returns what chosen genes are called: the symbol, followed by the gene id where another one bears it too."""
-    names = panel.names()
-    chosen = [names[column] for column in columns]
-    return [
-        name if chosen.count(name) == 1 else f"{name} {panel.gene_id[column]}"
-        for name, column in zip(chosen, columns, strict=True)
-    ]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    """Returns the name with the known ones most like it, whatever their case."""
-    folded = {alias.lower(): alias for alias in known}
-    near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=_NUM_NEAREST)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it has, for example, {', '.join(known[:_NUM_NEAREST])}"
-    return f"{name} ({hint})"

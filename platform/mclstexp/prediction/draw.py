@@ -12,7 +12,7 @@ import ray
 
 from mclstexp import storage
 from mclstexp.cluster import MAX_RETRIES
-from mclstexp.data.genes import choose_genes
+from mclstexp.data.genes import find_genes
 from mclstexp.errors import ConflictError, UserError
 from mclstexp.prediction import ledger
 from mclstexp.prediction.ledger import Entry
@@ -104,7 +104,7 @@ def redrawn(slide_id: str, out_uri: str, model_facts: OutputInfo, genes: Sequenc
         FileNotFoundError: its table or AnnData file is gone.
         StorageError: its table is of an earlier version, or something cannot be read or written.
     """
-    chosen = choose_genes(model_facts.panel, genes)
+    chosen = find_genes(model_facts.panel, genes)
     with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         table, data, picture, squares = (Path(scratch, f"slide.{kind}") for kind in ("parquet", "h5ad", "png", "json"))
         storage.download(storage.join(out_uri, f"{slide_id}.parquet"), table)

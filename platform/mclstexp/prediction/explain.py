@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mclstexp.data.genes import choose_genes, gene_labels
+from mclstexp.data.genes import AFTER_NAME, find_genes, unique_labels
 from mclstexp.errors import ModelError, SourceError
 from mclstexp.model.embed import network_of
 from mclstexp.model.retrieval import explain, resolve
@@ -57,8 +57,9 @@ def explain_tile(
         raise SourceError(f"slide {slide_id} has no pixels at {x_px:g}, {y_px:g}")
     embed = network_of(model).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     query = embed(as_stored(tile, plan.tiles)[None])[0]
-    chosen = choose_genes(model.panel, genes)
-    columns = dict(zip(gene_labels(model.panel, chosen), chosen, strict=True))
+    chosen = find_genes(model.panel, genes)
+    panel = model.panel.take(chosen)
+    columns = dict(zip(unique_labels(panel.names(), panel.gene_id, form=AFTER_NAME), chosen, strict=True))
     config = resolve(model.config.retrieval, len(model.bank))
     return str(table["spot_id"][row]), explain(query, model.bank, config, len(model.bank), columns)
 

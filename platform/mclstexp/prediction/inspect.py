@@ -26,6 +26,7 @@ from mclstexp.prediction.parts import (
 )
 from mclstexp.prediction.plan import CohortPlan, SlideSource, fingerprint, key
 from mclstexp.prediction.slide_cache import staged
+from mclstexp.slides.resolution import ASSUMED, resolve_mpp
 from mclstexp.slides.slide import Slide, open_slide
 from mclstexp.slides.stain import not_h_and_e
 from mclstexp.slides.tiles import (
@@ -42,9 +43,6 @@ from mclstexp.slides.tiles import (
 )
 from mclstexp.slides.tissue import TissueMask, find_tissue_on_thumbnail
 
-ASSUMED = "assumed"
-"""`mpp_source` of a slide whose resolution is the run's assumed one."""
-_SOURCES_AGREE = 1.05  # ratio of the mpp that the sheet and the image say
 _LEAST_ON_SLIDE = 0.5  # share of given positions
 _UM2_PER_MM2 = 1e6
 
@@ -75,22 +73,6 @@ def inspect(source: SlideSource, plan: CohortPlan) -> Inspection:
     return inspection
 
 
-def resolution(source: SlideSource, image_mpp: float | None, assume_mpp: float | None) -> tuple[float, str]:
-    """Returns the micrometres per level-0 pixel and who says so: `sheet`, else `image`, else `assumed`.
-
-    Raises:
-        SourceError: nobody says, or sheet and image disagree by more than 5 %.
-    """
-    if source.mpp is not None and image_mpp is not None:
-        low, high = sorted((source.mpp, image_mpp))
-        if high > _SOURCES_AGREE * low:
-            raise SourceError(f"mpp is {source.mpp:.4g} in the sheet and {image_mpp:.4g} in its image: mend the sheet")
-    for mpp, origin in ((source.mpp, "sheet"), (image_mpp, "image"), (assume_mpp, ASSUMED)):
-        if mpp is not None:
-            return mpp, origin
-    raise SourceError("no resolution: neither the sheet nor its image says it; fill in mpp, or give --assume-mpp")
-
-
 def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection | None:
     for assumed in (False, True) if plan.assume_mpp is not None else (False,):
         staging = staging_folder(plan.out, source.slide_id, key(source, found, plan, assumed=assumed))
@@ -110,7 +92,7 @@ def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection 
 
 
 def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) -> Inspection:
-    mpp, origin = resolution(source, slide.mpp, plan.assume_mpp)
+    mpp, origin = resolve_mpp({"sheet": source.mpp, "image": slide.mpp}, plan.assume_mpp)
     scale = tile_scale(plan.mpp, mpp)
     if 1 / scale > MAX_UPSAMPLING and not plan.tiles.allow_upsampling:
         raise SourceError(

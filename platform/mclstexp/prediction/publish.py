@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mclstexp import storage
-from mclstexp.data.genes import choose_genes
+from mclstexp.data.genes import find_genes
 from mclstexp.prediction.parts import PREVIEW, SlideRecord
 from mclstexp.prediction.writers.geojson import write_geojson
 from mclstexp.prediction.writers.h5ad import write_h5ad
@@ -43,7 +43,7 @@ def publish_slide(staging_uri: str, out_uri: str, model_facts: OutputInfo, genes
         FileNotFoundError: the staging folder lacks another file.
         StorageError: another file of it is damaged, or something cannot be read or written.
     """
-    chosen = choose_genes(model_facts.panel, genes)
+    chosen = find_genes(model_facts.panel, genes)
     record = read_record(staging_uri)
     name = record.slide_id
     preview, shown_at = storage.read(storage.join(staging_uri, PREVIEW)), storage.join(out_uri, PREVIEWS, f"{name}.jpg")

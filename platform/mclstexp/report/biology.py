@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mclstexp.data.genes import GenePanel, with_id
-from mclstexp.errors import ConfigError
+from mclstexp.data.genes import IN_BRACKETS, GenePanel, find_genes, unique_labels
 from mclstexp.evaluation.domains import NO_DOMAIN, DomainComparison, compare_domains, is_labelled
 from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.significance import rank_genes, section_significance
@@ -47,10 +46,7 @@ def significant_genes(result: Result) -> pd.DataFrame:
 
 def unique_names(result: Result) -> list[str]:
     """Returns the names of the result's genes, each once: its tables' own, but older tables call several alike."""
-    names = _table_names(result)
-    repeated = pd.Series(names).duplicated(keep=False)
-    parts = zip(names, result.panel.gene_id, repeated, strict=True)
-    return [with_id(name, gene_id) if is_repeated else name for name, gene_id, is_repeated in parts]
+    return unique_labels(_table_names(result), result.panel.gene_id)
 
 
 def section_names(result: Result, section: Section) -> list[str]:
@@ -67,15 +63,10 @@ def order_genes(
     Raises:
         ConfigError: a chosen gene is in no section's panel.
     """
-    asked = ({CHOSEN: GenePanel.from_names(chosen)} if chosen else {}) | dict(markers)
-    columns, lacking = marker_columns(asked, result.panel)
-    if lacking.get(CHOSEN):
-        raise ConfigError(
-            f"--genes: {', '.join(lacking[CHOSEN])} not among the {len(result.panel)} genes of {result.uri}; its "
-            "per_gene.csv lists them"
-        )
+    columns, lacking = marker_columns(markers, result.panel)
     names = unique_names(result)
-    sets = {name: [names[column] for column in found] for name, found in columns.items()}
+    sets = {CHOSEN: [names[column] for column in find_genes(result.panel, chosen)]} if chosen else {}
+    sets |= {name: [names[column] for column in found] for name, found in columns.items()}
     rest = [names[column] for column in _by_interest(result, ranked)]
     ordered = list(dict.fromkeys([name for genes in sets.values() for name in genes] + rest))
     return GeneOrder(
@@ -107,8 +98,9 @@ def domain_table(protocol: str, section_id: str, found: DomainComparison) -> pd.
 def _table_names(result: Result) -> list[str]:
     """Returns what the result's tables call the genes of its panel."""
     known, panel = set(result.per_gene["gene"]), result.panel
-    pairs = [(name, with_id(name, gene_id)) for name, gene_id in zip(panel.names(), panel.gene_id, strict=True)]
-    return [label if label in known else name for name, label in pairs]
+    pairs = zip(panel.names(), panel.gene_id, strict=True)
+    labels = [(name, IN_BRACKETS.format(name=name, gene_id=gene_id)) for name, gene_id in pairs]
+    return [label if label in known else name for name, label in labels]
 
 
 def _by_interest(result: Result, ranked: pd.DataFrame) -> np.ndarray:

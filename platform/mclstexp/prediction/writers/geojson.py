@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mclstexp.data.genes import gene_labels
+from mclstexp.data.genes import AFTER_NAME, unique_labels
 from mclstexp.prediction.parts import SlideRecord
 from mclstexp.prediction.writers.table import OutputInfo, provenance, row_groups, tile_edge, tile_left
 
@@ -36,8 +36,10 @@ def write_geojson(path: Path, table: Path, record: SlideRecord, facts: OutputInf
         facts: the model.
         columns: chosen columns of its panel.
     """
-    names = [facts.panel.gene_id[column] for column in columns]
-    labels = dict(zip(["similarity", *names], ["similarity", *gene_labels(facts.panel, columns)], strict=True))
+    chosen = facts.panel.take(columns)
+    names = chosen.gene_id
+    shown = unique_labels(chosen.names(), names, form=AFTER_NAME)
+    labels = dict(zip(["similarity", *names], ["similarity", *shown], strict=True))
     with open(path, "w", encoding="utf-8") as file:
         origin = json.dumps(provenance(record, facts), ensure_ascii=False)
         file.write(f'{{"type":"FeatureCollection","prediction":{origin},"features":[')

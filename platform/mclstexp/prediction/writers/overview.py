@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 
-from mclstexp.data.genes import gene_labels
+from mclstexp.data.genes import AFTER_NAME, unique_labels
 from mclstexp.figures import colour_limits, new_figure
 from mclstexp.prediction.parts import SlideRecord
 from mclstexp.prediction.writers.table import OutputInfo, tile_edge, tile_left
@@ -43,7 +43,8 @@ def draw_overview(
         thumbnail: the slide, uint8 (height, width, 3).
     """
     num_chosen, columns = len(columns), columns[:MOST_GENES]
-    names = [facts.panel.gene_id[column] for column in columns]
+    panel = facts.panel.take(columns)
+    names, labels = panel.gene_id, unique_labels(panel.names(), panel.gene_id, form=AFTER_NAME)
     rows = pq.read_table(table, columns=["x_px", "y_px", *names])
     height, width = thumbnail.shape[:2]
     corners = [tile_left(rows[name].to_numpy(), record, facts) for name in ("x_px", "y_px")]
@@ -59,7 +60,7 @@ def draw_overview(
     _draw_slide(first, thumbnail, record, 1.0)
     _draw_scale_bar(first, width * record.thumbnail_scale, record.mpp)
     first.set_title("H&E")
-    for axes, name, label in zip(others, names, gene_labels(facts.panel, columns), strict=False):
+    for axes, name, label in zip(others, names, labels, strict=False):
         _draw_slide(axes, thumbnail, record, _THUMBNAIL_ALPHA)
         values = rows[name].to_numpy()
         limits = colour_limits(values) if len(values) else (0.0, 1.0)
