@@ -76,6 +76,7 @@ def _score(model, arguments, marker_sets):  # noqa: ANN001, ANN202
     from rich.progress import Progress
 
     from mclstexp.evaluation.evaluate import evaluate
+    from mclstexp.evaluation.show import card_tables
 
     with Progress() as bar:
         tasks: dict[str, int] = {}
@@ -86,7 +87,7 @@ def _score(model, arguments, marker_sets):  # noqa: ANN001, ANN202
             bar.update(tasks[what], completed=done, total=total)
 
         card = evaluate(model, arguments.data, show, arguments.sections, arguments.probe_weights, marker_sets)
-    Console(width=120).print(card.table())
+    Console(width=120).print(card_tables(card))
     return card
 
 
@@ -111,9 +112,10 @@ def _publish(card, out: str, config, run_id: str) -> None:  # noqa: ANN001
     import tempfile
 
     from mclstexp import storage, tracking
+    from mclstexp.evaluation.save import save_card
 
     with tempfile.TemporaryDirectory() as folder:
-        card.save(folder)
+        save_card(card, folder)
         storage.upload_folder(folder, out, last="score_card.json")
         metrics = tracking.metric_log(config.tracking, run_id)
         metrics.log(0, card.metrics())
@@ -128,6 +130,7 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
 
     from mclstexp import cluster, storage, tracking
     from mclstexp.data.schema import load_manifest
+    from mclstexp.evaluation.show import card_tables
     from mclstexp.model.encoders import require_encoder
     from mclstexp.model.losses import require_loss
     from tuning import cross_validation as study_of
@@ -164,7 +167,7 @@ def _cross_validate(arguments, config) -> None:  # noqa: ANN001
     failed = _run_folds(folds, study)
     study_of.require_all(failed, folds, study)
     card = collect(study_of.scored_folds(manifest, study), study)
-    Console(width=120).print(card.table())
+    Console(width=120).print(card_tables(card))
     _publish(card, uri, config, study.mlflow_run_id)
     tracking.finish_run(config.tracking, study.mlflow_run_id)
     print(f"score card {storage.join(uri, 'score_card.json')}")

@@ -15,6 +15,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError
 from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.save import save_card
 from mclstexp.model.version import ModelVersion
 from tuning import cross_validation
 from tuning.cross_validation import LEAK, Study, collect, is_scored, make_folds, open_study, run_folds, scored_folds
@@ -154,7 +155,7 @@ def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: 
     assert not any(note.startswith("LEAK") for note in card.notes)
     own = card.rows.query("target == @card.target and method == 'model' and gene_set == 'all'")
     assert card.scores()[card.target]["model"]["mse"] == pytest.approx(own["mse"].mean())
-    card.save(tmp_path)
+    save_card(card, tmp_path)
     means = pd.read_csv(tmp_path / "gene_means.csv").query("target == @card.target and method == 'model'")
     first = card.per_gene.query("target == @card.target and method == 'model' and gene == @means['gene'].iloc[0]")
     assert means["mean"].iloc[0] == pytest.approx(first.groupby("patient_id")["pcc"].mean().mean(), nan_ok=True)

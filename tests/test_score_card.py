@@ -12,9 +12,11 @@ import scipy.stats
 from rich.console import Console
 
 from mclstexp.data.genes import GenePanel
+from mclstexp.evaluation.save import save_card
 from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ORACLE, ScoreCard
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
 from mclstexp.evaluation.sections import MeasuredSection, SectionResult
+from mclstexp.evaluation.show import card_tables
 
 GENES = [f"G{index}" for index in range(8)]
 SECTIONS = {"B1": "B", "B2": "B", "C1": "C"}
@@ -194,7 +196,7 @@ def test_a_gene_that_a_method_says_nothing_of_counts_as_no_correlation_in_verdic
 
 def _printed(card: ScoreCard) -> str:
     console = Console(width=120, file=io.StringIO())
-    console.print(card.table())
+    console.print(card_tables(card))
     return console.file.getvalue()
 
 
@@ -239,7 +241,7 @@ def test_the_terminal_shows_means_with_half_of_their_interval() -> None:
 
 def test_the_files_hold_the_same_numbers(tmp_path: Path) -> None:
     card = _card(0.5, 2.0, protocol="reference")
-    card.save(tmp_path)
+    save_card(card, tmp_path)
     record = json.loads((tmp_path / "score_card.json").read_text())
     assert record["protocol"] == "reference"
     assert "may have trained" in record["heading"]
@@ -262,13 +264,13 @@ def test_the_files_hold_the_same_numbers(tmp_path: Path) -> None:
 
 def test_a_sections_file_opens_in_scanpys_layout(tmp_path: Path) -> None:
     card = _card(0.5, 2.0, protocol="reference")
-    card.save(tmp_path)
+    save_card(card, tmp_path)
     (result,) = card.sections
     assert json.loads((tmp_path / "score_card.json").read_text())["predictions"] == {"C1": "sections/C1.h5ad"}
     data = anndata.read_h5ad(tmp_path / "sections" / "C1.h5ad")
     np.testing.assert_array_equal(data.X, result.prediction.astype(np.float32))
     np.testing.assert_array_equal(data.layers["measured"], result.truth.astype(np.float32))
-    np.testing.assert_array_equal(data.obsm["spatial"], result.section.place_px)
+    np.testing.assert_array_equal(data.obsm["spatial"], result.section.xy_px)
     assert data.obs["label"].isna().tolist() == [False] * 20 + [True] * 10
     assert list(data.var["symbol"]) == GENES
     assert data.uns["result"]["protocol"] == "reference"

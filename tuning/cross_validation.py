@@ -23,6 +23,7 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.save import save_card
 from mclstexp.evaluation.score_card import ScoreCard
 from mclstexp.evaluation.scores import read_table
 from mclstexp.model.version import ModelVersion
@@ -228,7 +229,7 @@ def _score(run: Run, study: Study, metrics: MetricLog) -> None:
     card = replace(card, training_runs={run.name: run.mlflow_run_id})
     metrics.log(0, card.metrics())
     with tempfile.TemporaryDirectory() as folder:
-        card.save(folder)
+        save_card(card, folder)
         storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RESULT)
 
 

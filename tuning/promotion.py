@@ -166,7 +166,7 @@ def _pairs(run: Run, champion: ModelVersion, challengers: list[ModelVersion]) ->
     return [
         Pair(
             section.patient_id,
-            section.place,
+            section.xy_um,
             section.expression(run.reader.target)[:, own],
             answers[0][name],
             np.stack([said[name] for said in answers[1:]]),

@@ -16,6 +16,7 @@ from mclstexp import storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.errors import RunError
 from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.save import save_card
 from mclstexp.model.version import ModelVersion
 from mclstexp.training import finish
 from mclstexp.training.run import Run, last_checkpoint
@@ -182,6 +183,6 @@ def _score(run: Run, model: ModelVersion, feature_cache: str) -> None:
     metrics.log(0, {name.replace("test/", "validation/", 1): value for name, value in card.metrics().items()})
     metrics.close()
     with tempfile.TemporaryDirectory() as folder:
-        card.save(folder)
+        save_card(card, folder)
         tracking.log_artifacts(config.tracking, run.mlflow_run_id, folder, "score_card")
         storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RESULT)

@@ -78,7 +78,7 @@ class DomainComparison:
 
 def compare_domains(
     labels: Sequence[str | None],
-    place_um: np.ndarray,
+    xy_um: np.ndarray,
     measured: np.ndarray,
     predictions: Mapping[str, np.ndarray],
 ) -> DomainComparison:
@@ -89,7 +89,7 @@ def compare_domains(
 
     Args:
         labels: a pathologist's label of each spot.
-        place_um: float (N, 2), spot centres in micrometres.
+        xy_um: float (N, 2), spot centres in micrometres.
         measured: (N, G), normalised measured expression.
         predictions: (N, G) in the same unit, by method.
 
@@ -104,7 +104,7 @@ def compare_domains(
             f"labels: {len(kept)} of {len(used)} spots have a label, {num_labels} different; domains need two. "
             "Leave `labels` empty in the section's row of the sample sheet"
         )
-    smooth = neighbourhoods(place_um)
+    smooth = neighbourhoods(xy_um)
     expression = {MEASURED: measured, SMOOTHED: smooth.mean(measured), **predictions}
     found = {method: find_domains(values[used], num_labels) for method, values in expression.items()}
     counts = {"num_labels": num_labels, "spots_used": int(used.sum()), "spots_dropped": int((~used).sum())}
@@ -201,24 +201,24 @@ class Neighbourhoods:
         return (self.graph @ expression.astype(np.float64)) / self.graph.sum(axis=1)[:, None]
 
 
-def neighbourhoods(place: np.ndarray) -> Neighbourhoods:
+def neighbourhoods(xy: np.ndarray) -> Neighbourhoods:
     """Returns the spots (N, 2) within 1.57 pitches of each spot: 8 inside a square array, 6 inside a hexagonal one."""
-    radius = SMOOTHING_PITCHES * spot_pitch(place)
-    graph = csr_array(radius_neighbors_graph(place, radius, include_self=True))
+    radius = SMOOTHING_PITCHES * spot_pitch(xy)
+    graph = csr_array(radius_neighbors_graph(xy, radius, include_self=True))
     return Neighbourhoods(graph, radius)
 
 
-def spot_pitch(place: np.ndarray) -> float:
+def spot_pitch(xy: np.ndarray) -> float:
     """Returns the distance of neighbouring spots (N, 2), in their unit.
 
     It is the median over spots of the mean distance to the four nearest, which on an array that lies a little askew
     or is stretched says more than the nearest alone. A spot without neighbours has none: it gets 100, so that it is
     drawn at a size that is seen.
     """
-    if len(place) < 2:
+    if len(xy) < 2:
         return NO_PITCH
-    nearest = min(5, len(place))
-    return float(np.median(cKDTree(place).query(place, k=nearest)[0][:, 1:].mean(axis=1)))
+    nearest = min(5, len(xy))
+    return float(np.median(cKDTree(xy).query(xy, k=nearest)[0][:, 1:].mean(axis=1)))
 
 
 def _scores(labels: np.ndarray, domains: Domains) -> dict[str, float]:

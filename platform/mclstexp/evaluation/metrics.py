@@ -19,10 +19,14 @@ def pearson_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     return np.divide(products, norms, out=np.full(norms.shape, np.nan), where=norms > 0)
 
 
-def errors_per_gene(truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each gene's mean squared and mean absolute error over spots, float64 (G,) each."""
-    gap = prediction.astype(np.float64) - truth
-    return (gap**2).mean(axis=0), np.abs(gap).mean(axis=0)
+def squared_error_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Returns each gene's mean squared error over spots, float64 (G,)."""
+    return ((prediction.astype(np.float64) - truth) ** 2).mean(axis=0)
+
+
+def absolute_error_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Returns each gene's mean absolute error over spots, float64 (G,)."""
+    return np.abs(prediction.astype(np.float64) - truth).mean(axis=0)
 
 
 def highest_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:

@@ -1,65 +1,159 @@
-"""Tables of scores: by gene, by set of genes, and means over patients or sections with their intervals.
+"""The scores of a prediction: one list, and the tables by gene, by set of genes and averaged over patients.
 
-Scores are taken within a section and then averaged, as published, so a small section weighs as much as a large one.
-All tables are long, one row a thing: the caller adds the columns that say which section, method and target.
+To add a score, write its function in `metrics.py` and one line in `SCORES`: the tables here, the score card, the
+terminal, the verdicts and the report all walk over that list. Scores are taken within a section and then averaged, as
+published, so a small section weighs as much as a large one. All tables are long; the caller adds the columns that name
+the section, target and method.
 
 Shapes: N spots, G genes.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 
 from mclstexp.evaluation.metrics import (
+    absolute_error_per_gene,
     centred,
     density_free_pearson,
-    errors_per_gene,
     highest_genes,
     pearson_per_gene,
+    squared_error_per_gene,
     variable_genes,
 )
 
 ALL, HEG, HVG = "all", "heg50", "hvg50"
-AVERAGED = ("pcc", "pcc_density_free", "mse", "rmse", "mae")
-"""Columns of a `set_table` that are averaged over units."""
+SET_TITLES = {ALL: "all", HEG: "HEG50", HVG: "HVG50"}
+"""Titles of the sets of genes that every score card has."""
+UNDEFINED = "undefined"
+"""The column that counts the genes without a `pcc`."""
 NAMES = ("protocol", "section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
 """Columns of saved tables that hold names; all others hold numbers."""
 LEVEL = 0.95
 """Coverage of the confidence intervals."""
 
 
-def gene_scores(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> pd.DataFrame:
-    """Returns one prediction's scores of one section by gene: G rows in the panel's order.
+@dataclass(frozen=True)
+class Score:
+    """One score: how it is computed, and where people see it. Exactly one of `by_gene` and `from_others` is given."""
 
-    Columns, float64: truth_mean and truth_variance over spots (0 only where the gene is constant); pcc;
-    pcc_density_free (`density_free_pearson`); mse; mae. A correlation is NaN where it is not defined.
+    name: str
+    """Its column in every table, and its name in MLflow."""
+    title: str
+    by_gene: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None
+    """From truth (N, G), prediction (N, G) and each spot's total count (N,): float64 (G,), NaN where not defined."""
+    from_others: Callable[[Mapping[str, float]], float] | None = None
+    """From the scores before it in `SCORES`, by name, of the same set of genes."""
+    undefined: str = ""
+    """The column that counts the genes without it; such a gene counts as 0 in verdicts. Empty: always defined."""
+    is_error: bool = False
+    """Smaller is better."""
+    needs_unit: bool = False
+    """Means nothing where the prediction is in another unit than the truth."""
+    of_sets: bool = False
+    """Shown for every set of genes; other scores are shown over all genes only."""
+    printed: tuple[str, ...] = (ALL,)
+    """Sets of genes over which the terminal shows it in the model's own target."""
+    printed_in_others: tuple[str, ...] = ()
+    """The same, in the other targets."""
+    compared: tuple[str, ...] = (ALL,)
+    """Sets of genes over which verdicts compare model and floor."""
+
+
+SCORES: tuple[Score, ...] = (
+    Score(
+        "pcc",
+        "PCC",
+        by_gene=lambda truth, prediction, totals: pearson_per_gene(truth, prediction),
+        undefined=UNDEFINED,
+        of_sets=True,
+        printed=(ALL, HEG, HVG),
+        printed_in_others=(ALL, HEG),
+        compared=(ALL, HEG),
+    ),
+    Score("pcc_density_free", "PCC density-free", by_gene=density_free_pearson, undefined="undefined_density_free"),
+    Score(
+        "mse",
+        "MSE",
+        by_gene=lambda truth, prediction, totals: squared_error_per_gene(truth, prediction),
+        is_error=True,
+        needs_unit=True,
+        printed_in_others=(ALL,),
+    ),
+    Score(
+        "rmse",
+        "RMSE",
+        from_others=lambda scores: float(np.sqrt(scores["mse"])),
+        is_error=True,
+        needs_unit=True,
+        printed=(),
+        compared=(),
+    ),
+    Score(
+        "mae",
+        "MAE",
+        by_gene=lambda truth, prediction, totals: absolute_error_per_gene(truth, prediction),
+        is_error=True,
+        needs_unit=True,
+    ),
+)
+
+
+class ScoredSet(NamedTuple):
+    """A score over a set of genes: one column of the tables that people read."""
+
+    score: Score
+    gene_set: str
+
+    @property
+    def title(self) -> str:
+        """What people read, such as `PCC HEG50` or `MSE`."""
+        if not self.score.of_sets:
+            return self.score.title
+        return f"{self.score.title} {SET_TITLES.get(self.gene_set, self.gene_set)}"
+
+
+def gene_scores(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> pd.DataFrame:
+    """Returns the scores of each gene for one prediction of one section: G rows in the panel's order.
+
+    Columns, float64: truth_mean and truth_variance over spots (0 only where the gene is constant), and each score that
+    is computed by gene. A correlation is NaN where it is not defined.
 
     Args:
         truth: measured expression, (N, G).
-        prediction: the same as predicted, in the same unit, (N, G).
+        prediction: predicted expression in the same unit, (N, G).
         totals: each spot's measured count over all genes, (N,).
     """
-    mse, mae = errors_per_gene(truth, prediction)
+    spread = {
+        "truth_mean": truth.mean(axis=0, dtype=np.float64),
+        "truth_variance": (centred(truth) ** 2).mean(axis=0),
+    }
     return pd.DataFrame(
-        {
-            "truth_mean": truth.mean(axis=0, dtype=np.float64),
-            "truth_variance": (centred(truth) ** 2).mean(axis=0),
-            "pcc": pearson_per_gene(truth, prediction),
-            "pcc_density_free": density_free_pearson(truth, prediction, totals),
-            "mse": mse,
-            "mae": mae,
-        }
+        spread | {score.name: score.by_gene(truth, prediction, totals) for score in SCORES if score.by_gene}
     )
 
 
+def without_unit(genes: pd.DataFrame) -> pd.DataFrame:
+    """Returns a `gene_scores` table with NaN for the scores that need the prediction in the truth's unit."""
+    return genes.assign(**{score.name: np.nan for score in SCORES if score.by_gene and score.needs_unit})
+
+
+def with_only(genes: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Returns a `gene_scores` table with the columns of `scores` as its scores, and NaN for all others."""
+    masked = genes.assign(**{score.name: np.nan for score in SCORES if score.by_gene})
+    return masked.assign(**{str(name): scores[name] for name in scores})
+
+
 def gene_sets(truth: np.ndarray, markers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the columns of each set of genes that is scored by name: all, heg50, hvg50 and the markers' sets.
+    """Returns the panel's columns for each named set of genes: all, heg50, hvg50 and the marker sets.
 
     Args:
-        truth: measured expression of the section that is scored, (N, G), in the unit that is scored.
+        truth: measured expression of the scored section, (N, G), in the scored unit.
         markers: columns of the panel by name, see `markers.marker_columns`.
     """
     own = {ALL: np.arange(truth.shape[1]), HEG: highest_genes(truth), HVG: variable_genes(truth)}
@@ -67,17 +161,17 @@ def gene_sets(truth: np.ndarray, markers: Mapping[str, np.ndarray]) -> dict[str,
 
 
 def set_table(genes: pd.DataFrame, sets: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Returns the scores of sets of genes, one row a set, from a `gene_scores` or a `noise_ceiling`.
+    """Returns the scores of sets of genes, one row per set, from a `gene_scores` table.
 
-    Columns: gene_set; num_genes; pcc and pcc_density_free, means over the genes where they are defined; undefined and
-    undefined_density_free, how many are not; mse and mae over all spots and genes of the set; rmse, the root of mse.
-    Errors are NaN where `genes` has none.
+    Columns: gene_set; num_genes; and for each score its mean over the genes that have it (or what follows from the
+    others: rmse is the root of mse), with the number of genes that do not have it. A score that is not in `genes` is
+    NaN.
     """
     return pd.DataFrame([{"gene_set": name} | _set_row(genes.iloc[columns]) for name, columns in sets.items()])
 
 
 def read_table(data: bytes) -> pd.DataFrame:
-    """Returns a table of scores as it was before it was saved as CSV: a patient NA and a section 007 stay names."""
+    """Returns a table of scores from its CSV as it was before saving: a patient NA and a section 007 stay names."""
     table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
     for name in table.columns.difference(list(NAMES)):
         table[name] = pd.to_numeric(table[name].replace("", None))
@@ -85,16 +179,16 @@ def read_table(data: bytes) -> pd.DataFrame:
 
 
 def mean_intervals(rows: pd.DataFrame, value: str, by: Sequence[str], unit: str) -> pd.DataFrame:
-    """Returns the mean of a score over independent units with its 95 % confidence interval, one row a group.
+    """Returns the mean of a score over independent units with its 95 % confidence interval, one row per group.
 
     The interval is Student's, mean +- t(0.975, n - 1) s / sqrt(n) over the n units (1908,
     https://doi.org/10.1093/biomet/6.1.1), not a percentile bootstrap, which is too narrow for so few (Hesterberg 2015,
-    https://doi.org/10.1080/00031305.2015.1089789). A unit's rows are averaged first: sections of one patient are not
-    independent. A model is best compared with a floor by the interval of their difference.
+    https://doi.org/10.1080/00031305.2015.1089789). The rows of a unit are averaged first, because sections of one
+    patient are not independent. To compare a model with a floor, use the interval of their difference.
 
     Args:
-        rows: one row a section (and gene, method ...).
-        value: the column that is averaged; NaN is left out and counted.
+        rows: one row per section (and gene, method ...).
+        value: the column to average; NaN is left out and counted.
         by: columns that name a group, such as target, method and gene_set.
         unit: the column of the independent unit: patient_id, or section_id as published.
 
@@ -111,14 +205,10 @@ def mean_intervals(rows: pd.DataFrame, value: str, by: Sequence[str], unit: str)
 
 
 def _set_row(genes: pd.DataFrame) -> dict[str, float]:
-    errors = genes.reindex(columns=["mse", "mae"]).mean()
-    return {
-        "num_genes": len(genes),
-        "pcc": genes["pcc"].mean(),
-        "undefined": genes["pcc"].isna().sum(),
-        "pcc_density_free": genes["pcc_density_free"].mean(),
-        "undefined_density_free": genes["pcc_density_free"].isna().sum(),
-        "mse": errors["mse"],
-        "rmse": np.sqrt(errors["mse"]),
-        "mae": errors["mae"],
-    }
+    row: dict[str, float] = {"num_genes": len(genes)}
+    for score in SCORES:
+        values = genes.get(score.name, pd.Series(dtype=np.float64))
+        row[score.name] = score.from_others(row) if score.from_others else values.mean()
+        if score.undefined:
+            row[score.undefined] = values.isna().sum()
+    return row

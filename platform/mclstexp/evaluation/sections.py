@@ -1,6 +1,7 @@
-"""Measured sections as raw counts, so that one reading serves every target that a score card states.
+"""What is scored: the targets (units), measured sections as raw counts, and held-out sections with their prediction.
 
-The price is memory: the panel counts of all training and held-out spots are held, 4 bytes a spot and gene.
+Sections are kept as raw counts, so that one reading serves every target of a score card. The price is memory: the panel
+counts of all training and held-out spots, 4 bytes per spot and gene.
 
 Shapes: N spots of one section, G genes.
 """
@@ -21,23 +22,36 @@ from mclstexp.errors import ModelError
 from mclstexp.evaluation.domains import spot_pitch
 from mclstexp.model.bank import Bank
 
-_PLACE, _PLACE_PX = ("x_um", "y_um"), ("x_px", "y_px")
+TARGETS = MappingProxyType(
+    {
+        "per_spot": Normaliser("per_spot_all", 1e4, "e"),
+        "per_spot_panel": Normaliser("per_spot_panel", 1e4, "10"),
+        "per_gene": Normaliser("per_gene", 1e4, "10"),
+    }
+)
+"""By name: ours, ln(1 + 1e4 c / spot total over all genes); and mclSTExp's (2024, https://arxiv.org/abs/2407.08216)
+training input, log10(1 + 1e4 c / spot total over the panel), and truth and payload, log10(1 + 1e4 c / gene total over
+the section)."""
+FOLDER = "sections"
+MEASURED = "measured"
+"""The layer of the measured expression; `X` is the prediction."""
+_XY_UM, _XY_PX = ("x_um", "y_um"), ("x_px", "y_px")
 
 
 @dataclass(frozen=True)
 class MeasuredSection:
-    """One section's spots in stored order: where they are and what was counted."""
+    """One section's spots in stored order, with their raw counts."""
 
     section_id: str
     patient_id: str
     spot_id: np.ndarray
     """Strings, (N,)."""
-    place: np.ndarray
+    xy_um: np.ndarray
     """Micrometres, (N, 2)."""
-    place_px: np.ndarray
+    xy_px: np.ndarray
     """Pixels of slide level 0, (N, 2)."""
     label: np.ndarray
-    """A pathologist's labels, object (N,) of str; None where there is none."""
+    """A pathologist's labels, object (N,) of str; None for a spot without one."""
     counts: np.ndarray
     """Raw counts of the panel's genes, float32 (N, G)."""
     totals: np.ndarray
@@ -51,64 +65,29 @@ class MeasuredSection:
         return normalise_section(target, self.counts, self.totals)
 
 
-def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
-    """Returns a measured section of the reader's tile table over the reader's panel."""
-    entry = reader.manifest.section(section_id)
-    table = read_columns(reader.root, entry, ["spot_id", *_PLACE, *_PLACE_PX, "label", "gene_index", "count"])
-    counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns)
-    place, place_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (_PLACE, _PLACE_PX))
-    return MeasuredSection(
-        section_id,
-        entry.patient_id,
-        np.array(table["spot_id"].to_pylist(), object),
-        place,
-        place_px,
-        np.array(table["label"].to_pylist(), object),
-        counts,
-        totals,
-    )
+@dataclass(frozen=True)
+class SectionResult:
+    """A held-out section with its measured and predicted expression in the model's own target."""
 
-
-def with_target(bank: Bank, training: Sequence[MeasuredSection], target: Normaliser) -> Bank:
-    """Returns a bank whose payload stands in another target: the same keys, so the same neighbours and weights.
-
-    Args:
-        bank: of a model version.
-        training: the version's training sections, in its order.
-        target: the unit of the new payload.
-
-    Raises:
-        ModelError: the sections' spots are not the bank's.
-    """
-    sections = np.concatenate([np.full(len(section), section.section_id, object) for section in training])
-    spots = np.concatenate([section.spot_id for section in training])
-    if not (np.array_equal(sections, bank.section_id) and np.array_equal(spots, bank.spot_id)):
-        raise ModelError(
-            f"the bank holds {len(bank)} spots of {', '.join(dict.fromkeys(bank.section_id))}, and the tile table's "
-            f"{len(spots)} spots of {', '.join(dict.fromkeys(sections))} are not the same in the same order, so that "
-            "the model cannot answer in another target; score it on the tile table that it was trained on"
-        )
-    return replace(bank, payload=np.concatenate([section.expression(target) for section in training]))
-
-
-TARGETS = MappingProxyType(
-    {
-        "per_spot": Normaliser("per_spot_all", 1e4, "e"),
-        "per_spot_panel": Normaliser("per_spot_panel", 1e4, "10"),
-        "per_gene": Normaliser("per_gene", 1e4, "10"),
-    }
-)
-"""By name: ours, ln(1 + 1e4 c / spot total over all genes); and mclSTExp's (2024, https://arxiv.org/abs/2407.08216)
-training input, log10(1 + 1e4 c / spot total over the panel), and truth and payload, log10(1 + 1e4 c / gene total over
-the section)."""
+    section: MeasuredSection
+    panel: GenePanel
+    """The G genes."""
+    truth: np.ndarray
+    """(N, G)."""
+    prediction: np.ndarray
+    """(N, G)."""
+    thumbnail: np.ndarray
+    """The slide, uint8 (height, width, 3)."""
+    thumbnail_scale: float
+    """Level-0 pixels per pixel of the thumbnail."""
 
 
 def scored_targets(own: Normaliser, seen: Normaliser) -> dict[str, Normaliser]:
-    """Returns by name what a score card states, each once.
+    """Returns the targets of a score card by name, without repetition.
 
-    The model's own target first, then `per_spot`, `per_gene` and what the model's spots were `seen` in: in mclSTExp's
-    recipe `per_spot_panel`, the per-spot unit of its published figures. One without a name in `TARGETS` is called by
-    its unit.
+    The model's own target first, then `per_spot`, `per_gene` and the unit in which the model has `seen` its spots: in
+    mclSTExp's recipe `per_spot_panel`, the per-spot unit of its published figures. A target that is not in `TARGETS`
+    is named by its unit.
     """
     known = {target: name for name, target in TARGETS.items()}
     stated = (own, TARGETS["per_spot"], TARGETS["per_gene"], seen)
@@ -126,29 +105,48 @@ def normalise_section(target: Normaliser, counts: np.ndarray, totals: np.ndarray
     return target.apply(counts, totals, counts.sum(axis=0, dtype=np.float64))
 
 
-FOLDER = "sections"
-MEASURED = "measured"
-"""The layer with what was measured; `X` is what was predicted."""
+def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
+    """Returns a measured section of the reader's tile table over the reader's panel."""
+    entry = reader.manifest.section(section_id)
+    table = read_columns(reader.root, entry, ["spot_id", *_XY_UM, *_XY_PX, "label", "gene_index", "count"])
+    counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns)
+    xy_um, xy_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (_XY_UM, _XY_PX))
+    return MeasuredSection(
+        section_id,
+        entry.patient_id,
+        np.array(table["spot_id"].to_pylist(), object),
+        xy_um,
+        xy_px,
+        np.array(table["label"].to_pylist(), object),
+        counts,
+        totals,
+    )
 
 
-@dataclass(frozen=True)
-class SectionResult:
-    """A held-out section with what was measured and predicted, in the model's own target."""
+def with_target(bank: Bank, training: Sequence[MeasuredSection], target: Normaliser) -> Bank:
+    """Returns a bank with its payload in another target and the same keys, so the same neighbours and weights.
 
-    section: MeasuredSection
-    panel: GenePanel
-    """The G genes."""
-    truth: np.ndarray
-    """(N, G)."""
-    prediction: np.ndarray
-    thumbnail: np.ndarray
-    """The slide, uint8 (height, width, 3)."""
-    thumbnail_scale: float
-    """Level-0 pixels along a pixel of the thumbnail."""
+    Args:
+        bank: of a model version.
+        training: the version's training sections, in its order.
+        target: the unit of the new payload.
+
+    Raises:
+        ModelError: the sections' spots are not the bank's.
+    """
+    sections = np.concatenate([np.full(len(section), section.section_id, object) for section in training])
+    spots = np.concatenate([section.spot_id for section in training])
+    if not (np.array_equal(sections, bank.section_id) and np.array_equal(spots, bank.spot_id)):
+        raise ModelError(
+            f"the bank's {len(bank)} spots of {', '.join(dict.fromkeys(bank.section_id))} and the tile table's "
+            f"{len(spots)} spots of {', '.join(dict.fromkeys(sections))} are not the same in the same order, so that "
+            "the model cannot answer in another target; score it on the tile table that it was trained on"
+        )
+    return replace(bank, payload=np.concatenate([section.expression(target) for section in training]))
 
 
 def section_path(section_id: str) -> str:
-    """Returns where a section's file lies within a result folder."""
+    """Returns the path of a section's file within a result folder."""
     return f"{FOLDER}/{section_id}.h5ad"
 
 
@@ -156,20 +154,19 @@ def write_section_result(folder: str | Path, result: SectionResult, facts: Mappi
     """Writes one section into a local result folder, see `section_path`.
 
     `X` and `layers["measured"]` float32 (N, G); `obs` by spot id with section_id, patient_id, x_px, y_px, x_um, y_um
-    and label (missing where there is none); `var` by gene id with symbol and ensembl_id; `obsm["spatial"]` in level-0
-    pixels; `uns["spatial"][section_id]` with the slide; `uns["result"]` holds `facts`.
+    and label (missing for a spot without one); `var` by gene id with symbol and ensembl_id; `obsm["spatial"]` in
+    level-0 pixels; `uns["spatial"][section_id]` with the slide; `uns["result"]` with `facts`.
     """
     section, panel = result.section, result.panel
-    places = {"x_px": section.place_px[:, 0], "y_px": section.place_px[:, 1]}
-    places |= {"x_um": section.place[:, 0], "y_um": section.place[:, 1]}
     names = {"section_id": section.section_id, "patient_id": section.patient_id}
+    coordinates = dict(zip((*_XY_PX, *_XY_UM), (*section.xy_px.T, *section.xy_um.T), strict=True))
     label = pd.Categorical([name or None for name in section.label])
     data = anndata.AnnData(
         X=result.prediction.astype(np.float32),
         layers={MEASURED: result.truth.astype(np.float32)},
-        obs=pd.DataFrame(names | places | {"label": label}, index=section.spot_id.astype(str)),
+        obs=pd.DataFrame(names | coordinates | {"label": label}, index=section.spot_id.astype(str)),
         var=pd.DataFrame({"symbol": panel.symbol, "ensembl_id": panel.ensembl_id}, index=list(panel.gene_id)),
-        obsm={"spatial": section.place_px},
+        obsm={"spatial": section.xy_px},
         uns={"result": dict(facts), "spatial": {section.section_id: _slide(result)}},
     )
     path = Path(folder, section_path(section.section_id))
@@ -178,11 +175,11 @@ def write_section_result(folder: str | Path, result: SectionResult, facts: Mappi
 
 
 def _slide(result: SectionResult) -> dict[str, object]:
-    scale = 1 / result.thumbnail_scale
+    """Returns the slide in scanpy's layout."""
     return {
         "images": {"hires": result.thumbnail},
         "scalefactors": {
-            "tissue_hires_scalef": scale,
-            "spot_diameter_fullres": 0.5 * spot_pitch(result.section.place_px),
+            "tissue_hires_scalef": 1 / result.thumbnail_scale,
+            "spot_diameter_fullres": 0.5 * spot_pitch(result.section.xy_px),
         },
     }

@@ -85,7 +85,7 @@ def why_no_domains(section: Section) -> str | None:
 def section_domains(section: Section) -> DomainComparison:
     """Returns the domains of a labelled section by measured, smoothed measured and predicted expression."""
     labels = section.labels.tolist()
-    return compare_domains(labels, section.place_um, section.measured, {PREDICTED: section.predicted})
+    return compare_domains(labels, section.xy_um, section.measured, {PREDICTED: section.predicted})
 
 
 def domain_table(protocol: str, section_id: str, found: DomainComparison) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def draw_section_genes(path: Path, result: Result, section: Section, genes: list
     columns = [names.index(gene) for gene in genes]
     maps = {"measured": section.measured[:, columns], "predicted": section.predicted[:, columns]}
     draw_gene_maps(
-        path, section.place_px, genes, maps, section.unit, _section_heading(result, section), section.thumbnail
+        path, section.xy_px, genes, maps, section.unit, _section_heading(result, section), section.thumbnail
     )
 
 
@@ -65,7 +65,7 @@ def draw_section_domains(path: Path, result: Result, section: Section, found: Do
     """Writes the labels' map beside the domains that one way (`kmeans` or `leiden`) finds."""
     domains = {f"{method}, {WAYS[way]}": getattr(each, way) for method, each in found.domains.items()}
     labels, heading = section.labels.tolist(), _section_heading(result, section)
-    draw_domain_maps(path, section.place_px, labels, domains, heading, section.thumbnail)
+    draw_domain_maps(path, section.xy_px, labels, domains, heading, section.thumbnail)
 
 
 def embedded(path: Path) -> str:
@@ -96,13 +96,13 @@ _MAP_WIDTH_IN = 3.6
 _TITLE_IN = 0.4
 
 
-def map_size_in(place_px: np.ndarray) -> tuple[float, float]:
+def map_size_in(xy_px: np.ndarray) -> tuple[float, float]:
     """Returns width and height in inches of one map of the spots (N, 2) with its title."""
-    (left, top), (right, bottom) = window(place_px)
+    (left, top), (right, bottom) = window(xy_px)
     return _MAP_WIDTH_IN, _MAP_WIDTH_IN * (bottom - top) / (right - left) + _TITLE_IN
 
 
-def draw_spots(axes: Axes, place_px: np.ndarray, thumbnail: Thumbnail | None) -> EllipseCollection:
+def draw_spots(axes: Axes, xy_px: np.ndarray, thumbnail: Thumbnail | None) -> EllipseCollection:
     """Draws spots (N, 2), 0.8 pitches wide, over the slide and returns them, still to be coloured.
 
     The map ends one and a half pitches beyond the outermost spots.
@@ -110,20 +110,20 @@ def draw_spots(axes: Axes, place_px: np.ndarray, thumbnail: Thumbnail | None) ->
     if thumbnail is not None:
         height, width = (side * thumbnail.scale for side in thumbnail.rgb.shape[:2])
         axes.imshow(thumbnail.rgb, extent=(0, width, height, 0), alpha=_THUMBNAIL_ALPHA)
-    diameter = np.full(len(place_px), SPOT_PITCHES * spot_pitch(place_px))
+    diameter = np.full(len(xy_px), SPOT_PITCHES * spot_pitch(xy_px))
     spots = EllipseCollection(
-        diameter, diameter, np.zeros(len(place_px)), units="xy", offsets=place_px, offset_transform=axes.transData
+        diameter, diameter, np.zeros(len(xy_px)), units="xy", offsets=xy_px, offset_transform=axes.transData
     )
     axes.add_collection(spots)
-    (left, top), (right, bottom) = window(place_px)
+    (left, top), (right, bottom) = window(xy_px)
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     return spots
 
 
-def window(place_px: np.ndarray) -> np.ndarray:
+def window(xy_px: np.ndarray) -> np.ndarray:
     """Returns the upper left and the lower right corner of what is drawn, (2, 2)."""
-    margin = _MARGIN_PITCHES * spot_pitch(place_px)
-    return np.stack([place_px.min(axis=0) - margin, place_px.max(axis=0) + margin])
+    margin = _MARGIN_PITCHES * spot_pitch(xy_px)
+    return np.stack([xy_px.min(axis=0) - margin, xy_px.max(axis=0) + margin])
 
 
 _COLOUR_BAR_IN = 1.0
@@ -131,7 +131,7 @@ _COLOUR_BAR_IN = 1.0
 
 def draw_gene_maps(
     path: str | Path,
-    place_px: np.ndarray,
+    xy_px: np.ndarray,
     genes: Sequence[str],
     maps: Mapping[str, np.ndarray],
     unit: str,
@@ -142,22 +142,22 @@ def draw_gene_maps(
 
     Args:
         path: local file to write.
-        place_px: float (N, 2), spot centres in level-0 pixels.
+        xy_px: float (N, 2), spot centres in level-0 pixels.
         genes: names of the columns that are drawn.
         maps: (N, len(genes)) by title, in the order of the columns: "measured", "predicted".
         unit: unit of all values, for the colour bar.
         heading: what every picture says: what was held out, the protocol and its leaks.
         thumbnail: the slide, drawn beneath.
     """
-    assert all(matrix.shape == (len(place_px), len(genes)) for matrix in maps.values())
-    width, height = map_size_in(place_px)
+    assert all(matrix.shape == (len(xy_px), len(genes)) for matrix in maps.values())
+    width, height = map_size_in(xy_px)
     figure = new_figure(width * len(maps) + _COLOUR_BAR_IN, height * len(genes), heading)
     grid = figure.subplots(len(genes), len(maps), squeeze=False)
     for column, (gene, row) in enumerate(zip(genes, grid, strict=True)):
         values = {title: matrix[:, column] for title, matrix in maps.items()}
         limits = colour_limits(np.stack(list(values.values())))
         for axes, (title, shades) in zip(row, values.items(), strict=True):
-            spots = draw_spots(axes, place_px, thumbnail)
+            spots = draw_spots(axes, xy_px, thumbnail)
             spots.set(array=shades, cmap="viridis", clim=limits)
             axes.set_title(f"{gene}, {title}")
         figure.colorbar(spots, ax=list(row), label=unit, shrink=0.8, extend="both")
@@ -171,7 +171,7 @@ _NO_DOMAIN_COLOUR = (0.75, 0.75, 0.75, 1.0)
 
 def draw_domain_maps(
     path: str | Path,
-    place_px: np.ndarray,
+    xy_px: np.ndarray,
     labels: Sequence[str | None],
     found: Mapping[str, np.ndarray],
     heading: str,
@@ -181,7 +181,7 @@ def draw_domain_maps(
 
     Args:
         path: local file to write.
-        place_px: float (N, 2), spot centres in level-0 pixels.
+        xy_px: float (N, 2), spot centres in level-0 pixels.
         labels: a label of each spot; grey where there is none (see `is_labelled`).
         found: int (N,) domains by title ("measured", "predicted"); NO_DOMAIN is grey.
         heading: what every picture says: what was held out, the protocol and its leaks.
@@ -189,10 +189,10 @@ def draw_domain_maps(
     """
     names, numbers = number_labels(labels)
     maps = {"labels": numbers} | {title: match_labels(numbers, domains) for title, domains in found.items()}
-    width, height = map_size_in(place_px)
+    width, height = map_size_in(xy_px)
     figure = new_figure(width * len(maps), height + _LEGEND_IN, heading)
     for axes, (title, domains) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        _draw(axes, title, domains, place_px, thumbnail)
+        _draw(axes, title, domains, xy_px, thumbnail)
     numbered = dict(enumerate(names)) | ({NO_DOMAIN: "none"} if NO_DOMAIN in numbers else {})
     handles = [Patch(color=colour, label=numbered[number]) for number, colour in _colours(numbered).items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(maps) + 1, title=_LEGEND)
@@ -215,9 +215,9 @@ def match_labels(labels: np.ndarray, domains: np.ndarray) -> np.ndarray:
     return np.where(domains == NO_DOMAIN, NO_DOMAIN, number[domains])
 
 
-def _draw(axes: Axes, title: str, domains: np.ndarray, place_px: np.ndarray, thumbnail: Thumbnail | None) -> None:
+def _draw(axes: Axes, title: str, domains: np.ndarray, xy_px: np.ndarray, thumbnail: Thumbnail | None) -> None:
     colours = _colours(np.unique(domains).tolist())
-    draw_spots(axes, place_px, thumbnail).set(facecolors=[colours[number] for number in domains.tolist()])
+    draw_spots(axes, xy_px, thumbnail).set(facecolors=[colours[number] for number in domains.tolist()])
     axes.set_title(title)
 
 

@@ -39,7 +39,7 @@ def slide_data(section: Section) -> dict[str, Any]:
     diameter of the spots.
     """
     thumbnail = section.thumbnail
-    place = section.place_px / thumbnail.scale
+    xy = section.xy_px / thumbnail.scale
     height, width = thumbnail.rgb.shape[:2]
     return {
         "id": section.section_id,
@@ -48,10 +48,10 @@ def slide_data(section: Section) -> dict[str, Any]:
         "image": _jpeg(thumbnail.rgb),
         "width": width,
         "height": height,
-        "window": window(place).ravel().round(1).tolist(),
-        "x": place[:, 0].round(1).tolist(),
-        "y": place[:, 1].round(1).tolist(),
-        "diameter": round(SPOT_PITCHES * spot_pitch(place), 2),
+        "window": window(xy).ravel().round(1).tolist(),
+        "x": xy[:, 0].round(1).tolist(),
+        "y": xy[:, 1].round(1).tolist(),
+        "diameter": round(SPOT_PITCHES * spot_pitch(xy), 2),
     }
 
 

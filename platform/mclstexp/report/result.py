@@ -87,9 +87,9 @@ class Section:
     unit: str
     heading: str
     """What was held out with it, and the protocol."""
-    place_px: np.ndarray
+    xy_px: np.ndarray
     """float64 (N, 2), level-0 pixels."""
-    place_um: np.ndarray
+    xy_um: np.ndarray
     labels: np.ndarray
     """object (N,), a pathologist's label of each spot; no text where there is none."""
     measured: np.ndarray
@@ -141,8 +141,8 @@ class Result:
                 panel=_panel(data.var),
                 unit=str(text["unit"]),
                 heading=str(text["heading"]),
-                place_px=obs[["x_px", "y_px"]].to_numpy(np.float64),
-                place_um=obs[["x_um", "y_um"]].to_numpy(np.float64),
+                xy_px=obs[["x_px", "y_px"]].to_numpy(np.float64),
+                xy_um=obs[["x_um", "y_um"]].to_numpy(np.float64),
                 labels=obs["label"].to_numpy(object),
                 measured=np.asarray(data.layers[MEASURED], np.float32),
                 predicted=np.asarray(data.X, np.float32),
