@@ -1,7 +1,8 @@
-"""How a run's progress reaches the person at the driver: a tiny actor that rank 0 writes and the driver reads.
+"""How progress reaches the person at the driver: the library reports to a `Show`, and `bars` shows it.
 
-Workers never print or talk to MLflow, so that a slow tracking server or terminal cannot hold up training; the
-price is that a metric of the last half second before a crash may be lost.
+A training run reports through a tiny actor that rank 0 writes and the driver reads. Workers never print or talk to
+MLflow, so that a slow tracking server or terminal cannot hold up training; the price is that a metric of the last half
+second before a crash may be lost.
 """
 
 import threading
@@ -11,23 +12,20 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import ray
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+Metrics = dict[str, float]
+Log = Callable[[int, Metrics], None]
+"""Takes the metrics of an optimiser step."""
+POLL_S = 0.5
+LINE_EVERY_S = 10.0
+"""How often a line is printed where no bar can be drawn (a log file, a submitted job)."""
 
 
 class Show(Protocol):
-    """Takes reports of progress: the library reports, this module (`bars`) shows."""
+    """Takes reports of progress."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Reports that `done` of `total` are done; `what` names the work and its bar, `note` stands behind it."""
+        """Reports that `done` of `total` are done; `what` names the work and its bar, `note` follows the bar."""
 
 
 def hidden(what: str, done: int, total: int, note: str = "") -> None:
@@ -36,29 +34,40 @@ def hidden(what: str, done: int, total: int, note: str = "") -> None:
 
 @contextmanager
 def bars() -> Iterator[Show]:
-    """Yields a `Show` that draws one bar for each kind of work while the block runs."""
+    """Yields a `Show` that draws one bar for each kind of work while the block runs.
+
+    Where no bar can be drawn it prints the notes, at most one every `LINE_EVERY_S`.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
         tasks: dict[str, TaskID] = {}
+        printed = time.monotonic()
 
         def show(what: str, done: int, total: int, note: str = "") -> None:
+            nonlocal printed
             if what not in tasks:
                 tasks[what] = bar.add_task(what, note="")
             bar.update(tasks[what], completed=done, total=total, note=note)
+            if note and not bar.console.is_terminal and time.monotonic() - printed > LINE_EVERY_S:
+                bar.console.print(f"{what}: {note}", soft_wrap=True, highlight=False)
+                printed = time.monotonic()
 
         yield show
 
 
-Metrics = dict[str, float]
-Log = Callable[[int, Metrics], None]
-POLL_S = 0.5
-LINE_EVERY_S = 10.0
-"""How often a line is printed where no bar can be drawn (a log file, a submitted job)."""
-
-
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Holds the metrics that rank 0 posted since the driver last took them."""
+    """Keeps the metrics that rank 0 posted since the driver last took them."""
 
     def __init__(self) -> None:
         self._posted: list[tuple[int, Metrics]] = []
@@ -68,52 +77,33 @@ class ProgressBoard:
         self._posted.append((step, metrics))
 
     def take(self) -> list[tuple[int, Metrics]]:
-        """Returns what was posted since the last call, in order."""
+        """Returns the metrics posted since the last call, in order."""
         posted, self._posted = self._posted, []
         return posted
 
 
 @contextmanager
-def followed(board: ray.actor.ActorHandle, total_steps: int, log: Log) -> Iterator[None]:
-    """Shows a progress bar and hands each posted metric to `log` while the block runs."""
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[line]}"),
-        TimeRemainingColumn(),
-    )
+def followed(board: ray.actor.ActorHandle, total_steps: int, log: Log, show: Show = hidden) -> Iterator[None]:
+    """Hands each posted metric to `log` and shows the steps while the block runs."""
+    show("training", 0, total_steps, "starting workers")
     stop = threading.Event()
-    with Progress(*columns) as bar:
-        task = bar.add_task("train", total=total_steps, line="starting workers")
-        follower = threading.Thread(target=_follow, args=(board, stop, bar, task, log), daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            follower.join(timeout=10)
+    follower = threading.Thread(target=_follow, args=(board, stop, total_steps, log, show), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join(timeout=10)
 
 
-def _follow(
-    board: ray.actor.ActorHandle,
-    stop: threading.Event,
-    bar: Progress,
-    task: TaskID,
-    log: Callable[[int, Metrics], None],
-) -> None:
-    printed = time.monotonic()
+def _follow(board: ray.actor.ActorHandle, stop: threading.Event, total_steps: int, log: Log, show: Show) -> None:
     while True:
-        last_round = stop.wait(POLL_S)
+        is_last_round = stop.wait(POLL_S)
         posted: list[tuple[int, Metrics]] = ray.get(board.take.remote())
         for step, metrics in posted:
             log(step, metrics)
-            line = _line(step, metrics)
-            bar.update(task, completed=step, line=line)
-            if not bar.console.is_terminal and time.monotonic() - printed > LINE_EVERY_S:
-                bar.console.print(f"train {line}", soft_wrap=True)
-                printed = time.monotonic()
-        if last_round:
+            show("training", step, total_steps, _line(step, metrics))
+        if is_last_round:
             return
 
 

@@ -94,12 +94,17 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
-def start_run(config: Config, name: str, tags: dict[str, str]) -> str:
+def start_run(config: Config, name: str, tags: dict[str, str], recorded: str | None = None) -> str:
     """Starts an MLflow run with all settings as parameters and returns its id.
+
+    `recorded` is the id of an earlier run that goes on: it is returned unless the tracking store answers that it has
+    no such run (`tracking.uri` may have changed).
 
     Raises:
         UserError: the tracking server cannot be reached.
     """
+    if recorded is not None and _has_run(_client(config.tracking), recorded):
+        return recorded
     tree = config.model_dump(mode="json")
     params = [Param(key, str(tree[key.partition(".")[0]][key.partition(".")[2]])) for key in leaf_fields()]
     with _reachable(config.tracking):
@@ -246,6 +251,15 @@ def _client(config: TrackingConfig) -> MlflowClient:
     if config.uri.startswith("sqlite:///"):
         Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=config.uri, registry_uri=config.uri)
+
+
+def _has_run(client: MlflowClient, run_id: str) -> bool:
+    """Returns False only if the store answers that it has no such run; True while it cannot be reached."""
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        return bool(error.error_code != "RESOURCE_DOES_NOT_EXIST")
+    return True
 
 
 def _experiment(client: MlflowClient, config: TrackingConfig) -> str:

@@ -1,9 +1,15 @@
-"""A training run by name: its record, its data and what was fitted on its training sections."""
+"""A training run by name: its record, its data and what was fitted on its training sections.
 
+A run's default name comes from its identity, the settings and data that its result depends on. The same command
+therefore finds its run again wherever and on however many workers it goes on; a run of other settings under the same
+name is refused.
+"""
+
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import ray.train
 from pydantic import BaseModel, ConfigDict
@@ -30,24 +36,33 @@ _FREE_TRAIN_SETTINGS = {
     "max_failures",
     "compile",
 }
+"""Settings of `train` that say where and how a run is computed, and may change when it goes on."""
+
+Track = Callable[[Config, str, str | None], str]
+"""Returns the id of a run's MLflow run from its settings, its name and the recorded id (None for a new run)."""
 
 
-class RunRecord(BaseModel):
-    """What a run stands on, written once before its first step."""
+class TrackedRecord(BaseModel):
+    """A record that is written once; only the MLflow run that it names may change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     identity: dict[str, dict[str, object]]
-    """The settings that its result depends on."""
+    """The settings that the result depends on, as `identity` returns them."""
     manifest_digest: str
     mlflow_run_id: str
+
+
+class RunRecord(TrackedRecord):
+    """What a run's steps depend on, written before the first one."""
+
     panel: str
     """GenePanel as JSON."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run: its place, its data and what was fitted on the training sections."""
+    """An opened run: where it is stored, its data and what was fitted on the training sections."""
 
     name: str
     out: str
@@ -60,61 +75,110 @@ class Run:
 
     @property
     def uri(self) -> str:
-        """Where the run's record and checkpoints lie."""
+        """Folder of the run's record, checkpoints and model."""
         return storage.join(self.out, self.name)
 
 
-def identity(config: Config) -> dict[str, dict[str, object]]:
-    """Returns the settings that a run's result depends on: not where and on how many workers it runs."""
-    tree = config.model_dump(mode="json", include={"genes", "split", "model", "train", "retrieval"})
-    tree["train"] = {name: value for name, value in tree["train"].items() if name not in _FREE_TRAIN_SETTINGS}
-    return tree
+class LastCheckpoint(NamedTuple):
+    """A checkpoint and the metrics that were reported with it."""
+
+    uri: str
+    metrics: Metrics
 
 
-def default_name(config: Config, manifest: Manifest) -> str:
-    """Returns a name made from the settings and the data, so that the same command means the same run."""
-    return f"run-{config.digest()}-{manifest.digest()[:6]}"
+def open_run(data: str, out: str, name: str | None, config: Config, track: Track) -> Run:
+    """Returns the run of that name: a new one, or an earlier one as it was left.
 
-
-def open_run(
-    data: str, out: str, name: str | None, config: Config, start_tracking: Callable[[Config, str], str]
-) -> Run:
-    """Returns the run of that name, new or as it was left.
-
-    `start_tracking(config, name)` gives a new run's MLflow id; its `config` tells how the table's tiles were cut.
+    Args:
+        data: the tile table.
+        out: folder of the runs.
+        name: the run's name; default made from its identity.
+        config: the settings.
+        track: called with the settings as the run uses them: `tiles` says how the table's tiles were cut.
 
     Raises:
         TableError, SplitError: the data or the split is not usable.
-        ConfigError: no panel can be had, or a section names its genes otherwise.
-        RunError: the name is taken by a run with other settings or data.
+        ConfigError: the panel cannot be made, or a section lists its genes under other names.
+        RunError: the name belongs to a run with other settings or data.
     """
     root = storage.absolute(data)
     manifest = load_manifest(root)
     config = override(config, recorded_tiles(manifest), "the tile table")  # so that a version knows how they were cut
     split = make_split(manifest, config.split)
-    name = name or default_name(config, manifest)
+    name = name or default_name(out, config, manifest)
     uri = storage.join(storage.absolute(out), name, RECORD)
-    if not storage.exists(uri):
-        panel = _panel(root, manifest, split, config.genes)
-        record = RunRecord(
-            identity=identity(config),
-            manifest_digest=manifest.digest(),
-            mlflow_run_id=start_tracking(config, name),
-            panel=panel.to_json(),
-        )
-        storage.publish(uri, record.model_dump_json(indent=1).encode(), previous=None)
+
+    is_new = not storage.exists(uri)
+    if is_new:
+        panel = _fit_panel(root, manifest, split, config.genes)
+        request = _request(config, manifest)
+        new = RunRecord(**request, mlflow_run_id=track(config, name, None), panel=panel.to_json())
+        storage.publish(uri, new.model_dump_json(indent=1).encode(), previous=None)
     record = RunRecord.model_validate_json(storage.read(uri))
     _require_same(record, name, config, manifest)
+    if not is_new:
+        record = with_tracking(record, uri, track(config, name, record.mlflow_run_id))
+
     panel = GenePanel.from_json(record.panel)
     reader = make_reader(root, manifest, panel, config)
     return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id)
 
 
-def _panel(root: str, manifest: Manifest, split: Split, config: GenesConfig) -> GenePanel:
-    """Returns the panel of the training sections, after a look whether the held-out ones count its genes too."""
-    panel, genes = fit_panel(root, manifest, split.train, config), load_genes(root, manifest)
-    require_counts(root, manifest, (*split.validation, *split.test), "the panel", align(panel, genes).tolist(), genes)
-    return panel
+def identity(config: Config) -> dict[str, dict[str, object]]:
+    """Returns the settings that a run's result depends on, without those of where and on how many workers it runs."""
+    tree = config.model_dump(mode="json", include={"genes", "split", "model", "train", "retrieval"})
+    tree["train"] = {name: value for name, value in tree["train"].items() if name not in _FREE_TRAIN_SETTINGS}
+    return tree
+
+
+def default_name(out: str, config: Config, manifest: Manifest) -> str:
+    """Returns the name of a run that was given none, made from its identity and its data."""
+    request = _request(config, manifest)
+    former = f"run-{former_digest(config)}-{manifest.digest()[:6]}"
+    return known_name(out, RECORD, request, [name_of("run", request), former])
+
+
+def name_of(kind: str, request: Mapping[str, object]) -> str:
+    """Returns a name made from what a result depends on: digests of the whole request and of its tile table.
+
+    Args:
+        kind: first part of the name.
+        request: values of a record's fields, as JSON has them; `manifest_digest` is among them.
+    """
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    return f"{kind}-{digest[:12]}-{str(request['manifest_digest'])[:6]}"
+
+
+def known_name(out: str, file: str, request: Mapping[str, object], names: list[str]) -> str:
+    """Returns the first of the names under which `out` has a record of the same request, else the first name.
+
+    The later names are those that earlier versions would have given, so that what they left unfinished goes on.
+    """
+    for name in names:
+        uri = storage.join(storage.absolute(out), name, file)
+        if storage.exists(uri):
+            record = json.loads(storage.read(uri))
+            if all(record.get(field) == value for field, value in request.items()):
+                return name
+    return names[0]
+
+
+def former_digest(config: Config) -> str:
+    """Returns the 12 hex digits that named a run's settings in earlier versions: of nearly all settings."""
+    text = json.dumps(config.model_dump(mode="json", exclude={"predict", "tune"}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+Record = TypeVar("Record", bound=TrackedRecord)
+
+
+def with_tracking(record: Record, uri: str, mlflow_run_id: str) -> Record:
+    """Returns the record with that MLflow run, and stores it if the run is another: the tracking store has changed."""
+    if mlflow_run_id == record.mlflow_run_id:
+        return record
+    changed = record.model_copy(update={"mlflow_run_id": mlflow_run_id})
+    storage.publish(uri, changed.model_dump_json(indent=1).encode(), previous=storage.version(uri))
+    return changed
 
 
 def recorded_tiles(manifest: Manifest) -> dict[str, object]:
@@ -124,34 +188,39 @@ def recorded_tiles(manifest: Manifest) -> dict[str, object]:
     return {f"tiles.{name}": value for name, value in cut.items()}
 
 
-class LastCheckpoint(NamedTuple):
-    """A checkpoint and what was reported with it."""
-
-    uri: str
-    metrics: Metrics
-
-
 def last_checkpoint(run: Run) -> LastCheckpoint | None:
-    """Returns the newest checkpoint of a run that is not under way; None where it has none."""
+    """Returns the newest checkpoint of a run that no process is training; None if it has none."""
     filesystem, path = storage.filesystem(run.uri)
     try:
         result = ray.train.Result.from_path(path, filesystem)
     except RuntimeError:  # it was killed before its first checkpoint
         return None
-    return LastCheckpoint(_uri(run, result.checkpoint), result.metrics or {}) if result.checkpoint else None
+    return LastCheckpoint(checkpoint_uri(run, result.checkpoint), result.metrics or {}) if result.checkpoint else None
 
 
-def _uri(run: Run, checkpoint: ray.train.Checkpoint) -> str:
+def checkpoint_uri(run: Run, checkpoint: ray.train.Checkpoint) -> str:
+    """Returns the URI of a checkpoint, whose own path has no scheme."""
     return f"{'s3://' if storage.is_s3(run.out) else ''}{checkpoint.path}"
 
 
+def _request(config: Config, manifest: Manifest) -> dict[str, object]:
+    return {"identity": identity(config), "manifest_digest": manifest.digest()}
+
+
+def _fit_panel(root: str, manifest: Manifest, split: Split, config: GenesConfig) -> GenePanel:
+    """Returns the panel of the training sections; refuses it if a held-out section does not count its genes."""
+    panel, genes = fit_panel(root, manifest, split.train, config), load_genes(root, manifest)
+    require_counts(root, manifest, (*split.validation, *split.test), "the panel", align(panel, genes).tolist(), genes)
+    return panel
+
+
 def _require_same(record: RunRecord, name: str, config: Config, manifest: Manifest) -> None:
-    asked = identity(config)
+    requested = identity(config)
     changed = [
-        f"{section}.{field}: {json.dumps(old)} -> {json.dumps(asked[section].get(field))}"
-        for section, fields in record.identity.items()
+        f"{block}.{field}: {json.dumps(old)} -> {json.dumps(requested[block].get(field))}"
+        for block, fields in record.identity.items()
         for field, old in fields.items()
-        if asked[section].get(field) != old
+        if requested[block].get(field) != old
     ]
     if record.manifest_digest != manifest.digest():
         changed.append(f"tile table: {record.manifest_digest} -> {manifest.digest()}")

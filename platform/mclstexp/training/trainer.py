@@ -1,14 +1,15 @@
-"""Training from the driver's side: check, start or resume a named run, and hand over its last checkpoint.
+"""Training from the driver's side: start or resume a run's workers, and turn its checkpoint into a model version.
 
-A run's name is its identity: the same command finds its record and goes on, another configuration under the same
-name is refused. Ray Train restarts workers and keeps the checkpoints; the record keeps what they stand on.
+Ray Train restarts workers and keeps the checkpoints, the run's record keeps what they depend on: whoever calls `fit`
+again goes on from the newest checkpoint.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import ray
 import torch
+from ray.data import ExecutionResources
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -19,38 +20,63 @@ from mclstexp.errors import RunError, UserError
 from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import build_network, plain_tensors
-from mclstexp.progress import Metrics, ProgressBoard, followed
+from mclstexp.model.version import ModelVersion
+from mclstexp.progress import Log, ProgressBoard, Show, followed, hidden
 from mclstexp.training.feed import make_feed
-from mclstexp.training.run import Run, _uri
+from mclstexp.training.finish import finish, is_finished, load_model
+from mclstexp.training.run import Run, checkpoint_uri
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet
 from mclstexp.training.worker import TrainPlan, train_worker
 
 GROUP_TIMEOUT_S = 300
 GLIBC_MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_ARENA_MAX": "1"}
-"""Lets glibc keep freed memory; else each batch's activations are fetched from the system anew.
+"""Makes glibc keep freed memory; by default it returns each batch's activations to the system and requests them again.
 
-One arena, since Ray Train calls the worker in a thread, and the arenas of threads hold no block of over 64 MiB.
+One arena, because Ray Train calls the worker in a thread, and the arenas of threads hold no block of over 64 MiB.
 """
+
+
+def train_to_end(
+    run: Run, log: Log, show: Show = hidden, limits: ExecutionResources | None = None
+) -> ModelVersion:
+    """Returns the run's model version, after training and finishing what is left to do.
+
+    Args:
+        run: as `open_run` returns it.
+        log: called with the metrics of training.
+        show: called with the progress.
+        limits: what finishing may use of the cluster, if other runs go on beside it.
+
+    Raises:
+        UserError: as `fit`.
+    """
+    if not is_finished(run):
+        checkpoint = fit(run, log, show)
+        with cluster.ordered(limits):
+            finish(run, checkpoint, show)
+    return load_model(run)
 
 
 def fit(
     run: Run,
-    log: Callable[[int, Metrics], None],
+    log: Log,
+    show: Show = hidden,
     callbacks: Sequence[UserCallback] = (),
     board_name: str | None = None,
 ) -> str:
-    """Trains the run to its end and returns the URI of the checkpoint to be its model; finished work is not repeated.
+    """Trains the run to its end and returns the URI of the checkpoint for its model; finished work is not repeated.
 
-    That is the last one or, with early stopping, the one that scored best on the validation patients.
+    That is the last checkpoint or, with early stopping, the one that scored best on the validation patients.
 
     Args:
         run: as `open_run` returns it.
-        log: told each metric.
-        callbacks: Ray Train's, told of each report.
+        log: called with the metrics of each step that rank 0 posts.
+        show: called with the progress.
+        callbacks: callbacks of Ray Train, called at each report.
         board_name: name of an actor that lives as long as the caller or the training does.
 
     Raises:
-        UserError: what the workers raised, where a user can mend it.
+        UserError: an error of the workers that a user can mend.
         RunError: the workers failed more often than train.max_failures allows.
         ModelError: retrieval.k exceeds the training spots.
         ConfigError: train.positives names no loss.
@@ -58,7 +84,7 @@ def fit(
     train = run.config.train
     require_loss(run.config)
     if run.config.model.predictor == "retrieval":
-        resolve(run.config.retrieval, sum(run.manifest.section(name).num_spots for name in run.split.train))
+        resolve(run.config.retrieval, run.manifest.num_spots(run.split.train))
     plan = make_plan(run, board_name)
     early_stopping = bool(plan.validation and train.patience)
     trainer = TorchTrainer(
@@ -68,10 +94,10 @@ def fit(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
             resources_per_worker=cluster.worker_resources(run.config),
-            label_selector=cluster.worker_nodes(run.config),  # type: ignore[call-arg]  # typed as the older one
+            label_selector=cluster.worker_nodes(run.config),  # type: ignore[call-arg]  # Ray's stubs describe Train v1
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
-        run_config=RunConfig(  # type: ignore[call-arg]  # typed as the older one
+        run_config=RunConfig(  # type: ignore[call-arg]  # the same
             name=run.name,
             storage_path=storage.filesystem(run.out)[1],
             storage_filesystem=storage.filesystem(run.out)[0],
@@ -84,30 +110,21 @@ def fit(
             worker_runtime_env={"env_vars": GLIBC_MALLOC_ENV},
         ),
     )
-    with followed(plan.board, train.epochs * plan.feed.num_steps(), log):
+    with followed(plan.board, train.epochs * plan.feed.num_steps(), log, show):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error, train.max_failures) from error
     if result.checkpoint is None:
         raise RunError(f"the run {run.name} ended without a checkpoint; see its log")
-    return _uri(run, _best(result) if early_stopping else result.checkpoint)
-
-
-def _best(result: ray.train.Result) -> ray.train.Checkpoint:
-    """Returns the checkpoint that scored best on the validation patients, and says which it is."""
-    kept = result.best_checkpoints or []
-    scored = [(found, metrics) for found, metrics in kept if math.isfinite(metrics.get(VALIDATION_PCC, math.nan))]
-    best, metrics = max(scored, key=lambda one: one[1][VALIDATION_PCC])
-    epoch, score = metrics["epoch"] + 1, metrics[VALIDATION_PCC]
-    print(f"the model is the checkpoint after epoch {epoch}, best on the validation patients (PCC {score:.3f})")
-    return best
+    return checkpoint_uri(run, _best(result) if early_stopping else result.checkpoint)
 
 
 def make_plan(run: Run, board_name: str | None = None) -> TrainPlan:
     """Returns what the workers need, with each rank's share of the cluster for its stream."""
     config = run.config
     store_bytes = int(ray.cluster_resources().get("object_store_memory", 0) / (2 * config.train.num_workers))
+    validates = config.train.validate_every and run.split.validation
     return TrainPlan(
         config=config.model_dump(mode="json"),
         feed=make_feed(config, run.reader, run.split.train),
@@ -117,21 +134,15 @@ def make_plan(run: Run, board_name: str | None = None) -> TrainPlan:
         tile_size_px=run.manifest.tile_size_px,
         initial_weights=ray.put(initial_weights(run)),
         board=ProgressBoard.options(name=board_name).remote(),  # type: ignore[attr-defined]
-        validation=_validation(run),
+        validation=ValidationSet(run.reader, run.split.train, run.split.validation) if validates else None,
     )
-
-
-def _validation(run: Run) -> ValidationSet | None:
-    if not (run.config.train.validate_every and run.split.validation):
-        return None
-    return ValidationSet(run.reader, run.split.train, run.split.validation)
 
 
 def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     """Returns the state dict of the network before the first step, fixed by train.seed and model.image_weights.
 
     Raises:
-        ModelError, ConfigError: the image encoder's weights cannot be had or do not fit it.
+        ModelError, ConfigError: the image encoder's weights cannot be read or do not fit it.
     """
     torch.manual_seed(run.config.train.seed)
     positions = num_positions(run.reader)
@@ -139,7 +150,18 @@ def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     return plain_tensors(network.state_dict())
 
 
+def _best(result: ray.train.Result) -> ray.train.Checkpoint:
+    """Returns the checkpoint that scored best on the validation patients, and prints which it is."""
+    kept = result.best_checkpoints or []
+    scored = [(found, metrics) for found, metrics in kept if math.isfinite(metrics.get(VALIDATION_PCC, math.nan))]
+    best, metrics = max(scored, key=lambda one: one[1][VALIDATION_PCC])
+    epoch, score = metrics["epoch"] + 1, metrics[VALIDATION_PCC]
+    print(f"the model is the checkpoint after epoch {epoch}, best on the validation patients (PCC {score:.3f})")
+    return best
+
+
 def _cause(error: ray.train.TrainingFailedError, max_failures: int) -> UserError:
+    """Returns the error of a worker that a user can mend, else one that counts the restarts."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "cause", None) or failure
         if isinstance(cause, UserError):
