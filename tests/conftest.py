@@ -192,6 +192,7 @@ RESULT_UNIT = "ln(1 + x), <per spot> & more"
 
 def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[str, str] | None = None) -> Path:
     from mclstexp.data.genes import GenePanel, unique_labels
+    from mclstexp.evaluation.save import save_card
     from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
     from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
 
@@ -210,7 +211,7 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
             labels = unique_labels(result.panel.names(), result.panel.gene_id, in_table)
             per_gene.append(table.assign(**of, gene=labels))
     leaks = ("LEAK that this protocol allows: <others> trained",) if protocol == "reference" else ()
-    ScoreCard(
+    card = ScoreCard(
         protocol=protocol,
         targets={"per_spot": RESULT_UNIT},
         model_digest="abc",
@@ -220,7 +221,8 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
         per_gene=pd.concat(per_gene, ignore_index=True),
         sections=tuple(results),
         training_runs=training_runs or {},
-    ).save(folder)
+    )
+    save_card(card, folder)
     return folder
 
 
@@ -230,14 +232,14 @@ def _section_result(name: str, genes: list[str]) -> "SectionResult":
     from mclstexp.evaluation.sections import MeasuredSection, SectionResult
 
     rng = np.random.default_rng(0)
-    place = np.indices((7, 8)).reshape(2, -1).T[:, ::-1] * 100.0 + 250
-    band = place[:, 0] > 550
-    truth = rng.gamma(2.0, size=(len(place), len(genes))) + 6.0 * band[:, None] * (np.arange(len(genes)) % 2)
+    xy_px = np.indices((7, 8)).reshape(2, -1).T[:, ::-1] * 100.0 + 250
+    band = xy_px[:, 0] > 550
+    truth = rng.gamma(2.0, size=(len(xy_px), len(genes))) + 6.0 * band[:, None] * (np.arange(len(genes)) % 2)
     truth[:, 6] = 0.0
-    said = truth + np.linspace(0.1, 4.0, len(genes)) * rng.normal(size=truth.shape)
-    labels = np.where(band, "cancer", "fat <&>").astype(object) if name == "S1" else np.full(len(place), None)
-    spots = np.array([f"spot{index}" for index in range(len(place))], object)
-    section = MeasuredSection(name, name[0], spots, 2 * place, place, labels, truth, truth.sum(axis=1))
+    predicted = truth + np.linspace(0.1, 4.0, len(genes)) * rng.normal(size=truth.shape)
+    labels = np.where(band, "cancer", "fat <&>").astype(object) if name == "S1" else np.full(len(xy_px), None)
+    spots = np.array([f"spot{index}" for index in range(len(xy_px))], object)
+    section = MeasuredSection(name, name[0], spots, 2 * xy_px, xy_px, labels, truth, truth.sum(axis=1))
     panel = GenePanel(tuple(genes), tuple(RESULT_GENES[gene] for gene in genes), tuple(genes))
     slide = np.full((100, 120, 3), (230, 200, 220), np.uint8)
-    return SectionResult(section, panel, truth, said, slide, thumbnail_scale=10.0)
+    return SectionResult(section, panel, truth, predicted, slide, thumbnail_scale=10.0)

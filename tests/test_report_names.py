@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mclstexp.data.genes import GenePanel, unique_labels
+from mclstexp.evaluation.save import save_card
 from mclstexp.evaluation.score_card import MODEL, ScoreCard
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
 from mclstexp.evaluation.sections import MeasuredSection, SectionResult
@@ -46,7 +47,7 @@ def _card() -> ScoreCard:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("result")
-    _card().save(folder)
+    save_card(_card(), folder)
     return open_result(str(folder), folder)
 
 
