@@ -1,10 +1,10 @@
-# Each target makes its own .venv where there is none or where the dependencies changed.
+# Each target makes its own .venv if there is none or if the dependencies changed.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check fix bench chaos
+.PHONY: demo test check accept fix bench chaos
 .DELETE_ON_ERROR:
 
 # The main job end to end. On real sections: make demo SAMPLES=samples.csv [WEIGHTS=densenet121.pth] [PATIENT=B]
@@ -16,12 +16,16 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -ra
 
-# What to run before a commit: format, lint, types, fast tests.
+# Before a commit: format, lint, types, fast tests.
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not gpu and not ray"
+
+# Whole jobs, as a new user runs them.
+accept: $(STAMP)
+	$(PYTEST) -ra tests/accept_*.py
 
 fix: $(STAMP)
 	$(BIN)/ruff format .
