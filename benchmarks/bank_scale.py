@@ -131,7 +131,7 @@ def whole_bank(num_keys: int, num_genes: int, k: int) -> None:
         keys[start : start + len(block)] = block
         payload[start : start + len(block)] = np.random.default_rng(start).random((len(block), num_genes), np.float32)
     donors = np.array([f"P{number}" for number in range(16)], object)[np.arange(num_keys) % 16]
-    bank = Bank(keys, payload, donors, donors, donors)
+    bank = Bank.of(keys, payload, donors, donors, donors)
     config, queries, timer = resolve(RetrievalConfig(k=k), num_keys), make_keys(QUERY_SEED, NUM_QUERIES), Timer()
     size = (keys.nbytes + bank.directions.nbytes + payload.nbytes) / MIB
     resident: Retrieved = timer.time("in memory", lambda: retrieve(queries, bank, config))

@@ -63,7 +63,7 @@ def random_bank(num_keys: int, num_genes: int) -> Bank:
     rng = np.random.default_rng(0)
     keys, payload = (rng.normal(size=(num_keys, width)).astype(np.float32) for width in (WIDTH, num_genes))
     donors = np.array([f"P{number}" for number in range(16)], object)[np.arange(num_keys) % 16]
-    return Bank(keys, payload, donors, donors, donors)
+    return Bank.of(keys, payload, donors, donors, donors)
 
 
 def timed(name: str, work: Callable[[], Any], num_tiles: int) -> Any:

@@ -34,6 +34,6 @@ def save_untrained(folder: Path, settings: Mapping[str, object], num_genes: int,
     patients = np.array([f"P{number % NUM_PATIENTS}" for number in range(num_spots)], object)
     panel = GenePanel.from_names([f"GENE{number:02d}" for number in range(num_genes)])
     weights = TwoTowers(config.model, num_genes, 0, config.tiles.size_px).state_dict()
-    bank, geometry = Bank(keys, payload, patients, patients, spots), (config.tiles.size_px, config.tiles.mpp)
+    bank, geometry = Bank.of(keys, payload, patients, patients, spots), (config.tiles.size_px, config.tiles.mpp)
     folder.mkdir()
     ModelVersion(config, panel, geometry, 0, NOBODY, weights, bank, ood_similarity=0.5).save(folder)

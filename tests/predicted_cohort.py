@@ -80,7 +80,7 @@ def untrained_model(tiles: str, folder: Path) -> ModelVersion:
     )
     weights = TwoTowers(config.model, len(panel), 0, manifest.tile_size_px).state_dict()
     geometry = (manifest.tile_size_px, manifest.mpp)
-    version = ModelVersion(config, panel, geometry, 0, record, weights, Bank(keys, payload, names, names, names))
+    version = ModelVersion(config, panel, geometry, 0, record, weights, Bank.of(keys, payload, names, names, names))
     folder.mkdir()
     version.save(folder)
     return ModelVersion.load(folder)

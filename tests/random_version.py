@@ -18,7 +18,7 @@ def random_version(seed: int = 0) -> ModelVersion:
     torch.manual_seed(seed)
     config = override(Config(), SETTINGS)
     names = np.array([str(i) for i in range(30)], object)
-    bank = Bank(*(rng.normal(size=(30, width)).astype(np.float32) for width in (256, 3)), names, names, names)
+    bank = Bank.of(*(rng.normal(size=(30, width)).astype(np.float32) for width in (256, 3)), names, names, names)
     record = TrainingRecord(
         manifest_digest="m",
         protocol="patient",

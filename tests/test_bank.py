@@ -137,7 +137,7 @@ class _Canary(pa.ExtensionType):
 
 def test_donors_with_a_type_that_runs_code_are_refused_unread(tmp_path: Path) -> None:
     names = np.array(["a", "b"], object)
-    Bank(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32), names, names, names).save(tmp_path, {})
+    Bank.of(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32), names, names, names).save(tmp_path, {})
     pa.register_extension_type(_Canary())
     try:
         column = pa.ExtensionArray.from_storage(_Canary(), pa.array(["a", "b"]))

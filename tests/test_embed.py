@@ -145,7 +145,7 @@ class _OtherRuns:
 def test_a_run_that_has_its_share_embeds_while_others_hold_all_else(
     tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mclstexp.model.embed._TILES_WORTH_AN_ACTOR", 1)  # as a large table would ask for
+    monkeypatch.setattr("mclstexp.model.embed._MIN_TILES_PER_ACTOR", 1)  # as a large table would ask for
     manifest = load_manifest(tiles)
     names, network, found = [manifest.sections[0].section_id], _network(_config()), {}
     others = _OtherRuns.remote()  # 4 of the session's 6 CPUs: half of all would leave none to read on

@@ -21,7 +21,7 @@ def bank() -> Bank:
     keys, payload = (rng.normal(size=(50, width)).astype(np.float32) for width in (6, len(GENES)))
     sections = np.array([f"S{spot % 5}" for spot in range(50)], object)
     patients = np.array([f"P{spot % 2}" for spot in range(50)], object)
-    return Bank(keys, payload, sections, patients, np.array([f"spot{spot}" for spot in range(50)], object))
+    return Bank.of(keys, payload, sections, patients, np.array([f"spot{spot}" for spot in range(50)], object))
 
 
 QUERY = np.random.default_rng(1).normal(size=6).astype(np.float32)

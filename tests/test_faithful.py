@@ -193,7 +193,7 @@ def test_retrieval(distance: str) -> None:
 
 def _bank(keys: np.ndarray, payload: np.ndarray) -> Bank:
     names = np.array([f"s{place}" for place in range(len(keys))], object)
-    return Bank(keys, payload, names, names, names)
+    return Bank.of(keys, payload, names, names, names)
 
 
 def test_metrics() -> None:

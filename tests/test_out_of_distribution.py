@@ -23,7 +23,7 @@ def _bank(sizes: dict[str, int] = SIZES) -> Bank:
     sections = np.concatenate([np.full(size, name, object) for name, size in sizes.items()])
     keys = rng.normal(size=(len(sections), 6)).astype(np.float32)
     patients = np.array([name[0] for name in sections], object)
-    return Bank(keys, keys[:, :2].copy(), sections, patients, np.arange(len(sections)).astype(str).astype(object))
+    return Bank.of(keys, keys[:, :2].copy(), sections, patients, np.arange(len(sections)).astype(str).astype(object))
 
 
 def _queries(bank: Bank) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ def _bank(num_keys: int, seed: int = 0) -> Bank:
     patients = np.array([f"P{i % 3}" for i in range(num_keys)], object)
     names = np.array([str(i) for i in range(num_keys)], object)
     keys, payload = (rng.normal(size=(num_keys, width)).astype(np.float32) for width in (8, 5))
-    return Bank(keys, payload, patients, patients, names)
+    return Bank.of(keys, payload, patients, patients, names)
 
 
 def _queries(count: int, seed: int = 1) -> np.ndarray:

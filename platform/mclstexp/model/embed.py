@@ -1,8 +1,9 @@
-"""Images to embeddings over a whole tile table: decode on CPU tasks, embed on an actor pool.
+"""Tiles to embeddings: the image side of a model, and its run over a tile table.
 
-Sections come back one after the other in the order asked for, so that a caller can write one while the next is
-under way and memory does not grow with the cohort. Ray Data knows nothing of other work on the cluster and starts all
-actors of a pool at once, so runs that embed side by side must each be given a share (`resources.share_of_run`).
+CPU tasks decode, a pool of actors embeds. Sections are yielded one after the other in the given order, so that a
+caller can write one while the next is computed, and memory does not grow with the cohort. Ray Data does not see other
+work on the cluster and starts all actors of a pool at once, so runs that embed side by side each need a share of the
+cluster (`cluster.share_of_run`).
 """
 
 import hashlib
@@ -29,37 +30,38 @@ from mclstexp.settings import ModelConfig
 
 _IMAGE_SETTINGS = ("image_encoder", "input_scaling", "test_turns", "predictor", "embedding_dim", "l2_normalise")
 _TILES_AT_ONCE = {"cpu": 16, "cuda": 64}  # larger batches are slower on a CPU (docs/scaling.md)
-_TILES_WORTH_AN_ACTOR = 256  # fewer are embedded sooner than another process has imported torch
+_MIN_TILES_PER_ACTOR = 256  # below this, starting another actor (importing torch) costs more than it saves
 
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """An image tower to be built where it is used, with or without its projection head."""
+    """An image tower, with or without its head, as data: it is built where it is used."""
 
     config: dict[str, object]
     """ModelConfig as a plain dict."""
     tile_size_px: int
     tower: dict[str, torch.Tensor]
-    """State dict of ImageTower; it travels with the network, so that no worker needs a weights file."""
+    """State dict of ImageTower: workers need no file of weights."""
     head: dict[str, torch.Tensor] | None
-    """State dict of the head: an embedding's or, in direct regression, the genes'. None: features of the encoder."""
+    """State dict of the head: the projection or, in direct regression, the map to genes. None: encoder features."""
     precision: str = "auto"
+    """As `train.precision`."""
 
     def digest(self) -> str:
-        """Returns 16 hex digits of everything that its answers depend on."""
-        shape = [self.config[name] for name in _IMAGE_SETTINGS]
-        found = hashlib.sha256(json.dumps([shape, self.tile_size_px, self.precision]).encode())
+        """Returns 16 hex digits that name everything the answers depend on."""
+        settings = [self.config[name] for name in _IMAGE_SETTINGS]
+        digest = hashlib.sha256(json.dumps([settings, self.tile_size_px, self.precision]).encode())
         for part in (self.tower, self.head or {}):
-            found.update(safetensors.torch.save({name: value.contiguous() for name, value in part.items()}))
-        return found.hexdigest()[:16]
+            digest.update(safetensors.torch.save({name: value.contiguous() for name, value in part.items()}))
+        return digest.hexdigest()[:16]
 
     def build(self, device: torch.device, batch: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
         """Returns the map from tiles, uint8 (n, size, size, 3), n > 0, to embeddings or features, float32 (n, D).
 
         Args:
-            device: where it computes.
-            batch: tiles that go through the network at once (other sizes may round otherwise); None: what suits the
-                device.
+            device: the device that computes.
+            batch: tiles that go through the network at once (another size may round differently); None: the device's
+                default.
         """
         config = ModelConfig.model_validate(self.config | {"image_weights": "random"})
         tower = ImageTower(config, self.tile_size_px)
@@ -71,7 +73,7 @@ class ImageNetwork:
         bf16 = uses_bf16(self.precision, device)
         size = batch or _TILES_AT_ONCE[device.type]
 
-        def at_once(tiles: np.ndarray) -> np.ndarray:
+        def forward(tiles: np.ndarray) -> np.ndarray:
             images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
@@ -79,17 +81,9 @@ class ImageNetwork:
         @torch.inference_mode()
         def embed(tiles: np.ndarray) -> np.ndarray:
             tiles = fixed_turns(tiles) if config.test_turns else tiles
-            return np.concatenate([at_once(tiles[start : start + size]) for start in range(0, len(tiles), size)])
+            return np.concatenate([forward(tiles[start : start + size]) for start in range(0, len(tiles), size)])
 
         return embed
-
-
-def _head(config: ModelConfig, num_features: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    head: torch.nn.Module = ProjectionHead(num_features, config.embedding_dim, config.l2_normalise)
-    if config.predictor == "regression":
-        head = torch.nn.Linear(num_features, len(state["bias"]))
-    head.load_state_dict(state)
-    return head
 
 
 def network_of(model: ModelVersion) -> ImageNetwork:
@@ -112,7 +106,7 @@ def encoder_network(model: ModelVersion, image_weights: str, seed: int) -> Image
     """Returns a model version's image encoder with other weights (as `model.image_weights`) and no head.
 
     Raises:
-        ConfigError, ModelError: the weights cannot be had here, on the driver, or do not fit.
+        ConfigError, ModelError: the weights cannot be loaded here, on the driver, or do not fit.
     """
     torch.manual_seed(seed)
     config = model.config.model.model_copy(update={"image_weights": image_weights})
@@ -123,17 +117,24 @@ def encoder_network(model: ModelVersion, image_weights: str, seed: int) -> Image
 def embed_sections(
     root: str, manifest: Manifest, section_ids: Sequence[str], network: ImageNetwork, done: Callable[[int], None]
 ) -> Iterator[tuple[str, Batch]]:
-    """Yields each section's arrays in stored order: embedding float32 (N, D) and rgb float32 (N, 6).
+    """Yields (section id, arrays) in the given order; arrays by spot in stored order.
 
-    `rgb` is each tile's mean and standard deviation of red, green and blue in [0, 1]. `done` is called with the
-    number of spots embedded since its last call.
+    `embedding`: float32 (N, D). `rgb`: each tile's mean and standard deviation of red, green and blue in [0, 1],
+    float32 (N, 6).
+
+    Args:
+        root: of the tile table.
+        manifest: of the tile table.
+        section_ids: the sections to embed.
+        network: the network that embeds.
+        done: called with the number of spots embedded since its last call.
 
     Raises:
-        ResourceError: the cluster has no CPU to decode tiles on beside the one that embeds.
+        ResourceError: the cluster has no CPU left to decode tiles beside the one that embeds.
     """
-    places = [(name, group) for name in section_ids for group in range(len(manifest.section(name).row_groups))]
+    sentences = manifest.sentences(section_ids)
     parts: list[Batch] = []
-    for (name, group), batch in zip(places, _pipeline(root, manifest, places, network), strict=True):
+    for (name, group), batch in zip(sentences, _pipeline(root, manifest, sentences, network), strict=True):
         mask = batch.pop("mask")[0]
         parts.append({key: values[0][mask] for key, values in batch.items()})
         done(int(mask.sum()))
@@ -143,10 +144,10 @@ def embed_sections(
 
 
 def num_embedders(num_cpus: int, num_gpus: int) -> int:
-    """Returns how many actors embed tiles where the work may use so much: each holds a GPU, else one of half the CPUs.
+    """Number of actors that embed on so many CPUs and GPUs: one per GPU or, without GPUs, one per two CPUs.
 
     Raises:
-        ResourceError: there is no CPU to read on, and tasks that read starve for ever where actors hold every CPU.
+        ResourceError: no CPU is left for reading; tasks that read would wait forever while actors occupy every CPU.
     """
     needed = 1 if num_gpus else 2
     if num_cpus < needed:
@@ -157,17 +158,43 @@ def num_embedders(num_cpus: int, num_gpus: int) -> int:
     return num_gpus or num_cpus // 2
 
 
-def _room() -> tuple[int, int]:
+def fixed_turns(tiles: np.ndarray) -> np.ndarray:
+    """Returns tiles, uint8 (n, size, size, 3), each in one of eight orientations, chosen by a checksum of its bytes.
+
+    The published code draws an orientation each time it embeds a Visium tile, so its results cannot be repeated. Here
+    the choice depends on the tile alone, not on order or batch.
+    """
+    turned = np.empty_like(tiles)
+    for index, tile in enumerate(tiles):
+        draw = zlib.crc32(tile.tobytes())
+        tile = tile[:, ::-1] if draw & 1 else tile
+        tile = tile[::-1] if draw & 2 else tile
+        turned[index] = tile.swapaxes(0, 1) if draw & 4 else tile
+    return turned
+
+
+def _head(config: ModelConfig, num_features: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    head: torch.nn.Module = ProjectionHead(num_features, config.embedding_dim, config.l2_normalise)
+    if config.predictor == "regression":
+        head = torch.nn.Linear(num_features, len(state["bias"]))
+    head.load_state_dict(state)
+    return head
+
+
+def _allowed() -> tuple[int, int]:
     """Returns the CPUs and GPUs that datasets made here may use: the cluster's, within the limits of `ordered`."""
-    there, limits = ray.cluster_resources(), DataContext.get_current().execution_options.resource_limits
-    return int(min(there.get("CPU", 0), limits.cpu)), int(min(there.get("GPU", 0), limits.gpu))
+    cluster, limits = ray.cluster_resources(), DataContext.get_current().execution_options.resource_limits
+    return int(min(cluster.get("CPU", 0), limits.cpu)), int(min(cluster.get("GPU", 0), limits.gpu))
 
 
-def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], network: ImageNetwork) -> Iterator[Batch]:
-    num_cpus, num_gpus = _room()
-    num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in places)
-    actors = min(num_embedders(num_cpus, num_gpus), 1 + num_tiles // _TILES_WORTH_AN_ACTOR)
-    rows = [{"section_id": name, "group": group} for name, group in places]
+def _pipeline(
+    root: str, manifest: Manifest, sentences: list[tuple[str, int]], network: ImageNetwork
+) -> Iterator[Batch]:
+    """Yields one padded batch (embedding, rgb, mask) per sentence, in order."""
+    num_cpus, num_gpus = _allowed()
+    num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in sentences)
+    actors = min(num_embedders(num_cpus, num_gpus), 1 + num_tiles // _MIN_TILES_PER_ACTOR)
+    rows = [{"section_id": name, "group": group} for name, group in sentences]
     with ordered():
         dataset = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -188,6 +215,8 @@ def _pipeline(root: str, manifest: Manifest, places: list[tuple[str, int]], netw
 
 @dataclass(frozen=True)
 class _Read:
+    """Reads and decodes one sentence."""
+
     root: str
     manifest: Manifest
 
@@ -199,6 +228,8 @@ class _Read:
 
 
 class _Embed:
+    """Actor: embeds the tiles of one sentence, and takes the mean and deviation of their colours."""
+
     def __init__(self, network: ray.ObjectRef) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._embed = ray.get(network).build(device)
@@ -209,18 +240,3 @@ class _Embed:
         pixels = tiles.reshape(len(tiles), -1, 3) / np.float32(255)
         rgb = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
         return pad({"embedding": self._embed(tiles), "rgb": rgb.astype(np.float32)}, len(mask))
-
-
-def fixed_turns(tiles: np.ndarray) -> np.ndarray:
-    """Returns tiles, uint8 (n, size, size, 3), each flipped and turned by a draw that its own bytes decide.
-
-    The published code draws anew whenever it embeds a Visium tile, so that its results cannot be repeated. Here the
-    checksum draws among the same eight: no result depends on order or batch.
-    """
-    turned = np.empty_like(tiles)
-    for place, tile in enumerate(tiles):
-        draw = zlib.crc32(tile.tobytes())
-        tile = tile[:, ::-1] if draw & 1 else tile
-        tile = tile[::-1] if draw & 2 else tile
-        turned[place] = tile.swapaxes(0, 1) if draw & 4 else tile
-    return turned

@@ -227,7 +227,7 @@ def _load(encoder: nn.Module, state: dict[str, torch.Tensor], origin: str) -> No
     wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if wrong:
         raise ModelError(
-            f"the weights {origin} do not fit {type(encoder).__name__}: {len(wrong)} tensors are missing, unexpected or of "
+            f"the weights {origin} do not fit {type(encoder).__name__}: {len(wrong)} tensors are missing, extra or of "
             f"another shape: {some_of(wrong, _MAX_NAMED)}"
         )
     encoder.load_state_dict(state)

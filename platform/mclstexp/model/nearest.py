@@ -1,8 +1,8 @@
-"""The keys of highest cosine, equal to the bit on any machine and device, in any batch and for any block of keys.
+"""The keys of highest cosine: the same bits on any machine and device, in any batch and for any block of keys.
 
-Directions are rounded to multiples of 2^-24, so that a cosine is a sum of integers that double precision holds without
-rounding: neither the order of summation nor the number of threads nor other queries can change it. The price is
-arithmetic in double precision, and up to 3e-8 of a component in rounding, which single precision leaves too.
+Directions are rounded to multiples of 2^-24, so that a cosine is a sum of integers that double precision represents
+exactly: the order of summation, the number of threads and other queries cannot change it. The price is arithmetic in
+double precision, and a rounding of up to 3e-8 in a component, as in single precision.
 
 Shapes: Q queries, N keys, D embedding, k neighbours.
 """
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 QUERY_BLOCK, KEY_BLOCK = 256, 65_536
-"""Queries and keys that are scored at a time; they bound memory and change no score."""
+"""Queries and keys scored at a time: they limit memory and change no score."""
 _STEPS = 2**24
-_ROWS = 2048  # keys whose doubles fit a processor's cache beside a query block's scores
+_ROWS = 2048  # keys whose doubles fit a processor's cache together with the scores of a query block
 _MIN_NORM = 1e-12
-_FREE_SHARE = 0.5  # of a device's free memory that keys may take
+_MAX_FREE_SHARE = 0.5  # of a device's free memory, for keys
 
 
 def directions(vectors: np.ndarray) -> np.ndarray:
@@ -29,10 +29,10 @@ def directions(vectors: np.ndarray) -> np.ndarray:
 
 
 class Keys:
-    """The directions of N keys, ready to be searched on one device.
+    """The directions of N keys, to be searched on one device.
 
-    On a GPU they stay in its memory where they take at most half of what is free; else each search sends them block by
-    block. On the CPU they are read where they are, which may be a memory map.
+    A GPU keeps them if they take at most half of its free memory; otherwise each search sends them block by block. On
+    the CPU they are read in place, which may be a memory map.
     """
 
     def __init__(self, key_directions: np.ndarray, device: torch.device | None = None) -> None:
@@ -41,18 +41,18 @@ class Keys:
         self._directions: np.ndarray | torch.Tensor = key_directions
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
-            if key_directions.nbytes <= _FREE_SHARE * free:
+            if key_directions.nbytes <= _MAX_FREE_SHARE * free:
                 self._directions = torch.tensor(key_directions, device=self._device)
 
     def nearest(self, queries: np.ndarray, k: int, key_block: int = KEY_BLOCK) -> tuple[np.ndarray, np.ndarray]:
         """Returns the keys of highest cosine, int64 (Q, k), and their cosines, float32 (Q, k); best first.
 
-        Equal cosines go to the lower key. Where there are fewer than k keys, all of them are returned.
+        Among equal cosines the lower key comes first. If there are fewer than k keys, all of them are returned.
 
         Args:
             queries: vectors of any length, (Q, D).
             k: neighbours.
-            key_block: keys that are scored at a time.
+            key_block: keys scored at a time.
         """
         scaled = torch.from_numpy(directions(queries).astype(np.float64) / _STEPS**2).to(self._device)
         found = []
@@ -66,7 +66,7 @@ class Keys:
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
     def _cosines(self, scaled: torch.Tensor, keys: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Returns cosines, float32 (Q, N), of scaled queries in float64; keys become doubles a few at a time."""
+        """Returns cosines, float32 (Q, N), of scaled float64 queries; keys are converted to float64 a few at a time."""
         cosines = torch.empty(len(scaled), len(keys), device=self._device)
         for start in range(0, len(keys), _ROWS):
             rows = slice(start, start + _ROWS)
@@ -81,23 +81,23 @@ class Keys:
 def nearest(
     queries: np.ndarray, key_directions: np.ndarray, k: int, key_block: int = KEY_BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what `Keys.nearest` does, on the CPU."""
+    """Returns the result of `Keys.nearest` on the CPU."""
     return Keys(key_directions).nearest(queries, k, key_block)
 
 
 def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
-    """Returns the columns of each row's k highest scores, best first and ties by the lower column, int64 (Q, k).
+    """Returns the columns of each row's k highest scores, best first, ties by the lower column, int64 (Q, k).
 
-    For candidates of consecutive key blocks side by side, each block best first, the lower column is the lower key.
+    For the candidates of consecutive key blocks in a row, each block best first, the lower column is the lower key.
     """
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
 def _top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (ids, scores) of the k highest of each row, best first and ties by the lower id."""
+    """Returns (ids, scores) of the k highest of each row, best first, ties by the lower id."""
     values, ids = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     ids = ids[:, :k]
-    ambiguous = (values[:, k:] == values[:, k - 1 : k]).any(dim=1)  # the best one left out equals the last one taken
+    ambiguous = (values[:, k:] == values[:, k - 1 : k]).any(dim=1)  # the best key left out equals the last key taken
     if ambiguous.any():
         ids[ambiguous] = scores[ambiguous].argsort(dim=1, descending=True, stable=True)[:, :k]
     ids = ids.sort(dim=1).values

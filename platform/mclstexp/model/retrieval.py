@@ -1,7 +1,7 @@
 """Exact retrieval: each query gets the weighted mean of its k nearest keys' payloads.
 
-An answer does not depend on the other queries, their batches or the device: cosines are exact (`nearest.py`), and
-weighted payloads are summed in a fixed order, key block by key block.
+An answer does not depend on other queries, batches or the device: cosines are exact (`nearest.py`), and weighted
+payloads are summed in a fixed order, key block by key block. The price is a sum on the CPU, one query at a time.
 
 Shapes: Q queries, N keys, D embedding, G genes, k neighbours.
 """
@@ -24,7 +24,7 @@ _NORMS = {"l1": 1, "l2": 2}
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What the bank says of Q queries, and how sure it may be."""
+    """The bank's answer to Q queries, with measures of its certainty."""
 
     prediction: np.ndarray
     """float32 (Q, G), in the bank's unit."""
@@ -33,20 +33,20 @@ class Retrieved:
     effective_donors: np.ndarray
     """1 / sum of squared weights (Kish 1965), float32 (Q,)."""
     donor_share: np.ndarray
-    """Weight of the patient who gave most, float32 (Q,)."""
+    """Total weight of the patient with the largest weight, float32 (Q,)."""
 
 
 def regressed(prediction: np.ndarray) -> Retrieved:
-    """Returns predictions of a direct regression, float32 (Q, G), which has neither neighbours nor donors: NaN."""
+    """Returns predictions of a direct regression, float32 (Q, G); what needs neighbours or donors is NaN."""
     unknown = np.full(len(prediction), np.nan, np.float32)
     return Retrieved(prediction, unknown, unknown, unknown)
 
 
 def resolve(config: RetrievalConfig, num_keys: int) -> RetrievalConfig:
-    """Returns the settings with `k` and `temperature` filled in.
+    """Returns the settings with defaults for an empty `k` and `temperature`.
 
     Raises:
-        ModelError: `k` is set and exceeds the bank.
+        ModelError: `k` is set and exceeds the number of keys.
     """
     if config.k is not None and config.k > num_keys:
         raise ModelError(f"retrieval.k={config.k} exceeds the bank's {num_keys} spots; use at most {num_keys}")
@@ -56,17 +56,17 @@ def resolve(config: RetrievalConfig, num_keys: int) -> RetrievalConfig:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Each query's best keys, best first; equal cosines by the lower key."""
+    """Each query's nearest keys, best first; among equal cosines the lower key first."""
 
     ids: np.ndarray
     """Rows of the bank, int64 (Q, k)."""
     similarity: np.ndarray
     """Cosines, float32 (Q, k)."""
     distance: np.ndarray | None
-    """Between un-normalised vectors, float64 (Q, k); None where the weighting does not need it."""
+    """Between un-normalised vectors, float64 (Q, k); None if the weighting does not need it."""
 
     def first(self, k: int) -> "Neighbours":
-        """Returns the k best."""
+        """Returns each query's k nearest."""
         distance = None if self.distance is None else self.distance[:, :k]
         return Neighbours(self.ids[:, :k], self.similarity[:, :k], distance)
 
@@ -78,7 +78,7 @@ def retrieve(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Key
         queries: embeddings of tiles.
         bank: the measured spots.
         config: as `resolve` returns it.
-        keys: the bank's directions on another device (default: they are searched on the CPU).
+        keys: the bank's directions on the device that searches them (default: the CPU).
     """
     keys = keys or Keys(bank.directions)
     starts = range(0, max(1, len(queries)), QUERY_BLOCK)
@@ -86,20 +86,44 @@ def retrieve(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Key
     return Retrieved(**{name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
 
 
+def explain(
+    query_D: np.ndarray, bank: Bank, config: RetrievalConfig, top: int, genes: Mapping[str, int] | None = None
+) -> pd.DataFrame:
+    """Returns the spots with the largest weights in a tile's prediction: one row per spot, by weight, then cosine.
+
+    Columns: section_id, patient_id, spot_id; similarity (cosine, float32) and weight (float64), as in the prediction:
+    over all k neighbours, weights sum to 1 and the weighted mean of payloads is the prediction.
+
+    Args:
+        query_D: the tile's embedding, float32 (D,).
+        bank: the bank of the prediction.
+        config: as `resolve` returns it.
+        top: largest number of rows; there are never more than k.
+        genes: columns to add, by name, with their index in the payload: each spot's measured expression, in the bank's
+            unit.
+    """
+    found = neighbours(query_D[None], bank, config)
+    weight = weights(found, config)[0]
+    order = np.argsort(-weight, kind="stable")[:top]
+    rows = found.ids[0, order]
+    donors = {name: getattr(bank, name)[rows] for name in ("section_id", "patient_id", "spot_id")}
+    voters = pd.DataFrame(donors | {"similarity": found.similarity[0, order], "weight": weight[order]})
+    return voters.assign(**{name: bank.payload[rows, column] for name, column in (genes or {}).items()})
+
+
 def neighbours(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Keys | None = None) -> Neighbours:
-    """Returns the config.k best keys of each query, float32 (Q, D); `keys` as `retrieve` takes them."""
+    """Returns the config.k nearest keys of each query, float32 (Q, D); `keys` as in `retrieve`."""
     ids, similarity = (keys or Keys(bank.directions)).nearest(queries, config.k or DEFAULT_K)
-    inverse = config.weighting == "inverse_square"
-    return Neighbours(
-        ids, similarity, _distances(queries, bank.keys, ids, _NORMS[config.distance]) if inverse else None
-    )
+    if config.weighting != "inverse_square":
+        return Neighbours(ids, similarity, None)
+    return Neighbours(ids, similarity, _distances(queries, bank.keys, ids, _NORMS[config.distance]))
 
 
 def weights(found: Neighbours, config: RetrievalConfig) -> np.ndarray:
-    """Returns each neighbour's weight, float64 (Q, k), rows summing to 1.
+    """Returns each neighbour's weight, float64 (Q, k); rows sum to 1.
 
-    `softmax`: of cosine / temperature. `inverse_square`: 1 / d^2 of the un-normalised vectors, L1 or L2, as
-    mclSTExp does (2024, https://arxiv.org/abs/2407.08216). `mean`: all alike, as BLEEP does (2023,
+    `softmax`: of cosine / temperature. `inverse_square`: 1 / d^2 of the un-normalised vectors, L1 or L2, as in
+    mclSTExp (2024, https://arxiv.org/abs/2407.08216). `mean`: equal, as in BLEEP (2023,
     https://arxiv.org/abs/2306.01859).
     """
     if config.weighting == "softmax":
@@ -115,7 +139,7 @@ def weights(found: Neighbours, config: RetrievalConfig) -> np.ndarray:
 def weighted_mean(ids: np.ndarray, weight: np.ndarray, payload: np.ndarray, key_block: int = KEY_BLOCK) -> np.ndarray:
     """Returns each query's weighted mean of its neighbours' payloads, float32 (Q, G).
 
-    Sums are taken in double precision within each block of keys, then added in the order of blocks.
+    Sums are taken in double precision within each block of keys, then added in the order of the blocks.
 
     Args:
         ids: rows of the bank, int64 (Q, k).
@@ -124,9 +148,9 @@ def weighted_mean(ids: np.ndarray, weight: np.ndarray, payload: np.ndarray, key_
         key_block: keys in a block.
     """
     mean = np.zeros((len(ids), payload.shape[1]))
-    for query, block in enumerate(ids // key_block):
-        for each in np.unique(block):
-            chosen = block == each
+    for query, blocks in enumerate(ids // key_block):
+        for block in np.unique(blocks):
+            chosen = blocks == block
             rows = payload[ids[query, chosen]]
             mean[query] += np.einsum("k,kg->g", weight[query, chosen], rows)  # unlike @, in a fixed order
     return mean.astype(np.float32)
@@ -135,45 +159,21 @@ def weighted_mean(ids: np.ndarray, weight: np.ndarray, payload: np.ndarray, key_
 def _answer(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Keys) -> Retrieved:
     """Returns the answer to at most QUERY_BLOCK queries."""
     found = neighbours(queries, bank, config, keys)
-    share = weights(found, config)
+    weight = weights(found, config)
     patients, patient = np.unique(bank.patient_code[found.ids], return_inverse=True)
-    by_patient = np.zeros((len(share), len(patients)))
-    np.add.at(by_patient, (np.arange(len(share))[:, None], patient), share)
+    by_patient = np.zeros((len(weight), len(patients)))
+    np.add.at(by_patient, (np.arange(len(weight))[:, None], patient), weight)
     return Retrieved(
-        prediction=weighted_mean(found.ids, share, bank.payload),
+        prediction=weighted_mean(found.ids, weight, bank.payload),
         similarity=found.similarity[:, 0],
-        effective_donors=(1 / (share**2).sum(axis=1)).astype(np.float32),
+        effective_donors=(1 / (weight**2).sum(axis=1)).astype(np.float32),
         donor_share=by_patient.max(axis=1, initial=0).astype(np.float32),
     )
 
 
-def _distances(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray, order: int) -> np.ndarray:
-    """Returns each query's distance to its own keys in the norm of this order, float64 (Q, k)."""
-    distances = np.empty(rows.shape)
-    for query, of, found in zip(queries, rows, distances, strict=True):
-        found[:] = np.linalg.norm(keys[of].astype(np.float64) - query, order, axis=1)
+def _distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray, order: int) -> np.ndarray:
+    """Returns each query's distances to its neighbours in the norm of this order, float64 (Q, k)."""
+    distances = np.empty(ids.shape)
+    for row, (query, neighbour_ids) in enumerate(zip(queries, ids, strict=True)):
+        distances[row] = np.linalg.norm(keys[neighbour_ids].astype(np.float64) - query, order, axis=1)
     return distances
-
-
-def explain(
-    query_D: np.ndarray, bank: Bank, config: RetrievalConfig, top: int, genes: Mapping[str, int] | None = None
-) -> pd.DataFrame:
-    """Returns the spots that voted most for a tile, one a row, the greatest weight first, then the best match.
-
-    Columns: section_id, patient_id, spot_id; similarity (cosine, float32) and weight (float64), which are those of the
-    prediction: over all k spots that voted, weights sum to 1 and the weighted mean of payloads is the prediction.
-
-    Args:
-        query_D: the tile's embedding, float32 (D,).
-        bank: that the prediction was read from.
-        config: as `retrieval.resolve` returns it.
-        top: rows wanted; there are never more than k.
-        genes: columns to add, by name, with their place in the payload: what each spot measured, in the bank's unit.
-    """
-    found = neighbours(query_D[None], bank, config)
-    weight = weights(found, config)[0]
-    most = np.argsort(-weight, kind="stable")[:top]
-    rows = found.ids[0, most]
-    donors = {name: getattr(bank, name)[rows] for name in ("section_id", "patient_id", "spot_id")}
-    voters = pd.DataFrame(donors | {"similarity": found.similarity[0, most], "weight": weight[most]})
-    return voters.assign(**{name: bank.payload[rows, column] for name, column in (genes or {}).items()})

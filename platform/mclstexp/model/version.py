@@ -1,11 +1,13 @@
-"""A model version as a folder: everything that a prediction needs, and nothing that must be unpickled.
+"""A model version as a folder: everything a prediction needs, and nothing that must be unpickled.
 
-A direct regression has no bank; every other version has one.
+Weights and bank are safetensors, the rest JSON and Parquet; a direct regression has no bank. `files.json` has every
+file's checksum, and its own digest names the version. A folder with a missing or edited file is refused, and so is a
+bank made for other weights, genes, tiles or normalisers, whatever the checksums say. The price is that loading reads
+every byte once, also of a bank that is then read by memory map.
 
-Weights and bank are safetensors, the rest JSON and Parquet; `files.json` holds every file's checksum, and its own
-digest names the version. A folder that lacks a file or was edited is refused, and so is a bank that was made for other
-weights, genes, tiles or normalisers, whatever the checksums say. Schema 1 knew no `ood_similarity`: such a version
-loads, and leaves open which tiles are out of distribution. Banks of schema 1 and 2 do not say what they were made for.
+Schema 4 stores the directions of the bank's keys. Earlier versions load too: without stored directions (1 to 3, they
+are computed), without a note of what the bank was made for (1 and 2), and without `ood_similarity` (1, so that tiles
+are not flagged as out of distribution).
 """
 
 import hashlib
@@ -31,6 +33,7 @@ MODEL_SCHEMA = 4
 _READ_SCHEMAS = (1, 2, 3, MODEL_SCHEMA)
 FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
 MPP_TOLERANCE = 0.02
+"""Largest relative difference between the resolutions of a model's tiles and a table's."""
 
 
 class TrainingRecord(BaseModel):
@@ -44,7 +47,7 @@ class TrainingRecord(BaseModel):
     patients: tuple[str, ...]
     validation_sections: tuple[str, ...]
     validation_patients: tuple[str, ...] = ()
-    """Theirs; empty in versions that do not name them."""
+    """Patients of `validation_sections`; empty in versions that do not record them."""
     test_sections: tuple[str, ...]
     epochs: int
 
@@ -81,12 +84,12 @@ class ModelVersion:
         self.num_positions = num_positions
         self.weights = weights
         self.ood_similarity = ood_similarity
-        """Best cosine below which a tile is out of distribution; None where that is unknown."""
+        """Best cosine below which a tile is out of distribution; None if unknown."""
         self.digest = ""
-        """12 hex digits that name the version's content; empty until it was saved or loaded."""
+        """12 hex digits that name the version's content; empty until it is saved or loaded."""
 
     def predict(self, embedding: np.ndarray) -> Retrieved:
-        """Returns what the version says of tiles, from their embeddings by `embed.network_of`, float32 (N, D)."""
+        """Returns the version's answer to tiles, from their embeddings by `embed.network_of`, float32 (N, D)."""
         if self.bank is None:
             return regressed(embedding)
         return retrieve(embedding, self.bank, resolve(self.config.retrieval, len(self.bank)))
@@ -121,10 +124,10 @@ class ModelVersion:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ModelVersion":
-        """Returns the version that `save` wrote.
+        """Returns the version that `save` wrote, in this or an earlier schema.
 
         Raises:
-            ModelError: a file is missing or was edited, or the version is of another schema.
+            ModelError: a file is missing or was edited, the schema is unknown, or the bank belongs to another version.
         """
         folder = Path(folder)
         _verify(folder)
@@ -138,42 +141,22 @@ class ModelVersion:
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is no model version that this code reads: {error}") from error
-        panel, config = GenePanel.from_json(record.panel), recorded_config(record.config, str(folder))
-        geometry = (record.tile_size_px, record.mpp)
-        positions, ood = record.num_positions, record.ood_similarity
-        version = cls(config, panel, geometry, positions, record.training, weights, bank, ood)
-        if (bank is None) != (config.model.predictor == "regression"):
-            has = "no bank" if bank is None else "a bank"
-            raise ModelError(f"{folder} has {has}, and model.predictor={config.model.predictor}; fetch it again")
-        if bank is not None and bank.payload.shape[1] != len(panel):
-            raise ModelError(f"the bank of {folder} has {bank.payload.shape[1]} genes, its panel {len(panel)}")
-        if bank is not None:
-            version._require_own_bank(folder)
+        version = cls(
+            config=recorded_config(record.config, str(folder)),
+            panel=GenePanel.from_json(record.panel),
+            geometry=(record.tile_size_px, record.mpp),
+            num_positions=record.num_positions,
+            training=record.training,
+            weights=weights,
+            bank=bank,
+            ood_similarity=record.ood_similarity,
+        )
+        version._require_own_bank(folder)
         version.digest = _sha256(folder / FILES)[:12]
         return version
 
-    def _identity(self, folder: Path) -> dict[str, str]:
-        """Returns what a bank answers for, and no other version's does."""
-        spot, target = normalisers(self.config.genes)
-        return {
-            "weights": f"with SHA-256 {_sha256(folder / WEIGHTS)[:12]}...",
-            "a panel": f"of {len(self.panel)} genes with SHA-256 {_digest(self.panel.to_json())[:12]}...",
-            "tiles": f"of {self.tile_size_px} px at {self.mpp!r} um/px",
-            "spots": f"in {spot.unit()}",
-            "a target": f"in {target.unit()}",
-        }
-
-    def _require_own_bank(self, folder: Path) -> None:
-        own = self._identity(folder)
-        for name, value in made_for(folder).items():
-            if own.get(name) != value:
-                raise ModelError(
-                    f"the bank of {folder} does not belong to it: it was made for {name} {value}, the model version "
-                    f"has {name} {own.get(name)}; fetch it again"
-                )
-
     def require_table(self, manifest: Manifest) -> None:
-        """Checks that a tile table was cut as the model's tiles were.
+        """Checks that a table's tiles were cut like the model's.
 
         Raises:
             ModelError: tile size, resolution or encoding differ; names both values.
@@ -195,12 +178,42 @@ class ModelVersion:
                 f"--tiles.encoding {self.config.tiles.encoding} --tiles.jpeg_quality {self.config.tiles.jpeg_quality}"
             )
 
+    def _identity(self, folder: Path) -> dict[str, str]:
+        """Returns the properties of this version that its bank depends on, by name."""
+        spot, target = normalisers(self.config.genes)
+        return {
+            "weights": f"with SHA-256 {_sha256(folder / WEIGHTS)[:12]}...",
+            "a panel": f"of {len(self.panel)} genes with SHA-256 {_sha256_of(self.panel.to_json())[:12]}...",
+            "tiles": f"of {self.tile_size_px} px at {self.mpp!r} um/px",
+            "spots": f"in {spot.unit()}",
+            "a target": f"in {target.unit()}",
+        }
+
+    def _require_own_bank(self, folder: Path) -> None:
+        """Checks that there is a bank if and only if the version retrieves, and that it was made for this version."""
+        bank, predictor = self.bank, self.config.model.predictor
+        if (bank is None) != (predictor == "regression"):
+            has = "no bank" if bank is None else "a bank"
+            raise ModelError(f"{folder} has {has}, and model.predictor={predictor}; fetch it again")
+        if bank is None:
+            return
+        if bank.payload.shape[1] != len(self.panel):
+            raise ModelError(f"the bank of {folder} has {bank.payload.shape[1]} genes, its panel {len(self.panel)}")
+        own = self._identity(folder)
+        for name, value in made_for(folder).items():
+            if own.get(name) != value:
+                raise ModelError(
+                    f"the bank of {folder} does not belong to it: it was made for {name} {value}, the model version "
+                    f"has {name} {own.get(name)}; fetch it again"
+                )
+
 
 def _encoding(source: TilesConfig | Manifest) -> str:
     return f"jpeg of quality {source.jpeg_quality}" if source.encoding == "jpeg" else source.encoding
 
 
 def _verify(folder: Path) -> None:
+    """Checks that every file is listed in `files.json`, is there and has its checksum."""
     try:
         files = json.loads((folder / FILES).read_text())
         unlisted = {MODEL, WEIGHTS, *(name for name in (ARRAYS, DONORS) if (folder / name).exists())} - files.keys()
@@ -208,18 +221,18 @@ def _verify(folder: Path) -> None:
         raise ModelError(f"{folder} is no model version: {FILES} cannot be read ({error})") from error
     if unlisted:
         raise ModelError(f"{FILES} of the model version {folder} does not list {', '.join(sorted(unlisted))}")
-    for name, checksum in files.items():
+    for name, expected in files.items():
         path = folder / Path(name).name
         if not path.is_file():
             raise ModelError(f"the model version {folder} is incomplete: {name} is missing; fetch it again")
-        if (found := _sha256(path)) != checksum:
+        if (found := _sha256(path)) != expected:
             raise ModelError(
                 f"{name} of the model version {folder} was changed after it was saved: it has SHA-256 {found[:12]}..., "
-                f"{FILES} says {str(checksum)[:12]}...; fetch it again"
+                f"{FILES} says {str(expected)[:12]}...; fetch it again"
             )
 
 
-def _digest(text: str) -> str:
+def _sha256_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
