@@ -59,9 +59,8 @@ def parse(
     fields = {**kind.model_fields, **{name: _setting(name) for name in settings}}
     values = {name: _value(fields[name], text) for name, text in given.items()}
     arguments = _validated(kind, {name: value for name, value in values.items() if name in kind.model_fields})
-    config = override(
-        load_config(known.config), {name: value for name, value in values.items() if "." in name}, "the command line"
-    )
+    changed = {name: value for name, value in values.items() if "." in name}
+    config = override(load_config(known.config if settings else None), changed, "the command line")
     os.environ.update(config.storage.environment())
     if not arguments.verbose:
         hide_logs_of_ray()
@@ -92,7 +91,10 @@ def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequ
     own = {name: field for name, field in kind.model_fields.items() if name not in JobArguments.model_fields}
     for name, field in own.items():
         _add(parser, _option(name), name, field)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a file; the command line wins over it.")
+    if settings:
+        parser.add_argument(
+            "--config", metavar="FILE.yaml", help="Settings from a file; the command line wins over it."
+        )
     for name, field in JobArguments.model_fields.items():
         _add(parser, _option(name), name, field)
     groups: dict[str, argparse._ArgumentGroup] = {}

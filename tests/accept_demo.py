@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY_LINE = re.compile(
-    r"core_worker\.cc|Token authentication|Progress bars disabled|alembic|mlflow\.(store|tracking)|^\(\w+ pid=|WARNING|INFO",
+    r"core_worker\.cc|Token auth|Progress bars disabled|alembic|mlflow\.(store|tracking)|^\(\w+ pid=|WARNING|INFO",
     re.MULTILINE,
 )
 

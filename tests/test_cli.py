@@ -5,18 +5,42 @@ import sys
 from pathlib import Path
 
 import pytest
-from _cli import Argument, describe, parse
+from _cli import JobArguments, describe, parse
+from pydantic import Field
 
 from mclstexp.config import Config, leaf_fields, load_config
 from mclstexp.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(path for path in (ROOT / "jobs").glob("[!_]*.py") if path.name != "demo.py")
-ARGUMENTS = [Argument("data", "a table"), Argument("out", "a place", required=False, default="runs")]
+
+
+class Arguments(JobArguments):
+    """Arguments of a job that is none."""
+
+    data: str
+    """A table."""
+    out: str = "runs"
+    """Where results go."""
+    page_mb: float = Field(40.0, gt=0)
+    """Size of a page."""
+    genes: tuple[str, ...] = ()
+    """Some genes."""
+
+
+def _parse_both(*argv: str) -> tuple[Arguments, Config]:
+    blocks = ["train", "model", "split"]
+    return parse(Arguments, "Does it.", "python jobs/x.py", blocks, ["--data", "d", "--verbose", *argv])
 
 
 def _parse(*argv: str) -> Config:
-    return parse("Does it.", "python jobs/x.py", ARGUMENTS, ["train", "model", "split"], ["--data", "d", *argv])[1]
+    return _parse_both(*argv)[1]
+
+
+def test_arguments_have_their_types_and_defaults() -> None:
+    arguments, _ = _parse_both("--page-mb", "2.5", "--genes", "A,B", "--dry-run")
+    assert (arguments.data, arguments.out, arguments.page_mb) == ("d", "runs", 2.5)
+    assert (arguments.genes, arguments.dry_run, arguments.verbose) == (("A", "B"), True, True)
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -42,6 +66,8 @@ def test_values_of_every_kind() -> None:
         (["--train.epoch", "3"], "unknown setting train.epoch in the command line; did you mean train.epochs?"),
         (["--train.spot_layers", "3"], "did you mean model.spot_layers?"),
         (["--dta", "x"], "did you mean data?"),
+        (["--page-mb", "0"], "--page-mb='0': Input should be greater than 0"),
+        (["--page-mb", "large"], "--page-mb='large': Input should be a valid number"),
         (["--train.epochs", "many"], "train.epochs='many': Input should be a valid integer"),
         (["--train.tower_lr", "nan"], "train.tower_lr"),
         (["--model.temperature", "0"], "model.temperature"),

@@ -1,6 +1,6 @@
 """What the demo decides itself: who is held out, and which slides are predicted."""
 
-import argparse
+import sys
 from pathlib import Path
 
 import demo
@@ -22,8 +22,7 @@ def test_the_last_measured_patient_is_held_out(rows: list[SectionRow]) -> None:
 
 def test_each_choice_of_inputs_has_a_folder_of_its_own(tmp_path: Path) -> None:
     def folder(**inputs: str) -> str:
-        arguments = {"samples": None, "weights": None, "test_patient": None} | inputs
-        return demo.default_folder(argparse.Namespace(**arguments))
+        return demo.default_folder(demo.DemoArguments(**inputs))
 
     choices = [{}, {"samples": "a.csv"}, {"samples": "b/a.csv"}, {"samples": "a.csv", "weights": "w.pth"}]
     choices.append({"samples": "a.csv", "test_patient": "B"})
@@ -47,3 +46,13 @@ def test_else_the_held_out_slides_are_predicted_without_their_counts(rows: list[
     written = read_sheet(demo.write_slide_sheet(tmp_path / "slides.csv", measured, "P3"))
     assert [row.section_id for row in written] == ["P3S1", "P3S2"]
     assert not any(row.measured for row in written)
+
+
+def test_a_dry_run_prints_the_commands_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--dry-run", "--verbose", "--out", str(tmp_path / "demo")])
+    demo.main()
+    commands = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("$ python")]
+    assert commands == [f"jobs/{job}.py" for job in ("prepare", "train", "evaluate", "report", "predict")]
+    assert list(tmp_path.iterdir()) == []
