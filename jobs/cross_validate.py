@@ -48,6 +48,8 @@ def main() -> None:
 
     from mclstexp import cluster, progress, storage, tracking
     from mclstexp.data.schema import load_manifest
+    from mclstexp.evaluation.save import RECORD
+    from mclstexp.evaluation.show import card_tables
     from mclstexp.model.encoders import require_encoder
     from mclstexp.model.losses import require_loss
     from tuning import cross_validation as folds_of
@@ -55,7 +57,7 @@ def main() -> None:
     for weights in (config.model.image_weights, arguments.probe_weights or "random"):
         require_encoder(config.model.image_encoder, weights)
     require_loss(config)
-    marker_sets = markers(arguments)
+    marker_sets = markers(arguments.cohort, arguments.markers)
     manifest, protocol, probe = load_manifest(arguments.data), arguments.protocol, arguments.probe_weights
     folds = folds_of.make_folds(manifest, config, protocol, arguments.folds)
     name = arguments.name or folds_of.default_name(arguments.out, manifest, protocol, config, probe, marker_sets)
@@ -79,10 +81,10 @@ def main() -> None:
         failed = folds_of.run_folds(folds, study, show)
     folds_of.require_all(failed, folds, study)
     card = folds_of.collect(folds_of.scored_folds(manifest, study), study)
-    Console(width=120).print(card.table())
+    Console(width=120).print(card_tables(card))
     _publish(card, study, config)
     print(f"MLflow run {study.mlflow_run_id} at {config.tracking.uri}")
-    print(f"score card {storage.join(uri, folds_of.RESULT)}")
+    print(f"score card {storage.join(uri, RECORD)}")
 
 
 def _publish(card: "ScoreCard", study: "Study", config: "Config") -> None:
@@ -90,11 +92,11 @@ def _publish(card: "ScoreCard", study: "Study", config: "Config") -> None:
     import tempfile
 
     from mclstexp import storage, tracking
-    from tuning.cross_validation import RESULT
+    from mclstexp.evaluation.save import RECORD, save_card
 
     with tempfile.TemporaryDirectory() as folder:
-        card.save(folder)
-        storage.upload_folder(folder, study.uri, last=RESULT)
+        save_card(card, folder)
+        storage.upload_folder(folder, study.uri, last=RECORD)
         metrics = tracking.metric_log(config.tracking, study.mlflow_run_id)
         metrics.log(0, card.metrics())
         metrics.close()

@@ -4,66 +4,85 @@
 Run the same command again and it goes on: no finished trial is repeated. Test patients (--split.test_*) are never seen.
 """
 
+from typing import TYPE_CHECKING, Literal
+
 import _launch  # first: puts the project on the path
-from _cli import Argument, describe, parse, run
+from _cli import JobArguments, describe, parse, run
+from pydantic import Field
+
+if TYPE_CHECKING:
+    from mclstexp.config import Config
+    from tuning.space import Space
+    from tuning.sweep import Sweep, Trial
 
 EXAMPLE = "python jobs/tune.py --data s3://bucket/tiles --space jobs/configs/sweep.yaml --trials 20"
-ARGUMENTS = [
-    Argument("data", "tile table (made by jobs/prepare.py): a folder or s3:// URI"),
-    Argument("space", "YAML file: dotted settings to lists of values or ranges"),
-    Argument("trials", "how many trainings; a grid has one for each of its points [20]", False, "20"),
-    Argument("search", "random, grid or optuna [random]", False, "random"),
-    Argument("out", "where sweeps keep trials and results [runs/sweeps]", False, "runs/sweeps"),
-    Argument("name", "the sweep's name; the same name goes on [made from settings, space and data]", False),
-    Argument("promote", "register the best model as challenger, and as champion where it is better", is_switch=True),
-]
-SECTIONS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval", "tune", "tracking")
+BLOCKS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval", "tune", "tracking")
+
+
+class TuneArguments(JobArguments):
+    """What to search over, and where the sweep goes."""
+
+    data: str
+    """Tile table (made by jobs/prepare.py): a folder or s3:// URI."""
+    space: str
+    """YAML file: dotted settings to lists of values or ranges."""
+    trials: int = Field(20, ge=1)
+    """Number of trainings; a grid has one for each of its points."""
+    search: Literal["random", "grid", "optuna"] = "random"
+    """How settings are chosen: at random, every point of a grid, or by Optuna from earlier scores."""
+    out: str = "runs/sweeps"
+    """Folder of the sweeps: trials and results."""
+    name: str | None = None
+    """Name of the sweep; the same name goes on where it stopped. Default made from settings, space and data."""
+    promote: bool = False
+    """Register the best model as challenger, and as champion if it is better."""
 
 
 def main() -> None:
-    """Parses, checks, runs the trials, scores them, sums up, promotes."""
-    arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
+    """Parses, checks, runs the trials, scores them, publishes the results, promotes."""
+    arguments, config = parse(TuneArguments, __doc__ or "", EXAMPLE, BLOCKS)
     from mclstexp import cluster, storage
     from mclstexp.data.schema import load_manifest
     from mclstexp.model.encoders import require_encoder
     from mclstexp.model.losses import require_loss
     from tuning.forecast import plan
-    from tuning.space import digest, load_space, num_trials, require_search
-    from tuning.sweep import with_validation
+    from tuning.space import load_space, num_trials
+    from tuning.sweep import default_name, with_validation
 
-    search, asked = require_search(arguments.search, arguments.trials)
     require_encoder(config.model.image_encoder, config.model.image_weights)
     require_loss(config)
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
     config = with_validation(manifest, config)
-    trials = num_trials(space, search, asked)
-    name = arguments.name or f"sweep-{config.digest()}-{manifest.digest()[:6]}-{digest(space)}-{search}{trials}"
+    search, trials = arguments.search, num_trials(space, arguments.search, arguments.trials)
+    _launch.connect(config)  # a plan states how many trials run side by side
+    name = arguments.name or default_name(arguments.out, manifest, config, space, search, trials)
     uri = storage.join(storage.absolute(arguments.out), name)
-    _launch.connect(config)  # a plan says what runs side by side
+    cluster.require(config)
     if arguments.dry_run:
-        cluster.require(config)
-        print(describe(config, SECTIONS))
+        print(describe(config, BLOCKS))
         print(plan(manifest, config, space, search, trials))
         print(f"would go into {uri}")
         return
-    _run(arguments, config, space, search, trials, name, uri)
+    _run(arguments, config, space, trials, uri)
 
 
-def _run(arguments, config, space, search: str, trials: int, name: str, uri: str) -> None:  # noqa: ANN001
-    from mclstexp import cluster, storage, tracking
+def _run(arguments: TuneArguments, config: "Config", space: "Space", trials: int, uri: str) -> None:
+    from mclstexp import cluster, progress, storage, tracking
     from tuning.results import BEST, publish, score_trials
     from tuning.sweep import open_sweep, run_trials
 
+    name, tags = uri.rpartition("/")[2], {"protocol": config.split.protocol}
+
+    def track(recorded: str | None) -> str:
+        return tracking.start_run(config, name, tags, recorded)
+
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
-    cluster.require(config)
-    tags = {"protocol": config.split.protocol}
-    sweep = open_sweep(
-        arguments.data, uri, config, space, search, trials, lambda: tracking.start_run(config, name, tags)
-    )
+    sweep = open_sweep(arguments.data, uri, config, space, arguments.search, trials, track)
     print(f"sweep {name}: {trials} trials, validated on {', '.join(config.split.validation_patients)}", flush=True)
-    ended = run_trials(sweep)
-    score_trials(sweep, ended)
+    with progress.bars() as show:
+        ended = run_trials(sweep, show)
+        score_trials(sweep, ended, show)
     best = publish(sweep, ended)
     if arguments.promote:
         _promote(sweep, best)
@@ -73,10 +92,12 @@ def _run(arguments, config, space, search: str, trials: int, name: str, uri: str
     print(f"best settings {storage.join(uri, BEST)}")
 
 
-def _promote(sweep, best) -> None:  # noqa: ANN001
+def _promote(sweep: "Sweep", best: "Trial") -> None:
+    from mclstexp import progress
     from tuning.promotion import promote
 
-    promotion = promote(sweep, best)
+    with progress.bars() as show:
+        promotion = promote(sweep, best, show)
     alias = "challenger and champion" if promotion.is_champion else "challenger only"
     print(f"version {promotion.version} of {sweep.plan.config.tracking.model_name} is {alias}: {promotion.reason}")
 

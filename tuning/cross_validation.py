@@ -22,6 +22,8 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.save import PER_GENE, ROWS, save_card
+from mclstexp.evaluation.save import RECORD as RESULT
 from mclstexp.evaluation.score_card import ScoreCard
 from mclstexp.evaluation.scores import read_table
 from mclstexp.model.version import ModelVersion
@@ -32,7 +34,6 @@ from mclstexp.training.trainer import train_to_end
 from tuning.study import Track, open_record, study_name
 
 RECORD, SCORES, FEATURES = "study.json", "scores", "features"
-RESULT, ROWS, PER_GENE = "score_card.json", "score_card.csv", "per_gene.csv"
 LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
 POLL_S = 1.0
 
@@ -281,7 +282,7 @@ def _score(run: Run, model: ModelVersion, study: Study, metrics: MetricLog) -> N
     card = replace(card, training_runs={run.name: run.mlflow_run_id})
     metrics.log(0, card.metrics())
     with tempfile.TemporaryDirectory() as folder:
-        card.save(folder)
+        save_card(card, folder)
         storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RESULT)
 
 

@@ -1,4 +1,8 @@
-"""Writes what a sweep came to: table, best settings and pictures, beside its trials and into its MLflow run."""
+"""The results of a sweep: table, best settings, pictures and score cards, beside its trials and in its MLflow run.
+
+Every trial that did not fail is scored on the validation patients, stopped ones too, so that the table is complete at
+the price of a bank for each.
+"""
 
 import math
 import tempfile
@@ -9,29 +13,46 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mclstexp import storage, tracking
 from mclstexp.config import Config, override
 from mclstexp.errors import RunError
 from mclstexp.evaluation.evaluate import evaluate
-from mclstexp.evaluation.save import save_card
+from mclstexp.evaluation.save import RECORD, save_card
 from mclstexp.model.version import ModelVersion
-from mclstexp.training import finish
+from mclstexp.progress import Show, hidden
+from mclstexp.training.finish import finished_model
 from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning import pictures
-from tuning.cross_validation import FEATURES, RESULT, SCORES
+from tuning.cross_validation import FEATURES, SCORES
 from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial
 from tuning.trial import EPOCHS, open_trial, tracked_run
+
+TABLE, BEST = "trials.csv", "best.yaml"
+_BLOCKS = {"genes", "split", "model", "train", "retrieval"}
+_STATUS = {FAILED: "FAILED", STOPPED: "KILLED"}
+
+
+def score_trials(sweep: Sweep, trials: Sequence[Trial], show: Show = hidden) -> None:
+    """Scores every trial that did not fail, and ends every trial's MLflow run with the trial's state."""
+    what = "scores on the validation patients"
+    show(what, 0, len(trials))
+    for done, trial in enumerate(trials, start=1):
+        note = ""
+        try:
+            _settle(sweep, trial)
+        except Exception as error:  # a fault of one trial costs no other trial, and not the sweep its table
+            note = f"trial {trial.name}: no score card ({error})"
+        show(what, done, len(trials), note)
 
 
 def publish(sweep: Sweep, trials: Sequence[Trial]) -> Trial:
     """Prints the table, best trial first, writes all files, and returns the best trial.
 
     Raises:
-        RunError: no trial had all its epochs; the table is written, and the sweep's MLflow run has failed.
+        RunError: no trial had all its epochs; the table is written, and the sweep's MLflow run is marked as failed.
     """
     config, run_id, table = sweep.plan.config, sweep.plan.mlflow_run_id, trial_table(trials)
     Console(width=120).print(_printed(table))
@@ -57,6 +78,82 @@ def publish(sweep: Sweep, trials: Sequence[Trial]) -> Trial:
     return best
 
 
+def trial_table(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Returns one row per trial, best first: trial, state, epochs, validation_pcc, its settings, reason."""
+    rows = [
+        {"trial": trial.name, "state": trial.state, EPOCHS: trial.epochs, VALIDATION_PCC: trial.score}
+        | trial.settings
+        | {"reason": trial.reason}
+        for trial in trials
+    ]
+    table = pd.DataFrame(rows, dtype=object).astype({EPOCHS: int, VALIDATION_PCC: float})
+    return table.sort_values([VALIDATION_PCC, "trial"], ascending=[False, True], na_position="last", ignore_index=True)
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial:
+    """Returns the trial with the highest last validation score among those that had all their epochs.
+
+    Raises:
+        RunError: no trial had.
+    """
+    whole = [trial for trial in trials if trial.state == FINISHED and math.isfinite(trial.score)]
+    if not whole:
+        reasons = "\n  ".join(f"{trial.name}: {trial.state} {trial.reason}" for trial in trials)
+        raise RunError(f"no trial of {len(trials)} ended with a score:\n  {reasons}")
+    return max(whole, key=lambda trial: (trial.score, trial.name))
+
+
+def best_config(trial: Trial, config: Config) -> str:
+    """Returns a trial's full settings as YAML for `jobs/train.py --config`."""
+    full = override(config, trial.settings, "the best trial")
+    tree = full.model_dump(mode="json", include=_BLOCKS)
+    heading = (
+        f"# Trial {trial.name}: validation PCC {trial.score:.4f} over the 50 highest genes; patients that chose it "
+    )
+    return f"{heading}are in split.validation_patients.\n{yaml.safe_dump(tree, sort_keys=False)}"
+
+
+def _settle(sweep: Sweep, trial: Trial) -> None:
+    run = open_trial(trial.name, trial.settings, sweep.plan)
+    if trial.state != FAILED:
+        _complete_curve(run, trial)
+        _score_once(run, storage.join(sweep.uri, FEATURES))
+    tags = {"trial.state": trial.state, "trial.reason": trial.reason}
+    tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
+
+
+def _complete_curve(run: Run, trial: Trial) -> None:
+    """Adds a trial's last score, in case its process was stopped before it logged the score."""
+    config, newest = run.config.tracking, last_checkpoint(run)
+    if newest is None or newest.metrics["epoch"] + 1 != trial.epochs:  # it went on, and logged that score
+        return
+    step = int(newest.metrics["step"])
+    if step not in tracking.curves(config, run.mlflow_run_id, (VALIDATION_PCC,))["step"].to_list():
+        metrics = tracking.metric_log(config, run.mlflow_run_id)
+        metrics.log(step, {VALIDATION_PCC: trial.score})
+        metrics.close()
+
+
+def _score_once(run: Run, feature_cache: str) -> None:
+    """Finishes a run that has a checkpoint and scores it on its validation sections, unless that is done."""
+    model = finished_model(run)
+    if model is not None and not storage.exists(storage.join(run.uri, SCORES, RECORD)):
+        _score(run, model, feature_cache)
+
+
+def _score(run: Run, model: ModelVersion, feature_cache: str) -> None:
+    card = evaluate(model, run.reader.root, hidden, feature_cache=feature_cache, on_validation=True)
+    card = replace(card, training_runs={run.name: run.mlflow_run_id})
+    config = run.config.tracking
+    metrics = tracking.metric_log(config, run.mlflow_run_id)
+    metrics.log(0, {name.replace("test/", "validation/", 1): value for name, value in card.metrics().items()})
+    metrics.close()
+    with tempfile.TemporaryDirectory() as folder:
+        save_card(card, folder)
+        tracking.log_artifacts(config, run.mlflow_run_id, folder, "score_card")
+        storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RECORD)
+
+
 def _heading(sweep: Sweep, best: Trial) -> str:
     patients = ", ".join(sweep.plan.config.split.validation_patients)
     return (
@@ -79,110 +176,3 @@ def _printed(table: pd.DataFrame) -> Table:
     for row in table.itertuples(index=False):
         shown.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     return shown
-
-
-TABLE, BEST = "trials.csv", "best.yaml"
-_SECTIONS = {"genes", "split", "model", "train", "retrieval"}
-
-
-def trial_table(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Returns a row a trial, best first: trial, state, epochs, validation_pcc, its settings, reason."""
-    rows = [
-        {"trial": trial.name, "state": trial.state, EPOCHS: trial.epochs, VALIDATION_PCC: trial.score}
-        | trial.settings
-        | {"reason": trial.reason}
-        for trial in trials
-    ]
-    table = pd.DataFrame(rows, dtype=object).astype({EPOCHS: int, VALIDATION_PCC: float})
-    return table.sort_values([VALIDATION_PCC, "trial"], ascending=[False, True], na_position="last", ignore_index=True)
-
-
-def best_trial(trials: Sequence[Trial]) -> Trial:
-    """Returns the trial of the highest last validation score among those that had all their epochs.
-
-    Raises:
-        RunError: none had.
-    """
-    whole = [trial for trial in trials if trial.state == FINISHED and math.isfinite(trial.score)]
-    if not whole:
-        reasons = "\n  ".join(f"{trial.name}: {trial.state} {trial.reason}" for trial in trials)
-        raise RunError(f"no trial of {len(trials)} ended with a score:\n  {reasons}")
-    return max(whole, key=lambda trial: (trial.score, trial.name))
-
-
-def best_config(trial: Trial, config: Config) -> str:
-    """Returns a trial's full settings as YAML that `jobs/train.py --config` takes."""
-    full = override(config, trial.settings, "the best trial")
-    tree = full.model_dump(mode="json", include=_SECTIONS)
-    heading = (
-        f"# Trial {trial.name}: validation PCC {trial.score:.4f} over the 50 highest genes; patients that chose it "
-    )
-    return f"{heading}are in split.validation_patients.\n{yaml.safe_dump(tree, sort_keys=False)}"
-
-
-_STATUS = {FAILED: "FAILED", STOPPED: "KILLED"}
-
-
-def score_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Scores every trial that did not fail, and ends every trial's MLflow run with what became of it."""
-    with Progress() as bar:
-        task = bar.add_task("scores on the validation patients", total=len(trials))
-        for trial in trials:
-            try:
-                _settle(sweep, trial)
-            except Exception as error:  # whatever is wrong with one trial costs no other, nor the sweep its table
-                bar.console.print(f"trial {trial.name}: no score card ({error})", soft_wrap=True, highlight=False)
-            bar.advance(task)
-
-
-def _settle(sweep: Sweep, trial: Trial) -> None:
-    run = open_trial(trial.name, trial.settings, sweep.plan)
-    if trial.state != FAILED:
-        _complete_curve(run, trial)
-    tags = {"trial.state": trial.state, "trial.reason": trial.reason}
-    if trial.state != FAILED:
-        score_run(run, storage.join(sweep.uri, FEATURES))
-    tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
-
-
-def _complete_curve(run: Run, trial: Trial) -> None:
-    """Adds a trial's last score, which its process may not have lived to log."""
-    config, newest = run.config.tracking, last_checkpoint(run)
-    if newest is None or newest.metrics["epoch"] + 1 != trial.epochs:  # it went on, and logged that score
-        return
-    step = int(newest.metrics["step"])
-    if step not in tracking.curves(config, run.mlflow_run_id, (VALIDATION_PCC,))["step"].to_list():
-        metrics = tracking.metric_log(config, run.mlflow_run_id)
-        metrics.log(step, {VALIDATION_PCC: trial.score})
-        metrics.close()
-
-
-def score_run(run: Run, feature_cache: str) -> None:
-    """Finishes a run that has a checkpoint and scores it on its validation sections."""
-    model = finished_model(run)
-    if model is not None and not storage.exists(storage.join(run.uri, SCORES, RESULT)):
-        _score(run, model, feature_cache)
-
-
-def finished_model(run: Run) -> ModelVersion | None:
-    """Returns the model version of a run's last checkpoint, made here if need be; None where it has none."""
-    if not finish.is_finished(run):
-        checkpoint = last_checkpoint(run)
-        if checkpoint is None:
-            return None
-        finish.finish(run, checkpoint.uri)
-    with tempfile.TemporaryDirectory() as scratch:
-        return ModelVersion.load(tracking.fetch_model(run.config.tracking, finish.model_uri(run), scratch))
-
-
-def _score(run: Run, model: ModelVersion, feature_cache: str) -> None:
-    card = evaluate(model, run.reader.root, lambda *_: None, feature_cache=feature_cache, on_validation=True)
-    card = replace(card, training_runs={run.name: run.mlflow_run_id})
-    config: Config = run.config
-    metrics = tracking.metric_log(config.tracking, run.mlflow_run_id)
-    metrics.log(0, {name.replace("test/", "validation/", 1): value for name, value in card.metrics().items()})
-    metrics.close()
-    with tempfile.TemporaryDirectory() as folder:
-        save_card(card, folder)
-        tracking.log_artifacts(config.tracking, run.mlflow_run_id, folder, "score_card")
-        storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RESULT)

@@ -21,28 +21,27 @@ from mclstexp.errors import ConfigError
 from mclstexp.model.encoders import require_encoder
 from mclstexp.model.losses import require_loss
 
-SEARCHES = ("random", "grid", "optuna")
-SECTIONS = ("model", "train", "retrieval")
+VARIED_BLOCKS = ("model", "train", "retrieval")
 FIXED = (
     *("train.epochs", "train.patience", "train.validate_every"),
     *("train.num_workers", "train.use_gpu", "train.gpus_per_worker", "train.cpus_per_worker"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.max_failures"),
 )
-"""Settings that all trials share: a trial's length is what early stopping spends, the rest says where it runs."""
+"""Settings that all trials share: early stopping sets a trial's length, the others say where it runs."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """One of several values."""
 
     values: tuple[Any, ...]
 
     def domain(self, is_grid: bool) -> Any:
-        """Returns Ray Tune's form of it."""
+        """Returns the values in Ray Tune's form."""
         return tune.grid_search(list(self.values)) if is_grid else tune.choice(list(self.values))
 
     def bounds(self) -> tuple[Any, ...]:
-        """Returns values that a setting must allow."""
+        """Returns the values that the setting must allow."""
         return self.values
 
     def __str__(self) -> str:
@@ -51,17 +50,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A number from `low` to `high`, whole where the setting is, drawn evenly or (`log`) evenly in its logarithm."""
+    """A number from `low` to `high`, whole if the setting is, drawn uniformly or (`log`) uniformly in its logarithm."""
 
     low: float
     high: float
     log: bool
 
     def domain(self, is_grid: bool) -> Any:
-        """Returns Ray Tune's form of it.
+        """Returns the range in Ray Tune's form.
 
         Raises:
-            ConfigError: a grid has no ranges.
+            ConfigError: a grid cannot have ranges.
         """
         if is_grid:
             raise ConfigError(f"a grid needs lists of values, not {self}; list them, or use --search random or optuna")
@@ -70,7 +69,7 @@ class Range:
         return (tune.loguniform if self.log else tune.uniform)(self.low, self.high)
 
     def bounds(self) -> tuple[Any, ...]:
-        """Returns values that a setting must allow."""
+        """Returns the values that the setting must allow."""
         return (self.low, self.high)
 
     def __str__(self) -> str:
@@ -85,7 +84,7 @@ def load_space(path: str | Path, config: Config) -> Space:
 
     Raises:
         ConfigError: the file cannot be read, or names a setting that does not exist, cannot vary or does not allow a
-            value; lists every fault.
+            given value; lists every fault.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text())
@@ -104,19 +103,6 @@ def load_space(path: str | Path, config: Config) -> Space:
     return space
 
 
-def require_search(search: str, trials: str) -> tuple[str, int]:
-    """Returns the kind of search and the number of trials of a command line.
-
-    Raises:
-        ConfigError: an unknown search, or no whole number above 0.
-    """
-    if search not in SEARCHES:
-        raise ConfigError(f"--search {search}: use one of {', '.join(SEARCHES)}")
-    if not trials.isdecimal() or int(trials) < 1:
-        raise ConfigError(f"--trials {trials}: give a whole number above 0")
-    return search, int(trials)
-
-
 def param_space(space: Space, search: str) -> dict[str, Any]:
     """Returns the space in Ray Tune's form.
 
@@ -126,14 +112,14 @@ def param_space(space: Space, search: str) -> dict[str, Any]:
     return {name: entry.domain(search == "grid") for name, entry in space.items()}
 
 
-def num_trials(space: Space, search: str, asked: int) -> int:
-    """Returns how many trials a sweep has: those asked for, or every point of a grid.
+def num_trials(space: Space, search: str, requested: int) -> int:
+    """Returns the number of trials of a sweep: the requested one, or the points of a grid.
 
     Raises:
         ConfigError: a grid over a range.
     """
     points = param_space(space, search)
-    return prod(len(point["grid_search"]) for point in points.values()) if search == "grid" else asked
+    return prod(len(point["grid_search"]) for point in points.values()) if search == "grid" else requested
 
 
 def digest(space: Space) -> str:
@@ -145,10 +131,10 @@ def digest(space: Space) -> str:
 def _entry(name: str, values: object, config: Config) -> Choice | Range:
     if name not in leaf_fields():
         raise ConfigError(unknown_setting(name, list(leaf_fields()), "the search space"))
-    if name.partition(".")[0] not in SECTIONS or name in FIXED:
+    if name.partition(".")[0] not in VARIED_BLOCKS or name in FIXED:
         raise ConfigError(
-            f"{name} cannot vary: trials are compared on the same genes, patients and tiles, and have the same length; "
-            f"settings of {', '.join(SECTIONS)} can, but for {', '.join(FIXED)}"
+            f"{name} cannot vary: trials are compared on the same genes, patients and tiles, with the same epochs; "
+            f"settings of {', '.join(VARIED_BLOCKS)} can, except {', '.join(FIXED)}"
         )
     entry = _parsed(name, values)
     for value in entry.bounds():
@@ -171,9 +157,9 @@ def _parsed(name: str, values: object) -> Choice | Range:
 
 
 def _end(name: str, value: Any) -> Any:
-    """Returns an end of a range as its setting's kind of number, however it is spelt; 1e3 is whole for a whole one."""
-    section, field = leaf_fields()[name]
-    kinds = {section.model_fields[field].annotation, *get_args(section.model_fields[field].annotation)}
+    """Returns an end of a range as its setting's kind of number: for a whole-number setting 1e3 becomes 1000."""
+    block, field = leaf_fields()[name]
+    kinds = {block.model_fields[field].annotation, *get_args(block.model_fields[field].annotation)}
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if int in kinds:
@@ -182,7 +168,7 @@ def _end(name: str, value: Any) -> Any:
 
 
 def _number(value: object) -> Any:
-    """Returns a text that is a number as one: YAML takes 1e-5 for text."""
+    """Returns a text that reads as a number as that number: YAML parses 1e-5 as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -1,4 +1,4 @@
-"""One trial: a distributed training run that reports its validation score to Ray Tune."""
+"""One trial of a sweep: a distributed training run that reports its validation scores to Ray Tune."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mclstexp.training.validation import VALIDATION_PCC
 from mclstexp.training.worker import PLACEMENT_GROUP
 
 EPOCHS = "epochs"
-"""Metric: epochs that a trial has behind it."""
+"""Metric: finished epochs of a trial."""
 
 
 @dataclass(frozen=True)
@@ -26,42 +26,43 @@ class TrialPlan:
 
     data: str
     uri: str
-    """Where trials keep their records and checkpoints."""
+    """Folder of the trials' records and checkpoints."""
     config: Config
     mlflow_run_id: str
     """The sweep's run, parent of each trial's."""
 
 
 def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
-    """Trains under the plan's configuration with some settings changed; goes on where an earlier try was killed.
+    """Trains with the plan's configuration and some settings changed; goes on where an earlier try was killed.
 
     Raises:
-        UserError: as `trainer.open_run` and `trainer.fit`.
+        UserError: as `open_run` and `fit`.
     """
     name = str(tune.get_context().get_trial_id())
     run = open_trial(name, settings, plan)
-    if done := _last_scores(run):  # it was killed between its last checkpoint and Ray Tune's record of it
-        tune.report(done)
+    if final := _final_report(run):  # it was killed between its last checkpoint and Ray Tune's record of it
+        tune.report(final)
         return
     metrics = tracking.metric_log(run.config.tracking, run.mlflow_run_id)
     try:
-        fit(run, metrics.log, [ReportValidation()], board_name=name)
+        fit(run, metrics.log, callbacks=[ReportValidation()], board_name=name)
     finally:
         metrics.close()
 
 
-def _last_scores(run: Run) -> dict[str, Any] | None:
-    """Returns what a run that has all its epochs has to report."""
-    newest = last_checkpoint(run)
-    metrics = newest.metrics if newest else {}
-    if VALIDATION_PCC not in metrics or metrics["epoch"] + 1 < run.config.train.epochs:
-        return None
-    return _said(metrics)
+def open_trial(name: str, settings: dict[str, Any], plan: TrialPlan) -> Run:
+    """Returns a trial's run: a new one, or an earlier one as it was left.
 
+    Raises:
+        ConfigError: the settings contradict each other.
+    """
 
-def _said(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Returns what Ray Tune is told of a training's report."""
-    return {EPOCHS: metrics["epoch"] + 1, **{name: metrics[name] for name in (VALIDATION_PCC, PLACEMENT_GROUP)}}
+    def track(config: Config, run_name: str, recorded: str | None) -> str:
+        tags = {"mlflow.parentRunId": plan.mlflow_run_id, "protocol": config.split.protocol}
+        return tracking.start_run(config, run_name, tags, recorded)
+
+    config = override(plan.config, settings, "the search space")
+    return open_run(plan.data, plan.uri, name, config, track)
 
 
 def tracked_run(name: str, plan: TrialPlan) -> str:
@@ -70,23 +71,8 @@ def tracked_run(name: str, plan: TrialPlan) -> str:
     return RunRecord.model_validate_json(text).mlflow_run_id
 
 
-def open_trial(name: str, settings: dict[str, Any], plan: TrialPlan) -> Run:
-    """Returns a trial's run, new or as it was left.
-
-    Raises:
-        ConfigError: the settings do not go together.
-    """
-
-    def start(config: Config, run_name: str) -> str:
-        tags = {"mlflow.parentRunId": plan.mlflow_run_id, "protocol": config.split.protocol}
-        return tracking.start_run(config, run_name, tags)
-
-    config = override(plan.config, settings, "the search space")
-    return open_run(plan.data, plan.uri, name, config, start)
-
-
 class ReportValidation(TuneReportCallback):
-    """Hands a trial's epochs and validation score to Ray Tune, of those reports that hold one."""
+    """Passes each validation score on to Ray Tune, with the trial's epochs."""
 
     def after_report(
         self, run_context: TrainRunContext, metrics: Sequence[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
@@ -94,4 +80,18 @@ class ReportValidation(TuneReportCallback):
         """Called by Ray Train with the metrics of every rank."""
         first = metrics[0]
         if VALIDATION_PCC in first:
-            super().after_report(run_context, [_said(first)], None)
+            super().after_report(run_context, [_report(first)], None)
+
+
+def _final_report(run: Run) -> dict[str, Any] | None:
+    """Returns the report of a run that has all its epochs; None if it has not."""
+    newest = last_checkpoint(run)
+    metrics = newest.metrics if newest else {}
+    if VALIDATION_PCC not in metrics or metrics["epoch"] + 1 < run.config.train.epochs:
+        return None
+    return _report(metrics)
+
+
+def _report(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns what Ray Tune gets of a training's report."""
+    return {EPOCHS: metrics["epoch"] + 1, **{name: metrics[name] for name in (VALIDATION_PCC, PLACEMENT_GROUP)}}

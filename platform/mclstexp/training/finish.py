@@ -23,7 +23,7 @@ from mclstexp.model.version import FILES, ModelVersion, TrainingRecord
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import STATE, WEIGHTS
-from mclstexp.training.run import Run
+from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.validation import ValidationSection, choose
 
 FOLDER = "model"
@@ -48,6 +48,16 @@ def load_model(run: Run) -> ModelVersion:
         for file in storage.list_files(uri):
             storage.download(file, Path(scratch, file.rpartition("/")[2]))
         return ModelVersion.load(scratch)
+
+
+def finished_model(run: Run, show: Show = hidden) -> ModelVersion | None:
+    """Returns the model version of the run's newest checkpoint, trained to its end or not; None if it has none."""
+    if not is_finished(run):
+        checkpoint = last_checkpoint(run)
+        if checkpoint is None:
+            return None
+        finish(run, checkpoint.uri, show)
+    return load_model(run)
 
 
 def finish(run: Run, checkpoint_uri: str, show: Show = hidden) -> None:

@@ -36,9 +36,7 @@ One arena, because Ray Train calls the worker in a thread, and the arenas of thr
 """
 
 
-def train_to_end(
-    run: Run, log: Log, show: Show = hidden, limits: ExecutionResources | None = None
-) -> ModelVersion:
+def train_to_end(run: Run, log: Log, show: Show = hidden, limits: ExecutionResources | None = None) -> ModelVersion:
     """Returns the run's model version, after training and finishing what is left to do.
 
     Args:
