@@ -46,7 +46,7 @@ def test_a_run_registers_once_and_the_first_version_is_champion(
     for uri, hint in (
         ("models:/mclstexp@best", "has the versions 1, 2"),
         ("models:/mclstexp/3", "has the versions 1, 2"),
-        ("models:/other@champion", "there are the models mclstexp"),
+        ("models:/other@champion", "the models are mclstexp"),
     ):
         with pytest.raises(ModelError, match=hint):
             tracking.fetch_model(config.tracking, uri, str(tmp_path))

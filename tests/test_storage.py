@@ -38,7 +38,7 @@ def test_short_and_missing_objects_are_told_apart(root):
     with pytest.raises(FileNotFoundError):
         storage.size(uri)
     storage.write(uri, b"abc")
-    with pytest.raises(StorageError, match=r"asked for 5 bytes at 1, got 2"):
+    with pytest.raises(StorageError, match=r"expected 5 bytes at 1, got 2"):
         storage.read(uri, 1, 5)
 
 

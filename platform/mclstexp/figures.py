@@ -1,6 +1,6 @@
-"""What all pictures share: a figure with its heading, and the range of a colour scale.
+"""Common parts of all pictures: a figure with its heading, and the range of a colour scale.
 
-Apart from the maps' own module, because that one measures distances of spots, which takes seconds to import.
+Separate from `report/maps.py`, which measures distances between spots and therefore takes seconds to import.
 """
 
 import textwrap
@@ -14,7 +14,7 @@ _SHARES = (0.01, 0.99)
 
 
 def new_figure(width_in: float, height_in: float, heading: str) -> Figure:
-    """Returns a figure with its heading above, broken into lines that fit; the heading's height comes on top."""
+    """Returns a figure with its heading above, wrapped to its width; the heading adds to `height_in`."""
     num_letters = int(width_in / _HEADING_LETTER_IN)
     lines = [line for part in heading.splitlines() for line in textwrap.wrap(part, num_letters)]
     figure = Figure(figsize=(width_in, height_in + _HEADING_LINE_IN * len(lines)), layout="constrained")
@@ -24,6 +24,6 @@ def new_figure(width_in: float, height_in: float, heading: str) -> Figure:
 
 
 def colour_limits(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 1st and the 99th percentile of values of any shape, or their range where these are equal."""
+    """Returns the 1st and 99th percentile of values of any shape, or their range if these are equal."""
     low, high = np.quantile(values, _SHARES)
     return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))

@@ -127,15 +127,15 @@ class ModelConfig(ConfigBlock):
     image_weights: str = "random"
     """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors; local or s3://)."""
     input_scaling: Literal["imagenet", "unit", "bgr255"] = "imagenet"
-    """Pixels less the ImageNet mean over its deviation, only scaled to [0, 1], or blue first from 0 to 255."""
+    """Pixels normalised with ImageNet's mean and deviation, only scaled to [0, 1], or blue first from 0 to 255."""
     test_turns: bool = False
-    """Whether tiles are flipped and turned, each by a fixed draw, when they are embedded too (published for Visium)."""
+    """Whether tiles are also flipped and turned, each in a fixed way, when they are embedded (published for Visium)."""
     predictor: Literal["retrieval", "regression"] = "retrieval"
-    """Expression is read from the most similar measured spots, or regressed from the tile directly (ST-Net)."""
+    """Reads expression from the most similar measured spots, or regresses it directly from the tile (ST-Net)."""
     freeze_encoder: bool = False
-    """Whether the image encoder keeps its weights and batch statistics; only what stands on it learns."""
+    """Whether the image encoder keeps its weights and batch statistics; only the layers on top learn."""
     spot_layers: int = Field(4, ge=0, le=48)
-    """Transformer blocks of the spot tower (its depth); 0: spots do not see each other."""
+    """Transformer blocks of the spot tower (its depth); 0: each spot is embedded on its own."""
     spot_width: int | None = Field(256, ge=8)
     """Width of the spot tower; empty: the number of genes, with no input map (as published)."""
     spot_heads: int = Field(8, ge=1)
@@ -143,23 +143,23 @@ class ModelConfig(ConfigBlock):
     spot_head_dim: int = Field(64, ge=4)
     """Channels of an attention head."""
     spot_ffn_ratio: float = Field(2.0, gt=0)
-    """Hidden width of a block's feed-forward layer over the tower's width."""
+    """Hidden width of a block's feed-forward layer, as a multiple of the tower's width."""
     spot_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout in the spot tower."""
     position: Literal["sinusoidal", "table", "pixel_table", "none"] = "sinusoidal"
-    """Sines of micrometres from the sentence's centre, learnt tables of array or pixel column and row, or none."""
+    """Sines of the distance from the sentence's centre, learnt tables of array or pixel column and row, or none."""
     embedding_dim: int = Field(256, ge=2)
     """Width of the common space."""
     l2_normalise: bool = True
     """Whether embeddings have unit length."""
     temperature: float = Field(0.07, ge=1e-4, le=100)
-    """Divides the logits (start value where it is learnt)."""
+    """Divides the logits; the start value if it is learnt."""
     learn_temperature: bool = True
     """Whether the temperature is learnt."""
     max_logit_scale: float = Field(100.0, gt=0)
-    """Bound of 1/temperature where it is learnt."""
+    """Upper limit of 1/temperature if it is learnt."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
-    """Batch statistics of each worker, of all workers (GPU), or fixed running ones."""
+    """Batch statistics of each worker, of all workers (GPU), or the fixed running ones."""
 
 
 class TrainConfig(ConfigBlock):
@@ -221,14 +221,14 @@ class TrainConfig(ConfigBlock):
 
 
 class RetrievalConfig(ConfigBlock):
-    """How a query's expression is read from the bank."""
+    """How a tile's expression is read from the bank."""
 
     k: int | None = Field(None, ge=1)
-    """Nearest keys that vote; empty: chosen on the validation patients, else 200."""
+    """Nearest spots that are averaged; empty: chosen on the validation patients, or 200 without any."""
     weighting: Literal["softmax", "inverse_square", "mean"] = "softmax"
     """Softmax of cosine over `temperature`, 1/d^2 of un-normalised vectors (as published), or equal weights."""
     temperature: float | None = Field(None, gt=0)
-    """Temperature of the softmax; empty: chosen on the validation patients, else 0.1."""
+    """Temperature of the softmax; empty: chosen on the validation patients, or 0.1 without any."""
     distance: Literal["l1", "l2"] = "l2"
     """Distance d of `inverse_square`."""
 

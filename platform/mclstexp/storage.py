@@ -1,9 +1,11 @@
 """One resolver for every URI: local paths and `s3://bucket/key`.
 
-Both kinds promise the same: readers see whole objects or nothing, byte ranges cost one request, and `publish`
-keeps two writers apart. `filesystem` hands the same place to libraries that want a `pyarrow.fs`, which lacks
-conditional puts. Endpoint, region and credentials come from the standard AWS environment variables, so nothing
-secret is ever pickled or printed; `StorageConfig.environment` turns the config block into those variables.
+Both give the same guarantees: readers see whole objects or nothing, a byte range costs one request, and `publish`
+lets only one of two writers win. `filesystem` is for libraries that want a `pyarrow.fs`, which has no conditional puts.
+Endpoint, region and credentials come from the standard AWS environment variables, so no secret is ever pickled or
+printed; `StorageConfig.environment` turns the config block into those variables.
+
+The file has three parts: the interface, local files, S3.
 """
 
 import fcntl
@@ -29,9 +31,16 @@ from mclstexp.errors import ConflictError, StorageError
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
+_LOST_RACE_CODES = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+_MAX_REQUEST_TRIES = 6
+_MAX_DELETED = 1000  # objects in one request
+_MAX_BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
+_BODY_WAIT_S = 0.5  # doubles with each try
+
 
 def is_s3(uri: str) -> bool:
-    """Tells whether `uri` lies in object storage."""
+    """Returns whether `uri` is in object storage."""
     return uri.startswith("s3://")
 
 
@@ -44,7 +53,7 @@ def absolute(uri: str) -> str:
     if is_s3(uri):
         bucket = uri.split("/")[2]
         if "@" in bucket or "?" in uri or not bucket:
-            raise StorageError("an s3:// URI holds only bucket and key; put endpoint and profile into `storage`")
+            raise StorageError("an s3:// URI has only bucket and key; put endpoint and profile into `storage`")
         return uri.rstrip("/")
     if "://" in uri and not uri.startswith("file://"):
         raise StorageError(f"cannot resolve {uri}: use a local path or s3://bucket/key")
@@ -68,7 +77,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def exists(uri: str) -> bool:
-    """Tells whether an object or file is there."""
+    """Returns whether the object or file exists."""
     uri = absolute(uri)
     if not is_s3(uri):
         return Path(uri).is_file()
@@ -88,36 +97,36 @@ def size(uri: str) -> int:
     uri = absolute(uri)
     if is_s3(uri):
         return _s3_head(uri)[0]
-    with _errors("look up", uri):
+    with _local_errors("look up", uri):
         return os.stat(uri).st_size
 
 
 def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
-    """Returns an object's bytes, or `length` of them from `start`, in one request (more only where one breaks off).
+    """Returns an object's bytes, or `length` of them from `start`, in one request (more only if one breaks off).
 
     Raises:
         FileNotFoundError: there is no such object.
-        StorageError: it cannot be read, or is shorter than asked for.
+        StorageError: it cannot be read, or ends before `start + length`.
     """
     uri = absolute(uri)
     if length == 0:
         return b""
     data = _s3_get(uri, start, length) if is_s3(uri) else _read_file(uri, start, length)
     if length is not None and len(data) != length:
-        raise StorageError(f"{uri} ended early: asked for {length} bytes at {start}, got {len(data)}")
+        raise StorageError(f"{uri} ended early: expected {length} bytes at {start}, got {len(data)}")
     return data
 
 
 def version(uri: str) -> str | None:
-    """Returns a token that changes whenever the object does, or None where there is none.
+    """Returns a token that changes whenever the object does; None if there is no object.
 
-    It is the ETag in object storage and the content's SHA-256 on disk.
+    The token is the ETag in object storage and the content's SHA-256 on disk.
     """
     uri = absolute(uri)
     try:
         if is_s3(uri):
             return _s3_head(uri)[1]
-        with _errors("look up", uri), open(uri, "rb") as file:
+        with _local_errors("look up", uri), open(uri, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
@@ -129,18 +138,15 @@ def write(uri: str, data: bytes) -> None:
     if is_s3(uri):
         _s3_put(uri, data)
         return
-    with _errors("write", uri), _replacing(Path(uri)) as file:
+    with _local_errors("write", uri), _replacing(Path(uri)) as file:
         file.write(data)
 
 
 def publish(uri: str, data: bytes, previous: str | None) -> str:
-    """Writes an object only if it is still at `previous` (a `version`; None: must not exist yet).
-
-    Returns:
-        The new version.
+    """Writes an object only if its `version` is still `previous` (None: it must not exist); returns the new version.
 
     Raises:
-        ConflictError: somebody else published in between; nothing was written.
+        ConflictError: another writer published in between; nothing was written.
     """
     uri = absolute(uri)
     try:
@@ -154,10 +160,10 @@ def publish(uri: str, data: bytes, previous: str | None) -> str:
 
 
 def require_conditional_puts(root: str) -> None:
-    """Tries out, on a scratch object under `root`, what `publish` relies on: some S3-compatible stores ignore it.
+    """Tries the conditional puts of `publish` on a scratch object under `root`: some S3-compatible stores ignore them.
 
     Raises:
-        StorageError: the store overwrites an object although it was told to only create or exchange it.
+        StorageError: the store overwrites an object despite the condition.
     """
     if not is_s3(root):
         return
@@ -169,7 +175,10 @@ def require_conditional_puts(root: str) -> None:
                 publish(probe, data, previous)
             except ConflictError:
                 continue
-            raise StorageError(f"the store of {root} ignores If-None-Match or If-Match, which keep two writers apart")
+            raise StorageError(
+                f"the store of {root} ignores If-None-Match or If-Match: two writers would overwrite each other; use "
+                "another store"
+            )
     finally:
         delete(probe)
 
@@ -180,12 +189,12 @@ def upload(local: str | Path, uri: str) -> None:
     if is_s3(uri):
         _s3_upload(str(local), uri)
         return
-    with _errors("upload", uri), open(local, "rb") as source, _replacing(Path(uri)) as target:
+    with _local_errors("upload", uri), open(local, "rb") as source, _replacing(Path(uri)) as target:
         shutil.copyfileobj(source, target)
 
 
 def upload_folder(folder: str | Path, uri: str, last: str) -> None:
-    """Copies a local folder's files to below `uri`; the one named `last` comes last: it says that all are there."""
+    """Copies a local folder's files to below `uri`; the file `last` comes last and marks it as complete."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
     for path in sorted(paths, key=lambda path: path.name == last):
         upload(path, join(uri, *path.relative_to(folder).parts))
@@ -201,13 +210,13 @@ def download(uri: str, local: str | Path) -> None:
     if is_s3(uri):
         _s3_download(uri, str(local))
         return
-    with _errors("download", uri):
+    with _local_errors("download", uri):
         shutil.copyfile(uri, local)
 
 
 @contextmanager
 def local_copy(uri: str, scratch: str | Path) -> Iterator[str]:
-    """Yields a local path of `uri`: itself where it is local, else a copy under `scratch`, removed at the end."""
+    """Yields a local path of `uri`: its own if it is local, else a copy under `scratch`, removed at the end."""
     uri = absolute(uri)
     if not is_s3(uri):
         if not Path(uri).exists():
@@ -224,27 +233,27 @@ def local_copy(uri: str, scratch: str | Path) -> Iterator[str]:
 
 
 def list_files(uri: str) -> list[str]:
-    """Returns the URIs of all files under `uri`, sorted; empty where there is nothing."""
+    """Returns the URIs of all files under `uri`, sorted; empty if there are none."""
     uri = absolute(uri)
     if is_s3(uri):
         return sorted(_s3_list(uri))
-    # os.walk, unlike rglob, bears folders that are removed meanwhile
+    # os.walk, unlike rglob, copes with folders that are removed meanwhile
     found = (Path(folder, name) for folder, _, names in os.walk(uri) for name in names)
     return sorted(str(path) for path in found if path.is_file())
 
 
 def delete(uri: str) -> None:
-    """Removes one object or file; nothing happens where there is none."""
+    """Removes one object or file, if it exists."""
     uri = absolute(uri)
     if is_s3(uri):
         _s3_delete(uri)
         return
-    with _errors("delete", uri):
+    with _local_errors("delete", uri):
         Path(uri).unlink(missing_ok=True)
 
 
 def delete_folder(uri: str) -> None:
-    """Removes all files under `uri`, and on disk the folders that this leaves empty."""
+    """Removes all files under `uri`, and on disk the folders that are then empty."""
     uri = absolute(uri)
     if is_s3(uri):
         _s3_delete_all(list_files(uri))
@@ -252,18 +261,18 @@ def delete_folder(uri: str) -> None:
     for file in list_files(uri):
         delete(file)
     for folder, _, _ in os.walk(uri, topdown=False):
-        with suppress(OSError):  # somebody wrote into it meanwhile
+        with suppress(OSError):  # another process wrote into it meanwhile
             os.rmdir(folder)
 
 
 def _read_file(path: str, start: int, length: int | None) -> bytes:
-    with _errors("read", path), open(path, "rb") as file:
+    with _local_errors("read", path), open(path, "rb") as file:
         file.seek(start)
         return file.read(-1 if length is None else length)
 
 
 def _exchange_file(path: str, data: bytes, previous: str | None) -> str:
-    with _errors("publish", path), _locked(path):
+    with _local_errors("publish", path), _locked(path):
         if version(path) != previous:
             raise ConflictError(path)
         with _replacing(Path(path)) as file:
@@ -273,7 +282,7 @@ def _exchange_file(path: str, data: bytes, previous: str | None) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file beside `path` that takes its place, on disk, when the block ends well."""
+    """Yields a scratch file that replaces `path`, synced to disk, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -288,7 +297,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Holds an advisory lock that dies with its process, so that a crash leaves nothing locked."""
+    """Takes an advisory lock, which ends with the process, so that a crash leaves nothing locked."""
     lock = Path(f"{path}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
@@ -297,7 +306,8 @@ def _locked(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _errors(action: str, path: str) -> Iterator[None]:
+def _local_errors(action: str, path: str) -> Iterator[None]:
+    """Raises an `OSError` of the block as a StorageError, a missing file as it is."""
     try:
         yield
     except FileNotFoundError:
@@ -306,36 +316,18 @@ def _errors(action: str, path: str) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
-_MISSING = {"404", "NoSuchKey", "NotFound"}
-_LOST_RACE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-_REQUEST_TRIES = 6
-_MOST_DELETED = 1000
-_BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
-_BODY_WAIT_S = 0.5  # doubles with each try
-
-
-def _s3_client() -> "S3Client":
-    """Returns this process's S3 client."""
-    return _client_of(os.getpid())
-
-
-def _s3_region() -> str:
-    """Returns the region that the environment names."""
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-
-
 def _s3_get(uri: str, start: int, length: int | None) -> bytes:
-    """Returns an object's bytes from `start` on, at most `length`; a body that breaks off is asked for again."""
+    """Returns an object's bytes from `start` on, at most `length`; a body that breaks off is requested again."""
     bucket, key = _s3_address(uri)
     with _s3_errors("read", uri):
-        for attempt in range(_BODY_TRIES):
+        for attempt in range(_MAX_BODY_TRIES):
             try:
                 if length is None and not start:
                     return _s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
                 span = f"bytes={start}-{'' if length is None else start + length - 1}"
                 return _s3_client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
             except (HTTPClientError, IncompleteReadError):
-                if attempt == _BODY_TRIES - 1:
+                if attempt == _MAX_BODY_TRIES - 1:
                     raise
                 time.sleep(_BODY_WAIT_S * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
@@ -357,10 +349,10 @@ def _s3_put(uri: str, data: bytes) -> None:
 
 
 def _s3_exchange(uri: str, data: bytes, previous: str | None) -> str:
-    """Writes an object only if its ETag is still `previous` (None: must not exist yet), and returns the new one.
+    """Writes an object only if its ETag is still `previous` (None: it must not exist), and returns the new ETag.
 
     Raises:
-        ConflictError: it is not; nothing was written.
+        ConflictError: the object has another ETag; nothing was written.
     """
     bucket, key = _s3_address(uri)
     with _s3_errors("publish", uri):
@@ -370,18 +362,18 @@ def _s3_exchange(uri: str, data: bytes, previous: str | None) -> str:
             else:
                 answer = _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=previous)
         except ClientError as error:
-            if _s3_code(error) not in _LOST_RACE | _MISSING:
+            if _s3_code(error) not in _LOST_RACE_CODES | _MISSING_CODES:
                 raise
-            # A put that boto repeated after a lost answer meets its own first try.
-            held = _version_holding(uri, data)
-            if held is None:
+            # boto repeats a put whose answer was lost; the second try then conflicts with the first.
+            own = _s3_etag_of_equal(uri, data)
+            if own is None:
                 raise ConflictError(uri) from error
-            return held
+            return own
         return str(answer["ETag"])
 
 
 def _s3_upload(local: str, uri: str) -> None:
-    """Copies a local file to an object, in parts where it is large."""
+    """Copies a local file to an object, in parts if it is large."""
     with _s3_errors("upload", uri):
         _s3_client().upload_file(local, *_s3_address(uri))
 
@@ -402,44 +394,55 @@ def _s3_list(uri: str) -> list[str]:
 
 
 def _s3_delete(uri: str) -> None:
-    """Removes an object; nothing happens where there is none."""
+    """Removes an object, if it exists."""
     bucket, key = _s3_address(uri)
     with _s3_errors("delete", uri):
         _s3_client().delete_object(Bucket=bucket, Key=key)
 
 
 def _s3_delete_all(uris: Sequence[str]) -> None:
-    """Removes objects of one bucket, in requests of 1,000."""
-    for start in range(0, len(uris), _MOST_DELETED):
-        places = [_s3_address(uri) for uri in uris[start : start + _MOST_DELETED]]
+    """Removes objects of one bucket, `_MAX_DELETED` per request."""
+    for start in range(0, len(uris), _MAX_DELETED):
+        addresses = [_s3_address(uri) for uri in uris[start : start + _MAX_DELETED]]
         with _s3_errors("delete", uris[start]):
             answer = _s3_client().delete_objects(
-                Bucket=places[0][0], Delete={"Objects": [{"Key": key} for _, key in places], "Quiet": True}
+                Bucket=addresses[0][0], Delete={"Objects": [{"Key": key} for _, key in addresses], "Quiet": True}
             )
         if left := answer.get("Errors"):
-            raise StorageError(f"cannot delete {len(left)} of {len(places)} objects: {left[0]}")
+            raise StorageError(f"cannot delete {len(left)} of {len(addresses)} objects: {left[0]}")
+
+
+def _s3_client() -> "S3Client":
+    """Returns this process's S3 client."""
+    return _client_of(os.getpid())
 
 
 @cache
 def _client_of(process: int) -> "S3Client":
     config = BotoConfig(
-        connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": _REQUEST_TRIES}
+        connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": _MAX_REQUEST_TRIES}
     )
     return boto3.client("s3", region_name=_s3_region(), config=config)
 
 
+def _s3_region() -> str:
+    """Returns the region that the environment names."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
 def _s3_address(uri: str) -> tuple[str, str]:
+    """Returns bucket and key."""
     bucket, _, key = uri[5:].partition("/")
     return bucket, key
 
 
-def _version_holding(uri: str, data: bytes) -> str | None:
-    """Returns an object's ETag if these are its bytes."""
+def _s3_etag_of_equal(uri: str, data: bytes) -> str | None:
+    """Returns an object's ETag if its bytes equal `data`, else None."""
     bucket, key = _s3_address(uri)
     try:
         answer = _s3_client().get_object(Bucket=bucket, Key=key)
     except ClientError as error:
-        if _s3_code(error) in _MISSING:
+        if _s3_code(error) in _MISSING_CODES:
             return None
         raise
     return str(answer["ETag"]) if answer["Body"].read() == data else None
@@ -451,10 +454,11 @@ def _s3_code(error: ClientError) -> str:
 
 @contextmanager
 def _s3_errors(action: str, uri: str) -> Iterator[None]:
+    """Raises boto's errors as a StorageError, a missing object as a FileNotFoundError."""
     try:
         yield
     except ClientError as error:
-        if _s3_code(error) in _MISSING:
+        if _s3_code(error) in _MISSING_CODES:
             raise FileNotFoundError(uri) from error
         answer = f"the store answered {_s3_code(error)}"
         raise StorageError(f"cannot {action} {uri}: {answer}; check credentials and bucket") from error

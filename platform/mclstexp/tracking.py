@@ -1,6 +1,7 @@
 """Everything that talks to MLflow: runs, metrics, artifacts, and the registry of model versions.
 
-Only drivers call it. The tracking URI is always the configured one, never MLflow's global state.
+Only drivers call it, and it never uses MLflow's global state: the tracking URI is always the configured one. Metrics
+are sent in the background, so that a slow server cannot hold up training; the price is that some may be lost.
 """
 
 import logging
@@ -29,14 +30,24 @@ from mclstexp.config import Config, leaf_fields
 from mclstexp.errors import ModelError, UserError
 from mclstexp.settings import TrackingConfig
 
+CHAMPION, CHALLENGER = "champion", "challenger"
+"""Aliases of a registered model's best version and of the latest one that a sweep found."""
 FLUSH_S, RETRY_S = 30.0, 2.0
-_BATCH = 500  # MLflow takes at most 1000 metrics a request
-_PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+_MAX_BATCH = 500  # MLflow takes at most 1000 metrics per request
+_TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+_PACKAGE = Path(__file__).parent
+_MODEL_CODE = _PACKAGE / "model" / "pyfunc.py"
+_SQLITE = "sqlite:///"
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Sends metrics in the background: kept while the server is away, never waited for in training."""
+    """Sends metrics in the background: they wait while the server is away, training never does."""
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self._client, self._run_id = client, run_id
@@ -55,7 +66,7 @@ class MetricLog:
             self._changed.notify()
 
     def close(self) -> None:
-        """Waits up to half a minute for what is under way and warns of what was lost."""
+        """Waits up to `FLUSH_S` for unsent metrics and warns of lost ones."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -70,8 +81,8 @@ class MetricLog:
         while batch := self._next_batch():
             try:
                 self._client.log_batch(self._run_id, metrics=batch)
-            except Exception as error:  # whatever happens to metrics, training goes on
-                if getattr(error, "error_code", "") in _PASSING:  # MLflow keeps one of what is sent twice
+            except Exception as error:  # no fault of tracking may stop training
+                if getattr(error, "error_code", "") in _TRANSIENT:  # a value sent twice is kept once
                     time.sleep(RETRY_S)
                     continue
                 self._lost += len(batch)
@@ -81,24 +92,14 @@ class MetricLog:
     def _next_batch(self) -> list[Metric]:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
-            return [] if self._given_up else self._waiting[:_BATCH]
+            return [] if self._given_up else self._waiting[:_MAX_BATCH]
 
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-CHAMPION, CHALLENGER = "champion", "challenger"
-_PACKAGE = Path(__file__).parent
-_MODEL_CODE = _PACKAGE / "model" / "pyfunc.py"
-logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-
-
-def start_run(config: Config, name: str, tags: dict[str, str], recorded: str | None = None) -> str:
+def start_run(config: Config, name: str, tags: Mapping[str, str], recorded: str | None = None) -> str:
     """Starts an MLflow run with all settings as parameters and returns its id.
 
-    `recorded` is the id of an earlier run that goes on: it is returned unless the tracking store answers that it has
-    no such run (`tracking.uri` may have changed).
+    `recorded` is the id of an earlier run to continue: it is returned, unless the tracking store answers that it has no
+    such run (`tracking.uri` may have changed).
 
     Raises:
         UserError: the tracking server cannot be reached.
@@ -109,7 +110,7 @@ def start_run(config: Config, name: str, tags: dict[str, str], recorded: str | N
     params = [Param(key, str(tree[key.partition(".")[0]][key.partition(".")[2]])) for key in leaf_fields()]
     with _reachable(config.tracking):
         client = _client(config.tracking)
-        run = client.create_run(_experiment(client, config.tracking), run_name=name, tags=tags)
+        run = client.create_run(_experiment(client, config.tracking), run_name=name, tags=dict(tags))
         client.log_batch(run.info.run_id, params=params)
     return str(run.info.run_id)
 
@@ -137,7 +138,7 @@ def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_pat
 
 
 def curves(config: TrackingConfig, run_id: str, names: Sequence[str] = ("loss", "spots_per_s")) -> pd.DataFrame:
-    """Returns a training run's step and the named metrics, a row a step that was logged; none of an unknown run.
+    """Returns a training run's metrics, one row per logged step: `step`, then `names`. Empty for an unknown run.
 
     Raises:
         UserError: the tracking server cannot be reached.
@@ -154,10 +155,10 @@ def metric_log(config: TrackingConfig, run_id: str) -> MetricLog:
     return MetricLog(_client(config), run_id)
 
 
-def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[str, str]) -> str:
+def register(config: TrackingConfig, run_id: str, model_folder: str, tags: Mapping[str, str]) -> str:
     """Registers a model folder as a new version of `model_name` and returns the version's number.
 
-    A run has one version however often this is called. The first version of a name becomes `champion`.
+    A run has one version, however often this is called. The first version of a name becomes `champion`.
     """
     client, name = _client(config), config.model_name
     with _reachable(config):
@@ -166,8 +167,8 @@ def register(config: TrackingConfig, run_id: str, model_folder: str, tags: dict[
         if version is None:
             _create_name(client, name)
             source = _upload(client, run_id, model_folder)
-            version = client.create_model_version(name, source, run_id, tags=tags)
-        # A driver that was killed after it made the first version left it without its alias.
+            version = client.create_model_version(name, source, run_id, tags=dict(tags))
+        # A driver killed right after it created the first version leaves it without an alias.
         if int(version.version) == 1 and not client.get_registered_model(name).aliases:
             client.set_registered_model_alias(name, CHAMPION, version.version)
     return str(version.version)
@@ -184,7 +185,7 @@ def set_alias(config: TrackingConfig, version: str, alias: str) -> None:
 
 
 def version_of(config: TrackingConfig, alias: str) -> str | None:
-    """Returns the number of the version of `model_name` that an alias points to, if there is one.
+    """Returns the number of the version of `model_name` with an alias, if there is one.
 
     Raises:
         UserError: the tracking server cannot be reached.
@@ -192,11 +193,11 @@ def version_of(config: TrackingConfig, alias: str) -> str | None:
     with _reachable(config):
         models = _client(config).search_registered_models(f"name = '{config.model_name}'")
         aliases = _client(config).get_registered_model(config.model_name).aliases if models else {}
-    return str(aliases[alias]) if alias in aliases else None  # SQLite hands over a number, a server a text
+    return str(aliases[alias]) if alias in aliases else None  # SQLite gives a number, a server a text
 
 
-def tag_version(config: TrackingConfig, model_uri: str, tags: dict[str, str]) -> str | None:
-    """Sets tags on a registered version and returns its run's id; None where the URI is a folder.
+def tag_version(config: TrackingConfig, model_uri: str, tags: Mapping[str, str]) -> str | None:
+    """Sets tags on a registered version and returns its run's id; None if the URI is a folder.
 
     Raises:
         ModelError: there is no such version.
@@ -217,10 +218,10 @@ def fetch_model(config: TrackingConfig, model_uri: str, scratch: str) -> str:
     Args:
         config: where the registry is.
         model_uri: models:/NAME@ALIAS, models:/NAME/VERSION, or a local folder.
-        scratch: an existing local folder for what is downloaded.
+        scratch: an existing local folder to download into.
 
     Raises:
-        ModelError: there is no such model, version or alias; lists what there is.
+        ModelError: there is no such model, version or alias; lists the existing ones.
         UserError: the tracking server or its artifact store cannot be reached.
     """
     if not model_uri.startswith("models:/"):
@@ -238,19 +239,24 @@ def fetch_model(config: TrackingConfig, model_uri: str, scratch: str) -> str:
 
 @contextmanager
 def _reachable(config: TrackingConfig) -> Iterator[None]:
-    """Turns what MLflow and its artifact stores raise into an error that names the setting."""
+    """Raises errors of MLflow and its artifact stores as a UserError that names the setting."""
     try:
         yield
     except (MlflowException, BotoCoreError, Boto3Error, ClientError, OSError) as error:
         raise UserError(
-            f"tracking.uri={config.uri} cannot be used: {error}; mend it and run the same command again"
+            f"tracking.uri={config.uri} cannot be used: {error}; correct it and run the same command again"
         ) from error
 
 
 def _client(config: TrackingConfig) -> MlflowClient:
-    if config.uri.startswith("sqlite:///"):
-        Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    if (database := _database(config)) is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=config.uri, registry_uri=config.uri)
+
+
+def _database(config: TrackingConfig) -> Path | None:
+    """Returns the absolute path of the SQLite file; None if the URI is a server's."""
+    return Path(config.uri.removeprefix(_SQLITE)).absolute() if config.uri.startswith(_SQLITE) else None
 
 
 def _has_run(client: MlflowClient, run_id: str) -> bool:
@@ -267,15 +273,15 @@ def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
     if found is not None:
         return str(found.experiment_id)
     artifacts = config.artifacts and storage.absolute(config.artifacts)
-    if artifacts is None and config.uri.startswith("sqlite:///"):
-        artifacts = str(Path(config.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
+    if artifacts is None and (database := _database(config)) is not None:
+        artifacts = str(database.parent / "mlartifacts")
     try:
         return str(client.create_experiment(config.experiment, artifact_location=artifacts))
     except MlflowException:
-        made = client.get_experiment_by_name(config.experiment)  # by another driver, in between
-        if made is None:
+        existing = client.get_experiment_by_name(config.experiment)  # another driver may just have created it
+        if existing is None:
             raise
-        return str(made.experiment_id)
+        return str(existing.experiment_id)
 
 
 def _create_name(client: MlflowClient, name: str) -> None:
@@ -287,12 +293,12 @@ def _create_name(client: MlflowClient, name: str) -> None:
 
 
 def _upload(client: MlflowClient, run_id: str, model_folder: str) -> str:
-    """Stores the folder as a pyfunc from code among the run's artifacts and returns where."""
+    """Stores the folder as a pyfunc from code among the run's artifacts, and returns its URI."""
     with tempfile.TemporaryDirectory() as scratch:
         packed, version = f"{scratch}/packed", f"{scratch}/version"
         shutil.copytree(model_folder, version)  # MLflow keeps an artifact under its folder's name
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it asks for examples and type hints
+            warnings.simplefilter("ignore", UserWarning)  # MLflow asks for examples and type hints
             _save_pyfunc(packed, version)
         client.log_artifacts(run_id, packed, "model")
     return f"{client.get_run(run_id).info.artifact_uri}/model"
@@ -310,6 +316,7 @@ def _save_pyfunc(target: str, version: str) -> None:
 
 
 def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_registry.ModelVersion:
+    """Returns the registered version of a models:/ URI."""
     _require_file(config, model_uri)
     client, path = _client(config), model_uri.removeprefix("models:/")
     name, at, alias = path.partition("@")
@@ -320,25 +327,29 @@ def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_regis
         return client.get_model_version(name, number)
     except MlflowException as error:
         with _reachable(config):
-            existing = _existing(client, name)
-        raise ModelError(f"there is no {model_uri} at tracking.uri={config.uri}; {existing}") from error
+            registered = _registered(client, name)
+        raise ModelError(f"there is no {model_uri} at tracking.uri={config.uri}; {registered}") from error
 
 
 def _require_file(config: TrackingConfig, what: str) -> None:
-    if config.uri.startswith("sqlite:///") and not Path(config.uri.removeprefix("sqlite:///")).is_file():
-        raise ModelError(f"there is no {what}: tracking.uri={config.uri} names no file; name the one of training")
+    """Checks that an SQLite database exists: MLflow would create an empty one for a mistyped name."""
+    database = _database(config)
+    if database is not None and not database.is_file():
+        raise ModelError(f"there is no {what}: tracking.uri={config.uri} names no file; give that of the training")
 
 
-def _existing(client: MlflowClient, name: str) -> str:
+def _registered(client: MlflowClient, name: str) -> str:
+    """Returns a clause on the versions of a name or, if it has none, on the names."""
     versions = client.search_model_versions(f"name = '{name}'")
     if versions:
         numbers = ", ".join(sorted((str(version.version) for version in versions), key=int))
         return f"{name} has the versions {numbers}"
     names = [model.name for model in client.search_registered_models()]
-    return f"there are the models {', '.join(names)}" if names else "no model is registered there; train one first"
+    return f"the models are {', '.join(names)}" if names else "no model is registered; train one first"
 
 
 def _download_folder(uri: str, scratch: str) -> str:
+    """Copies the files of a model folder in object storage into `scratch`, and returns it."""
     for file in storage.list_files(uri):
         storage.download(file, Path(scratch, file.rsplit("/", 1)[1]))
     return scratch
