@@ -3,11 +3,10 @@
     python benchmarks/bank_scale.py --keys 100000,1000000 --bank-up-to 1000000
     python benchmarks/bank_scale.py --keys 10000000 --bank-up-to 0
 
-Keys are made, asked and dropped a block at a time, so that any number can be searched in 6 GiB; only the search is
-timed. A key is one of 1,000 random directions, plus variation along 16 directions that all share, plus noise; queries
-are made alike. Up to `--bank-up-to` keys a whole bank with a payload is asked too, in memory and mapped from its file;
-both must give the same bits. The approximate index is Faiss's inverted lists of 8-bit codes
-(pip install -e ".[bench]").
+Keys are made, searched and dropped block by block, so that any number fits into 6 GiB; only the search is timed. A key
+is one of 1,000 random directions, plus variation along 16 common directions, plus noise; queries are made in the same
+way. Up to `--bank-up-to` keys a bank with a payload is searched too, in memory and by memory map of its file; both must
+give the same bits. The approximate index is Faiss's inverted lists of 8-bit codes (pip install -e ".[bench]").
 """
 
 import argparse
@@ -22,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-os.environ["OMP_NUM_THREADS"] = "1"  # as an embedder on a CPU has
+os.environ["OMP_NUM_THREADS"] = "1"  # as for an embedder on a CPU
 
 import faiss  # noqa: E402
 import numpy as np  # noqa: E402
@@ -34,9 +33,9 @@ from mclstexp.model.retrieval import Retrieved, resolve, retrieve  # noqa: E402
 from mclstexp.settings import RetrievalConfig  # noqa: E402
 
 WIDTH, NUM_CLUSTERS, SHARED = 256, 1000, 16
-VARIATION, NOISE = 0.5, 0.2  # lengths, where a cluster's direction has 1
-NUM_QUERIES, QUERY_SEED = 256, 10**9  # a part's tiles
-MOST_LISTS, POINTS_A_LIST, TRAIN_ROUNDS = 4096, 64, 10
+VARIATION, NOISE = 0.5, 0.2  # lengths, relative to a cluster's direction
+NUM_QUERIES, QUERY_SEED = 256, 10**9  # as many queries as a part has tiles
+MAX_LISTS, POINTS_PER_LIST, TRAIN_ROUNDS = 4096, 64, 10
 PROBES = (1, 4, 16, 64, 256)
 MIB = 2**20
 
@@ -64,7 +63,7 @@ class Timer:
         self.seconds: dict[str, float] = {}
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
-        """Returns what the work does; its time is added to that of the same name."""
+        """Returns the work's result; adds its time to that of the same name."""
         started = time.process_time()
         result = work()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
@@ -76,7 +75,7 @@ class Timer:
 
 
 def plain(queries: torch.Tensor, keys: torch.Tensor, k: int) -> torch.Tensor:
-    """Returns the k keys of highest inner product in single precision: what exact retrieval is compared with."""
+    """Returns the k keys of highest inner product in single precision, to compare exact retrieval with."""
     return (queries @ keys.T).topk(min(k, len(keys)), dim=1).indices
 
 
@@ -86,37 +85,35 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def new_index(num_keys: int, timer: Timer) -> faiss.Index:
     """Returns a trained index without keys."""
-    lists = min(MOST_LISTS, int(4 * num_keys**0.5))
+    lists = min(MAX_LISTS, int(4 * num_keys**0.5))
     index = faiss.index_factory(WIDTH, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-    index.cp.niter, index.cp.max_points_per_centroid = TRAIN_ROUNDS, POINTS_A_LIST
-    wanted = min(num_keys, lists * POINTS_A_LIST)
+    index.cp.niter, index.cp.max_points_per_centroid = TRAIN_ROUNDS, POINTS_PER_LIST
+    wanted = min(num_keys, lists * POINTS_PER_LIST)
     sample = np.concatenate([unit(keys) for start, keys in blocks(num_keys) if start < wanted])[:wanted]
     timer.time("build", lambda: index.train(sample))
     return index
 
 
 def search(num_keys: int, k: int) -> None:
-    """Asks all keys exactly, in single precision and by the index, and prints the rates."""
+    """Searches all keys exactly, in single precision and by the index, and prints the rates."""
     queries, timer = make_keys(QUERY_SEED, NUM_QUERIES), Timer()
-    asked = torch.from_numpy(unit(queries))
+    unit_queries = torch.from_numpy(unit(queries))
     index, found = new_index(num_keys, timer), []
     for start, keys in blocks(num_keys):
         whole = timer.time("directions", lambda keys=keys: directions(keys))
         ids, scores = timer.time("exact", lambda whole=whole: nearest(queries, whole, k))
         found.append((ids + start, scores))
         normed = unit(keys)
-        timer.time("float32", lambda normed=normed: plain(asked, torch.from_numpy(normed), k))
+        timer.time("float32", lambda normed=normed: plain(unit_queries, torch.from_numpy(normed), k))
         timer.time("build", lambda normed=normed: index.add(normed))
     ids, scores = (np.concatenate(one, axis=1) for one in zip(*found, strict=True))
     best = np.take_along_axis(ids, best_columns(scores, k), axis=1)
-    lists, seconds, size = index.nlist, timer.seconds, (index.code_size + 8) * num_keys / MIB
+    lists, seconds, size_mib = index.nlist, timer.seconds, (index.code_size + 8) * num_keys / MIB
     print(f"{num_keys:,} keys, {k} neighbours; best cosine {scores.max(axis=1).mean():.3f} on average")
-    print(
-        f"  exact      {timer.rate('exact'):9.1f} queries/CPU-s; directions made in {seconds['directions']:.1f} CPU-s"
-    )
+    print(f"  exact      {timer.rate('exact'):9.1f} queries/CPU-s; directions took {seconds['directions']:.1f} CPU-s")
     ratio = seconds["exact"] / seconds["float32"]
     print(f"  float32    {timer.rate('float32'):9.1f} queries/CPU-s, {ratio:.2f} times as many")
-    print(f"  IVF{lists},SQ8 built in {seconds['build']:.0f} CPU-s, {size:.0f} MiB")
+    print(f"  IVF{lists},SQ8 built in {seconds['build']:.0f} CPU-s, {size_mib:.0f} MiB")
     for probes in PROBES:
         index.nprobe, name = probes, f"{probes} probes"
         near = timer.time(name, lambda: index.search(unit(queries), k)[1])
@@ -125,7 +122,7 @@ def search(num_keys: int, k: int) -> None:
 
 
 def whole_bank(num_keys: int, num_genes: int, k: int) -> None:
-    """Asks a bank with its payload, in memory and from the memory map of its file; both must give the same bits."""
+    """Searches a bank with its payload, in memory and by memory map of its file; both must give the same bits."""
     keys, payload = np.empty((num_keys, WIDTH), np.float32), np.empty((num_keys, num_genes), np.float32)
     for start, block in blocks(num_keys):
         keys[start : start + len(block)] = block
@@ -133,14 +130,14 @@ def whole_bank(num_keys: int, num_genes: int, k: int) -> None:
     donors = np.array([f"P{number}" for number in range(16)], object)[np.arange(num_keys) % 16]
     bank = Bank.of(keys, payload, donors, donors, donors)
     config, queries, timer = resolve(RetrievalConfig(k=k), num_keys), make_keys(QUERY_SEED, NUM_QUERIES), Timer()
-    size = (keys.nbytes + bank.directions.nbytes + payload.nbytes) / MIB
+    size_mib = (keys.nbytes + bank.directions.nbytes + payload.nbytes) / MIB
     resident: Retrieved = timer.time("in memory", lambda: retrieve(queries, bank, config))
     with tempfile.TemporaryDirectory() as folder:
         bank.save(folder, {})
         mapped = Bank.load(folder)
         read: Retrieved = timer.time("mapped", lambda: retrieve(queries, mapped, config))
     same = all(np.array_equal(values, vars(read)[name]) for name, values in vars(resident).items())
-    print(f"  bank with {num_genes} genes, {size:.0f} MiB; answers {'identical' if same else 'DIFFER'}")
+    print(f"  bank with {num_genes} genes, {size_mib:.0f} MiB; answers {'identical' if same else 'DIFFER'}")
     for name in ("in memory", "mapped"):
         print(f"  {name:10} {timer.rate(name):9.1f} queries/CPU-s", flush=True)
     if not same:
@@ -150,8 +147,10 @@ def whole_bank(num_keys: int, num_genes: int, k: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keys", default="100000,1000000", help="sizes of the bank")
-    parser.add_argument("--bank-up-to", type=int, default=1_000_000, help="largest bank that is held whole")
-    parser.add_argument("--genes", type=int, default=64, help="genes of a bank that is held whole")
+    parser.add_argument(
+        "--bank-up-to", type=int, default=1_000_000, help="largest bank that is searched with its payload"
+    )
+    parser.add_argument("--genes", type=int, default=64, help="genes of that payload")
     parser.add_argument("--k", type=int, default=200, help="neighbours")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,7 +159,7 @@ def main() -> None:
         search(num_keys, arguments.k)
         if num_keys <= arguments.bank_up_to:
             whole_bank(num_keys, arguments.genes, arguments.k)
-    print(f"most memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
 if __name__ == "__main__":

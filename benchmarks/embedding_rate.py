@@ -1,9 +1,9 @@
-"""Tiles that an encoder embeds a second, by batch size: the network alone, tiles ready in memory, one thread or a GPU.
+"""Tiles per second that an encoder embeds, by batch size: the network alone, tiles in memory, one thread or a GPU.
 
     python benchmarks/embedding_rate.py --encoder densenet121 --size-px 224 --batches 16,32,64,128,256
 
-Batch sizes take turns; median and range over the rounds are printed, of wall time and, without a GPU, of CPU time,
-which other work on the machine moves little. Pixels are noise and weights random: neither changes the time.
+Batch sizes take turns. Prints median and range over the rounds, of wall time and, without a GPU, of CPU time, which
+other work on the machine hardly changes. Pixels are noise and weights random; neither affects the time.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How long a training step of an image tower takes on this machine's CPU, with and without memory that glibc keeps.
+"""Time of a training step of an image tower on this machine's CPU, with and without glibc keeping freed memory.
 
     python benchmarks/step_speed.py --encoder densenet121 --size-px 224 --tiles 64
 
-Each way runs in a process of its own, since glibc reads its settings at the start, and there in a thread, as Ray Train
-runs its workers. Run it on a quiet machine.
+Each of the two runs in its own process, because glibc reads its settings at the start, and there in a thread, as Ray
+Train runs its workers. Run it on an idle machine.
 """
 
 import argparse
@@ -29,16 +29,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="densenet121")
     parser.add_argument("--size-px", type=int, default=224)
-    parser.add_argument("--tiles", type=int, default=64, help="tiles of a batch")
+    parser.add_argument("--tiles", type=int, default=64, help="tiles per batch")
     parser.add_argument("--rounds", type=int, default=6, help="steps; the first is left out")
-    parser.add_argument("--measure", action="store_true", help="measure in this process, as it was started")
+    parser.add_argument("--measure", action="store_true", help="measure in this process, with its environment")
     arguments = parser.parse_args()
     if arguments.measure:
         thread = threading.Thread(target=measure, args=(arguments,))
         thread.start()
         thread.join()
         return
-    for name, changed in (("as the system has it", {}), ("memory is kept", GLIBC_MALLOC_ENV)):
+    for name, changed in (("system default", {}), ("freed memory kept", GLIBC_MALLOC_ENV)):
         print(f"{name}:", flush=True)
         subprocess.run([sys.executable, *sys.argv, "--measure"], env=os.environ | changed, check=True)
 
@@ -56,10 +56,10 @@ def measure(arguments: argparse.Namespace) -> None:
             loss = tower(tiles).float().square().mean()
         loss.backward()
         times.append(1000 * (time.perf_counter() - started) / arguments.tiles)
-    said = ", ".join(f"{value:.0f}" for value in times[1:])
+    listed = ", ".join(f"{value:.0f}" for value in times[1:])
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     about = f"{torch.get_num_threads()} threads, bf16 {native_bf16(device)}, peak memory {peak_gib:.1f} GiB"
-    print(f"  {said} ms a tile, {about}", flush=True)
+    print(f"  {listed} ms per tile, {about}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Whether a sweep with early stopping finds what a full grid finds on the synthetic cohort, and for how much less.
+"""Compares a sweep with early stopping with a full grid on the synthetic cohort: its choice, and its cost.
 
     python benchmarks/sweep_check.py --out /tmp/sweep_check
 
 Temperature (10 and 0.0001 among them) times depth are trained in full under three seeds, then searched once with
-successive halving. Prints each point's validation score over the seeds, what the sweep chose, and the epochs (passes
-over all sentences) that both took. Run it again to go on where it stopped.
+successive halving. Prints each point's validation score over the seeds, the sweep's choice, and the epochs (passes over
+all sentences) of both. Run it again to continue an interrupted check.
 """
 
 import argparse
@@ -52,9 +52,9 @@ def main() -> None:
 
 
 def sweep(out: Path, name: str, *more: object) -> pd.DataFrame:
-    places = ["--data", out / "tiles", "--space", out / "space.yaml", "--out", out / "sweeps", "--name", name]
+    arguments = ["--data", out / "tiles", "--space", out / "space.yaml", "--out", out / "sweeps", "--name", name]
     if not (out / "sweeps" / name / "best.yaml").exists():
-        job("tune", "--config", out / "settings.yaml", "--search", "grid", *places, *more)
+        job("tune", "--config", out / "settings.yaml", "--search", "grid", *arguments, *more)
     return pd.read_csv(out / "sweeps" / name / "trials.csv")
 
 
@@ -68,10 +68,10 @@ def report(grid: pd.DataFrame, halving: pd.DataFrame, num_seeds: int) -> None:
     best = points["mean"].idxmax()
     least = points.loc[best, "mean"] - points.loc[best, "sem"]
     chosen = halving[halving["state"] == "finished"].iloc[0]
-    place = (chosen[TEMPERATURE], int(chosen[DEPTH]))
-    names = " and ".join(f"temperature {temperature:g} with {depth} layers" for temperature, depth in (best, place))
-    print(f"best of the grid and choice of the sweep: {names}, which has {points.loc[place, 'mean']:.4f} in the grid")
-    print(f"within one standard error of the best (at least {least:.4f}): {points.loc[place, 'mean'] >= least}")
+    point = (chosen[TEMPERATURE], int(chosen[DEPTH]))
+    names = " and ".join(f"temperature {temperature:g} with {depth} layers" for temperature, depth in (best, point))
+    print(f"best of the grid and choice of the sweep: {names}, which has {points.loc[point, 'mean']:.4f} in the grid")
+    print(f"within one standard error of the best (at least {least:.4f}): {points.loc[point, 'mean'] >= least}")
     by_temperature = points["mean"].unstack(TEMPERATURE).max()
     print(f"best depth of each temperature\n{by_temperature.round(4).to_string()}")
     passes, full = halving["epochs"].sum(), grid["epochs"].sum() / num_seeds
