@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Real slides through the prediction job: one that says no resolution, and one whose truth is known, read in three ways.
+# Predicts real slides with jobs/predict.py: one without a resolution, and one with measured counts, read in three ways.
 #
 #   benchmarks/real_slides.sh DATA MODEL OUT
 #
-# DATA: folder with samples.csv (its section C5 with counts) and slides/ (C5_aperio.svs, the same section as a pyramid;
-# another slide without a resolution); MODEL: a model's folder, cut at the sections' resolution; OUT: a new folder. A
-# small model, if there is none (a minute or two, not to be judged by its scores):
+# DATA: folder with samples.csv (its section C5 with counts) and slides/ (C5_aperio.svs, the same section as a pyramid, and
+# another slide without a resolution); MODEL: a model's folder, trained at the sections' resolution; OUT: a new folder. If
+# you have no model, train a small one (a minute or two; its scores mean nothing):
 #
 #   python jobs/prepare.py --samples DATA/samples.csv --out tiles --tiles.size_px 64 --tiles.sentence_length 64
 #   python jobs/train.py --data tiles --name tiny --split.protocol reference --split.test_sections C5,B4 \
@@ -17,14 +17,14 @@ out=$(realpath "$out")
 here=$(dirname "$0")
 jobs=$here/../jobs
 
-predict() { # name, samples, further arguments...
+predict() { # arguments: name, samples, further options...
     echo "--- predict $1"
     python "$jobs/predict.py" --model "$model" --out "$out/$1" --samples "$2" --tracking.uri "sqlite:///$out/mlflow.db" \
         "${@:3}"
 }
 
 if predict slides "$data/slides"; then
-    echo "the slide that says no resolution was not set aside"
+    echo "the slide without a resolution was not quarantined"
     exit 1
 fi
 predict slides "$data/slides" --assume-mpp 0.5

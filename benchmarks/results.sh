@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs every study that docs/results.md tabulates, on real sections; what is finished is kept, so run it again to go on.
+# Runs every study in the tables of docs/results.md, on real sections. Finished folds are kept: run it again to resume.
 #
 #   benchmarks/results.sh DATA WEIGHTS OUT [EPOCHS]
 #
-# DATA: folder with samples.csv (sections of several patients at one resolution), samples_lowres.csv (a labelled section,
-# coarser) and her2st/panel_785.txt; WEIGHTS: ImageNet weights of DenseNet-121; OUT: where tiles and results go.
+# DATA: folder with samples.csv (sections of several patients at one resolution), samples_lowres.csv (a labelled section of
+# coarser resolution) and her2st/panel_785.txt; WEIGHTS: ImageNet weights of DenseNet-121; OUT: folder for tiles and results.
 set -euo pipefail
 data=$(realpath "$1") weights=$(realpath "$2") out=$3 epochs=${4:-8}
 jobs=$(dirname "$0")/../jobs
@@ -12,10 +12,10 @@ mkdir -p "$out"
 tracking=(--tracking.uri "sqlite:///$(realpath "$out")/mlflow.db")
 one_worker=(--train.num_workers 1 --train.cpus_per_worker "$(nproc)" --train.precision auto)
 
-study() { # name, tiles, protocol, config, settings...
+study() { # arguments: name, tiles, protocol, config, settings...
     local name=$1 tiles=$2 protocol=$3 config=$4
     shift 4
-    python "$jobs/evaluate.py" --protocol "$protocol" --data "$out/$tiles" --out "$out/studies" --name "$name" \
+    python "$jobs/cross_validate.py" --protocol "$protocol" --data "$out/$tiles" --out "$out/studies" --name "$name" \
         --config "$jobs/configs/$config.yaml" --model.image_weights "$weights" --probe-weights "$weights" \
         --cohort her2st "${one_worker[@]}" "${tracking[@]}" "$@"
     python "$jobs/report.py" --run "$out/studies/$name" --cohort her2st "${tracking[@]}"
@@ -32,7 +32,7 @@ for protocol in patient reference; do
     done
 done
 
-# The labelled section is five times coarser: all sections are cut at its resolution, in tiles of 218 um.
+# The labelled section is five times coarser, so all sections are cut at its resolution, in tiles of 218 um.
 python "$(dirname "$0")/join_sheets.py" "$data/samples.csv" "$data/samples_lowres.csv" > "$out/all.csv"
 python "$jobs/prepare.py" --samples "$out/all.csv" --out "$out/tiles_coarse" --tiles.size_px 64 --tiles.mpp 3.4 \
     --tiles.sentence_length 64 --tiles.min_tissue 0
