@@ -1,4 +1,7 @@
-"""The pictures of a sweep: parallel coordinates, temperature against depth, and learning curves."""
+"""The pictures of a sweep: parallel coordinates, temperature against depth, and learning curves.
+
+They are drawn for any outcome of the trials: failed and stopped ones leave gaps, and no picture is refused for them.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,27 +23,27 @@ _SCORE = "validation PCC, 50 highest genes"
 
 
 def draw_parallel(path: Path, table: pd.DataFrame, space: Space, heading: str) -> None:
-    """Writes a line a trial across its settings to its score; failed ones end nowhere and are left out."""
+    """Writes one line per trial, across its settings to its score; trials without a score are left out."""
     known = table.dropna(subset=[VALIDATION_PCC])
     columns = [*space, VALIDATION_PCC]
-    places = pd.DataFrame({name: _place(known[name], space.get(name)) for name in columns})
+    heights = pd.DataFrame({name: _heights(known[name], space.get(name)) for name in columns})
     scores = known[VALIDATION_PCC].to_numpy(float)
     figure = new_figure(2.2 * len(columns) + 2, 4.5, heading)
     axes = figure.subplots()
     colours = _colours(scores)
-    for row, colour in zip(places.to_numpy(), colours, strict=True):
+    for row, colour in zip(heights.to_numpy(), colours, strict=True):
         axes.plot(range(len(columns)), row, color=colour, alpha=0.8)
     axes.set_xticks(range(len(columns)), [*space, _SCORE], rotation=15)
     axes.set_yticks([])
-    for place, name in enumerate(columns):
-        _label_axis(axes, place, known[name], places[name])
+    for column, name in enumerate(columns):
+        _label_axis(axes, column, known[name], heights[name])
     figure.savefig(path, dpi=_DPI)
 
 
 def draw_temperature_depth(path: Path, table: pd.DataFrame, space: Space, heading: str) -> bool:
-    """Writes the score over temperature and depth; returns False, and writes nothing, where either does not vary.
+    """Writes the score over temperature and depth; returns False, and writes nothing, if either does not vary.
 
-    Lists of both make a map with the mean score of each pair; where either is a range every trial is a point.
+    Lists of both make a map with the mean score of each pair; if either is a range, every trial is a point.
     """
     if not {TEMPERATURE, DEPTH} <= set(space):
         return False
@@ -65,7 +68,7 @@ def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame], heading: str) ->
     Args:
         path: local file to write.
         curves: step, loss and validation_pcc by trial, as `tracking.curves` returns them.
-        heading: what stands above.
+        heading: title of the picture.
     """
     figure = new_figure(11, 4.2, heading)
     for axes, name, label in zip(
@@ -81,8 +84,8 @@ def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame], heading: str) ->
     figure.savefig(path, dpi=_DPI)
 
 
-def _place(values: pd.Series, entry: Choice | Range | None) -> np.ndarray:
-    """Returns where values lie on their axis, from 0 to 1: lists by their order, ranges by number or its logarithm."""
+def _heights(values: pd.Series, entry: Choice | Range | None) -> np.ndarray:
+    """Returns the heights of values on their axis, from 0 to 1: lists by order, ranges by number or its logarithm."""
     if isinstance(entry, Choice):
         order = list(entry.bounds())
         return np.array([order.index(value) for value in values]) / max(1, len(order) - 1)
@@ -92,13 +95,13 @@ def _place(values: pd.Series, entry: Choice | Range | None) -> np.ndarray:
     return (numbers - low) / (high - low) if high > low else np.full(len(numbers), 0.5)
 
 
-def _label_axis(axes: Axes, place: int, values: pd.Series, places: pd.Series) -> None:
-    axes.axvline(place, color="grey", linewidth=0.8)
-    marks = pd.DataFrame({"value": values.to_numpy(), "place": places.to_numpy()}).drop_duplicates("place")
-    marks = marks if len(marks) <= 8 else marks.sort_values("place").iloc[[0, -1]]
-    for value, height in zip(marks["value"], marks["place"], strict=True):
+def _label_axis(axes: Axes, column: int, values: pd.Series, heights: pd.Series) -> None:
+    axes.axvline(column, color="grey", linewidth=0.8)
+    marks = pd.DataFrame({"value": values.to_numpy(), "height": heights.to_numpy()}).drop_duplicates("height")
+    marks = marks if len(marks) <= 8 else marks.sort_values("height").iloc[[0, -1]]
+    for value, height in zip(marks["value"], marks["height"], strict=True):
         text = f"{value:.3g}" if isinstance(value, float) else str(value)
-        axes.annotate(text, (place, height), xytext=(3, 2), textcoords="offset points", fontsize=7)
+        axes.annotate(text, (column, height), xytext=(3, 2), textcoords="offset points", fontsize=7)
 
 
 def _colours(scores: np.ndarray) -> Sequence[tuple[float, ...]]:

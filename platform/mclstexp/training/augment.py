@@ -1,4 +1,6 @@
-"""Augmentation of tiles, batched on the training device, with an own draw for each tile.
+"""Augmentation of tiles, batched on the training device, with one draw per tile.
+
+It runs beside the network and not on the CPUs that decode: reproducible from a generator, at the price of device time.
 
 Shapes: N tiles; all maps take and return float (N, 3, size, size) in [0, 1].
 """
@@ -18,11 +20,11 @@ def augment(tiles: torch.Tensor, kind: str, generator: torch.Generator) -> torch
     """Returns tiles, uint8 (N, size, size, 3), as float (N, 3, size, size) in [0, 1], augmented.
 
     Args:
-        tiles: on the device where the work is done.
+        tiles: on the device that augments them.
         kind: `none`; `default`: flips, quarter turns, mild stain jitter (Tellez et al. 2018,
             https://doi.org/10.1109/TMI.2018.2820199) and light jitter; `reference`: colour jitter of 0.5, horizontal
             flip, rotation by any angle with black corners (mclSTExp 2024, https://arxiv.org/abs/2407.08216); `flips`:
-            flips and quarter turns alone (the same paper's code, Visium).
+            only flips and quarter turns (the same paper's code, Visium).
         generator: of the same device; fixes every draw.
     """
     images = tiles.permute(0, 3, 1, 2).float() / 255
@@ -50,7 +52,7 @@ def colour_jitter(images: torch.Tensor, strength: float, generator: torch.Genera
 
 
 def stain_jitter(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
-    """Scales each stain's optical density by 1 +- strength and shifts it by +- strength / 10 per tile."""
+    """Scales each stain's optical density by 1 +- strength and shifts it by +- strength / 10, drawn per tile."""
     to_rgb = F.normalize(images.new_tensor(STAINS), dim=1)
     density = -torch.log10(images.clamp(min=1 / 255))
     stains = torch.einsum("nchw,cs->nshw", density, torch.linalg.inv(to_rgb))
@@ -60,7 +62,7 @@ def stain_jitter(images: torch.Tensor, strength: float, generator: torch.Generat
 
 
 def rotate(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turns each tile by an angle uniform in +-180 degrees; corners become black."""
+    """Rotates each tile by an angle uniform in +-180 degrees; corners become black."""
     angle = math.pi * _uniform(images, generator).flatten()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)

@@ -1,6 +1,7 @@
 """A checkpoint: weights and optimiser state as safetensors, the rest as JSON. Loading executes no code.
 
-The random state is not stored: every step seeds itself from (seed, epoch, step, rank).
+The random state is not stored: every step seeds itself from (seed, epoch, step, rank), so that a checkpoint suits any
+number of workers.
 """
 
 import json
@@ -19,20 +20,21 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 @dataclass
 class TrainState:
-    """How far a run is: `consumed` are the ids of this epoch's sentences (or spots) in the order they were used."""
+    """How far a run is."""
 
     config: dict[str, object]
     epoch: int = 0
     step: int = 0
     """Optimiser steps since the start of the run."""
     consumed: list[str | int] = field(default_factory=list)
+    """Ids of this epoch's sentences (or spots) in the order of their use."""
     best_score: float | None = None
-    """Highest score on the validation patients; None before the first."""
+    """Highest score on the validation patients; None before the first score."""
     num_worse: int = 0
-    """Scores since that one."""
+    """Number of scores since the best one."""
 
     def judge(self, score: float) -> None:
-        """Takes note of a score on the validation patients."""
+        """Records a score on the validation patients."""
         better = self.best_score is None or score > self.best_score
         self.best_score, self.num_worse = (score, 0) if better else (self.best_score, self.num_worse + 1)
 
@@ -48,26 +50,26 @@ def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.
     """Restores model and optimiser in place and returns the state.
 
     Raises:
-        RunError: the folder is no complete checkpoint.
+        RunError: the folder is not a complete checkpoint.
     """
     try:
         weights, slots = load_file(Path(folder, WEIGHTS)), load_file(Path(folder, OPTIMIZER))
         state = TrainState(**json.loads(Path(folder, STATE).read_text()))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{folder} is no complete checkpoint: {error}; delete it to go on from the one before"
+            f"{folder} is not a complete checkpoint: {error}; delete it to go on from the one before"
         ) from error
     model.load_state_dict(weights)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
-    _lay_out_alike(optimizer)
+    _match_memory_layout(optimizer)
     return state
 
 
-def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
+def _match_memory_layout(optimizer: torch.optim.Optimizer) -> None:
     """Gives each moment the memory layout of its parameter.
 
-    Fused optimisers walk both in memory order; beside a channels-last weight, a moment as it was stored would meet
-    the wrong elements.
+    Fused optimisers walk both in memory order; a moment in its stored layout would be paired with the wrong elements
+    of a channels-last weight.
     """
     for parameter, slots in optimizer.state.items():
         for name, value in slots.items():

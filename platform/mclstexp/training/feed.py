@@ -1,7 +1,7 @@
-"""What a rank is fed each epoch: sentences of neighbouring spots, or random spots as published.
+"""The batches of an epoch: sentences of neighbouring spots, or random spots as published.
 
-Both feeds answer the same four questions (how many steps, which rows are mine, how they are loaded, which ids a
-batch held), so that the loop knows nothing of the difference but the shape of a sentence.
+Both feeds answer the same questions (how many steps, which rows belong to a rank, how many it takes in a step, how
+they are loaded, which ids a batch has), so that the training loop needs no branch.
 """
 
 from collections.abc import Collection
@@ -29,11 +29,11 @@ class SentenceFeed:
     shuffle_pairs: bool
 
     def num_steps(self, num_consumed: int = 0) -> int:
-        """Returns the steps of an epoch, or of what is left of it."""
+        """Returns the number of steps of an epoch, or of its rest after `num_consumed`."""
         return -(-(len(self.sentences) - num_consumed) // self.batch_sentences)
 
     def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> list[dict[str, object]]:
-        """Returns the rank's stream rows of an epoch without the consumed sentences."""
+        """Returns the rank's stream rows of an epoch, without the consumed sentences."""
         order = stream.epoch_order(self.sentences, self.seed, epoch)
         order = stream.mispaired(order) if self.shuffle_pairs else order
         done = set(consumed)
@@ -59,11 +59,11 @@ class SpotFeed:
     seed: int
 
     def num_steps(self, num_consumed: int = 0) -> int:
-        """Returns the steps of an epoch, or of what is left of it."""
+        """Returns the number of steps of an epoch, or of its rest after `num_consumed`."""
         return -(-(self.num_spots - num_consumed) // self.batch_spots)
 
     def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> list[dict[str, object]]:
-        """Returns the rank's stream rows of an epoch without the consumed spots."""
+        """Returns the rank's stream rows of an epoch, without the consumed spots."""
         order = random_spots.spot_order(self.num_spots, self.seed, epoch)
         left = order[~np.isin(order, np.array(list(consumed), np.int64))]
         return random_spots.rank_slice(left, self.batch_spots, rank, world_size)
@@ -81,10 +81,10 @@ Feed = SentenceFeed | SpotFeed
 
 
 def make_feed(config: Config, reader: SpotReader, section_ids: Collection[str]) -> Feed:
-    """Returns the feed over the training sections; `random_spots` reads them into the object store here.
+    """Returns the feed over the training sections; with `random_spots` it reads them into the object store.
 
     Raises:
-        ConfigError: `random_spots` over more data than it may hold.
+        ConfigError: the sections are too large for `random_spots`.
     """
     train, sections = config.train, sorted(section_ids)
     if train.batching == "sentences":

@@ -110,15 +110,8 @@ def _training_record(run: Run, epochs: int) -> TrainingRecord:
 
 
 def _bank(run: Run, towers: TwoTowers, show: Show) -> Bank:
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        show("bank: sections", done, len(run.split.train))
-
     random_spots = run.config.train.batching == "random_spots"
-    return build_bank(towers, run.reader, run.split.train, random_spots, count)
+    return build_bank(towers, run.reader, run.split.train, random_spots, show)
 
 
 def _is_open(config: RetrievalConfig) -> bool:
@@ -130,14 +123,7 @@ def _embedded(run: Run, version: ModelVersion, names: Sequence[str], show: Show)
     """Returns the image embeddings of sections by their names, float32 (N, D) each."""
     if not names:
         return {}
-    done, total = 0, run.manifest.num_spots(names)
-
-    def count(num_spots: int) -> None:
-        nonlocal done
-        done += num_spots
-        show("embedding: tiles", done, total)
-
-    parts = embed_sections(run.reader.root, run.manifest, names, network_of(version), count)
+    parts = embed_sections(run.reader.root, run.manifest, names, network_of(version), show)
     return {name: arrays["embedding"] for name, arrays in parts}
 
 

@@ -1,7 +1,7 @@
 """One optimiser step of one rank.
 
-Every rank computes the same full contrastive loss over the gathered embeddings (the matrix is small, the image tower
-dominates), so that loss and gradients equal those of one process on the joined batch.
+Every rank computes the same full loss over the gathered embeddings (the matrix is small, the image tower dominates),
+so that loss and gradients equal those of one process on the joined batch.
 
 Shapes: S sentences of the rank's share, L spots of a sentence, G genes, D embedding, N = S * L slots.
 """
@@ -25,12 +25,12 @@ from mclstexp.training.checkpoint import TrainState
 
 @dataclass
 class RankState:
-    """One rank's model and where it stands."""
+    """One rank's model and optimiser, its position in the group, and how far the run is."""
 
     config: Config
     model: Network
     parallel: torch.nn.Module
-    """`model`, inside DistributedDataParallel where there are several ranks."""
+    """`model`, inside DistributedDataParallel if there are several ranks."""
     optimizer: torch.optim.Optimizer
     device: torch.device
     rank: int
@@ -41,99 +41,42 @@ class RankState:
     """Ids that this rank consumed since the last checkpoint."""
 
 
-def train_step(trainee: RankState, batch: Batch) -> tuple[torch.Tensor, int]:
+def train_step(rank_state: RankState, batch: Batch) -> tuple[torch.Tensor, int]:
     """Takes one optimiser step; returns the global loss (scalar) and the global number of spots.
 
     Raises:
         RunError: the loss is not finite.
     """
-    _set_learning_rate(trainee)
-    _seed(trainee)
-    mask_SL = torch.as_tensor(batch["mask"], device=trainee.device)
+    _set_learning_rate(rank_state)
+    _seed(rank_state)
+    mask_SL = torch.as_tensor(batch["mask"], device=rank_state.device)
     valid_N = gather(mask_SL.reshape(-1, 1).float()).squeeze(1) > 0
-    _choose_statistics(trainee, int(valid_N.view(trainee.world_size, -1).sum(dim=1).min()))
-    images = prepare_images(trainee, batch, mask_SL)
-    loss = _global_loss(trainee, batch, images, mask_SL, valid_N)
+    _choose_statistics(rank_state, int(valid_N.view(rank_state.world_size, -1).sum(dim=1).min()))
+    images = prepare_images(rank_state, batch, mask_SL)
+    loss = _global_loss(rank_state, batch, images, mask_SL, valid_N)
     if not torch.isfinite(loss):
-        raise RunError(f"the loss is {loss.item()} at step {trainee.state.step}; lower train.tower_lr or use fp32")
-    trainee.optimizer.zero_grad(set_to_none=True)
+        raise RunError(f"the loss is {loss.item()} at step {rank_state.state.step}; lower train.tower_lr or use fp32")
+    rank_state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    trainee.optimizer.step()
-    trainee.model.bound_logit_scale()
+    rank_state.optimizer.step()
+    rank_state.model.bound_logit_scale()
     return loss.detach(), int(valid_N.sum())
 
 
-def prepare_images(trainee: RankState, batch: Batch, mask_SL: torch.Tensor) -> torch.Tensor:
-    """Returns the real tiles of a batch, augmented, float (n, 3, size, size); a blank one where a rank has none."""
-    tiles = torch.as_tensor(batch["image"]).flatten(0, 1)[mask_SL.flatten().cpu()].to(trainee.device)
+def prepare_images(rank_state: RankState, batch: Batch, mask_SL: torch.Tensor) -> torch.Tensor:
+    """Returns the real tiles of a batch, augmented, float (n, 3, size, size); a blank one if the rank has none."""
+    tiles = torch.as_tensor(batch["image"]).flatten(0, 1)[mask_SL.flatten().cpu()].to(rank_state.device)
     if not len(tiles):
         tiles = tiles.new_zeros(1, *tiles.shape[1:])
-    generator = torch.Generator(trainee.device).manual_seed(_step_seed(trainee, trainee.rank))
-    images = augment(tiles, trainee.config.train.augmentation, generator)
+    generator = torch.Generator(rank_state.device).manual_seed(_step_seed(rank_state, rank_state.rank))
+    images = augment(tiles, rank_state.config.train.augmentation, generator)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def autocast(trainee: RankState) -> AbstractContextManager[object]:
-    """Returns the arithmetic of the towers: bf16 where asked for, or where native with `auto`."""
-    enabled = uses_bf16(trainee.config.train.precision, trainee.device)
-    return torch.autocast(trainee.device.type, torch.bfloat16, enabled=enabled)
-
-
-def _global_loss(
-    trainee: RankState, batch: Batch, images: torch.Tensor, mask_SL: torch.Tensor, valid_N: torch.Tensor
-) -> torch.Tensor:
-    """Returns the loss of all ranks' spots: towers on the own share, the loss on all."""
-    train, regresses = trainee.config.train, trainee.config.model.predictor == "regression"
-    sentence = _sentence(trainee, batch, mask_SL)
-    with autocast(trainee):
-        outputs = (trainee.parallel(images), sentence[0]) if regresses else trainee.parallel(images, *sentence)
-    image_ND = gather(_in_slots(outputs[0].float(), mask_SL))
-    spot_ND = outputs[1].float().flatten(0, 1)
-    if train.batching == "sentences":
-        spot_ND = gather(spot_ND)
-    return require_loss(trainee.config)(image_ND, spot_ND, valid_N, trainee.model.logit_scale)
-
-
-def _in_slots(features: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
-    """Returns the features of the real tiles, (n, D), in their slots, (S * L, D), with zeros between."""
-    slots = features.new_zeros(mask_SL.numel(), features.shape[1])
-    return slots.masked_scatter(mask_SL.reshape(-1, 1), features[: int(mask_SL.sum())])
-
-
-def _choose_statistics(trainee: RankState, fewest_images: int) -> None:
-    """Lets batch norm use running statistics in a step that leaves a rank with no batch to speak of.
-
-    That is an epoch's last step only. All ranks do alike, so that synchronised statistics wait for nobody.
-    """
-    trainee.model.image_tower.train(fewest_images > 1)
-
-
-def _sentence(
-    trainee: RankState, batch: Batch, mask_SL: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (expression, position, mask) of the rank's sentences, or of the one global sentence of random spots."""
-    expression, position = (torch.as_tensor(batch[name], device=trainee.device) for name in ("expression", "position"))
-    if trainee.config.train.batching == "sentences":
-        return expression, position, mask_SL
-    parts = (expression.flatten(0, 1), position.flatten(0, 1), mask_SL.reshape(-1, 1).float())
-    expression, position, mask = (gather(part)[None] for part in parts)
-    return expression, position, mask.squeeze(-1) > 0
-
-
-def _set_learning_rate(trainee: RankState) -> None:
-    factor = learning_rate_factor(trainee.state.step, trainee.total_steps, trainee.config.train)
-    for group in trainee.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-
-
-def _seed(trainee: RankState) -> None:
-    """Seeds dropout; ranks that all run the same global sentence must drop the same."""
-    alike = trainee.config.train.batching == "random_spots"
-    torch.manual_seed(_step_seed(trainee, 0 if alike else trainee.rank))
-
-
-def _step_seed(trainee: RankState, rank: int) -> int:
-    return hash((trainee.config.train.seed, trainee.state.epoch, trainee.state.step, rank)) % 2**63
+def autocast(rank_state: RankState) -> AbstractContextManager[object]:
+    """Returns the arithmetic of the towers, as `train.precision` chooses it for the device."""
+    enabled = uses_bf16(rank_state.config.train.precision, rank_state.device)
+    return torch.autocast(rank_state.device.type, torch.bfloat16, enabled=enabled)
 
 
 def make_optimizer(model: Network, config: TrainConfig) -> torch.optim.Optimizer:
@@ -170,3 +113,62 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
         return 1.0
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _set_learning_rate(rank_state: RankState) -> None:
+    factor = learning_rate_factor(rank_state.state.step, rank_state.total_steps, rank_state.config.train)
+    for group in rank_state.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def _seed(rank_state: RankState) -> None:
+    """Seeds dropout; ranks that all run the same global sentence must drop the same values."""
+    is_shared = rank_state.config.train.batching == "random_spots"
+    torch.manual_seed(_step_seed(rank_state, 0 if is_shared else rank_state.rank))
+
+
+def _step_seed(rank_state: RankState, rank: int) -> int:
+    return hash((rank_state.config.train.seed, rank_state.state.epoch, rank_state.state.step, rank)) % 2**63
+
+
+def _choose_statistics(rank_state: RankState, fewest_images: int) -> None:
+    """Makes batch norm use running statistics when a rank's batch is too small (fewer than two tiles).
+
+    That happens only in an epoch's last step. All ranks do the same, so that synchronised statistics wait for no rank.
+    """
+    rank_state.model.image_tower.train(fewest_images > 1)
+
+
+def _global_loss(
+    rank_state: RankState, batch: Batch, images: torch.Tensor, mask_SL: torch.Tensor, valid_N: torch.Tensor
+) -> torch.Tensor:
+    """Returns the loss over all ranks' spots; the towers run on the rank's own share."""
+    train, regresses = rank_state.config.train, rank_state.config.model.predictor == "regression"
+    sentence = _sentence(rank_state, batch, mask_SL)
+    with autocast(rank_state):
+        outputs = (rank_state.parallel(images), sentence[0]) if regresses else rank_state.parallel(images, *sentence)
+    image_ND = gather(_in_slots(outputs[0].float(), mask_SL))
+    spot_ND = outputs[1].float().flatten(0, 1)
+    if train.batching == "sentences":
+        spot_ND = gather(spot_ND)
+    return require_loss(rank_state.config)(image_ND, spot_ND, valid_N, rank_state.model.logit_scale)
+
+
+def _sentence(
+    rank_state: RankState, batch: Batch, mask_SL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (expression, position, mask) of the rank's sentences, or of the one global sentence of random spots."""
+    expression, position = (
+        torch.as_tensor(batch[name], device=rank_state.device) for name in ("expression", "position")
+    )
+    if rank_state.config.train.batching == "sentences":
+        return expression, position, mask_SL
+    parts = (expression.flatten(0, 1), position.flatten(0, 1), mask_SL.reshape(-1, 1).float())
+    expression, position, mask = (gather(part)[None] for part in parts)
+    return expression, position, mask.squeeze(-1) > 0
+
+
+def _in_slots(features: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+    """Returns the features of the real tiles, (n, D), in their slots, (S * L, D), with zeros in the empty ones."""
+    slots = features.new_zeros(mask_SL.numel(), features.shape[1])
+    return slots.masked_scatter(mask_SL.reshape(-1, 1), features[: int(mask_SL.sum())])

@@ -1,11 +1,11 @@
-"""How good a model is on validation patients while it trains, by the same retrieval that predicts.
+"""The score of a model on validation patients while it trains, by the same retrieval that predicts.
 
-Image embedding is shared out among the ranks; rank 0 makes the bank's keys and scores, while the others wait
-for it. That fits validation sets of minutes, not of hours (the group's time limit is five minutes).
+The ranks share the embedding of images; rank 0 makes the bank's keys and scores while the others wait for it. That
+suits validation sets of minutes, not of hours (the group's time limit is five minutes).
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -23,79 +23,19 @@ from mclstexp.training.step import RankState
 
 VALIDATION_PCC = "validation_pcc"
 """Metric: PCC over the 50 highest genes of each validation section, mean over sections, then over patients."""
-Place = tuple[str, int]
-"""Section and sentence."""
+TRIED_K = (10, 20, 50, 100, 200, 400)
+TRIED_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_SentenceKey = tuple[str, int]
+"""Section id and index of the row group."""
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What is scored, and what the bank is made of; crosses process borders."""
+    """The sections to score and those of the bank; crosses process borders."""
 
     reader: SpotReader
     train: tuple[str, ...]
     validation: tuple[str, ...]
-
-    def places(self) -> list[Place]:
-        """Returns the validation sentences in stored order."""
-        manifest = self.reader.manifest
-        return [(name, group) for name in self.validation for group in range(len(manifest.section(name).row_groups))]
-
-
-def validate(trainee: RankState, data: ValidationSet) -> float:
-    """Returns the model's `VALIDATION_PCC`; every rank must call it.
-
-    k and the temperature of retrieval are those that score best where the configuration leaves them open, as a
-    finished model's are.
-    """
-    if trainee.world_size > 1:
-        for buffer in trainee.model.buffers():  # each rank has batch statistics of its own; those of rank 0 are saved
-            dist.broadcast(buffer, src=0)
-    embedded = _gathered(trainee, _embed_share(trainee, data))
-    scores = [_score(trainee, data, embedded) if trainee.rank == 0 else float("nan")]
-    if trainee.world_size > 1:
-        dist.broadcast_object_list(scores, src=0)
-    return scores[0]
-
-
-def _score(trainee: RankState, data: ValidationSet, embedded: Mapping[Place, np.ndarray]) -> float:
-    spots = {name: data.reader.read_section(name) for name in data.validation}
-    said = {name: np.concatenate([embedded[place] for place in data.places() if place[0] == name]) for name in spots}
-    sections = [
-        ValidationSection(data.reader.manifest.section(name).patient_id, said[name], spots[name]["payload"])
-        for name in spots
-    ]
-    if not isinstance(trainee.model, TwoTowers):
-        scores = np.array([heg_pcc(section.truth, section.queries) for section in sections])
-        return float(mean_by_patient([section.patient_id for section in sections], scores))
-    model = copy.deepcopy(trainee.model).cpu().float().eval()
-    random_spots = trainee.config.train.batching == "random_spots"
-    bank = build_bank(model, data.reader, data.train, random_spots, lambda: None)
-    return best_score(sections, bank, trainee.config.retrieval)
-
-
-def _embed_share(trainee: RankState, data: ValidationSet) -> dict[Place, np.ndarray]:
-    """Returns what the rank's own sentences are embedded as (or, in direct regression, predicted)."""
-    config, size_px = trainee.config, data.reader.manifest.tile_size_px
-    weights = trainee.model.state_dict()
-    embed = image_network(config.model, size_px, weights, config.train.precision).build(trainee.device)
-    share = data.places()[trainee.rank :: trainee.world_size]
-    return {place: _embedded(embed, data.reader, place) for place in share}
-
-
-def _embedded(embed: Callable[[np.ndarray], np.ndarray], reader: SpotReader, place: Place) -> np.ndarray:
-    return embed(decode_tiles(reader.read_encoded(*place)[1], reader.manifest.tile_size_px))
-
-
-def _gathered(trainee: RankState, share: dict[Place, np.ndarray]) -> dict[Place, np.ndarray]:
-    if trainee.world_size == 1:
-        return share
-    shares: list[dict[Place, np.ndarray]] = [{} for _ in range(trainee.world_size)]
-    dist.all_gather_object(shares, share)
-    return {place: values for part in shares for place, values in part.items()}
-
-
-TRIED_K = (10, 20, 50, 100, 200, 400)
-TRIED_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -109,19 +49,71 @@ class ValidationSection:
     """Measured expression in the bank's unit, (Q, G)."""
 
 
+def validate(rank_state: RankState, data: ValidationSet) -> float:
+    """Returns the model's `VALIDATION_PCC`; every rank must call it.
+
+    The retrieval's k and temperature, if the configuration leaves them open, are those that score best, as in a
+    finished model.
+    """
+    if rank_state.world_size > 1:
+        for buffer in rank_state.model.buffers():  # each rank has its own batch statistics; those of rank 0 are saved
+            dist.broadcast(buffer, src=0)
+    embedded = _gathered(rank_state, _embed_share(rank_state, data))
+    scores = [_score(rank_state, data, embedded) if rank_state.rank == 0 else float("nan")]
+    if rank_state.world_size > 1:
+        dist.broadcast_object_list(scores, src=0)
+    return scores[0]
+
+
 def choose(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> RetrievalConfig:
     """Returns the settings with the `k` and `temperature` of the highest mean PCC over the 50 highest genes.
 
     As on the score card, correlations are taken within a section over its own highest genes, and averaged by patient.
-    Only what the configuration leaves open is chosen.
+    Only settings that the configuration leaves open are chosen.
     """
     tried, means = _tried(sections, bank, config)
     return tried[int(means.argmax())]
 
 
 def best_score(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> float:
-    """Returns the mean PCC over the 50 highest genes under the settings that `choose` would return."""
+    """Returns the mean PCC over the 50 highest genes with the settings that `choose` would return."""
     return float(_tried(sections, bank, config)[1].max())
+
+
+def _embed_share(rank_state: RankState, data: ValidationSet) -> dict[_SentenceKey, np.ndarray]:
+    """Returns the embeddings (in direct regression: the predictions) of the rank's share of sentences."""
+    config, size_px = rank_state.config, data.reader.manifest.tile_size_px
+    weights = rank_state.model.state_dict()
+    embed = image_network(config.model, size_px, weights, config.train.precision).build(rank_state.device)
+    share = data.reader.manifest.sentences(data.validation)[rank_state.rank :: rank_state.world_size]
+    return {sentence: embed(decode_tiles(data.reader.read_encoded(*sentence)[1], size_px)) for sentence in share}
+
+
+def _gathered(rank_state: RankState, share: dict[_SentenceKey, np.ndarray]) -> dict[_SentenceKey, np.ndarray]:
+    if rank_state.world_size == 1:
+        return share
+    shares: list[dict[_SentenceKey, np.ndarray]] = [{} for _ in range(rank_state.world_size)]
+    dist.all_gather_object(shares, share)
+    return {sentence: values for part in shares for sentence, values in part.items()}
+
+
+def _score(rank_state: RankState, data: ValidationSet, embedded: Mapping[_SentenceKey, np.ndarray]) -> float:
+    manifest = data.reader.manifest
+    sections = [
+        ValidationSection(
+            manifest.section(name).patient_id,
+            np.concatenate([embedded[sentence] for sentence in manifest.sentences([name])]),
+            data.reader.read_section(name)["payload"],
+        )
+        for name in data.validation
+    ]
+    if not isinstance(rank_state.model, TwoTowers):
+        scores = np.array([heg_pcc(section.truth, section.queries) for section in sections])
+        return float(mean_by_patient([section.patient_id for section in sections], scores))
+    model = copy.deepcopy(rank_state.model).cpu().float().eval()
+    random_spots = rank_state.config.train.batching == "random_spots"
+    bank = build_bank(model, data.reader, data.train, random_spots)
+    return best_score(sections, bank, rank_state.config.retrieval)
 
 
 def _tried(
@@ -139,14 +131,14 @@ def _tried(
     return tried, mean_by_patient([section.patient_id for section in sections], scores)
 
 
-def _scores(section: ValidationSection, bank: Bank, tried: Sequence[RetrievalConfig], most: int) -> list[float]:
-    """Returns the mean PCC over a section's own highest genes under each of the tried settings."""
+def _scores(section: ValidationSection, bank: Bank, tried: Sequence[RetrievalConfig], max_k: int) -> list[float]:
+    """Returns the mean PCC over a section's own highest genes with each of the tried settings."""
     genes = highest_genes(section.truth)
     payload = bank.payload[:, genes]
-    best = neighbours(section.queries, bank, tried[0].model_copy(update={"k": most}))
+    best = neighbours(section.queries, bank, tried[0].model_copy(update={"k": max_k}))
     means = []
     for config in tried:
-        found = best.first(config.k or most)
-        said = weighted_mean(found.ids, weights(found, config), payload)
-        means.append(heg_pcc(section.truth[:, genes], said))
+        found = best.first(config.k or max_k)
+        predicted = weighted_mean(found.ids, weights(found, config), payload)
+        means.append(heg_pcc(section.truth[:, genes], predicted))
     return means

@@ -1,4 +1,8 @@
-"""What each training worker does: build, resume, step, checkpoint."""
+"""What each training worker does: build, resume, step, validate, checkpoint.
+
+All ranks take the same decisions from the same state, so that none waits for another that has left the loop. Rank 0
+alone writes checkpoints and posts metrics, at the price that the others wait while it does.
+"""
 
 import tempfile
 import time
@@ -24,7 +28,8 @@ from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
 POST_EVERY_S = 0.5
 PLACEMENT_GROUP = "placement_group"
-"""Reported beside the metrics: what holds the workers' CPUs and GPUs, in hex, for whoever stops them from outside."""
+"""Reported beside the metrics: id in hex of what reserves the workers' CPUs and GPUs, for those who stop the workers
+from outside."""
 
 
 @dataclass(frozen=True)
@@ -38,33 +43,27 @@ class TrainPlan:
     num_positions: int
     tile_size_px: int
     initial_weights: ray.ObjectRef
-    """State dict of the network, made on the driver: a weights file need not be on every node."""
+    """State dict of the network, made on the driver: other nodes need no file of weights."""
     board: ray.actor.ActorHandle
     validation: ValidationSet | None
-    """What is scored on the way; None where nothing is."""
+    """Sections to score during training; None: no score."""
 
 
 def train_worker(settings: dict[str, TrainPlan]) -> None:
     """Runs the rest of a training run on one rank; Ray Train calls it on every worker."""
     plan = settings["plan"]
-    trainee = build(plan)
-    resume(trainee)
-    for epoch in range(trainee.state.epoch, trainee.config.train.epochs):
-        if is_out_of_patience(trainee):
+    rank_state = build(plan)
+    resume(rank_state)
+    for epoch in range(rank_state.state.epoch, rank_state.config.train.epochs):
+        if is_out_of_patience(rank_state):
             return
-        if epoch != trainee.state.epoch:
-            trainee.state.epoch, trainee.state.consumed = epoch, []
-        run_epoch(trainee, plan)
-
-
-def is_out_of_patience(trainee: RankState) -> bool:
-    """Tells whether early stopping ends the training: on all ranks alike, and again when it is resumed."""
-    patience = trainee.config.train.patience
-    return bool(patience) and trainee.state.num_worse >= patience
+        if epoch != rank_state.state.epoch:
+            rank_state.state.epoch, rank_state.state.consumed = epoch, []
+        run_epoch(rank_state, plan)
 
 
 def build(plan: TrainPlan) -> RankState:
-    """Returns the rank's model, optimiser and place in the group, at step 0."""
+    """Returns the rank's model and optimiser at step 0, and its position in the group."""
     config = config_from(plan.config)
     context = ray.train.get_context()
     torch.manual_seed(config.train.seed)
@@ -88,55 +87,64 @@ def build(plan: TrainPlan) -> RankState:
     )
 
 
-def resume(trainee: RankState) -> None:
-    """Goes to the run's newest checkpoint, if there is one."""
+def resume(rank_state: RankState) -> None:
+    """Loads the run's newest checkpoint, if there is one."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            trainee.state = load_checkpoint(folder, trainee.model, trainee.optimizer)
+            rank_state.state = load_checkpoint(folder, rank_state.model, rank_state.optimizer)
 
 
-def run_epoch(trainee: RankState, plan: TrainPlan) -> None:
-    """Trains on what the current epoch has left, with checkpoints on the way and one at its end."""
-    state, train = trainee.state, trainee.config.train
-    rows = plan.feed.rows(state.epoch, state.consumed, trainee.rank, trainee.world_size)
+def is_out_of_patience(rank_state: RankState) -> bool:
+    """Returns whether early stopping ends the training; the same on all ranks, and again after a resume."""
+    patience = rank_state.config.train.patience
+    return bool(patience) and rank_state.state.num_worse >= patience
+
+
+def run_epoch(rank_state: RankState, plan: TrainPlan) -> None:
+    """Trains on the rest of the current epoch, with checkpoints on the way and one at its end."""
+    state, train = rank_state.state, rank_state.config.train
+    rows = plan.feed.rows(state.epoch, state.consumed, rank_state.rank, rank_state.world_size)
     steps_left = plan.feed.num_steps(len(state.consumed))
-    trainee.parallel.train()
-    meter = Meter(plan.board if trainee.rank == 0 else None)
-    batches = stream(rows, plan.feed.loader, plan.feed.rows_per_step(trainee.world_size), plan.share)
-    for place, (batch, waited_s) in enumerate(timed(batches), start=1):
-        loss, num_spots = train_step(trainee, batch)
-        trainee.fresh_ids += plan.feed.ids(batch)
+    rank_state.parallel.train()
+    meter = Meter(plan.board if rank_state.rank == 0 else None)
+    batches = stream(rows, plan.feed.loader, plan.feed.rows_per_step(rank_state.world_size), plan.share)
+    for num_steps, (batch, waited_s) in enumerate(timed(batches), start=1):
+        loss, num_spots = train_step(rank_state, batch)
+        rank_state.fresh_ids += plan.feed.ids(batch)
         state.step += 1
         meter.count(num_spots, waited_s)
-        last, scores = place == steps_left, Metrics()
-        if last and plan.validation and is_validated(state.epoch, train):
-            scores = {VALIDATION_PCC: validate(trainee, plan.validation)}
+
+        is_last, scores = num_steps == steps_left, Metrics()
+        if is_last and plan.validation and is_validated(state.epoch, train):
+            scores = {VALIDATION_PCC: validate(rank_state, plan.validation)}
             state.judge(scores[VALIDATION_PCC])
-        if last or place % train.checkpoint_every == 0:
-            checkpoint(trainee, loss, scores)
-        meter.post(state, loss, scores, last)
+        if is_last or num_steps % train.checkpoint_every == 0:
+            checkpoint(rank_state, loss, scores)
+        meter.post(state, loss, scores, is_last)
 
 
 def is_validated(epoch: int, train: TrainConfig) -> bool:
-    """Tells whether the model is scored after an epoch, counted from 0: each `train.validate_every`-th and the last."""
+    """Returns whether the model is scored after an epoch, counted from 0: each `validate_every`-th and the last."""
     return (epoch + 1) % train.validate_every == 0 or epoch + 1 == train.epochs
 
 
-def checkpoint(trainee: RankState, loss: torch.Tensor, scores: Metrics) -> None:
+def checkpoint(rank_state: RankState, loss: torch.Tensor, scores: Metrics) -> None:
     """Stores the state and reports loss and scores; every rank takes part, rank 0 writes.
 
-    None goes on before the controller knows of it: without that wait a crash right after could fall back by several
-    checkpoints, for the controller polls.
+    All ranks wait until Ray Train's controller has recorded the checkpoint. The controller polls; without the wait a
+    crash right after could lose several checkpoints.
     """
-    trainee.state.consumed += _all_ids(trainee)
+    rank_state.state.consumed += _all_ids(rank_state)
     group = ray.util.get_current_placement_group()
-    state = {"step": trainee.state.step, "epoch": trainee.state.epoch}
-    unscored = {VALIDATION_PCC: float("nan")} if trainee.config.train.patience else {}  # Ray orders checkpoints by it
+    state = {"step": rank_state.state.step, "epoch": rank_state.state.epoch}
+    unscored = (
+        {VALIDATION_PCC: float("nan")} if rank_state.config.train.patience else {}
+    )  # Ray orders checkpoints by it
     metrics = {"loss": loss.item(), **state, **unscored, **scores, PLACEMENT_GROUP: group.id.hex() if group else ""}
-    if trainee.rank == 0:
+    if rank_state.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(folder, trainee.model, trainee.optimizer, trainee.state)
+            save_checkpoint(folder, rank_state.model, rank_state.optimizer, rank_state.state)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     else:
         ray.train.report(metrics)
@@ -144,7 +152,7 @@ def checkpoint(trainee: RankState, loss: torch.Tensor, scores: Metrics) -> None:
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Yields each batch with the seconds that were spent waiting for it."""
+    """Yields each batch with the seconds of waiting for it."""
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
@@ -165,10 +173,10 @@ class Meter:
         self._spots += num_spots
         self._waited_s += waited_s
 
-    def post(self, state: TrainState, loss: torch.Tensor, scores: Metrics, last: bool) -> None:
-        """Posts loss, scores and rates, at most every half second and at an epoch's last step."""
+    def post(self, state: TrainState, loss: torch.Tensor, scores: Metrics, is_last: bool) -> None:
+        """Posts loss, scores and rates, at most every `POST_EVERY_S` and at an epoch's last step."""
         elapsed_s = time.perf_counter() - self._since
-        if self._board is None or (elapsed_s < POST_EVERY_S and not last):
+        if self._board is None or (elapsed_s < POST_EVERY_S and not is_last):
             return
         metrics = {
             "epoch": state.epoch,
@@ -184,10 +192,11 @@ class Meter:
         self._spots, self._waited_s, self._since = 0, 0.0, time.perf_counter()
 
 
-def _all_ids(trainee: RankState) -> list[str | int]:
-    ids, trainee.fresh_ids = trainee.fresh_ids, []
-    if trainee.world_size == 1:
+def _all_ids(rank_state: RankState) -> list[str | int]:
+    """Returns what all ranks consumed since the last checkpoint."""
+    ids, rank_state.fresh_ids = rank_state.fresh_ids, []
+    if rank_state.world_size == 1:
         return ids
-    gathered: list[list[str | int]] = [[] for _ in range(trainee.world_size)]
+    gathered: list[list[str | int]] = [[] for _ in range(rank_state.world_size)]
     dist.all_gather_object(gathered, ids)
     return [name for part in gathered for name in part]
