@@ -220,7 +220,7 @@ def test_from_tiles_and_counts_to_scores(
     """One fold: keys of the other sections in batches of 32 across their borders, scores of the held-out one."""
     config = override(config, {"retrieval.distance": distance})
     training, held_out = [name for name in sections if name != TEST], sections[TEST]
-    bank = build_bank(model, _reader(config, sections), training, random_spots=True, done=lambda: None)
+    bank = build_bank(model, _reader(config, sections), training, random_spots=True)
     keys, payload, queries = _reference_bank(model, [sections[name] for name in training], held_out)
     _close(bank.keys, keys, **LOOSE)
     _close(bank.payload, payload, 1e-6, 1e-6)

@@ -32,5 +32,5 @@ def untrained_version(tiles: str, settings: dict[str, object]) -> ModelVersion:
     geometry = (manifest.tile_size_px, manifest.mpp)
     network = build_network(config.model, len(panel), 0, manifest.tile_size_px).eval()
     retrieves = isinstance(network, TwoTowers)
-    bank = build_bank(network, reader, split.train, False, lambda: None) if retrieves else None
+    bank = build_bank(network, reader, split.train, False) if retrieves else None
     return ModelVersion(config, panel, geometry, 0, record, network.state_dict(), bank)

@@ -6,7 +6,7 @@ is that its directions are stored beside its keys (N * D float32 more), instead 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from mclstexp.data.spots import SpotReader
 from mclstexp.errors import ModelError
 from mclstexp.model.nearest import directions, nearest
 from mclstexp.model.towers import TwoTowers
+from mclstexp.progress import Show, hidden
 
 ARRAYS, DONORS = "bank.safetensors", "bank_donors.parquet"
 KEY_BATCH = 32
@@ -106,7 +107,7 @@ def made_for(folder: str | Path) -> dict[str, str]:
 
 
 def build_bank(
-    model: TwoTowers, reader: SpotReader, section_ids: Iterable[str], random_spots: bool, done: Callable[[], None]
+    model: TwoTowers, reader: SpotReader, section_ids: Sequence[str], random_spots: bool, show: Show = hidden
 ) -> Bank:
     """Returns the bank of measured sections.
 
@@ -117,12 +118,12 @@ def build_bank(
         random_spots: whether keys are made in batches of `KEY_BATCH` spots over all sections, as the published code
             does; here in stored order, where spots of a batch are neighbours (the published order is that of the counts
             file). Otherwise each sentence attends to itself.
-        done: called after each section.
+        show: takes progress by section.
     """
     parts = []
-    for name in section_ids:
+    for done, name in enumerate(section_ids, start=1):
         parts.append(reader.read_section(name))
-        done()
+        show("bank: sections", done, len(section_ids))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     lengths = [group.num_rows for name in section_ids for group in reader.manifest.section(name).row_groups]
     if random_spots:

@@ -26,6 +26,7 @@ from mclstexp.data.table import read_sentence
 from mclstexp.errors import ResourceError
 from mclstexp.model.towers import ImageTower, ProjectionHead, plain_tensors, uses_bf16
 from mclstexp.model.version import ModelVersion
+from mclstexp.progress import Show, hidden
 from mclstexp.settings import ModelConfig
 
 _IMAGE_SETTINGS = ("image_encoder", "input_scaling", "test_turns", "predictor", "embedding_dim", "l2_normalise")
@@ -115,7 +116,12 @@ def encoder_network(model: ModelVersion, image_weights: str, seed: int) -> Image
 
 
 def embed_sections(
-    root: str, manifest: Manifest, section_ids: Sequence[str], network: ImageNetwork, done: Callable[[int], None]
+    root: str,
+    manifest: Manifest,
+    section_ids: Sequence[str],
+    network: ImageNetwork,
+    show: Show = hidden,
+    what: str = "embedding: tiles",
 ) -> Iterator[tuple[str, Batch]]:
     """Yields (section id, arrays) in the given order; arrays by spot in stored order.
 
@@ -127,17 +133,19 @@ def embed_sections(
         manifest: of the tile table.
         section_ids: the sections to embed.
         network: the network that embeds.
-        done: called with the number of spots embedded since its last call.
+        show: takes progress by spot.
+        what: the work's name in the progress.
 
     Raises:
         ResourceError: the cluster has no CPU left to decode tiles beside the one that embeds.
     """
-    sentences = manifest.sentences(section_ids)
+    sentences, done = manifest.sentences(section_ids), 0
     parts: list[Batch] = []
     for (name, group), batch in zip(sentences, _pipeline(root, manifest, sentences, network), strict=True):
         mask = batch.pop("mask")[0]
         parts.append({key: values[0][mask] for key, values in batch.items()})
-        done(int(mask.sum()))
+        done += int(mask.sum())
+        show(what, done, manifest.num_spots(section_ids))
         if group + 1 == len(manifest.section(name).row_groups):
             yield name, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             parts = []
