@@ -176,7 +176,7 @@ class TrainConfig(ConfigBlock):
     positives: str = "pairs"
     """`pairs`: a tile's only positive is its own spot; `soft`: every spot, weighted by similarity (BLEEP)."""
     drop_spots: float = Field(0.3, ge=0, lt=1)
-    """Largest share of a sentence's spots left out, new for each sentence and epoch. Unused with `random_spots`."""
+    """Largest share of a sentence's spots left out, redrawn for each sentence and epoch. Unused with `random_spots`."""
     augmentation: Literal["none", "default", "reference", "flips"] = "default"
     """Flips, quarter turns and mild colour and stain jitter; the published recipe (Visium's: `flips`); or none."""
     optimizer: Literal["adam", "adamw"] = "adamw"
@@ -186,36 +186,36 @@ class TrainConfig(ConfigBlock):
     head_lr: float = Field(1e-3, gt=0)
     """Peak learning rate of the projection heads and the temperature."""
     weight_decay: float = Field(0.05, ge=0)
-    """Weight decay; with adamw norms, biases and the temperature are spared."""
+    """Weight decay; adamw applies none to norms, biases and the temperature."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of all steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     shuffle_pairs: bool = False
-    """Pairs each image with another spot's expression: a control that must learn nothing."""
+    """Whether each image is paired with another spot's expression: a control that must learn nothing."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the towers; auto: bf16 where the device computes it natively."""
+    """Arithmetic of the towers; auto: bf16 if the device computes it natively."""
     compile: bool = False
     """Whether the image tower is compiled (torch.compile)."""
     validate_every: int = Field(1, ge=0)
-    """Epochs from score to score on the validation patients, where there are any; the last epoch is always scored.
-    0: none, and no early stopping."""
+    """Epochs between scores on the validation patients, if there are any; the last epoch is always scored.
+    0: no scores, and no early stopping."""
     patience: int = Field(10, ge=0)
-    """Scores without a better one that end training; the model is the best checkpoint. 0: all epochs, the last one."""
+    """Scores without improvement that end training; the model is the best checkpoint. 0: all epochs, the last one."""
     num_workers: int = Field(1, ge=1)
     """Training workers."""
     use_gpu: bool = False
     """GPU workers (nccl); else CPU workers (gloo)."""
     gpus_per_worker: float = Field(1.0, gt=0, le=1)
-    """GPU of a worker with `use_gpu`; less than 1 only with one worker, so that several runs share a GPU."""
+    """Share of a GPU for each worker with `use_gpu`; below 1 only with one worker, so that several runs share a GPU."""
     cpus_per_worker: int = Field(1, ge=1)
-    """CPUs, and so threads, of a training worker."""
+    """CPUs, and threads, of each training worker."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints that are kept; with early stopping the best ones, and the newest."""
+    """Number of checkpoints to keep: the newest; with early stopping the best ones, and the newest."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of the worker group before the run gives up."""
+    """Restarts of the worker group before the run fails."""
     seed: int = Field(0, ge=0)
     """Seed of order, augmentation, dropout and initial weights."""
 
@@ -262,17 +262,17 @@ class TuneConfig(ConfigBlock):
     grace_epochs: int = Field(4, ge=1)
     """Epochs that every trial gets before it may be stopped."""
     reduction: int = Field(3, ge=2)
-    """Of the trials that reach a rung, one in this many goes on; rungs lie this factor apart."""
+    """One in this many of the trials at a rung continues; each rung is this factor later than the one before."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Most trials at once; empty: as many as the cluster holds."""
+    """Limit of trials at once; empty: as many as fit on the cluster."""
     seed: int = Field(0, ge=0)
     """Seed of the search."""
     retry_failed: bool = False
-    """Whether a sweep that is run again tries its failed trials again."""
+    """Whether a resumed sweep retries its failed trials."""
     replicates: int = Field(3, ge=3)
-    """Trainings of the best setting, each with its own seed, that stand against the champion."""
+    """Trainings of the best settings, each with its own seed, to compare with the champion."""
     block_um: float = Field(1000.0, gt=0)
-    """Edge of the blocks of tissue that are drawn in that comparison, in micrometres."""
+    """Edge of the blocks of tissue that this comparison resamples, in micrometres."""
 
 
 class TrackingConfig(ConfigBlock):
