@@ -1,33 +1,28 @@
 """The marker genes that a job's --cohort and --markers name."""
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from _cli import Argument
 
 from mclstexp.errors import ConfigError
 
 if TYPE_CHECKING:
     from mclstexp.data.genes import GenePanel
 
-ARGUMENTS = [
-    Argument(
-        "cohort", "adds the sets of marker genes that the markers file has for this cohort [none]", required=False
-    ),
-    Argument("markers", "YAML file of marker genes by cohort and set [jobs/configs/markers.yaml]", required=False),
-]
 _SHIPPED = Path(__file__).parent / "configs" / "markers.yaml"
 
 
-def markers(arguments: argparse.Namespace) -> "dict[str, GenePanel]":
-    """Returns the marker genes by set; none without --cohort.
+def markers(cohort: str | None, path: str | None) -> "dict[str, GenePanel]":
+    """Returns the marker genes by set; none without a cohort.
+
+    Args:
+        cohort: the part of the file to use (--cohort).
+        path: the file (--markers); None: the shipped one.
 
     Raises:
         ConfigError: --markers without --cohort, or as `load_markers`.
     """
     from mclstexp.evaluation.markers import load_markers
 
-    if arguments.markers and not arguments.cohort:
-        raise ConfigError(f"--markers {arguments.markers} needs --cohort NAME: which of its cohorts is meant")
-    return load_markers(arguments.markers or _SHIPPED, arguments.cohort) if arguments.cohort else {}
+    if path and not cohort:
+        raise ConfigError(f"--markers {path} needs --cohort NAME, one of the cohorts in the file")
+    return load_markers(path or _SHIPPED, cohort) if cohort else {}

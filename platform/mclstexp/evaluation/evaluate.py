@@ -1,8 +1,10 @@
 """Scores a model version on sections that it never saw, beside floors fitted on those that it did.
 
 Every section is scored in several targets, the model's own first. A model that reads its answer from a bank answers in
-another target by the same neighbours and weights; a direct regression knows its own unit alone, so that elsewhere only
-its correlations mean something. Tiles stream through Ray and leave features behind, which serve all targets.
+another target by the same neighbours and weights; a direct regression knows only its own unit, so in other targets only
+its correlations mean something. Tiles stream through Ray once per network; their features serve all targets.
+
+Shapes: N spots of a section, G genes, D embedding dimensions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,80 +19,32 @@ from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.table import read_thumbnail
 from mclstexp.errors import ModelError, SplitError
-from mclstexp.evaluation.floors import SEED, Floors, Show, embed_shown, floor_features, library_size, noise_ceiling
+from mclstexp.evaluation.floors import (
+    SEED,
+    Floors,
+    embed_with_progress,
+    floor_features,
+    library_size,
+    noise_ceiling,
+)
 from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard
-from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
+from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table, with_only, without_unit
 from mclstexp.evaluation.sections import MeasuredSection, SectionResult, read_measured, scored_targets, with_target
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import network_of
 from mclstexp.model.retrieval import resolve, retrieve
 from mclstexp.model.version import ModelVersion, TrainingRecord
+from mclstexp.progress import Show, hidden
 
 Labels = dict[str, str | int | list[str]]
-"""Values of the columns that say what a table's rows are of."""
-
-
-def held_out(
-    model: ModelVersion, manifest: Manifest, asked: Sequence[str] = (), on_validation: bool = False
-) -> list[str]:
-    """Returns the sections to score: those asked for, else those that the model held out.
-
-    With `on_validation` it is the model's validation sections, which the score card then says.
-
-    Raises:
-        SplitError: there are none, or one was fitted on, shares a patient with training or validation under `patient`,
-            or lacks counts.
-        TableError, ModelError: the table lacks them or the model's training sections, or was cut otherwise.
-    """
-    model.require_table(manifest)
-    record = model.training
-    names = list(dict.fromkeys(record.validation_sections if on_validation else asked or record.test_sections))
-    if not names:
-        raise SplitError("the model was trained with nothing held out; name sections that it has not seen: --sections")
-    entries = [manifest.section(name) for name in names]
-    fitted = {*record.sections, *(() if on_validation else record.validation_sections)}
-    seen = [name for name in names if name in fitted]
-    if seen:
-        raise SplitError(f"the model was fitted on {', '.join(seen)}; it can be scored on other sections only")
-    trained, validated = _siblings(record, manifest, names)
-    for what, siblings in (("was trained", trained), ("had its settings chosen", validated)):
-        if siblings and record.protocol == "patient":
-            raise SplitError(
-                f"the model {what} on other sections of the patients of {', '.join(siblings)}; under the protocol "
-                "patient it can be scored on other patients only"
-            )
-    unmeasured = [entry.section_id for entry in entries if not entry.measured]
-    if unmeasured:
-        raise SplitError(f"{', '.join(unmeasured)} have no measured expression to score against")
-    there = {entry.section_id for entry in manifest.sections if entry.measured}
-    missing = [name for name in record.sections if name not in there]
-    if missing:
-        raise ModelError(
-            f"floors are fitted on the model's training sections, and the tile table lacks {', '.join(missing)}; "
-            "prepare them together with the sections to score"
-        )
-    return names
-
-
-def _siblings(record: TrainingRecord, manifest: Manifest, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns those of the sections whose patient's other sections the model was trained on, and validated on.
-
-    Sections that it was validated on themselves are not among the latter. Versions that do not name their validation
-    patients have those of their validation sections that the table holds.
-    """
-    validated = {entry.patient_id for entry in manifest.sections if entry.section_id in record.validation_sections}
-    validated |= set(record.validation_patients)
-    patient_of = {name: manifest.section(name).patient_id for name in names}
-    trained_on = [name for name, patient in patient_of.items() if patient in record.patients]
-    others = {name: patient for name, patient in patient_of.items() if name not in record.validation_sections}
-    return trained_on, [name for name, patient in others.items() if patient in validated]
+"""Columns that name what a table's rows belong to, with their values."""
 
 
 def evaluate(
     model: ModelVersion,
     tiles: str,
-    show: Show,
+    show: Show = hidden,
     sections: Sequence[str] = (),
     probe_weights: str | None = None,
     markers: Mapping[str, GenePanel] | None = None,
@@ -102,19 +56,20 @@ def evaluate(
     Args:
         model: the version to score.
         tiles: the tile table.
-        show: told of progress.
-        sections: what to score; default what the model held out.
+        show: takes progress.
+        sections: what to score; default: what the model held out.
         probe_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
-        markers: sets of genes that are scored by name, see `markers.load_markers`.
-        feature_cache: as `floor_features` takes it.
-        on_validation: scores the model's validation sections instead, to compare models while none is chosen.
+        markers: sets of genes to score by name, see `markers.load_markers`.
+        feature_cache: as in `floor_features`.
+        on_validation: scores the model's validation sections instead, to compare models before one is chosen.
 
     Raises:
-        SplitError, TableError, ModelError: as `held_out`; or the table lacks genes of the panel, or its training spots
-            are not those of the model's bank.
-        ConfigError: a section names the panel's genes otherwise.
-        ConfigError, ModelError: the probe's weights cannot be had or do not fit.
+        SplitError, TableError, ModelError: as `held_out`; or the table does not have all genes of the panel, or its
+            training spots are not those of the model's bank.
+        ConfigError: a section names the panel's genes differently.
+        ConfigError, ModelError: the probe's weights cannot be loaded or do not fit.
     """
+    # What is scored, in which units
     root = storage.absolute(tiles)
     manifest = load_manifest(root)
     names = held_out(model, manifest, sections, on_validation)
@@ -126,19 +81,24 @@ def evaluate(
     training, tested = ([read_measured(reader, name) for name in part] for part in (model.training.sections, names))
     targets = scored_targets(reader.target, reader.input)
     banks = _banks(model, reader.target, training, targets)
-    embedded = embed_shown(reader, names, network_of(model), "model", show)
+
+    # Every tile through every network
+    embedded = embed_with_progress(reader, names, network_of(model), "model", show)
+    queries = {name: arrays["embedding"] for name, arrays in embedded.items()}
     features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show, feature_cache)
-    labels = unique_labels(model.panel, all_genes)
-    marker_sets, lacking = marker_columns(markers or {}, model.panel)
-    notes = _notes(model, manifest, names, lacking)
+
+    # Every section in every target
+    labels = unique_labels(model.panel.names(), model.panel.gene_id, GenePanel.from_table(all_genes).names())
+    marker_sets, missing = marker_columns(markers or {}, model.panel)
+    notes = _notes(model, manifest, names, missing)
     rows, genes = [], []
     for name, target in targets.items():
         floors = Floors(training, features, target)
         notes.append(f"alpha of the ridges in {name}, by cross-validation over training: {floors.alphas()}")
         for section in tested:
-            said = _answer(model, embedded[section.section_id]["embedding"], banks[name])
-            known_unit = target == reader.target or model.bank is not None
-            tables = _gene_tables(section, target, said, known_unit, floors)
+            predicted = _answer(model, queries[section.section_id], banks[name])
+            in_unit = target == reader.target or model.bank is not None
+            tables = _gene_tables(section, target, predicted, in_unit, floors)
             rows += _set_rows(section, name, tables, gene_sets(section.expression(target), marker_sets))
             genes += _gene_rows(section, name, tables, labels)
     return ScoreCard(
@@ -149,16 +109,74 @@ def evaluate(
         genes=labels,
         rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(genes, ignore_index=True),
-        sections=tuple(
-            _result(model, reader, section, embedded[section.section_id]["embedding"]) for section in tested
-        ),
+        sections=tuple(_result(model, reader, section, queries[section.section_id]) for section in tested),
     )
+
+
+def held_out(
+    model: ModelVersion, manifest: Manifest, asked: Sequence[str] = (), on_validation: bool = False
+) -> list[str]:
+    """Returns the sections to score: `asked`, or by default those that the model held out.
+
+    With `on_validation`: the model's validation sections; the score card then says so.
+
+    Raises:
+        SplitError: there are none, or one was fitted on, shares a patient with training or validation under `patient`,
+            or has no counts.
+        TableError, ModelError: they or the model's training sections are not in the table, or it was cut differently.
+    """
+    model.require_table(manifest)
+    record = model.training
+    names = list(dict.fromkeys(record.validation_sections if on_validation else asked or record.test_sections))
+    if not names:
+        raise SplitError("the model was trained with nothing held out; name sections that it has not seen: --sections")
+    entries = [manifest.section(name) for name in names]
+
+    # Nothing that the model has seen
+    fitted = {*record.sections, *(() if on_validation else record.validation_sections)}
+    seen = [name for name in names if name in fitted]
+    if seen:
+        raise SplitError(f"the model was fitted on {', '.join(seen)}; it can be scored on other sections only")
+    trained, validated = _siblings(record, manifest, names)
+    for what, siblings in (("was trained", trained), ("had its settings chosen", validated)):
+        if siblings and record.protocol == "patient":
+            raise SplitError(
+                f"the model {what} on other sections of the patients of {', '.join(siblings)}; under the protocol "
+                "patient it can be scored on other patients only"
+            )
+
+    # Counts for all of it, and for the floors
+    unmeasured = [entry.section_id for entry in entries if not entry.measured]
+    if unmeasured:
+        raise SplitError(f"{', '.join(unmeasured)} have no measured expression to score against")
+    measured = {entry.section_id for entry in manifest.sections if entry.measured}
+    missing = [name for name in record.sections if name not in measured]
+    if missing:
+        raise ModelError(
+            f"floors are fitted on the model's training sections, and the tile table has no {', '.join(missing)}; "
+            "prepare them together with the sections to score"
+        )
+    return names
+
+
+def _siblings(record: TrainingRecord, manifest: Manifest, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the sections of `names` that share a patient with other sections of training, and of validation.
+
+    A section that is itself a validation section is not among the second. Versions that do not name their validation
+    patients have the patients of those validation sections that are in the table.
+    """
+    validated = {entry.patient_id for entry in manifest.sections if entry.section_id in record.validation_sections}
+    validated |= set(record.validation_patients)
+    patient_of = {name: manifest.section(name).patient_id for name in names}
+    trained_on = [name for name, patient in patient_of.items() if patient in record.patients]
+    others = {name: patient for name, patient in patient_of.items() if name not in record.validation_sections}
+    return trained_on, [name for name, patient in others.items() if patient in validated]
 
 
 def _banks(
     model: ModelVersion, own: Normaliser, training: Sequence[MeasuredSection], targets: Mapping[str, Normaliser]
 ) -> dict[str, Bank | None]:
-    """Returns the bank that the model reads its answer from in each target; None for a direct regression."""
+    """Returns the bank from which the model reads its answer in each target; None for a direct regression."""
     if model.bank is None:
         return dict.fromkeys(targets)
     others = {name: with_target(model.bank, training, target) for name, target in targets.items() if target != own}
@@ -166,31 +184,29 @@ def _banks(
 
 
 def _answer(model: ModelVersion, queries: np.ndarray, bank: Bank | None) -> np.ndarray:
-    """Returns what the model says of embedded tiles, float32 (N, G), in the unit of the bank."""
+    """Returns the model's prediction for embedded tiles (N, D), float32 (N, G), in the unit of the bank."""
     if bank is None:
         return model.predict(queries).prediction
     return retrieve(queries, bank, resolve(model.config.retrieval, len(bank))).prediction
 
 
 def _gene_tables(
-    section: MeasuredSection, target: Normaliser, said: np.ndarray, known_unit: bool, floors: Floors
+    section: MeasuredSection, target: Normaliser, predicted: np.ndarray, in_unit: bool, floors: Floors
 ) -> dict[tuple[str, str], pd.DataFrame]:
-    """Returns each method's scores by gene (`gene_scores`), by (method, kind); `said` is the model's prediction."""
+    """Returns each method's scores by gene (`gene_scores`), by (method, kind).
+
+    `predicted` is the model's prediction, (N, G); `in_unit` says whether it is in the target's unit.
+    """
     truth, totals = section.expression(target), section.totals
-    own = gene_scores(truth, said, totals)
-    oracle = _unitless(gene_scores(truth, library_size(totals, truth.shape[1]), totals))
+    own = gene_scores(truth, predicted, totals)
+    oracle = without_unit(gene_scores(truth, library_size(totals, truth.shape[1]), totals))
     ceiling = noise_ceiling(section.counts, totals, target, SEED)[["pcc", "pcc_density_free"]]
     return {
-        (MODEL, MODEL): own if known_unit else _unitless(own),
+        (MODEL, MODEL): own if in_unit else without_unit(own),
         **{(method, FLOOR): gene_scores(truth, values, totals) for method, values in floors.predict(section).items()},
         (ORACLE, LINE): oracle,
-        (CEILING, LINE): oracle.assign(**ceiling),  # the truth's columns are those of any method
+        (CEILING, LINE): with_only(oracle, ceiling),  # the columns of the truth are those of any method
     }
-
-
-def _unitless(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the scores of what has no unit, or another one than the truth: correlations only."""
-    return table.assign(mse=np.nan, mae=np.nan)
 
 
 def _set_rows(
@@ -199,7 +215,7 @@ def _set_rows(
     tables: Mapping[tuple[str, str], pd.DataFrame],
     sets: Mapping[str, np.ndarray],
 ) -> list[pd.DataFrame]:
-    """Returns one section's part of `ScoreCard.rows` in one target, a table a method."""
+    """Returns one section's part of `ScoreCard.rows` in one target, one table per method."""
     of: Labels = {"section_id": section.section_id, "patient_id": section.patient_id, "num_spots": len(section)}
     return [
         _labelled(set_table(table, sets), of | {"target": target, "method": method, "kind": kind})
@@ -210,13 +226,13 @@ def _set_rows(
 def _gene_rows(
     section: MeasuredSection, target: str, tables: Mapping[tuple[str, str], pd.DataFrame], genes: list[str]
 ) -> list[pd.DataFrame]:
-    """Returns one section's part of `ScoreCard.per_gene` in one target, a table a method."""
+    """Returns one section's part of `ScoreCard.per_gene` in one target, one table per method."""
     of: Labels = {"section_id": section.section_id, "patient_id": section.patient_id, "target": target}
     return [_labelled(table, of | {"method": method, "gene": genes}) for (method, _), table in tables.items()]
 
 
 def _labelled(table: pd.DataFrame, labels: Labels) -> pd.DataFrame:
-    """Returns a table with columns put before its own."""
+    """Returns a table with more columns before its own."""
     return table.assign(**labels)[[*labels, *table.columns]]
 
 
@@ -233,8 +249,9 @@ def _result(model: ModelVersion, reader: SpotReader, section: MeasuredSection, q
 
 
 def _notes(
-    model: ModelVersion, manifest: Manifest, names: Sequence[str], lacking: Mapping[str, Sequence[str]]
+    model: ModelVersion, manifest: Manifest, names: Sequence[str], missing: Mapping[str, Sequence[str]]
 ) -> list[str]:
+    """Returns the card's notes, leaks first; `missing` are the marker genes that are not in the panel, by set."""
     record = model.training
     notes = [
         f"trained on {', '.join(record.sections)}",
@@ -246,11 +263,11 @@ def _notes(
     trained, validated = _siblings(record, manifest, names)
     for saw, siblings in (("chose settings", validated), ("trained", trained)):
         if siblings:
-            patients = ", ".join(sorted({manifest.section(name).patient_id for name in siblings}))
+            patients = ", ".join(sorted(manifest.patients(siblings)))
             notes.insert(0, f"LEAK that this protocol allows: other sections of patients {patients} {saw}")
     if manifest.digest() != record.manifest_digest:
         notes.append(f"scored on tile table {manifest.digest()}, trained on tile table {record.manifest_digest}")
-    notes += [f"{name}: the panel lacks {', '.join(genes)}" for name, genes in lacking.items() if genes]
+    notes += [f"{name}: the panel lacks {', '.join(genes)}" for name, genes in missing.items() if genes]
     if model.bank is None:
         notes.append("a direct regression predicts in its own target alone: in others it has correlations only")
     return notes

@@ -1,11 +1,16 @@
-"""Floors fitted on a model's training spots: train mean, zeros, and ridges on colour and on frozen image features.
+"""What a model must beat, and the lines to read its scores by.
 
-Features are embedded once and serve every target, in which the floors are fitted anew. Each network costs a pass over
-all training tiles, which is the price of an honest comparison.
+Floors are fitted on the model's training spots: train mean, zeros, and ridges on colour and on frozen image features.
+Features are embedded once and serve every target; the floors are fitted again in each. Each network costs a pass over
+all training tiles, which is the price of an honest comparison. Reference lines read the held-out section itself, so a
+model need not beat them: the library-size oracle shows how much of a correlation is density, and the noise ceiling how
+much of it counting noise leaves.
+
+Shapes: N training spots, M spots of a scored section, G genes, F features.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,16 +28,23 @@ from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.sections import MeasuredSection, normalise_section
 from mclstexp.model.embed import ImageNetwork, embed_sections, encoder_network, network_of
 from mclstexp.model.version import ModelVersion
+from mclstexp.progress import Show
 
 SEED = 0
-Show = Callable[[str, int, int], None]
-"""Called with (what is embedded, spots done, spots in all)."""
+MAX_RIDGE_SPOTS = 20_000
+ALPHAS = tuple(10.0**power for power in range(-1, 7))
+NUM_SPLITS = 10
+"""Random halvings over which the noise ceiling averages, so that it depends less on the seed."""
+_MAX_FOLDS = 5
+_NUM_BLOCKS = 4  # folds of a lone section: stretches of its stored order, so that neighbours mostly stay together
 Features = dict[str, dict[str, np.ndarray]]
-"""Each ridge's features of each section, (N, F)."""
+"""Features of each section by the ridge that sees them, (M, F)."""
+Half = tuple[np.ndarray, np.ndarray]
+"""Panel counts (M, G) and totals over all genes (M,), int64."""
 
 
 class Floors:
-    """What was fitted on the training spots in one target."""
+    """The floors of one target, fitted on the training spots."""
 
     def __init__(self, training: Sequence[MeasuredSection], features: Features, target: Normaliser) -> None:
         """Fits the mean and, on each kind of features, a ridge.
@@ -56,7 +68,7 @@ class Floors:
         }
 
     def predict(self, section: MeasuredSection) -> dict[str, np.ndarray]:
-        """Returns each floor's prediction of a section whose features are known, float32 (N, G), by its name."""
+        """Returns each floor's prediction of a section with known features, float32 (M, G), by the floor's name."""
         return {
             "train mean": constant(self._mean, len(section)),
             "zeros": constant(np.zeros(len(self._mean)), len(section)),
@@ -67,92 +79,6 @@ class Floors:
     def alphas(self) -> str:
         """Returns the penalty of each ridge in words."""
         return ", ".join(f"{method} {ridge.alpha:g}" for method, ridge in self._ridges.items())
-
-
-def floor_features(
-    model: ModelVersion,
-    reader: SpotReader,
-    section_ids: Sequence[str],
-    probe_weights: str | None,
-    show: Show,
-    feature_cache: str | None,
-) -> Features:
-    """Returns what ridges see: colour, and features of the model's encoder with random weights and as trained.
-
-    Args:
-        model: the version that is scored.
-        reader: of the tile table.
-        section_ids: all sections that features are needed of.
-        probe_weights: `imagenet`, or a file: adds the pretrained encoder's features.
-        show: told of progress.
-        feature_cache: folder (local or s3://) that keeps the features of encoders that were not trained here: they
-            are the same for all models of one encoder and tile. None: nothing is kept.
-
-    Raises:
-        ConfigError, ModelError: the probe's weights cannot be had or do not fit.
-    """
-    networks = {"random": encoder_network(model, "random", SEED)}
-    if probe_weights:
-        networks["pretrained"] = encoder_network(model, probe_weights, SEED)
-    networks["trained"] = replace(network_of(model), head=None)
-    features: Features = {}
-    for word, network in networks.items():
-        what = f"{word} {model.config.model.image_encoder}"
-        if feature_cache is None or word == "trained":
-            found = embed_shown(reader, section_ids, network, what, show)
-        else:
-            found = _embed_once(reader, section_ids, network, what, show, storage.join(feature_cache, word))
-        features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
-        features[f"ridge on {what}"] = {name: arrays["embedding"] for name, arrays in found.items()}
-    return features
-
-
-def _embed_once(
-    reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show, cache: str
-) -> dict[str, Batch]:
-    """Returns the same as `embed_shown`, read from where it is kept for the sections that are there."""
-    table = {name: reader.manifest.section(name).sha256 for name in section_ids}
-    places = {name: storage.join(cache, network.digest(), f"{name}-{sha256}.npz") for name, sha256 in table.items()}
-    missing = [name for name, place in places.items() if not storage.exists(place)]
-    for name, arrays in embed_shown(reader, missing, network, what, show).items() if missing else ():
-        buffer = io.BytesIO()
-        np.savez(buffer, embedding=arrays["embedding"], rgb=arrays["rgb"])
-        storage.write(places[name], buffer.getvalue())
-    return {name: dict(np.load(io.BytesIO(storage.read(place)))) for name, place in places.items()}
-
-
-def embed_shown(
-    reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show
-) -> dict[str, Batch]:
-    """Returns each section's `embedding` and `rgb`, as `embed_sections`; progress is shown under the name `what`."""
-    total, done = sum(reader.manifest.section(name).num_spots for name in section_ids), 0
-
-    def advance(num_spots: int) -> None:
-        nonlocal done
-        done += num_spots
-        show(what, done, total)
-
-    return dict(embed_sections(reader.root, reader.manifest, section_ids, network, advance))
-
-
-MAX_RIDGE_SPOTS = 20_000
-ALPHAS = tuple(10.0**power for power in range(-1, 7))
-_MAX_FOLDS = 5
-_NUM_BLOCKS = 4  # folds of a lone section: stretches of its curve, so that neighbours mostly stay together
-
-
-def constant(values: np.ndarray, num_spots: int) -> np.ndarray:
-    """Returns the same expression (G,), such as the training spots' mean, for every test spot, float32 (M, G)."""
-    return np.tile(values.astype(np.float32), (num_spots, 1))
-
-
-def library_size(totals: np.ndarray, num_genes: int) -> np.ndarray:
-    """Returns ln(1 + total) of each test spot, the same for all genes, float32 (M, G).
-
-    An oracle that reads the test section's own totals over all genes, float (M,): it shows how much of a correlation
-    is density. It has no unit of expression, so that only correlations of it mean something.
-    """
-    return np.tile(np.log1p(totals).astype(np.float32)[:, None], (1, num_genes))
 
 
 class RidgeFloor:
@@ -176,7 +102,7 @@ class RidgeFloor:
 
     @property
     def alpha(self) -> float:
-        """The penalty that was chosen."""
+        """The chosen penalty."""
         return float(self._fitted.best_params_["ridge__alpha"])
 
     def predict(self, features: np.ndarray) -> np.ndarray:
@@ -184,10 +110,15 @@ class RidgeFloor:
         return np.asarray(self._fitted.predict(features.astype(np.float64)), np.float32)
 
 
-def training_groups(patient_id: np.ndarray, section_id: np.ndarray) -> np.ndarray:
-    """Returns the group of each training spot that cross-validation keeps together, (N,).
+def constant(values: np.ndarray, num_spots: int) -> np.ndarray:
+    """Returns the same expression (G,), such as the training spots' mean, for every scored spot, float32 (M, G)."""
+    return np.tile(values.astype(np.float32), (num_spots, 1))
 
-    Patients where there are at least two, else sections, else stretches of the one section in stored order.
+
+def training_groups(patient_id: np.ndarray, section_id: np.ndarray) -> np.ndarray:
+    """Returns the group of each training spot, (N,); cross-validation keeps a group together.
+
+    Groups are patients if there are at least two, else sections, else stretches of the one section in stored order.
 
     Raises:
         UserError: there are fewer than two training spots.
@@ -200,14 +131,77 @@ def training_groups(patient_id: np.ndarray, section_id: np.ndarray) -> np.ndarra
     return np.arange(len(section_id)) * min(_NUM_BLOCKS, len(section_id)) // len(section_id)
 
 
-NUM_SPLITS = 10
-"""Random halvings over which a gene's correlation is averaged: the result hangs less on the seed."""
-Half = tuple[np.ndarray, np.ndarray]
-"""Panel counts (N, G) and totals over all genes (N,), int64."""
+def floor_features(
+    model: ModelVersion,
+    reader: SpotReader,
+    section_ids: Sequence[str],
+    probe_weights: str | None,
+    show: Show,
+    feature_cache: str | None,
+) -> Features:
+    """Returns what the ridges see: colour, and features of the model's encoder with random and with trained weights.
+
+    Args:
+        model: the version to score.
+        reader: of the tile table.
+        section_ids: all sections whose features are needed.
+        probe_weights: `imagenet`, or a file: adds the pretrained encoder's features.
+        show: takes progress.
+        feature_cache: folder (local or s3://) for the features of encoders that were not trained here, because they
+            are the same for all models of one encoder and tile. None: nothing is kept.
+
+    Raises:
+        ConfigError, ModelError: the probe's weights cannot be loaded or do not fit.
+    """
+    networks = {"random": encoder_network(model, "random", SEED)}
+    if probe_weights:
+        networks["pretrained"] = encoder_network(model, probe_weights, SEED)
+    networks["trained"] = replace(network_of(model), head=None)
+    features: Features = {}
+    for word, network in networks.items():
+        what = f"{word} {model.config.model.image_encoder}"
+        if feature_cache is None or word == "trained":
+            found = embed_with_progress(reader, section_ids, network, what, show)
+        else:
+            found = _embed_once(reader, section_ids, network, what, show, storage.join(feature_cache, word))
+        features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
+        features[f"ridge on {what}"] = {name: arrays["embedding"] for name, arrays in found.items()}
+    return features
+
+
+def embed_with_progress(
+    reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show
+) -> dict[str, Batch]:
+    """Returns each section's `embedding` and `rgb` as `embed_sections`; `what` names the network in the progress."""
+    tiles = f"tiles through {what}"
+    return dict(embed_sections(reader.root, reader.manifest, section_ids, network, show, tiles))
+
+
+def _embed_once(
+    reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show, cache: str
+) -> dict[str, Batch]:
+    """Returns the same as `embed_with_progress`, but embeds only sections that the cache does not have."""
+    digests = {name: reader.manifest.section(name).sha256 for name in section_ids}
+    uris = {name: storage.join(cache, network.digest(), f"{name}-{digest}.npz") for name, digest in digests.items()}
+    missing = [name for name, uri in uris.items() if not storage.exists(uri)]
+    for name, arrays in embed_with_progress(reader, missing, network, what, show).items() if missing else ():
+        buffer = io.BytesIO()
+        np.savez(buffer, embedding=arrays["embedding"], rgb=arrays["rgb"])
+        storage.write(uris[name], buffer.getvalue())
+    return {name: dict(np.load(io.BytesIO(storage.read(uri)))) for name, uri in uris.items()}
+
+
+def library_size(totals: np.ndarray, num_genes: int) -> np.ndarray:
+    """Returns ln(1 + total) of each scored spot, the same for all genes, float32 (M, G): the library-size oracle.
+
+    It reads the scored section's own totals over all genes, float (M,), and shows how much of a correlation is
+    density. It is not in a unit of expression, so only its correlations mean something.
+    """
+    return np.tile(np.log1p(totals).astype(np.float32)[:, None], (1, num_genes))
 
 
 def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, seed: int) -> pd.DataFrame:
-    """Returns each gene's reliability and the correlation that no prediction exceeds but by chance, G rows.
+    """Returns each gene's reliability and the correlation that predictions exceed only by chance, G rows.
 
     Counts are halved at random (`halve`), each half is normalised on its own, and r is the correlation of the halves
     over spots. Spearman and Brown's formula (1910, https://doi.org/10.1111/j.2044-8295.1910.tb00206.x) makes it the
@@ -217,15 +211,14 @@ def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, se
     does exceed rho. Both formulas hold for additive noise, which counting noise under a logarithm is nearly.
 
     Args:
-        counts: raw counts of the panel's genes in all spots of one section, whole numbers (N, G).
-        totals: each spot's count over all genes, whole numbers (N,).
-        target: the unit that is scored.
+        counts: raw counts of the panel's genes in all spots of one section, whole numbers (M, G).
+        totals: each spot's count over all genes, whole numbers (M,).
+        target: the scored unit.
         seed: of the halvings.
 
     Returns:
-        Columns `pcc` and `pcc_density_free`, the ceilings of the two correlations in `scores.gene_scores`, and
-        `reliability` and `reliability_density_free`, which may be negative; float64, NaN where a half is constant in
-        any halving.
+        Columns `pcc` and `pcc_density_free`, the ceilings of these two scores (`scores.SCORES`), and `reliability` and
+        `reliability_density_free`, which may be negative; float64, NaN where a half is constant in any halving.
     """
     rng = np.random.default_rng(seed)
     plain, density_free = np.zeros((2, NUM_SPLITS, counts.shape[1]))
@@ -245,15 +238,15 @@ def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, se
 
 
 def halve(counts: np.ndarray, totals: np.ndarray, rng: np.random.Generator) -> tuple[Half, Half]:
-    """Returns two halves of a section's counts: each molecule goes to one of them by the toss of a coin.
+    """Returns two halves of a section's counts: the toss of a coin decides for each molecule.
 
     Binomial thinning: halves of Poisson counts are independent Poisson counts of half the rate (Neufeld et al. 2022,
     https://doi.org/10.1093/biostatistics/kxac047). Genes outside the panel are halved in sum.
 
     Args:
-        counts: raw counts of the panel's genes, whole numbers (N, G).
-        totals: each spot's count over all genes, whole numbers (N,).
-        rng: the source of chance.
+        counts: raw counts of the panel's genes, whole numbers (M, G).
+        totals: each spot's count over all genes, whole numbers (M,).
+        rng: the source of randomness.
     """
     counts, totals = counts.astype(np.int64), totals.astype(np.int64)
     first = rng.binomial(counts, 0.5)
@@ -264,7 +257,7 @@ def halve(counts: np.ndarray, totals: np.ndarray, rng: np.random.Generator) -> t
 def _spearman_brown(halves: np.ndarray) -> np.ndarray:
     """Returns the reliability of twice the length, in [-1, 1].
 
-    The modulus changes nothing where halves agree, and keeps chance's negative correlations as large as its positive
+    The modulus changes nothing for positive correlations, and keeps chance's negative ones as large as its positive
     ones: without it two or three spots give minus infinity.
     """
     return 2 * halves / (1 + np.abs(halves))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pyarrow as pa
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -55,7 +54,7 @@ def marker_columns(
     markers: Mapping[str, GenePanel], panel: GenePanel
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Returns by set the columns of the panel that its genes have, int32, and the genes that the panel lacks."""
-    table = pa.table({name: list(getattr(panel, name)) for name in ("gene_id", "symbol", "ensembl_id")})
+    table = panel.to_table()
     rows = {name: align(genes, table) for name, genes in markers.items()}
     lacking = {name: [markers[name].names()[place] for place in np.flatnonzero(rows[name] < 0)] for name in markers}
     return {name: columns[columns >= 0] for name, columns in rows.items()}, lacking

@@ -1,4 +1,7 @@
-"""What a result says about biology: which genes are predicted best, which to look at first, and spatial domains."""
+"""The biology of a result: significant genes, the order in which genes are shown, and spatial domains.
+
+Genes have unique names here: those of the result's own tables, made unique where older tables repeat one.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,25 +18,27 @@ from mclstexp.report.result import Result, Section, model_rows
 CHOSEN = "chosen"
 PREDICTED = "predicted"
 WAYS = {"kmeans": "k-means", "leiden": "Leiden"}
-"""Names of the ways to find domains, by field of `domains.Domains`."""
+"""Titles of the ways to find domains, by field of `domains.Domains`."""
 _DRAWN_OF_SET, _DRAWN_WITHOUT_SETS = 4, 8
+"""Genes in a section's picture: from each marker set, or in all if there is no set."""
 
 
 @dataclass(frozen=True)
 class GeneOrder:
-    """The genes of a result by the names that people choose them by, those to look at first in front."""
+    """The names of a result's genes, those to look at first in front."""
 
     names: list[str]
+    """All genes."""
     sets: dict[str, list[str]]
-    """Names by set, `chosen` first where there is one."""
+    """Genes by set; the first is `chosen` if the user chose any."""
     drawn: list[str]
-    """Those that each section's picture shows."""
-    lacking: dict[str, list[str]]
-    """Genes of the sets that no section's panel has."""
+    """Genes in each section's picture."""
+    missing: dict[str, list[str]]
+    """Genes of each set that are in no section's panel."""
 
 
 def significant_genes(result: Result) -> pd.DataFrame:
-    """Returns `significance.rank_genes` of the model in its own target, with a first column protocol."""
+    """Returns `significance.rank_genes` of the model in its own target, with protocol as first column."""
     sections = model_rows(result.per_gene).groupby("section_id", sort=False)
     tables = [
         section_significance(str(name), rows["gene"].tolist(), rows["pcc"].to_numpy(), result.num_spots[str(name)])
@@ -45,12 +50,12 @@ def significant_genes(result: Result) -> pd.DataFrame:
 
 
 def unique_names(result: Result) -> list[str]:
-    """Returns the names of the result's genes, each once: its tables' own, but older tables call several alike."""
+    """Returns the unique names of the genes of `result.panel`."""
     return unique_labels(_table_names(result), result.panel.gene_id)
 
 
 def section_names(result: Result, section: Section) -> list[str]:
-    """Returns the names of a section's genes as the whole result names them."""
+    """Returns the unique names of the genes of a section's panel."""
     named = dict(zip(result.panel.gene_id, unique_names(result), strict=True))
     return [named[gene_id] for gene_id in section.panel.gene_id]
 
@@ -58,24 +63,24 @@ def section_names(result: Result, section: Section) -> list[str]:
 def order_genes(
     result: Result, ranked: pd.DataFrame, markers: Mapping[str, GenePanel], chosen: Sequence[str]
 ) -> GeneOrder:
-    """Returns the order in which genes are shown: chosen, marker sets, then most significant and highest in turn.
+    """Returns the order in which genes are shown: chosen ones, marker sets, then the most significant and the highest.
 
     Raises:
         ConfigError: a chosen gene is in no section's panel.
     """
-    columns, lacking = marker_columns(markers, result.panel)
+    columns, missing = marker_columns(markers, result.panel)
     names = unique_names(result)
     sets = {CHOSEN: [names[column] for column in find_genes(result.panel, chosen)]} if chosen else {}
     sets |= {name: [names[column] for column in found] for name, found in columns.items()}
     rest = [names[column] for column in _by_interest(result, ranked)]
     ordered = list(dict.fromkeys([name for genes in sets.values() for name in genes] + rest))
     return GeneOrder(
-        ordered, sets, _drawn(sets, rest, ranked), {name: genes for name, genes in lacking.items() if genes}
+        ordered, sets, _drawn(sets, rest, ranked), {name: genes for name, genes in missing.items() if genes}
     )
 
 
 def why_no_domains(section: Section) -> str | None:
-    """Returns why a section's labels say nothing about domains, or None where they do."""
+    """Returns why a section's labels cannot be compared with domains, or None if they can."""
     kinds = len(number_labels(section.labels.tolist())[0])
     if kinds == 0:
         return "no spot has a label"
@@ -89,14 +94,23 @@ def section_domains(section: Section) -> DomainComparison:
 
 
 def domain_table(protocol: str, section_id: str, found: DomainComparison) -> pd.DataFrame:
-    """Returns a section's `DomainComparison.table` with columns that say what it is of."""
+    """Returns a section's `DomainComparison.table` with the columns that name it."""
     of = {"protocol": protocol, "section_id": section_id}
     smoothing = {"smoothing_radius_um": found.smoothing_radius_um, "smoothing_neighbours": found.smoothing_neighbours}
     return found.table.assign(**of, **smoothing)[[*of, *found.table.columns, *smoothing]]
 
 
+def number_labels(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
+    """Returns the different labels in alphabetical order, and each spot's index among them or NO_DOMAIN, int64 (N,)."""
+    used = is_labelled(labels)
+    names, inverse = np.unique(np.asarray(labels, object)[used].astype(str), return_inverse=True)
+    numbers = np.full(len(used), NO_DOMAIN, np.int64)
+    numbers[used] = inverse
+    return names.tolist(), numbers
+
+
 def _table_names(result: Result) -> list[str]:
-    """Returns what the result's tables call the genes of its panel."""
+    """Returns the names of the panel's genes in the result's tables; older tables repeat the name of some."""
     known, panel = set(result.per_gene["gene"]), result.panel
     pairs = zip(panel.names(), panel.gene_id, strict=True)
     labels = [(name, IN_BRACKETS.format(name=name, gene_id=gene_id)) for name, gene_id in pairs]
@@ -104,7 +118,7 @@ def _table_names(result: Result) -> list[str]:
 
 
 def _by_interest(result: Result, ranked: pd.DataFrame) -> np.ndarray:
-    """Returns the panel's columns by the better of two ranks: significance, and mean measured expression."""
+    """Returns the panel's columns, ordered by the better of two ranks: significance, and mean measured expression."""
     significance = ranked.set_index("gene")["rank"]
     height = model_rows(result.per_gene).groupby("gene")["truth_mean"].mean().rank(ascending=False)
     best = pd.concat([significance, height], axis=1).min(axis=1)
@@ -112,7 +126,7 @@ def _by_interest(result: Result, ranked: pd.DataFrame) -> np.ndarray:
 
 
 def _drawn(sets: Mapping[str, list[str]], rest: list[str], ranked: pd.DataFrame) -> list[str]:
-    """Returns all chosen genes and the most significant of each set, or of all where there is no set."""
+    """Returns all chosen genes and the most significant of each set, or of all genes if there is no set."""
     rank = ranked.set_index("gene")["rank"].to_dict()
     significant = sorted(rest, key=lambda name: rank.get(name, len(rank)))
     if not sets:
@@ -122,12 +136,3 @@ def _drawn(sets: Mapping[str, list[str]], rest: list[str], ranked: pd.DataFrame)
         for name, genes in sets.items()
     ]
     return list(dict.fromkeys(gene for part in parts for gene in part))
-
-
-def number_labels(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
-    """Returns the different labels in the order of their names, and int64 (N,): each spot's, or NO_DOMAIN."""
-    used = is_labelled(labels)
-    names, inverse = np.unique(np.asarray(labels, object)[used].astype(str), return_inverse=True)
-    numbers = np.full(len(used), NO_DOMAIN, np.int64)
-    numbers[used] = inverse
-    return names.tolist(), numbers

@@ -1,4 +1,9 @@
-"""The pictures of a report: written as PNG for use elsewhere, and put into the page as smaller WebP."""
+"""The pictures of a report: written as PNG for use elsewhere, and put into the page as smaller WebP.
+
+From whole to part: pictures of the result, of one section's genes and domains, and the spots over the slide beneath.
+
+Shapes: N spots of one section.
+"""
 
 import base64
 import io
@@ -20,33 +25,40 @@ from mclstexp.figures import colour_limits, new_figure
 from mclstexp.report.biology import WAYS, number_labels, section_names
 from mclstexp.report.result import Result, Section, Thumbnail
 
-_WIDTH_IN = 13.0
+SPOT_PITCHES = 0.8
+"""Diameter of a drawn spot."""
+_MARGIN_PITCHES = 1.5
+_THUMBNAIL_ALPHA = 0.6
+_WIDTH_IN, _HEIGHT_IN = 13.0, 4.2
+_MAP_WIDTH_IN, _TITLE_IN, _COLOUR_BAR_IN, _LEGEND_IN = 3.6, 0.4, 1.0, 1.1
 _DPI = 90
 _WEBP_QUALITY = 82
-_LEGEND_RUNS = 12
-_CURVES = {"loss": "training loss", "spots_per_s": "spots a second"}
+_MAX_CURVES_IN_LEGEND = 12
+_CURVES = {"loss": "training loss", "spots_per_s": "spots per second"}
+_LEGEND = "found domains take the colour of the label that they cover best;\nother colours: no label is left for them"
+_NO_DOMAIN_COLOUR = (0.75, 0.75, 0.75, 1.0)
 
 
 def draw_distribution(path: Path, result: Result) -> None:
     """Writes each method's correlations over all sections and genes in the model's own target."""
-    figure = new_figure(_WIDTH_IN, 4.2, result.heading())
+    figure = new_figure(_WIDTH_IN, _HEIGHT_IN, result.heading())
     record = result.record
     draw_correlations(figure.subplots(), result.per_gene, f"target {record.target}: {record.targets[record.target]}")
     figure.savefig(path, dpi=_DPI)
 
 
 def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame], heading: str) -> None:
-    """Writes the loss and the spots a second of training runs by step, a line a run.
+    """Writes loss and spots per second by step, one line per training run.
 
     Args:
         path: local file to write.
         curves: `tracking.curves` by the run's name.
         heading: what every picture says.
     """
-    figure = new_figure(_WIDTH_IN, 4.2, heading)
+    figure = new_figure(_WIDTH_IN, _HEIGHT_IN, heading)
     for axes, (column, title) in zip(figure.subplots(1, len(_CURVES)), _CURVES.items(), strict=True):
         _draw_curve(axes, curves, column, title)
-    if len(curves) <= _LEGEND_RUNS:
+    if len(curves) <= _MAX_CURVES_IN_LEGEND:
         figure.legend(list(curves), loc="outside lower center", ncols=min(6, len(curves)))
     figure.savefig(path, dpi=_DPI)
 
@@ -56,9 +68,8 @@ def draw_section_genes(path: Path, result: Result, section: Section, genes: list
     names = section_names(result, section)
     columns = [names.index(gene) for gene in genes]
     maps = {"measured": section.measured[:, columns], "predicted": section.predicted[:, columns]}
-    draw_gene_maps(
-        path, section.xy_px, genes, maps, section.unit, _section_heading(result, section), section.thumbnail
-    )
+    heading = _section_heading(result, section)
+    draw_gene_maps(path, section.xy_px, genes, maps, section.unit, heading, section.thumbnail)
 
 
 def draw_section_domains(path: Path, result: Result, section: Section, found: DomainComparison, way: str) -> None:
@@ -69,64 +80,10 @@ def draw_section_domains(path: Path, result: Result, section: Section, found: Do
 
 
 def embedded(path: Path) -> str:
-    """Returns a picture as the address of an image that holds it."""
+    """Returns a picture as a data URI of its WebP."""
     file = io.BytesIO()
     Image.open(path).convert("RGB").save(file, "WEBP", quality=_WEBP_QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _section_heading(result: Result, section: Section) -> str:
-    return f"section {section.section_id}; {result.heading(section)}"
-
-
-def _draw_curve(axes: Axes, curves: Mapping[str, pd.DataFrame], column: str, title: str) -> None:
-    for frame in curves.values():
-        defined = frame.dropna(subset=[column]).sort_values("step")
-        axes.plot(defined["step"], defined[column], linewidth=1)
-    axes.set(xlabel="step", title=title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-SPOT_PITCHES = 0.8
-"""How wide a spot is drawn."""
-_THUMBNAIL_ALPHA = 0.6
-_MARGIN_PITCHES = 1.5
-_MAP_WIDTH_IN = 3.6
-_TITLE_IN = 0.4
-
-
-def map_size_in(xy_px: np.ndarray) -> tuple[float, float]:
-    """Returns width and height in inches of one map of the spots (N, 2) with its title."""
-    (left, top), (right, bottom) = window(xy_px)
-    return _MAP_WIDTH_IN, _MAP_WIDTH_IN * (bottom - top) / (right - left) + _TITLE_IN
-
-
-def draw_spots(axes: Axes, xy_px: np.ndarray, thumbnail: Thumbnail | None) -> EllipseCollection:
-    """Draws spots (N, 2), 0.8 pitches wide, over the slide and returns them, still to be coloured.
-
-    The map ends one and a half pitches beyond the outermost spots.
-    """
-    if thumbnail is not None:
-        height, width = (side * thumbnail.scale for side in thumbnail.rgb.shape[:2])
-        axes.imshow(thumbnail.rgb, extent=(0, width, height, 0), alpha=_THUMBNAIL_ALPHA)
-    diameter = np.full(len(xy_px), SPOT_PITCHES * spot_pitch(xy_px))
-    spots = EllipseCollection(
-        diameter, diameter, np.zeros(len(xy_px)), units="xy", offsets=xy_px, offset_transform=axes.transData
-    )
-    axes.add_collection(spots)
-    (left, top), (right, bottom) = window(xy_px)
-    axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
-    return spots
-
-
-def window(xy_px: np.ndarray) -> np.ndarray:
-    """Returns the upper left and the lower right corner of what is drawn, (2, 2)."""
-    margin = _MARGIN_PITCHES * spot_pitch(xy_px)
-    return np.stack([xy_px.min(axis=0) - margin, xy_px.max(axis=0) + margin])
-
-
-_COLOUR_BAR_IN = 1.0
 
 
 def draw_gene_maps(
@@ -138,12 +95,12 @@ def draw_gene_maps(
     heading: str,
     thumbnail: Thumbnail | None = None,
 ) -> None:
-    """Writes a PNG with one row of maps a gene; no display or global state of matplotlib is used.
+    """Writes a PNG with one row of maps per gene, without a display or matplotlib's global state.
 
     Args:
         path: local file to write.
         xy_px: float (N, 2), spot centres in level-0 pixels.
-        genes: names of the columns that are drawn.
+        genes: names of the columns to draw.
         maps: (N, len(genes)) by title, in the order of the columns: "measured", "predicted".
         unit: unit of all values, for the colour bar.
         heading: what every picture says: what was held out, the protocol and its leaks.
@@ -164,11 +121,6 @@ def draw_gene_maps(
     figure.savefig(path, dpi=_DPI)
 
 
-_LEGEND_IN = 1.1
-_LEGEND = "found domains take the colour of the label that they cover best;\nother colours: no label is left for them"
-_NO_DOMAIN_COLOUR = (0.75, 0.75, 0.75, 1.0)
-
-
 def draw_domain_maps(
     path: str | Path,
     xy_px: np.ndarray,
@@ -182,7 +134,7 @@ def draw_domain_maps(
     Args:
         path: local file to write.
         xy_px: float (N, 2), spot centres in level-0 pixels.
-        labels: a label of each spot; grey where there is none (see `is_labelled`).
+        labels: a label of each spot; spots without one (see `is_labelled`) are grey.
         found: int (N,) domains by title ("measured", "predicted"); NO_DOMAIN is grey.
         heading: what every picture says: what was held out, the protocol and its leaks.
         thumbnail: the slide, drawn beneath.
@@ -192,7 +144,9 @@ def draw_domain_maps(
     width, height = map_size_in(xy_px)
     figure = new_figure(width * len(maps), height + _LEGEND_IN, heading)
     for axes, (title, domains) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        _draw(axes, title, domains, xy_px, thumbnail)
+        colours = _colours(np.unique(domains).tolist())
+        draw_spots(axes, xy_px, thumbnail).set(facecolors=[colours[number] for number in domains.tolist()])
+        axes.set_title(title)
     numbered = dict(enumerate(names)) | ({NO_DOMAIN: "none"} if NO_DOMAIN in numbers else {})
     handles = [Patch(color=colour, label=numbered[number]) for number, colour in _colours(numbered).items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(maps) + 1, title=_LEGEND)
@@ -200,10 +154,10 @@ def draw_domain_maps(
 
 
 def match_labels(labels: np.ndarray, domains: np.ndarray) -> np.ndarray:
-    """Returns domains, int (N,), renumbered so that they take the numbers of the labels that they cover best.
+    """Returns domains, int (N,), renumbered to take the numbers of the labels that they cover best.
 
-    Most spots in all are covered (Kuhn 1955, https://doi.org/10.1002/nav.3800020109); a domain without a label of its
-    own gets a number beyond the labels'. NO_DOMAIN stays.
+    The matching covers the most spots in total (Kuhn 1955, https://doi.org/10.1002/nav.3800020109); a domain without a
+    label of its own gets a number beyond the labels'. NO_DOMAIN stays.
     """
     both = (labels != NO_DOMAIN) & (domains != NO_DOMAIN)
     overlap = np.zeros((domains.max() + 1, labels.max() + 1), np.int64)
@@ -215,10 +169,47 @@ def match_labels(labels: np.ndarray, domains: np.ndarray) -> np.ndarray:
     return np.where(domains == NO_DOMAIN, NO_DOMAIN, number[domains])
 
 
-def _draw(axes: Axes, title: str, domains: np.ndarray, xy_px: np.ndarray, thumbnail: Thumbnail | None) -> None:
-    colours = _colours(np.unique(domains).tolist())
-    draw_spots(axes, xy_px, thumbnail).set(facecolors=[colours[number] for number in domains.tolist()])
-    axes.set_title(title)
+def draw_spots(axes: Axes, xy_px: np.ndarray, thumbnail: Thumbnail | None) -> EllipseCollection:
+    """Draws spots (N, 2), 0.8 pitches wide, over the slide and returns them for the caller to colour.
+
+    The map ends one and a half pitches beyond the outermost spots.
+    """
+    if thumbnail is not None:
+        height, width = (side * thumbnail.scale for side in thumbnail.rgb.shape[:2])
+        axes.imshow(thumbnail.rgb, extent=(0, width, height, 0), alpha=_THUMBNAIL_ALPHA)
+    diameter = np.full(len(xy_px), SPOT_PITCHES * spot_pitch(xy_px))
+    spots = EllipseCollection(
+        diameter, diameter, np.zeros(len(xy_px)), units="xy", offsets=xy_px, offset_transform=axes.transData
+    )
+    axes.add_collection(spots)
+    (left, top), (right, bottom) = window(xy_px)
+    axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
+    return spots
+
+
+def map_size_in(xy_px: np.ndarray) -> tuple[float, float]:
+    """Returns width and height in inches of one map of the spots (N, 2) with its title."""
+    (left, top), (right, bottom) = window(xy_px)
+    return _MAP_WIDTH_IN, _MAP_WIDTH_IN * (bottom - top) / (right - left) + _TITLE_IN
+
+
+def window(xy_px: np.ndarray) -> np.ndarray:
+    """Returns the upper left and the lower right corner of a map of the spots (N, 2), float (2, 2)."""
+    margin = _MARGIN_PITCHES * spot_pitch(xy_px)
+    return np.stack([xy_px.min(axis=0) - margin, xy_px.max(axis=0) + margin])
+
+
+def _section_heading(result: Result, section: Section) -> str:
+    return f"section {section.section_id}; {result.heading(section)}"
+
+
+def _draw_curve(axes: Axes, curves: Mapping[str, pd.DataFrame], column: str, title: str) -> None:
+    for frame in curves.values():
+        defined = frame.dropna(subset=[column]).sort_values("step")
+        axes.plot(defined["step"], defined[column], linewidth=1)
+    axes.set(xlabel="step", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _colours(numbers: Iterable[int]) -> dict[int, tuple[float, float, float, float]]:

@@ -1,10 +1,10 @@
 """The HTML page of a result, with pictures and tables beside it: one file that needs no network and no other file.
 
-Sections are opened one at a time, twice: for pictures and domains first, so that it is known how much room is left for
-gene maps, then for those. What does not fit into the page's size is left out in words.
+Sections are opened one at a time, twice: first for pictures and domains, which shows how much of the page's size is
+left, then for gene maps. The page names what it leaves out to stay within its size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,41 +14,42 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from mclstexp.data.genes import GenePanel
+from mclstexp.progress import Show
 from mclstexp.report import biology, maps, page_data, tables
 from mclstexp.report.biology import WAYS, GeneOrder
 from mclstexp.report.result import Result, Section
 
 PAGE, DOMAINS, SIGNIFICANT = "report.html", "domains.csv", "significant_genes.csv"
 _PICTURES_SHARE = 0.4
+"""Largest part of the page's size for pictures; gene maps get the rest."""
 _SHOWN_SIGNIFICANT = 50
-Show = Callable[[str, int, int], None]
-"""Told of progress: (what, done, total)."""
 
 
 @dataclass(frozen=True)
 class PageOptions:
-    """What the page is asked to show, beside what every page has."""
+    """What the page shows first, and its size."""
 
     markers: dict[str, GenePanel]
     """Sets of marker genes, see `markers.load_markers`."""
     genes: list[str]
-    """Genes that come before them."""
+    """Genes to show before the marker genes."""
     page_bytes: int
-    """How large the page may become."""
+    """Size limit of the page."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The curves of the result's training runs, and why some are lacking."""
+    """The curves of the result's training runs."""
 
     curves: dict[str, pd.DataFrame]
     """`tracking.curves` by the run's name."""
-    lacking: list[str]
+    missing: list[str]
+    """Why some curves are missing, in sentences."""
 
 
 @dataclass
 class _Content:
-    """What the page shows of its sections, gathered one by one."""
+    """What the page shows of its sections, collected one by one."""
 
     slides: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, str] = field(default_factory=dict)
@@ -57,26 +58,26 @@ class _Content:
     """Files of gene maps and of domain maps by section."""
     domains: list[pd.DataFrame] = field(default_factory=list)
     without_domains: dict[str, list[str]] = field(default_factory=dict)
-    """Sections by why nothing can be said of their domains."""
+    """Sections without domains, by reason."""
 
-    def embed(self, paths: Sequence[Path], room: float) -> None:
-        """Puts pictures into the page as far as they have room; gene maps last, as the page draws those itself."""
+    def embed(self, paths: Sequence[Path], num_bytes: float) -> None:
+        """Puts pictures into the page while `num_bytes` last; gene maps last, because the page draws those itself."""
         for path in sorted(paths, key=lambda path: path.name.startswith("genes_")):
             data = maps.embedded(path)
-            if len(data) <= room:
+            if len(data) <= num_bytes:
                 self.images[path.name] = data
-                room -= len(data)
+                num_bytes -= len(data)
 
 
-def write_report(result: Result, wishes: PageOptions, training: Training, folder: Path, show: Show) -> None:
+def write_report(result: Result, options: PageOptions, training: Training, folder: Path, show: Show) -> None:
     """Writes the page (`report.html`), its pictures, domains.csv and significant_genes.csv into a local folder.
 
     Raises:
         ResultError: a section's prediction is damaged.
-        ConfigError: a gene that is wished for is in no panel.
+        ConfigError: one of `options.genes` is in no panel.
     """
     ranked = biology.significant_genes(result)
-    order = biology.order_genes(result, ranked, wishes.markers, wishes.genes)
+    order = biology.order_genes(result, ranked, options.markers, options.genes)
     ranked.to_csv(folder / SIGNIFICANT, index=False)
     content = _Content()
     paths = _result_pictures(result, training, folder)
@@ -84,12 +85,12 @@ def write_report(result: Result, wishes: PageOptions, training: Training, folder
         show("sections drawn", done, len(result.files))
         paths += _add_section(content, result, result.section(name), order, folder)
     show("sections drawn", len(result.files), len(result.files))
-    content.embed(paths, _PICTURES_SHARE * wishes.page_bytes)
+    content.embed(paths, _PICTURES_SHARE * options.page_bytes)
     domains = pd.concat(content.domains, ignore_index=True) if content.domains else pd.DataFrame()
     if len(domains):
         domains.to_csv(folder / DOMAINS, index=False)
     context = _context(result, order, ranked, training, content, domains)
-    (folder / PAGE).write_text(_with_maps(result, order, context, wishes.page_bytes, show), encoding="utf-8")
+    (folder / PAGE).write_text(_with_maps(result, order, context, options.page_bytes, show), encoding="utf-8")
 
 
 def _result_pictures(result: Result, training: Training, folder: Path) -> list[Path]:
@@ -102,7 +103,7 @@ def _result_pictures(result: Result, training: Training, folder: Path) -> list[P
 
 
 def _add_section(content: _Content, result: Result, section: Section, order: GeneOrder, folder: Path) -> list[Path]:
-    """Draws a section and finds its domains; returns its pictures."""
+    """Adds a section's slide, pictures and domains to the content; returns the pictures."""
     name = section.section_id
     content.slides.append(page_data.slide_data(section))
     own = set(biology.section_names(result, section))
@@ -111,9 +112,9 @@ def _add_section(content: _Content, result: Result, section: Section, order: Gen
     if genes:
         files.append(f"genes_{name}.png")
         maps.draw_section_genes(folder / files[-1], result, section, genes)
-    why = biology.why_no_domains(section)
-    if why:
-        content.without_domains.setdefault(why, []).append(name)
+    reason = biology.why_no_domains(section)
+    if reason:
+        content.without_domains.setdefault(reason, []).append(name)
     else:
         found = biology.section_domains(section)
         content.domains.append(biology.domain_table(result.record.protocol, name, found))
@@ -131,7 +132,7 @@ def _context(
     content: _Content,
     domains: pd.DataFrame,
 ) -> dict[str, Any]:
-    """Returns what the template shows, but for the gene maps."""
+    """Returns what the template shows, without the gene maps."""
     return {
         "record": result.record,
         "tables": tables.target_tables(result.record),
@@ -153,7 +154,7 @@ def _context(
 
 
 def _sets_of(order: GeneOrder) -> dict[str, str]:
-    """Returns the sets of each gene that is in one, as a text."""
+    """Returns the names of each gene's sets as one text; genes without a set are left out."""
     sets: dict[str, list[str]] = {}
     for name, genes in order.sets.items():
         for gene in genes:
@@ -162,11 +163,11 @@ def _sets_of(order: GeneOrder) -> dict[str, str]:
 
 
 def _with_maps(result: Result, order: GeneOrder, context: Mapping[str, Any], page_bytes: int, show: Show) -> str:
-    """Returns the page with the maps of as many genes as have room."""
+    """Returns the page with the maps of as many genes as fit."""
     slides = context["content"].slides
     empty = [slide | {"genes": {}} for slide in slides]
-    room = page_bytes - len(_render(context, [], order, empty).encode())
-    shown = page_data.genes_that_fit(result, order.names, room)
+    bytes_left = page_bytes - len(_render(context, [], order, empty).encode())
+    shown = page_data.genes_that_fit(result, order.names, bytes_left)
     wanted, filled = set(shown), []
     for done, slide in enumerate(slides):
         show("maps packed", done, len(slides))

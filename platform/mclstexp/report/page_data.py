@@ -1,7 +1,7 @@
-"""Gene maps as a page holds them: a byte a value, so that a cohort's maps fit into one file.
+"""Gene maps in the page: one byte per value, so that a cohort's maps fit into one file.
 
 A gene's measured and predicted values of a section are quantised over their shared colour limits, those of
-`figures.colour_limits`: the colour scale has no more steps than that, so the page shows what full floats would.
+`figures.colour_limits`: the colour scale has no more steps than that, so the page looks as it would with full floats.
 """
 
 import base64
@@ -22,21 +22,21 @@ from mclstexp.report.result import Result, Section
 _LEVELS = 255
 _JPEG_QUALITY = 78
 _BYTES_BESIDE = 120
-"""What a gene's name, limits and correlation take beside its values."""
+"""Bytes for the name, limits and correlation of a gene, beside its values."""
 
 
 def genes_that_fit(result: Result, names: Sequence[str], num_bytes: float) -> list[str]:
-    """Returns as many of the names, in their order, as have room for their maps of all sections."""
+    """Returns the first names whose maps of all sections fit into `num_bytes`."""
     spots = sum(result.num_spots[name] for name in result.files)
     each = 2 * spots * 4 / 3 + _BYTES_BESIDE * len(result.files)
     return list(names[: max(0, int(num_bytes / each))])
 
 
 def slide_data(section: Section) -> dict[str, Any]:
-    """Returns what a page needs to draw a section's spots over its slide; all places are thumbnail pixels.
+    """Returns what a page needs to draw a section's spots over its slide, in thumbnail pixels.
 
-    Keys: id, patient, unit; image, width, height; window (left, top, right, bottom of what is shown); x, y, and
-    diameter of the spots.
+    Keys: id, patient, unit; image, width, height; window (left, top, right, bottom of the map); x, y and diameter of
+    the spots.
     """
     thumbnail = section.thumbnail
     xy = section.xy_px / thumbnail.scale
@@ -56,15 +56,15 @@ def slide_data(section: Section) -> dict[str, Any]:
 
 
 def gene_data(section: Section, names: Sequence[str], wanted: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Returns the maps of the wanted genes that the section's panel has, by name.
+    """Returns the maps of those wanted genes that are in the section's panel, by name.
 
-    Keys: low and high, the colour limits; pcc, None where it is not defined; levels, base64 of 2 N bytes, measured then
-    predicted, 0 at `low` and 255 at `high`.
+    Keys: low and high, the colour limits; pcc, None if undefined; levels, base64 of 2 N bytes, measured then predicted,
+    0 at `low` and 255 at `high`.
 
     Args:
         section: the section.
         names: the names of its panel's genes, see `biology.section_names`.
-        wanted: the names of the genes.
+        wanted: names of genes.
     """
     pcc = pearson_per_gene(section.measured, section.predicted)
     return {

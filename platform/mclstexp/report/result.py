@@ -1,6 +1,6 @@
-"""Reads a result folder: what `jobs/evaluate.py` wrote, on disk or in object storage.
+"""A result folder as the report reads it, on disk or in object storage (written by `evaluation/save.py`).
 
-Tables are small and read whole; predictions are copied to local scratch where they lie elsewhere and opened one section
+Tables are small and read whole; predictions in object storage are copied to local scratch. They are opened one section
 at a time, so that memory does not grow with the cohort.
 
 Shapes: N spots of one section, G genes of its panel.
@@ -24,30 +24,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ResultError
+from mclstexp.evaluation.save import GENE_MEANS, PER_GENE, RECORD
 from mclstexp.evaluation.score_card import MODEL
 from mclstexp.evaluation.scores import read_table
 from mclstexp.evaluation.sections import MEASURED
 
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A small picture of a slide, from its level-0 corner on."""
-
-    rgb: np.ndarray
-    """uint8 (height, width, 3)."""
-    scale: float
-    """Level-0 pixels per thumbnail pixel."""
-
-
-RECORD, PER_GENE, GENE_MEANS = "score_card.json", "per_gene.csv", "gene_means.csv"
 _THUMBNAIL_PX = 900
 _EVALUATE = "python jobs/evaluate.py --model MODEL --data TILES --out"
 Row = dict[str, Any]
-"""One row of a table of scores; None where a score is not defined."""
+"""One row of a table of scores; None for an undefined score."""
 
 
 class ScoreRecord(BaseModel):
-    """The score card as it was saved; see `ScoreCard.save`."""
+    """The saved score card; see `save.save_card`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -73,13 +62,23 @@ class ScoreRecord(BaseModel):
 
     @property
     def leaks(self) -> list[str]:
-        """The notes on what the protocol let leak into training."""
+        """The notes on leaks that the protocol allows."""
         return [note for note in self.notes if note.startswith("LEAK")]
 
 
 @dataclass(frozen=True)
+class Thumbnail:
+    """A small picture of a slide, from its level-0 corner on."""
+
+    rgb: np.ndarray
+    """uint8 (height, width, 3)."""
+    scale: float
+    """Level-0 pixels per thumbnail pixel."""
+
+
+@dataclass(frozen=True)
 class Section:
-    """One held-out section: where its spots are, what was measured, and what the model said, in its own target."""
+    """One held-out section: its spots, and their measured and predicted expression in the model's own target."""
 
     section_id: str
     patient_id: str
@@ -90,30 +89,32 @@ class Section:
     xy_px: np.ndarray
     """float64 (N, 2), level-0 pixels."""
     xy_um: np.ndarray
+    """float64 (N, 2), micrometres."""
     labels: np.ndarray
-    """object (N,), a pathologist's label of each spot; no text where there is none."""
+    """object (N,), a pathologist's label of each spot; not a str for a spot without one."""
     measured: np.ndarray
     """float32 (N, G)."""
     predicted: np.ndarray
+    """float32 (N, G)."""
     thumbnail: Thumbnail
 
 
 @dataclass(frozen=True)
 class Result:
-    """A result folder that is at hand."""
+    """An opened result folder."""
 
     uri: str
     record: ScoreRecord
     per_gene: pd.DataFrame
-    """The model's own target alone; columns as in `ScoreCard.per_gene`."""
+    """Columns as in `ScoreCard.per_gene`; the model's own target only."""
     gene_means: pd.DataFrame
-    """The same; columns as `ScoreCard.gene_means`."""
+    """Columns as in `ScoreCard.gene_means`; the model's own target only."""
     files: dict[str, Path]
     """Local file of each section's prediction."""
 
     @cached_property
     def panel(self) -> GenePanel:
-        """The genes of all sections in the order in which they first come: folds may have panels of their own."""
+        """The genes of all sections in order of first appearance: folds may have panels of their own."""
         tables = pd.concat([self._genes(name) for name in self.files])
         return _panel(tables[~tables.index.duplicated()])
 
@@ -130,7 +131,7 @@ class Result:
         """Returns one section's measured and predicted expression.
 
         Raises:
-            ResultError: its file is damaged or lacks something.
+            ResultError: its file is damaged or incomplete.
         """
         with self._reading(name):
             data = anndata.read_h5ad(self.files[name])
@@ -158,9 +159,9 @@ class Result:
         try:
             yield
         except (OSError, KeyError) as error:
-            place = storage.join(self.uri, self.record.predictions[name])
+            uri = storage.join(self.uri, self.record.predictions[name])
             raise ResultError(
-                f"the prediction of section {name}, {place}, is damaged or lacks something: {error}; write it anew: "
+                f"the prediction of section {name}, {uri}, is damaged or incomplete: {error}; write it again: "
                 f"{_EVALUATE} {self.uri}"
             ) from error
 
@@ -170,10 +171,10 @@ def open_result(uri: str, scratch: str | Path) -> Result:
 
     Args:
         uri: the folder, local or s3://.
-        scratch: an existing local folder for copies of what lies in object storage.
+        scratch: an existing local folder for copies of files in object storage.
 
     Raises:
-        ResultError: the folder has no score card, one of an older version, or lacks a file that it names.
+        ResultError: the folder has no score card, one of an older version, or not all files that it names.
     """
     uri = storage.absolute(uri)
     record = read_record(uri)
@@ -194,12 +195,12 @@ def read_record(uri: str) -> ScoreRecord:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ResultError(
-            f"{RECORD} of {uri} is damaged or of an older version ({faults}); write it anew: {_EVALUATE} {uri}"
+            f"{RECORD} of {uri} is damaged or of an older version ({faults}); write it again: {_EVALUATE} {uri}"
         ) from None
 
 
 def model_rows(per_gene: pd.DataFrame) -> pd.DataFrame:
-    """Returns the rows that are of the model."""
+    """Returns the model's rows of a table by method."""
     return per_gene[per_gene["method"] == MODEL]
 
 
@@ -218,20 +219,20 @@ def _own_target(data: bytes, target: str) -> pd.DataFrame:
 
 
 def _fetch(uri: str, file: str, scratch: str | Path) -> Path:
-    """Returns a local path of a result's file: itself where it is local."""
-    place = storage.join(uri, file)
-    local = Path(scratch, file.replace("/", "_")) if storage.is_s3(uri) else Path(place)
+    """Returns a local path of a result's file: a copy of an object, a local file itself."""
+    source = storage.join(uri, file)
+    local = Path(scratch, file.replace("/", "_")) if storage.is_s3(uri) else Path(source)
     try:
         if storage.is_s3(uri):
-            storage.download(place, local)
+            storage.download(source, local)
         storage.size(str(local))
     except FileNotFoundError:
-        raise ResultError(f"{uri} lacks {file}, which its {RECORD} names; write it anew: {_EVALUATE} {uri}") from None
+        raise ResultError(f"{uri} has no {file}, which its {RECORD} names; write it again: {_EVALUATE} {uri}") from None
     return local
 
 
 def _thumbnail(rgb: np.ndarray, pixels_per_level_0: float) -> Thumbnail:
-    """Returns a slide's picture with at most 900 px a side, which is what a map on a page has."""
+    """Returns a slide's picture with at most 900 px per side, the size of a map on a page."""
     image = Image.fromarray(rgb)
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     return Thumbnail(np.asarray(image), rgb.shape[1] / image.width / pixels_per_level_0)

@@ -1,4 +1,4 @@
-"""The score card's tables as a page shows them: texts by row and column, nothing computed anew.
+"""The score card's tables as a page shows them: texts by row and column, without new figures.
 
 Every score of the card is shown; the best of the model and its floors is marked, reference lines are not compared.
 """
@@ -7,19 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mclstexp.evaluation import scores
 from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL
-from mclstexp.evaluation.scores import ALL, HEG, HVG
+from mclstexp.evaluation.scores import ALL, UNDEFINED, ScoredSet
 from mclstexp.report.result import Result, Row, ScoreRecord
-
-_OVER_ALL = {
-    "PCC density-free": "pcc_density_free",
-    "MSE": "mse",
-    "RMSE": "rmse",
-    "MAE": "mae",
-    "undefined": "undefined",
-}
-_LEAST_IS_BEST = {"mse", "rmse", "mae"}
-_SET_NAMES = {ALL: "all", HEG: "HEG50", HVG: "HVG50"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class TargetTables:
 
 @dataclass(frozen=True)
 class GeneLine:
-    """One gene's mean correlations over patients or sections; NaN where it has none."""
+    """One gene's mean correlations over patients or sections; NaN if undefined."""
 
     gene: str
     model: float
@@ -78,7 +69,7 @@ def target_tables(record: ScoreRecord) -> list[TargetTables]:
 
 
 def best_floor(record: ScoreRecord) -> str | None:
-    """Returns the floor of highest mean correlation over all genes in the model's own target, if one has any."""
+    """Returns the floor of highest mean correlation over all genes in the model's own target, if any has one."""
     rows = [row for row in _of(record.means, target=record.target, gene_set=ALL, kind=FLOOR) if row["pcc"] is not None]
     return str(max(rows, key=lambda row: row["pcc"])["method"]) if rows else None
 
@@ -94,57 +85,61 @@ def gene_lines(result: Result) -> list[GeneLine]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Returns a score in a page's digits; a dash where there is none."""
+    """Returns a score with the page's number of digits, or a dash for None and NaN."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _target(record: ScoreRecord, target: str) -> TargetTables:
-    sets = dict.fromkeys(row["gene_set"] for row in _of(record.means, target=target))
-    columns = {f"PCC {_SET_NAMES.get(name, name)}": (name, "pcc") for name in sets}
-    columns |= {title: (ALL, score) for title, score in _OVER_ALL.items()}
-    places = list(columns.values())
+    means = _of(record.means, target=target)
+    columns = _columns(means)
     return TargetTables(
         target=target,
         unit=record.targets[target],
-        columns=list(columns),
-        overall=_table("all sections", _of(record.means, target=target), places),
-        patients=_parts("patient", _of(record.patients, target=target), places),
-        sections=_parts("section", _of(record.sections, target=target), places),
+        columns=[*(column.title for column in columns), UNDEFINED],
+        overall=_table("all sections", means, columns),
+        patients=_parts("patient", _of(record.patients, target=target), columns),
+        sections=_parts("section", _of(record.sections, target=target), columns),
     )
 
 
-def _parts(unit: str, rows: list[Row], places: Sequence[tuple[str, str]]) -> list[Table]:
+def _columns(means: list[Row]) -> list[ScoredSet]:
+    """Returns the scores to show; a result from before a score existed does not have it."""
+    sets = dict.fromkeys(row["gene_set"] for row in means)
+    known = [score for score in scores.SCORES if score.name in means[0]]
+    return [ScoredSet(score, name) for score in known for name in (sets if score.of_sets else (ALL,))]
+
+
+def _parts(unit: str, rows: list[Row], columns: Sequence[ScoredSet]) -> list[Table]:
     names = dict.fromkeys(row[f"{unit}_id"] for row in rows)
-    return [_table(f"{unit} {name}", _of(rows, **{f"{unit}_id": name}), places) for name in names]
+    return [_table(f"{unit} {name}", _of(rows, **{f"{unit}_id": name}), columns) for name in names]
 
 
-def _table(title: str, rows: list[Row], places: Sequence[tuple[str, str]]) -> Table:
+def _table(title: str, rows: list[Row], columns: Sequence[ScoredSet]) -> Table:
     found = {(row["method"], row["gene_set"]): row for row in rows}
     kinds = {row["method"]: row["kind"] for row in rows}
-    best = [_best(rows, *place) for place in places]
-    lines = [
-        Line(
-            method,
-            kind,
-            [_cell(found[method, name], score, top) for (name, score), top in zip(places, best, strict=True)],
-        )
-        for method, kind in kinds.items()
-    ]
+    best = [_best(rows, column) for column in columns]
+    lines = []
+    for method, kind in kinds.items():
+        cells = [
+            _cell(found[method, column.gene_set], column.score.name, top)
+            for column, top in zip(columns, best, strict=True)
+        ]
+        lines.append(Line(method, kind, [*cells, Cell(f"{found[method, ALL][UNDEFINED]:,}")]))
     return Table(f"{title}, {rows[0]['num_spots']:,} spots", lines)
 
 
-def _best(rows: list[Row], gene_set: str, score: str) -> float | None:
-    values = [row[score] for row in _of(rows, gene_set=gene_set) if row["kind"] != LINE and row[score] is not None]
-    if score == "undefined" or len(values) < 2:
+def _best(rows: list[Row], column: ScoredSet) -> float | None:
+    """Returns the best score of the model and its floors, or None if fewer than two have it."""
+    compared = [row[column.score.name] for row in _of(rows, gene_set=column.gene_set) if row["kind"] != LINE]
+    values = [value for value in compared if value is not None]
+    if len(values) < 2:
         return None
-    return float(min(values) if score in _LEAST_IS_BEST else max(values))
+    return float(min(values) if column.score.is_error else max(values))
 
 
-def _cell(row: Row, score: str, best: float | None) -> Cell:
-    value = row[score]
-    if score == "undefined":
-        return Cell(f"{value:,}")
-    low, high = (row.get(f"{score}_{end}") for end in ("low", "high"))
+def _cell(row: Row, name: str, best: float | None) -> Cell:
+    value = row[name]
+    low, high = (row.get(f"{name}_{end}") for end in ("low", "high"))
     interval = "" if low is None or high is None else f"{number(low)} to {number(high)}"
     return Cell(number(value), interval, row["kind"] != LINE and value is not None and value == best)
 
