@@ -16,10 +16,9 @@ from mclstexp.config import override
 from mclstexp.data.genes import normalisers
 from mclstexp.data.spots import make_reader
 from mclstexp.errors import ConfigError, ModelError, UserError
-from mclstexp.evaluation.floors import embed_with_progress
 from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
 from mclstexp.evaluation.sections import read_measured
-from mclstexp.model.embed import network_of
+from mclstexp.model.embed import embed_sections, network_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden
 from mclstexp.training.finish import model_uri
@@ -218,9 +217,9 @@ def _pairs(run: Run, champion: ModelVersion, challengers: list[ModelVersion]) ->
 def _predicted(run: Run, model: ModelVersion, genes: list[str]) -> Mapping[str, np.ndarray]:
     """Returns a model's predictions of each validation section, float32 (N, genes)."""
     reader = make_reader(run.reader.root, run.manifest, model.panel, model.config)
-    embedded = embed_with_progress(reader, list(run.split.validation), network_of(model), "model", hidden)
+    embedded = embed_sections(reader.root, reader.manifest, run.split.validation, network_of(model))
     columns = _columns(model.panel.gene_id, genes)
-    return {name: model.predict(arrays["embedding"]).prediction[:, columns] for name, arrays in embedded.items()}
+    return {name: model.predict(arrays["embedding"]).prediction[:, columns] for name, arrays in embedded}
 
 
 def _columns(panel: tuple[str, ...], genes: list[str]) -> list[int]:

@@ -1,8 +1,8 @@
-"""Spatial domains of a section found from its expression alone, against a pathologist's labels.
+"""Spatial domains of a section, found from its expression alone, against a pathologist's labels.
 
-As mclSTExp's evaluation (2024, https://arxiv.org/abs/2407.08216) does it: spots without a label are left out, the rest
-go through PCA and k-means++; Leiden on a graph of nearest neighbours stands beside it. Smooth values make compact
-domains whether they are right or not, so a prediction is to be compared with the *smoothed* measured expression.
+As in mclSTExp's evaluation (2024, https://arxiv.org/abs/2407.08216): spots without a label are left out, the rest go
+through PCA and k-means++; Leiden on a graph of nearest neighbours is added here. Smooth values make compact domains
+whether they are right or not, so compare a prediction with the *smoothed* measured expression.
 
 Shapes: N spots of one section, G genes, C principal components.
 """
@@ -36,6 +36,7 @@ RESOLUTION_TRIES = 25
 SMOOTHING_PITCHES = 1.57
 """Radius of smoothing in pitches, between √2 and √3: 8 neighbours on a square array, 6 on a hexagonal one."""
 NO_PITCH = 100.0
+"""Pitch of a lone spot, large enough to be seen when drawn."""
 MEASURED, SMOOTHED = "measured", "smoothed measured"
 UNDETERMINED = "undetermined"
 _UNLABELLED = NO_LABEL | {UNDETERMINED}
@@ -44,7 +45,7 @@ NO_DOMAIN = -1
 
 @dataclass(frozen=True)
 class Domains:
-    """One expression matrix's domains: int64 (N,) each, numbered from 0; NO_DOMAIN on spots without a label."""
+    """The domains of one expression matrix: int64 (N,) each, numbered from 0; NO_DOMAIN for spots without a label."""
 
     kmeans: np.ndarray
     leiden: np.ndarray
@@ -52,28 +53,28 @@ class Domains:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well found domains agree with the labels."""
+    """Agreement of domains with labels."""
 
     ari: float
-    """Adjusted Rand index: 1 is equal, 0 is what chance gives."""
+    """Adjusted Rand index: 1 is equal, 0 is chance."""
     nmi: float
     """Normalised mutual information (arithmetic mean), 0 to 1; not corrected for chance."""
     clusters: int
-    """Domains found."""
+    """Number of domains."""
 
 
 @dataclass(frozen=True)
 class DomainComparison:
-    """The domains of one section from measured and predicted expression, and how well they agree with its labels."""
+    """The domains of one section from measured and predicted expression, and their agreement with its labels."""
 
     table: pd.DataFrame
-    """One row an expression matrix (measured, smoothed measured, each prediction). Columns: method, kmeans_ari,
+    """One row per expression matrix (measured, smoothed measured, each prediction). Columns: method, kmeans_ari,
     kmeans_nmi, kmeans_clusters, leiden_ari, leiden_nmi, leiden_clusters, num_labels, spots_used, spots_dropped."""
     domains: dict[str, Domains]
-    """The domains of each row, by method."""
+    """By method."""
     smoothing_radius_um: float
     smoothing_neighbours: float
-    """Mean number of neighbours, beside the spot itself, in a smoothed value."""
+    """Mean number of neighbours in a smoothed value, without the spot itself."""
 
 
 def compare_domains(
@@ -82,10 +83,10 @@ def compare_domains(
     measured: np.ndarray,
     predictions: Mapping[str, np.ndarray],
 ) -> DomainComparison:
-    """Returns the domains of one section by each expression matrix, and their agreement with the labels.
+    """Returns the domains of one section from each expression matrix, and their agreement with the labels.
 
-    Spots without a label (see `is_labelled`) are dropped before PCA, and counted; smoothing sees them, as they are
-    neighbours like others. As many domains are asked for as there are labels.
+    Spots without a label (see `is_labelled`) are dropped before PCA, and counted; smoothing uses them like all others.
+    The number of domains to find is the number of different labels.
 
     Args:
         labels: a pathologist's label of each spot.
@@ -94,7 +95,7 @@ def compare_domains(
         predictions: (N, G) in the same unit, by method.
 
     Raises:
-        SourceError: fewer than two different labels are left.
+        SourceError: there are fewer than two different labels.
     """
     used = is_labelled(labels)
     kept = np.asarray(labels, object)[used].astype(str)
@@ -114,12 +115,12 @@ def compare_domains(
 
 
 def is_labelled(labels: Sequence[str | None]) -> np.ndarray:
-    """Returns bool (N,): false where a label is missing (None, NaN), empty, or in any case NA, NaN or undetermined."""
+    """Returns bool (N,): False for a label that is missing (None, NaN), empty, or (in any case) NA, NaN, undetermined."""
     return np.array([isinstance(label, str) and label.strip().lower() not in _UNLABELLED for label in labels], bool)
 
 
 def agreement(labels: np.ndarray, domains: np.ndarray) -> Agreement:
-    """Returns how well domains agree with labels, both (N,); neither names nor order of the domains matter.
+    """Returns the agreement of domains with labels, both (N,); neither names nor order of the domains matter.
 
     ARI: Hubert and Arabie 1985, https://doi.org/10.1007/BF01908075. NMI: Strehl and Ghosh 2002,
     https://www.jmlr.org/papers/v3/strehl02a.html, normalised by the arithmetic mean of both entropies.
@@ -132,7 +133,7 @@ def agreement(labels: np.ndarray, domains: np.ndarray) -> Agreement:
 
 
 def find_domains(expression: np.ndarray, num_domains: int) -> Domains:
-    """Returns the domains of spots (N, G) by k-means++ and by Leiden; one domain where all spots are alike."""
+    """Returns the domains of spots (N, G) by k-means++ and by Leiden; one domain if all spots are equal."""
     components = principal_components(expression)
     if components.shape[1] == 0:
         return Domains(*np.zeros((2, len(expression)), np.int64))
@@ -142,7 +143,7 @@ def find_domains(expression: np.ndarray, num_domains: int) -> Domains:
 def principal_components(expression: np.ndarray) -> np.ndarray:
     """Returns the spots' first principal components, float64 (N, C); genes are centred, not scaled.
 
-    C is 9, as published, or the number of spots or of genes that are not constant where that is less.
+    C is 9, as published, or less if there are fewer spots or fewer genes that vary.
     """
     varying = expression[:, (expression != expression[:1]).any(axis=0)].astype(np.float64)
     num = min(NUM_COMPONENTS, *varying.shape)
@@ -152,7 +153,7 @@ def principal_components(expression: np.ndarray) -> np.ndarray:
 def kmeans_domains(components: np.ndarray, num_domains: int) -> np.ndarray:
     """Returns the domains of spots (N, C) by k-means++ (Arthur and Vassilvitskii 2007), int64 (N,).
 
-    The best of 10 starts, seed 0. Fewer may be found where there are fewer different spots.
+    The best of 10 starts, seed 0. There may be fewer domains if there are fewer different spots.
     """
     model = KMeans(num_domains, init="k-means++", n_init=KMEANS_STARTS, random_state=SEED)
     with warnings.catch_warnings():
@@ -163,10 +164,10 @@ def kmeans_domains(components: np.ndarray, num_domains: int) -> np.ndarray:
 def leiden_domains(components: np.ndarray, num_domains: int) -> np.ndarray:
     """Returns the domains of spots (N, C) by Leiden (Traag et al. 2019, https://arxiv.org/abs/1810.08473), int64 (N,).
 
-    Modularity on the undirected graph that joins each spot with its 15 nearest. More resolution makes more domains,
-    so the resolution is bisected on a log scale between 0.001 and 100 until the number is the one asked for; after 25
-    tries the nearest number that was seen is taken (the first among equals). No resolution gives fewer domains than
-    the graph has separate parts. Each try starts anew with seed 0.
+    Modularity on the undirected graph that joins each spot with its 15 nearest. A higher resolution makes more domains,
+    so the resolution is bisected on a log scale between 0.001 and 100 until the number is right; after 25 tries the
+    nearest number is taken (the first among equals). No resolution gives fewer domains than the graph has separate
+    parts. Each try starts with seed 0.
     """
     graph = _neighbour_graph(components)
     low, high = RESOLUTIONS
@@ -184,12 +185,12 @@ def leiden_domains(components: np.ndarray, num_domains: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """Which spots lie around each spot of a section, itself included."""
+    """The spots around each spot of a section, itself included."""
 
     graph: csr_array
     """(N, N), 1 where two spots are neighbours or the same."""
     radius: float
-    """In the unit of the places."""
+    """In the unit of the coordinates."""
 
     @property
     def num_neighbours(self) -> float:
@@ -202,18 +203,17 @@ class Neighbourhoods:
 
 
 def neighbourhoods(xy: np.ndarray) -> Neighbourhoods:
-    """Returns the spots (N, 2) within 1.57 pitches of each spot: 8 inside a square array, 6 inside a hexagonal one."""
+    """Returns the spots within 1.57 pitches of each spot (N, 2): 8 inside a square array, 6 inside a hexagonal one."""
     radius = SMOOTHING_PITCHES * spot_pitch(xy)
     graph = csr_array(radius_neighbors_graph(xy, radius, include_self=True))
     return Neighbourhoods(graph, radius)
 
 
 def spot_pitch(xy: np.ndarray) -> float:
-    """Returns the distance of neighbouring spots (N, 2), in their unit.
+    """Returns the distance of neighbouring spots (N, 2), in their unit; `NO_PITCH` for a lone spot.
 
-    It is the median over spots of the mean distance to the four nearest, which on an array that lies a little askew
-    or is stretched says more than the nearest alone. A spot without neighbours has none: it gets 100, so that it is
-    drawn at a size that is seen.
+    It is the median over spots of the mean distance to the four nearest, which on a slightly rotated or stretched
+    array says more than the nearest alone.
     """
     if len(xy) < 2:
         return NO_PITCH
@@ -249,7 +249,7 @@ def _leiden(graph: igraph.Graph, resolution: float) -> np.ndarray:
 
 @contextmanager
 def _seeded_igraph() -> Iterator[None]:
-    """igraph draws from one generator for the whole process, by default Python's own."""
+    """Seeds igraph, which draws from one generator for the whole process, by default Python's own."""
     igraph.set_random_number_generator(random.Random(SEED))
     try:
         yield

@@ -22,7 +22,6 @@ from mclstexp.errors import ModelError, SplitError
 from mclstexp.evaluation.floors import (
     SEED,
     Floors,
-    embed_with_progress,
     floor_features,
     library_size,
     noise_ceiling,
@@ -32,7 +31,7 @@ from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, 
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table, with_only, without_unit
 from mclstexp.evaluation.sections import MeasuredSection, SectionResult, read_measured, scored_targets, with_target
 from mclstexp.model.bank import Bank
-from mclstexp.model.embed import network_of
+from mclstexp.model.embed import embed_sections, network_of
 from mclstexp.model.retrieval import resolve, retrieve
 from mclstexp.model.version import ModelVersion, TrainingRecord
 from mclstexp.progress import Show, hidden
@@ -83,8 +82,8 @@ def evaluate(
     banks = _banks(model, reader.target, training, targets)
 
     # Every tile through every network
-    embedded = embed_with_progress(reader, names, network_of(model), "model", show)
-    queries = {name: arrays["embedding"] for name, arrays in embedded.items()}
+    embedded = embed_sections(root, manifest, names, network_of(model), show, "tiles through model")
+    queries = {name: arrays["embedding"] for name, arrays in embedded}
     features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show, feature_cache)
 
     # Every section in every target

@@ -161,7 +161,7 @@ def floor_features(
     for word, network in networks.items():
         what = f"{word} {model.config.model.image_encoder}"
         if feature_cache is None or word == "trained":
-            found = embed_with_progress(reader, section_ids, network, what, show)
+            found = _embed(reader, section_ids, network, what, show)
         else:
             found = _embed_once(reader, section_ids, network, what, show, storage.join(feature_cache, word))
         features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
@@ -169,22 +169,21 @@ def floor_features(
     return features
 
 
-def embed_with_progress(
+def _embed(
     reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show
 ) -> dict[str, Batch]:
     """Returns each section's `embedding` and `rgb` as `embed_sections`; `what` names the network in the progress."""
-    tiles = f"tiles through {what}"
-    return dict(embed_sections(reader.root, reader.manifest, section_ids, network, show, tiles))
+    return dict(embed_sections(reader.root, reader.manifest, section_ids, network, show, f"tiles through {what}"))
 
 
 def _embed_once(
     reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show, cache: str
 ) -> dict[str, Batch]:
-    """Returns the same as `embed_with_progress`, but embeds only sections that the cache does not have."""
+    """Returns the same as `_embed`, but embeds only the sections that are not in the cache."""
     digests = {name: reader.manifest.section(name).sha256 for name in section_ids}
     uris = {name: storage.join(cache, network.digest(), f"{name}-{digest}.npz") for name, digest in digests.items()}
     missing = [name for name, uri in uris.items() if not storage.exists(uri)]
-    for name, arrays in embed_with_progress(reader, missing, network, what, show).items() if missing else ():
+    for name, arrays in _embed(reader, missing, network, what, show).items() if missing else ():
         buffer = io.BytesIO()
         np.savez(buffer, embedding=arrays["embedding"], rgb=arrays["rgb"])
         storage.write(uris[name], buffer.getvalue())

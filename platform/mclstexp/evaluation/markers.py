@@ -1,7 +1,7 @@
-"""Marker genes: named sets of genes of a cohort, from a file that users change.
+"""Marker genes: named sets of genes of a cohort, from a file that users edit.
 
-The file (`jobs/configs/markers.yaml`) maps cohort to set to genes, so that one file serves all cohorts; it is no
-part of the settings, because it says what is looked at and changes no model.
+The file (`jobs/configs/markers.yaml`) maps cohort to set to genes, so that one file serves all cohorts. It is not part
+of the settings, because it changes what is looked at and no model.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ _FILE = TypeAdapter(dict[str, dict[str, _Genes]])
 
 
 def load_markers(path: str | Path, cohort: str) -> dict[str, GenePanel]:
-    """Returns the marker genes of one cohort by the name of their set, in the file's order.
+    """Returns the marker genes of one cohort by set, in the file's order.
 
     Args:
         path: a YAML file (local or `s3://`): cohort, set and a list of genes (symbols or Ensembl ids).
-        cohort: which part of the file.
+        cohort: the part of the file to read.
 
     Raises:
-        ConfigError: the file is missing or of another form; the cohort is not in it; a set repeats a gene or has the
-            name of a set that every score card has.
+        ConfigError: the file is missing or malformed; the cohort is not in it; a set repeats a gene or has the name of
+            a set that every score card has.
     """
     try:
         tree = yaml.safe_load(storage.read(str(path)).decode())
@@ -53,23 +53,23 @@ def load_markers(path: str | Path, cohort: str) -> dict[str, GenePanel]:
 def marker_columns(
     markers: Mapping[str, GenePanel], panel: GenePanel
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """Returns by set the columns of the panel that its genes have, int32, and the genes that the panel lacks."""
+    """Returns by set the panel's columns of its genes, int32, and the genes that are not in the panel."""
     table = panel.to_table()
     rows = {name: align(genes, table) for name, genes in markers.items()}
-    lacking = {name: [markers[name].names()[place] for place in np.flatnonzero(rows[name] < 0)] for name in markers}
-    return {name: columns[columns >= 0] for name, columns in rows.items()}, lacking
+    missing = {name: [markers[name].names()[index] for index in np.flatnonzero(rows[name] < 0)] for name in markers}
+    return {name: columns[columns >= 0] for name, columns in rows.items()}, missing
 
 
 def _check_set(where: str, name: str, genes: list[str]) -> None:
     if name in _RESERVED:
-        raise ConfigError(f"{where}: every score card has {', '.join(_RESERVED)} of its own; name the set otherwise")
+        raise ConfigError(f"{where}: every score card has {', '.join(_RESERVED)} of its own; give the set another name")
     repeated = sorted({gene for gene in genes if genes.count(gene) > 1})
     if repeated:
         raise ConfigError(f"{where} names {', '.join(repeated)} more than once; keep one")
 
 
 def _faults(error: ValidationError) -> str:
-    """Returns each fault with its place; YAML reads some gene names as dates, numbers or truth values."""
+    """Returns each fault with its key; YAML reads some gene names as dates, numbers or booleans."""
     faults = (
         f"{'.'.join(map(str, fault['loc'])) or 'the file'} is {fault['input']!r}: {fault['msg']}"
         for fault in error.errors()

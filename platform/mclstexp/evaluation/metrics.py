@@ -1,7 +1,6 @@
-"""Scores of predicted against measured expression.
+"""Metrics of predicted against measured expression: plain functions on arrays, listed as scores in `scores.py`.
 
-Shapes: N spots, G genes. A correlation that is not defined (a constant gene) stays NaN and is counted, never
-dropped unseen.
+Shapes: N spots, G genes. An undefined correlation (a constant gene) stays NaN and is counted, never dropped silently.
 """
 
 from collections.abc import Sequence
@@ -9,14 +8,51 @@ from collections.abc import Sequence
 import numpy as np
 
 NUM_HIGHEST = 50
+_ROUNDING = 1e-6
+"""Smallest root mean square of residuals, relative to the gene's largest value; less is single precision's rounding
+(2^-24)."""
 
 
 def pearson_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Returns each gene's Pearson correlation over spots, float64 (G,); NaN where one side is constant."""
+    """Returns each gene's Pearson correlation over spots, float64 (G,); NaN if one side is constant."""
     truth, prediction = (centred(values) for values in (truth, prediction))
     norms = np.sqrt((truth**2).sum(axis=0) * (prediction**2).sum(axis=0))
     products = (truth * prediction).sum(axis=0)
     return np.divide(products, norms, out=np.full(norms.shape, np.nan), where=norms > 0)
+
+
+def density_free_pearson(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Returns each gene's correlation given the spots' library size, float64 (G,): Pearson's partial correlation.
+
+    It is the correlation over spots of the residuals of truth and of prediction (Yule 1907,
+    https://doi.org/10.1098/rspa.1907.0028), see `density_residuals`. NaN if nothing is left of one side: a constant
+    prediction, one that is linear in the log total (the library-size oracle), or fewer than three spots.
+
+    Args:
+        truth: measured expression of one section, (N, G).
+        prediction: predicted expression, (N, G).
+        totals: each spot's measured count over all genes, (N,).
+    """
+    return pearson_per_gene(density_residuals(truth, totals), density_residuals(prediction, totals))
+
+
+def density_residuals(values: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Returns each gene's residuals of least squares on the log library size in one section, float64 (N, G).
+
+    With l_s = ln(1 + total_s): r_sg = (y_sg - mean_s y_sg) - b_g (l_s - mean_s l_s), and
+    b_g = sum_s (l_s - mean l) y_sg / sum_s (l_s - mean l)^2; b_g = 0 if all totals are equal. Residuals that are only
+    rounding become exactly zero.
+
+    Args:
+        values: expression in any unit, (N, G).
+        totals: each spot's measured count over all genes, (N,).
+    """
+    log_total, about_mean = centred(np.log1p(totals)[:, None]), centred(values)
+    spread = (log_total**2).sum()
+    slope = (log_total * about_mean).sum(axis=0) / spread if spread > 0 else np.zeros(values.shape[1])
+    residuals = about_mean - log_total * slope
+    left = np.sqrt((residuals**2).mean(axis=0)) > _ROUNDING * np.abs(values).max(axis=0)
+    return np.where(left, residuals, 0.0)
 
 
 def squared_error_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -30,7 +66,7 @@ def absolute_error_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.nda
 
 
 def highest_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
-    """Returns the columns of the genes of largest mean in the truth, largest first; ties by column.
+    """Returns the columns of the genes with the largest mean in the truth, largest first; ties by column.
 
     With the test section's truth these are mclSTExp's highly expressed genes (HEG; 2024,
     https://arxiv.org/abs/2407.08216): another set in each section.
@@ -39,67 +75,34 @@ def highest_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
 
 
 def variable_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
-    """Returns the columns of the genes of largest variance over spots in the truth, largest first; ties by column.
+    """Returns the columns of the genes with the largest variance in the truth, largest first; ties by column.
 
-    The variance is that of the normalised truth in its own unit, with no correction for the mean, as in the choice of
+    The variance is that of the normalised truth in its own unit, without correction for the mean, as in the choice of
     a panel. This is not what mclSTExp's code calls HVG, which is the mean over all genes of its panel.
     """
     return np.argsort(-truth.var(axis=0, dtype=np.float64), kind="stable")[:count]
 
 
 def heg_pcc(truth: np.ndarray, prediction: np.ndarray) -> float:
-    """Returns the mean correlation over a section's own `highest_genes`; one that is not defined counts as 0."""
+    """Returns the mean correlation over a section's own `highest_genes`; an undefined one counts as 0."""
     genes = highest_genes(truth)
     return float(np.nan_to_num(pearson_per_gene(truth[:, genes], prediction[:, genes])).mean())
 
 
 def mean_by_patient(patients: Sequence[str], values: np.ndarray) -> np.ndarray:
-    """Returns the mean over patients of each one's mean over sections; `patients` and `values` have a row a section."""
+    """Returns the mean over patients of each patient's mean over sections.
+
+    Args:
+        patients: the patient of each section.
+        values: one row per section.
+    """
     of = np.array(patients, object)
     return np.mean([values[of == patient].mean(axis=0) for patient in sorted(set(patients))], axis=0)
 
 
 def centred(values: np.ndarray) -> np.ndarray:
-    """Returns columns (N, G) less their mean, float64; a column of one value becomes exactly zero."""
+    """Returns columns (N, G) minus their mean, float64; a constant column becomes exactly zero."""
     values = values.astype(np.float64)
     about_mean = values - values.mean(axis=0)
     about_mean[:, (values == values[:1]).all(axis=0)] = 0.0
     return about_mean
-
-
-_ROUNDING = 1e-6
-"""Least root mean square of residuals over the gene's largest value: less is single precision's rounding (2^-24)."""
-
-
-def density_free_pearson(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Returns each gene's correlation given the spots' library size, float64 (G,): Pearson's partial correlation.
-
-    It is the correlation over spots of the residuals of truth and of prediction (Yule 1907,
-    https://doi.org/10.1098/rspa.1907.0028), see `density_residuals`. NaN where nothing is left of one side: a constant
-    prediction, one that is linear in the log total (the library-size oracle), or fewer than three spots.
-
-    Args:
-        truth: measured expression of one section, (N, G).
-        prediction: the same as predicted, (N, G).
-        totals: each spot's measured count over all genes, (N,).
-    """
-    return pearson_per_gene(density_residuals(truth, totals), density_residuals(prediction, totals))
-
-
-def density_residuals(values: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Returns what least squares on the log library size leaves of each gene in one section, float64 (N, G).
-
-    With l_s = ln(1 + total_s): r_sg = (y_sg - mean_s y_sg) - b_g (l_s - mean_s l_s), and
-    b_g = sum_s (l_s - mean l) y_sg / sum_s (l_s - mean l)^2; b_g = 0 where all totals are equal. A gene of which only
-    rounding is left becomes exactly zero.
-
-    Args:
-        values: expression in any unit, (N, G).
-        totals: each spot's measured count over all genes, (N,).
-    """
-    log_total, about_mean = centred(np.log1p(totals)[:, None]), centred(values)
-    spread = (log_total**2).sum()
-    slope = (log_total * about_mean).sum(axis=0) / spread if spread > 0 else np.zeros(values.shape[1])
-    residuals = about_mean - log_total * slope
-    left = np.sqrt((residuals**2).mean(axis=0)) > _ROUNDING * np.abs(values).max(axis=0)
-    return np.where(left, residuals, 0.0)

@@ -1,12 +1,12 @@
 """The most significant genes over sections, as mclSTExp ranks them (2024, https://arxiv.org/abs/2407.08216).
 
-**These p-values are too small.** The test of a correlation takes spots as independent; neighbouring spots are not, in
-the measured as in the predicted expression, so a section holds far fewer independent spots than it counts. Take the
-ranking as a description of which genes are predicted best over sections, not as evidence at the stated level. The test
-has two sides, so a gene predicted the wrong way round is significant too: its mean correlation stands beside it.
+**These p-values are too small.** The test of a correlation assumes independent spots; neighbouring spots are not, in
+measured or predicted expression, so a section has far fewer independent spots than it counts. Take the ranking as a
+description of which genes are predicted best over sections, not as evidence at the stated level. The test has two
+sides, so a gene predicted the wrong way round is significant too: read it with its mean correlation.
 
-Everything is kept as -log10, as p-values of a section with some hundred spots fall below what a float64 can hold.
-A correlation that is not defined (a constant gene) is no evidence: p = 1, and it is counted.
+Everything is kept as -log10, because p-values of a section with some hundred spots are too small for a float64. An
+undefined correlation (a constant gene) is no evidence: p = 1, and it is counted.
 
 Shapes: G genes of one section.
 """
@@ -24,17 +24,17 @@ _SMALLEST_P = 1e-280  # below, the survival function loses digits and then vanis
 
 
 def section_significance(section_id: str, genes: Sequence[str], pcc: np.ndarray, num_spots: int) -> pd.DataFrame:
-    """Returns one section's significance, a row a gene.
+    """Returns one section's significance, one row per gene.
 
     Args:
         section_id: the section's name.
         genes: names of the G genes.
-        pcc: (G,), Pearson correlation of predicted and measured expression over the spots; NaN where not defined.
-        num_spots: spots that the correlations are over.
+        pcc: (G,), Pearson correlation of predicted and measured expression over the spots; NaN if undefined.
+        num_spots: spots of the section.
 
     Returns:
-        Columns section_id, gene, pcc, neg_log10_p, neg_log10_q (corrected over the section's genes, undefined ones
-        among them).
+        Columns section_id, gene, pcc, neg_log10_p, neg_log10_q (corrected over the section's genes, with the
+        undefined ones).
     """
     evidence = neg_log10_p(pcc, num_spots)
     return pd.DataFrame(
@@ -53,10 +53,10 @@ def rank_genes(sections: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         sections: rows of `section_significance` of any number of sections. A gene that is missing from a section (it is
-            not in that fold's panel) is averaged over the others; `sections` says over how many.
+            not in that fold's panel) is averaged over the others; column `sections` counts them.
 
     Returns:
-        Columns rank (from 1), gene, neg_log10_q, neg_log10_p, pcc (means; pcc over the sections where it is defined),
+        Columns rank (from 1), gene, neg_log10_q, neg_log10_p, pcc (means; pcc over the sections that have one),
         sections, significant (sections with q <= 0.05), undefined (sections without a correlation).
     """
     marked = sections.assign(significant=sections["neg_log10_q"] >= -np.log10(LEVEL), undefined=sections["pcc"].isna())
@@ -76,14 +76,12 @@ def rank_genes(sections: pd.DataFrame) -> pd.DataFrame:
 
 
 def neg_log10_p(pcc: np.ndarray, num_spots: int) -> np.ndarray:
-    """Returns -log10 of the two-sided p-value of each Pearson correlation, float64 (G,); 0 where it is not defined.
+    """Returns -log10 of the two-sided p-value of each Pearson correlation, float64 (G,); 0 if undefined.
 
     As `scipy.stats.pearsonr`: r·sqrt(ν / (1 - r²)) is Student's t with ν = spots - 2. Equally p = I_x(ν/2, 1/2) with
     x = 1 - r² (DLMF 8.17, https://dlmf.nist.gov/8.17.E8); where p is below 1e-280 the leading term of that,
-    x^a / (a·|r|·B(a, 1/2)) with a = ν/2, is taken in logarithms, right to 0.001. A perfect correlation is taken as one
-    that differs from 1 by the last digit of a float64.
-
-    Under three spots no correlation says anything: p = 1.
+    x^a / (a·|r|·B(a, 1/2)) with a = ν/2, is computed in logarithms, correct to 0.001. A perfect correlation is treated
+    as one that differs from 1 by the last digit of a float64. With fewer than three spots p = 1.
     """
     freedom = num_spots - 2
     defined = ~np.isnan(pcc)
