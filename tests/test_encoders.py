@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,8 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 
-from mclstexp.config import Config, override
 from mclstexp.errors import ConfigError, ModelError
-from mclstexp.model.encoders import build_image_encoder, require_weights
+from mclstexp.model.encoders import ENCODERS, Encoder, SmallCNN, build_image_encoder, require_encoder
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_every_encoder_maps_images_to_its_features(name: str, features: int) -> 
     ("name", "features"),
     [("timm/resnet10t", 512), ("timm/vit_tiny_patch16_224", 192), ("timm/mobilenetv3_small_050", 1024)],
 )
-def test_any_timm_name_is_an_encoder_with_random_weights_or_a_file(name: str, features: int, tmp_path: Path) -> None:
+def test_any_timm_model_is_an_encoder_with_random_weights_or_a_file(name: str, features: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     source, num_features = build_image_encoder(name, "random", 32)
     torch.save(source.state_dict() | {"head.bias": torch.zeros(7)}, tmp_path / "timm.pth")  # a classifier is dropped
@@ -39,11 +39,6 @@ def test_any_timm_name_is_an_encoder_with_random_weights_or_a_file(name: str, fe
         found, expected = (network.eval()(torch.ones(2, 3, 32, 32)) for network in (encoder, source))
     assert (num_features, tuple(found.shape)) == (features, (2, features))
     assert torch.equal(found, expected)
-
-
-def test_an_unknown_timm_name_is_refused_with_near_ones() -> None:
-    with pytest.raises(ConfigError, match=r"timm/resnet10x: timm has no such model; did you mean .*resnet10"):
-        build_image_encoder("timm/resnet10x", "random", 32)
 
 
 def test_densenet_ends_at_its_last_norm_without_relu() -> None:
@@ -59,7 +54,7 @@ def test_densenet_ends_at_its_last_norm_without_relu() -> None:
 
 @pytest.mark.parametrize("layout", ["whole", "features", "own"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_come_from_files_of_each_layout(layout: str, suffix: str, tmp_path: Path) -> None:
+def test_weights_load_from_files_of_each_layout(layout: str, suffix: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     whole = torchvision.models.densenet121()
     state = {
@@ -89,7 +84,9 @@ def test_files_older_than_batch_counters_load(tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_named(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pth"
     torch.save(torchvision.models.resnet18().state_dict(), path)
-    with pytest.raises(ModelError, match=r"do not fit DenseNet121: .* such as"):
+    with pytest.raises(
+        ModelError, match=r"do not fit DenseNet121: \d+ tensors are missing, extra or of another shape: .* and \d+ more"
+    ):
         build_image_encoder("densenet121", str(path), 64)
 
 
@@ -116,16 +113,32 @@ def test_imagenet_without_cache_or_network_names_the_file_setting(
     unreachable = type("Weights", (), {"url": "http://127.0.0.1:9/densenet121-a639ec97.pth"})
     monkeypatch.setattr(torchvision.models, "get_weight", lambda name: unreachable)
     with pytest.raises(ModelError, match=r"--model\.image_weights FILE"):
-        require_weights("densenet121", "imagenet")
+        require_encoder("densenet121", "imagenet")
 
 
-def test_unknown_names_and_sizes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="use one of densenet121"):
-        override(Config(), {"model.image_encoder": "densenet"})
+@pytest.mark.parametrize("check", [require_encoder, lambda name: build_image_encoder(name, "random", 32)])
+def test_an_unknown_encoder_is_refused_with_the_nearest_or_all(check: Callable[[str], object]) -> None:
+    with pytest.raises(ConfigError, match=r"image_encoder=densenet is neither .* timm; did you mean densenet121\?"):
+        check("densenet")
+    with pytest.raises(ConfigError, match="known: densenet121, resnet18, resnet50, vit_b_16, small_cnn"):
+        check("x")
+    with pytest.raises(ConfigError, match=r"timm/resnet10x: timm has no such model; did you mean .*resnet10"):
+        check("timm/resnet10x")
+
+
+def test_an_encoder_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENCODERS, "mine", Encoder(lambda tile_size_px: SmallCNN()))
+    require_encoder("mine")
+    assert build_image_encoder("mine", "random", 32)[1] == 128
+    with pytest.raises(ConfigError, match="no ImageNet weights for mine"):
+        require_encoder("mine", "imagenet")
+
+
+def test_sizes_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use 48"):
         build_image_encoder("vit_b_16", "random", 50)
-    with pytest.raises(ModelError, match="there is no such file"):
-        require_weights("small_cnn", str(tmp_path / "missing.pth"))
+    with pytest.raises(ModelError, match="no such file"):
+        require_encoder("small_cnn", str(tmp_path / "missing.pth"))
 
 
 def test_published_imagenet_weights_load() -> None:

@@ -1,7 +1,7 @@
 """The whole `reference` recipe against `numpy_reference`, which was written from a description of the method alone.
 
-Inputs are random, batch statistics and affine parameters too, so that no order of operations can hide. The towers
-run in float64 and agree to 1e-9; what the project computes in float32 agrees to 1e-4.
+Inputs, batch statistics and affine parameters are random, so that a wrong order of operations shows. The towers run in
+float64 and agree to 1e-9; float32 parts agree to 1e-4.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
 from mclstexp.model.bank import Bank, build_bank
 from mclstexp.model.embed import ImageNetwork
-from mclstexp.model.losses import contrastive_loss
+from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve, retrieve
 from mclstexp.model.towers import ImageTower, TwoTowers, build_network, plain_tensors
 from mclstexp.settings import RetrievalConfig
@@ -175,7 +175,7 @@ def test_training_loss_of_a_short_batch(config: Config, model: TwoTowers, sectio
     with torch.no_grad():
         images, spots = model(augment(torch.from_numpy(tiles), "none", torch.Generator()), *padded, valid[None])
         images = torch.cat([images, torch.zeros(3, images.shape[1])])
-        loss = contrastive_loss(images, spots[0], model.logit_scale, valid, config.train.positives == "soft")
+        loss = require_loss(config)(images, spots[0], valid, model.logit_scale)
     assert wanted > 1  # far from a fit, where any loss is zero
     _close(loss, np.float64(wanted), **LOOSE)
 
@@ -192,7 +192,7 @@ def test_retrieval(distance: str) -> None:
 
 
 def _bank(keys: np.ndarray, payload: np.ndarray) -> Bank:
-    names = np.array([f"s{place}" for place in range(len(keys))], object)
+    names = np.array([f"s{spot}" for spot in range(len(keys))], object)
     return Bank.of(keys, payload, names, names, names)
 
 
@@ -254,8 +254,8 @@ def _reader(config: Config, sections: dict[str, Section]) -> SpotReader:
         section = sections[name]
         expression, payload = _expression(config, section)
         names = np.full(len(payload), name, object)
-        place = section.position.astype(np.float32)
-        return {"expression": expression, "payload": payload, "position": place} | dict.fromkeys(
+        position = section.position.astype(np.float32)
+        return {"expression": expression, "payload": payload, "position": position} | dict.fromkeys(
             ("section_id", "patient_id", "spot_id"), names
         )
 

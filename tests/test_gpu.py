@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mclstexp.model.losses import contrastive_loss, gather
+from mclstexp.model.losses import gather, pairs_loss
 from mclstexp.model.towers import TwoTowers, native_bf16
 from mclstexp.settings import ModelConfig, TrainConfig
 from mclstexp.training.augment import augment
@@ -35,7 +35,7 @@ def _towers(device: str) -> TwoTowers:
 def _loss(towers: TwoTowers, device: str) -> torch.Tensor:
     images, spots = towers(*_batch(device))
     valid = torch.ones(12, dtype=torch.bool, device=device)
-    return contrastive_loss(gather(images.float()), gather(spots.float().flatten(0, 1)), towers.logit_scale, valid)
+    return pairs_loss(gather(images.float()), gather(spots.float().flatten(0, 1)), valid, towers.logit_scale)
 
 
 def test_loss_and_gradients_equal_the_cpus() -> None:
@@ -80,7 +80,7 @@ def test_nccl_with_one_worker_gathers() -> None:
         parallel = torch.nn.parallel.DistributedDataParallel(_towers("cuda"))
         images, spots = parallel(*_batch("cuda"))
         valid = torch.ones(12, dtype=torch.bool, device="cuda")
-        loss = contrastive_loss(images, spots.flatten(0, 1), parallel.module.logit_scale, valid)
+        loss = pairs_loss(images, spots.flatten(0, 1), valid, parallel.module.logit_scale)
         loss.backward()
         assert torch.isfinite(loss)
     finally:

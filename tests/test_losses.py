@@ -1,4 +1,4 @@
-"""The loss against a NumPy reference written from its formula, alone and over gloo ranks."""
+"""Each loss against a NumPy reference written from its formula, on one process and over gloo ranks."""
 
 import os
 import socket
@@ -11,7 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from mclstexp.model.losses import contrastive_loss, gather, regression_loss
+from mclstexp.config import Config, override
+from mclstexp.errors import ConfigError
+from mclstexp.model.losses import LOSSES, gather, pairs_loss, regression_loss, require_loss, soft_loss
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig
 
@@ -46,7 +48,7 @@ def test_loss_and_gradients_equal_the_formula(num_slots: int, scale: float, empt
     images, spots = (torch.tensor(rng.normal(size=(num_slots, 8)), dtype=torch.float32) for _ in range(2))
     images.requires_grad_()
     spots.requires_grad_()
-    loss = contrastive_loss(images, spots, torch.tensor(scale), torch.from_numpy(valid))
+    loss = pairs_loss(images, spots, torch.from_numpy(valid), torch.tensor(scale))
     loss.backward()
     inputs = (tensor.detach().numpy().astype(np.float64)[valid] for tensor in (images, spots))
     expected, d_images, d_spots = _reference(*inputs, scale)
@@ -65,33 +67,55 @@ def test_soft_positives_follow_similarity_within_either_side() -> None:
     logits = scale * spots @ images.T
     expected = -((target * _log_softmax(logits)).sum() + (target * _log_softmax(logits.T)).sum()) / 12
     tensors = (torch.tensor(values, dtype=torch.float32) for values in (images, spots))
-    loss = contrastive_loss(*tensors, torch.tensor(scale), torch.ones(6, dtype=torch.bool), soft=True)
+    loss = soft_loss(*tensors, torch.ones(6, dtype=torch.bool), torch.tensor(scale))
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_regression_counts_valid_slots_alone() -> None:
+def test_regression_counts_valid_slots_only() -> None:
     predicted, truth = torch.tensor([[1.0, 2.0], [9.0, 9.0]], requires_grad=True), torch.zeros(2, 2)
-    loss = regression_loss(predicted, truth, torch.tensor([True, False]))
+    loss = regression_loss(predicted, truth, torch.tensor([True, False]), torch.tensor(5.0))
     loss.backward()
     assert loss.item() == pytest.approx(2.5)
     assert predicted.grad is not None
     assert predicted.grad.tolist() == [[1.0, 2.0], [0.0, 0.0]]
 
 
-def test_nothing_valid_is_zero_with_zero_gradient() -> None:
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_without_valid_slots_has_zero_loss_and_gradient(name: str) -> None:
     images, spots = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
-    loss = contrastive_loss(images, spots, torch.tensor(2.0), torch.zeros(3, dtype=torch.bool))
+    loss = LOSSES[name](images, spots, torch.zeros(3, dtype=torch.bool), torch.tensor(2.0))
     loss.backward()
     assert loss.item() == 0
+    assert images.grad is not None
     assert not images.grad.any()
-    assert not spots.grad.any()
+    assert spots.grad is None or not spots.grad.any()
 
 
-def test_chance_is_the_logarithm_of_the_batch() -> None:
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ({}, pairs_loss),
+        ({"train.positives": "soft", "model.l2_normalise": False, "retrieval.weighting": "mean"}, soft_loss),
+        ({"model.predictor": "regression"}, regression_loss),
+    ],
+)
+def test_the_settings_choose_the_loss(settings: dict[str, object], loss: object) -> None:
+    assert require_loss(override(Config(), settings)) is loss
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("pair", "did you mean pairs"), ("regression", "known: pairs, soft"), ("x", "known: pairs, soft")],
+)
+def test_an_unknown_loss_is_refused_with_the_known_ones(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.positives={name} is no loss; {hint}"):
+        require_loss(override(Config(), {"train.positives": name}))
+
+
+def test_equal_embeddings_lose_the_logarithm_of_the_batch() -> None:
     same = torch.ones(128, 4)
-    assert contrastive_loss(same, same, torch.tensor(1.0), torch.ones(128, dtype=torch.bool)).item() == pytest.approx(
-        np.log(128), rel=1e-5
-    )
+    loss = pairs_loss(same, same, torch.ones(128, dtype=torch.bool), torch.tensor(1.0))
+    assert loss.item() == pytest.approx(np.log(128), rel=1e-5)
 
 
 def _batch() -> dict[str, torch.Tensor]:
@@ -109,7 +133,7 @@ def _batch() -> dict[str, torch.Tensor]:
 
 
 def _loss(model: torch.nn.Module, towers: TwoTowers, part: dict[str, torch.Tensor], one_sentence: bool) -> torch.Tensor:
-    """Returns the global loss as the training loop computes it: towers on the own part, loss on all parts."""
+    """Returns the global loss as a training step computes it: towers on the own part, loss on all parts."""
     mask = part["mask"]
     sentence = (part["expression"], part["position"], mask)
     if one_sentence:
@@ -119,7 +143,7 @@ def _loss(model: torch.nn.Module, towers: TwoTowers, part: dict[str, torch.Tenso
     images, spots = model(part["image"].flatten(0, 1), *sentence)
     spots = spots.flatten(0, 1)
     valid = gather(mask.reshape(-1, 1).float()).squeeze(1) > 0
-    return contrastive_loss(gather(images), spots if one_sentence else gather(spots), towers.logit_scale, valid)
+    return pairs_loss(gather(images), spots if one_sentence else gather(spots), valid, towers.logit_scale)
 
 
 def _towers() -> TwoTowers:

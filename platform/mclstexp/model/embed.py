@@ -139,13 +139,13 @@ def embed_sections(
     Raises:
         ResourceError: the cluster has no CPU left to decode tiles beside the one that embeds.
     """
-    sentences, done = manifest.sentences(section_ids), 0
+    sentences, total, done = manifest.sentences(section_ids), manifest.num_spots(section_ids), 0
     parts: list[Batch] = []
     for (name, group), batch in zip(sentences, _pipeline(root, manifest, sentences, network), strict=True):
         mask = batch.pop("mask")[0]
         parts.append({key: values[0][mask] for key, values in batch.items()})
         done += int(mask.sum())
-        show(what, done, manifest.num_spots(section_ids))
+        show(what, done, total)
         if group + 1 == len(manifest.section(name).row_groups):
             yield name, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             parts = []
