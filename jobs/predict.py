@@ -1,83 +1,97 @@
 #!/usr/bin/env python
 """Predicts expression for a cohort of H&E slides with a registered model version.
 
-Run the same command again after an interruption: it does what is left. Slides that cannot be read are set aside with
+Run the same command again after an interruption: it does what is left. Slides that cannot be read are quarantined with
 the reason and do not stop the others.
 """
 
+from typing import TYPE_CHECKING
+
 import _launch  # first: puts the project on the path
-from _cli import Argument, describe, parse, run
+from _cli import JobArguments, describe, parse, run
+from pydantic import Field
 
 from mclstexp.config import Config
 from mclstexp.errors import ConfigError, PredictError
 
+if TYPE_CHECKING:
+    from mclstexp.model.version import ModelVersion
+    from mclstexp.prediction.cohort import Cohort
+    from mclstexp.prediction.draw import DrawReport
+    from mclstexp.prediction.run import Report
+
 EXAMPLE = "python jobs/predict.py --model models:/mclstexp@champion --samples slides/ --out s3://bucket/predictions"
-ARGUMENTS = [
-    Argument("model", "models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder"),
-    Argument("samples", "slides: a sample sheet (.csv), a folder or an s3:// prefix"),
-    Argument("out", "where SLIDE.parquet, SLIDE.h5ad, previews and overviews go"),
-    Argument("genes", "A,B,...: genes drawn over the slide and written as GeoJSON [the panel's first, drawn]", False),
-    Argument("spots", "CSV of section_id, x_px, y_px: tile centres instead of a grid", required=False),
-    Argument("assume-mpp", "um/px of slides where neither file nor sheet says it", required=False),
-    Argument("explain", "SLIDE,X,Y: lists the reference spots that the tile there was read from", required=False),
-]
-SECTIONS = ("storage", "cluster", "predict", "tracking")
+BLOCKS = ("storage", "cluster", "predict", "tracking")
 MIN_CPUS = 3
+
+
+class Arguments(JobArguments):
+    """What to predict."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder."""
+    samples: str
+    """Slides: a sample sheet (.csv), a folder or an s3:// prefix."""
+    out: str
+    """Where SLIDE.parquet, SLIDE.h5ad and previews go."""
+    genes: tuple[str, ...] = ()
+    """Genes to draw over all predicted slides at the end, as jobs/draw.py does; default none."""
+    spots: str | None = None
+    """CSV of section_id, x_px, y_px: tile centres instead of a grid."""
+    assume_mpp: float | None = Field(None, gt=0)
+    """Micrometres per pixel of slides whose resolution neither file nor sheet states."""
+    explain: str | None = None
+    """SLIDE,X,Y: lists the reference spots that the tile there was predicted from, and predicts nothing."""
 
 
 def main() -> None:
     """Parses, fetches the version, and plans, explains or predicts."""
-    arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
+    arguments, config = parse(Arguments, __doc__ or "", EXAMPLE, BLOCKS)
     import tempfile
 
     from mclstexp import tracking
+    from mclstexp.data.genes import find_genes
     from mclstexp.model.version import ModelVersion
     from mclstexp.prediction.cohort import open_cohort
     from mclstexp.prediction.slide_cache import clear
 
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
-    mpp = _positive(arguments.assume_mpp)
-    cohort = open_cohort(arguments.samples, model, arguments.out, config.predict, arguments.spots, mpp)
-    genes = [name for name in (arguments.genes or "").split(",") if name]
-    if arguments.explain or arguments.dry_run:
-        try:
-            _explain(arguments, model, cohort, genes) if arguments.explain else _plan(model, cohort, config)
-        finally:
-            clear(cohort.plan.scratch)
-    else:
-        _predict(arguments, model, cohort, genes, config)
-
-
-def _positive(text: str | None) -> float | None:
+    find_genes(model.panel, arguments.genes)
+    cohort = open_cohort(arguments.samples, model, arguments.out, config.predict, arguments.spots, arguments.assume_mpp)
+    if not arguments.explain and not arguments.dry_run:
+        _predict(arguments, model, cohort, config)
+        return
     try:
-        value = None if text is None else float(text)
-    except ValueError:
-        value = -1.0
-    if value is not None and not 0 < value < float("inf"):
-        raise ConfigError(f"--assume-mpp {text} is no resolution; give micrometres per pixel, such as 0.5")
-    return value
+        if arguments.explain:
+            _explain(arguments, model, cohort)
+        else:
+            _plan(model, cohort, config)
+    finally:
+        clear(cohort.plan.scratch)
 
 
-def _plan(model, cohort, config: Config) -> None:  # noqa: ANN001
+def _plan(model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
+    """Prints the settings and what the run would take."""
     import os
 
     import torch
 
     from mclstexp.prediction.forecast import forecast, forecast_on_a_gpu
-    from mclstexp.prediction.pipeline import cluster_size, stages
+    from mclstexp.prediction.pipeline import cluster_size, worker_counts
 
-    print(describe(config, SECTIONS))
+    print(describe(config, BLOCKS))
     if "RAY_ADDRESS" in os.environ:
-        _launch.connect(config)  # to a cluster that is there
-        print(forecast_on_a_gpu(cohort, model, stages(*cluster_size(config.predict))))
+        _launch.connect(config)  # to a running cluster
+        print(forecast_on_a_gpu(cohort, model, worker_counts(*cluster_size(config.predict))))
         return
-    asked, num_cpus = config.predict, config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS)
-    num_gpus = torch.cuda.device_count() if asked.num_gpus is None else asked.num_gpus
-    print(forecast(cohort, model, stages(asked.num_cpus or num_cpus, num_gpus)))
+    predict, local_cpus = config.predict, config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS)
+    num_gpus = torch.cuda.device_count() if predict.num_gpus is None else predict.num_gpus
+    print(forecast(cohort, model, worker_counts(predict.num_cpus or local_cpus, num_gpus)))
 
 
-def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN001
+def _explain(arguments: Arguments, model: "ModelVersion", cohort: "Cohort") -> None:
+    """Prints the strongest votes for one tile, and writes all of them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -88,12 +102,12 @@ def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN00
     owner = ledger.owner(arguments.out)
     if owner is not None and owner.model_digest != model.digest:
         raise PredictError(f"{arguments.out} holds predictions by the model {owner.model_digest}, got {model.digest}")
-    slide_id, *place = arguments.explain.split(",")
+    slide_id, *xy_px = str(arguments.explain).split(",")
     try:
-        x_px, y_px = map(float, place)
+        x_px, y_px = map(float, xy_px)
     except ValueError:
         raise ConfigError(f"--explain {arguments.explain} is not SLIDE,X,Y with level-0 pixels") from None
-    spot_id, votes = explain_tile(cohort, model, slide_id, x_px, y_px, genes)
+    spot_id, votes = explain_tile(cohort, model, slide_id, x_px, y_px, arguments.genes)
     table = Table(*votes.columns, title=f"{slide_id}, tile {spot_id}: the 20 votes of most weight of {len(votes)}")
     for row in votes.head(20).itertuples(index=False):
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
@@ -103,61 +117,51 @@ def _explain(arguments, model, cohort, genes: list[str]) -> None:  # noqa: ANN00
     print(f"all votes {target}")
 
 
-def _predict(arguments, model, cohort, genes: list[str], config: Config) -> None:  # noqa: ANN001
+def _predict(arguments: Arguments, model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
+    """Predicts the cohort and draws it."""
     import time
 
     from mclstexp import cluster
+    from mclstexp.prediction.draw import DrawReport, draw_slides
     from mclstexp.prediction.run import predict_cohort
+    from mclstexp.progress import bars
 
     _launch.connect(config, max(MIN_CPUS, config.predict.num_cpus or 0))
     cluster.require_to_predict(config)
-    places = [f"--samples {arguments.samples}", f"--out {arguments.out}"]
-    places += [f"--spots {arguments.spots}"] if arguments.spots else []
-    cluster.require_shared(config, places, uses_tracking=arguments.model.startswith("models:/"))
-    started = time.monotonic()
-    try:
-        with _bars() as show:
-            report = predict_cohort(model, cohort.keyed, arguments.out, genes, show, config.predict)
-    finally:
-        cohort.release()
-    _say(report, time.monotonic() - started, arguments.out)
+    uris = [f"--samples {arguments.samples}", f"--out {arguments.out}"]
+    uris += [f"--spots {arguments.spots}"] if arguments.spots else []
+    cluster.require_shared(config, uris, uses_tracking=arguments.model.startswith("models:/"))
+    started, drawn = time.monotonic(), DrawReport()
+    with bars() as show:
+        try:
+            report = predict_cohort(model, cohort, arguments.out, show, config.predict)
+        finally:
+            cohort.release()
+        seconds = time.monotonic() - started
+        if arguments.genes:
+            drawn = draw_slides(arguments.out, report.done(), arguments.genes, show)
+    _print(report, drawn, seconds, arguments)
 
 
-def _bars():  # noqa: ANN202
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def shown():  # noqa: ANN202
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[tiles]:,} tiles"), TimeElapsedColumn())
-        with Progress(TextColumn("predict: slides"), *columns) as bar:
-            task = bar.add_task("slides", total=None, tiles=0)
-            yield lambda report, total: bar.update(
-                task, total=total, completed=len(report.entries), tiles=report.num_tiles
-            )
-
-    return shown()
-
-
-def _say(report, seconds: float, out: str) -> None:  # noqa: ANN001
-    """Prints what was done; ends with an error where slides have no prediction."""
+def _print(report: "Report", drawn: "DrawReport", seconds: float, arguments: Arguments) -> None:
+    """Prints what was done; ends with an error if slides have no prediction or picture."""
     counts = report.counts()
     words = ", ".join(f"{counts[state]} {state}" for state in ("done", "empty", "skipped", "quarantined", "failed"))
-    print(f"{words} of {sum(counts.values())} slides; {report.num_tiles:,} tiles in {seconds:.0f} s", end="")
+    print(f"{words} of {counts.total()} slides; {report.num_tiles:,} tiles in {seconds:.0f} s", end="")
     tiles = [entry.num_tiles for entry in report.entries.values() if entry.state == "done"]
     if tiles and report.num_tiles:  # an earlier run may have predicted some of their tiles
         rate = report.num_tiles / seconds
         hours = sum(tiles) / len(tiles) * 1000 / rate / 3600
         print(f" ({rate:.1f} tiles/s, {hours:.1f} h for 1,000 such slides)", end="")
-    if report.num_redrawn:
-        print(f"\n{report.num_redrawn} slides that were done were drawn with the genes that were asked for", end="")
-    print(f"\nsummary {report.summary}\npredictions {out}")
+    if arguments.genes:
+        print(f"\n{drawn.num_drawn} slides drawn, {drawn.num_up_to_date} already showed these genes", end="")
+    print(f"\nsummary {report.summary}\npredictions {arguments.out}")
     faults = [f"{name}: {reason}" for name, reason in report.faults().items()]
+    faults += [f"{name}: it could not be drawn: {reason}" for name, reason in drawn.faults.items()]
     if faults:
         listed = "\n  ".join(faults)
         raise PredictError(
-            f"{len(faults)} slide(s) could not be predicted or drawn, the others are in {out}:\n  {listed}"
+            f"{len(faults)} slide(s) could not be predicted or drawn, the others are in {arguments.out}:\n  {listed}"
         )
 
 

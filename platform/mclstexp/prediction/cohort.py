@@ -1,7 +1,7 @@
-"""From what a user names to slides that can be predicted: sources, plan, and each slide's keys.
+"""The slides that a user names, how they are cut for one model, and the keys by which the ledger knows their answers.
 
-Fingerprints are taken up front and many at a time, so that a run that is started again knows at once what is done; on
-S3 that is two requests a slide.
+Fingerprints of all slides are taken up front, many at once, so that a run that is started again knows immediately what
+is done. On S3 that costs two requests per slide.
 """
 
 import io
@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -17,68 +18,115 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import ray
-from ray.data import Dataset
 
 from mclstexp import storage
+from mclstexp.cluster import guarded
 from mclstexp.data.sheet import read_sheet
-from mclstexp.errors import SheetError, SourceError, StorageError
+from mclstexp.errors import SheetError, SourceError, UserError
+from mclstexp.messages import did_you_mean, some_of
 from mclstexp.model.version import ModelVersion
-from mclstexp.prediction.pipeline import tile_batches
+from mclstexp.prediction.ledger import PREDICTED, Entry
 from mclstexp.prediction.plan import CohortPlan, SlideSource, attempt_key, fingerprint, key
-from mclstexp.prediction.run import Cohort
 from mclstexp.prediction.slide_cache import clear
 from mclstexp.settings import PredictConfig
 
-_AT_ONCE = 32
+EXTENSIONS = (
+    *("svs", "tif", "tiff", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif"),
+    *("jpg", "jpeg", "png"),
+)
+"""What OpenSlide or Pillow reads."""
+POSITION_SCHEMA = pa.schema([("spot_id", pa.string()), ("x_px", pa.float64()), ("y_px", pa.float64())])
+"""Given tile centres of a slide, in level-0 pixels."""
+_MAX_ID = 128
+_MAX_NAMED = 20
+_THREADS = 32
 _RELEASE_S = 60.0
 
 
 @dataclass(frozen=True)
-class SlideCohort:
+class Cohort:
     """The slides that a user names, and how they are cut for one model."""
 
     sources: Sequence[SlideSource]
     plan: CohortPlan
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each image that can be read, by slide."""
+        return {name: found for name, found in self._looked_up.items() if isinstance(found, str)}
+
+    @cached_property
+    def unreadable(self) -> dict[str, str]:
+        """Slides whose image is missing or cannot be reached, with the reason."""
+        return {name: str(found) for name, found in self._looked_up.items() if not isinstance(found, str)}
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What all slides of one output have in common, beyond what the model fixes."""
+        tiles = "given spots" if self.plan.positions else "a grid"
+        return {"overlap": self.plan.overlap, "min_tissue": self.plan.tiles.min_tissue, "tiles": tiles}
+
     def source(self, slide_id: str) -> SlideSource:
         """Returns a slide by its id.
 
         Raises:
-            SourceError: there is none.
+            SourceError: there is no such slide.
         """
-        for source in self.sources:
-            if source.slide_id == slide_id:
-                return source
-        some = ", ".join(sorted(source.slide_id for source in self.sources)[:10])
-        raise SourceError(f"there is no slide {slide_id} among the {len(self.sources)} samples: {some}")
+        if slide_id not in self._by_id:
+            hint = did_you_mean(slide_id, self._by_id)
+            raise SourceError(f"there is no slide {slide_id} among the {len(self.sources)} samples; {hint}")
+        return self._by_id[slide_id]
+
+    def answer_keys(self, slide_id: str) -> tuple[str, ...]:
+        """Returns the keys of an answer that equals this run's: with the slide's own resolution, and the assumed one.
+
+        There is none if the image cannot be read.
+        """
+        return self._answer_keys.get(slide_id, ())
+
+    def attempt_key(self, slide_id: str) -> str:
+        """Returns the key of an attempt that would end as this run's; empty if the image cannot be read."""
+        return self._attempt_keys.get(slide_id, "")
+
+    def is_answer(self, entry: Entry) -> bool:
+        """Returns whether a slide is predicted as this run would predict it."""
+        return entry.state in PREDICTED and entry.key in self.answer_keys(entry.slide_id)
+
+    def is_settled(self, entry: Entry, retry_quarantined: bool) -> bool:
+        """Returns whether a slide needs no more work."""
+        if self.is_answer(entry):
+            return True
+        same_attempt = entry.key == self._attempt_keys.get(entry.slide_id)
+        return entry.state == "quarantined" and same_attempt and not retry_quarantined
 
     def release(self) -> None:
         """Removes the copies of remote slides from every node's scratch folder. Ray must be connected."""
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         clear_on = ray.remote(num_cpus=0)(clear)
-        asked = [clear_on.options(label_selector={"ray.io/node-id": node}).remote(self.plan.scratch) for node in nodes]
-        ray.wait(asked, num_returns=len(asked), timeout=_RELEASE_S)  # a node that has just gone takes its copies along
+        tasks = [clear_on.options(label_selector={"ray.io/node-id": node}).remote(self.plan.scratch) for node in nodes]
+        ray.wait(tasks, num_returns=len(tasks), timeout=_RELEASE_S)  # a node that has just died takes its copies along
 
-    def keyed(self, num_readers: int) -> Cohort:
-        """Returns the cohort as prediction takes it, read by that many actors."""
-        plan = replace(self.plan, num_readers=num_readers)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = dict(zip((s.slide_id for s in self.sources), pool.map(_look, self.sources), strict=True))
-        there = [source for source in self.sources if not isinstance(found[source.slide_id], _Unreadable)]
-        prints = {source.slide_id: str(found[source.slide_id]) for source in there}
-        by_id = {source.slide_id: source for source in there}
+    @cached_property
+    def _by_id(self) -> dict[str, SlideSource]:
+        return {source.slide_id: source for source in self.sources}
 
-        def batches(slide_ids: Sequence[str]) -> Dataset:
-            return tile_batches([by_id[name] for name in slide_ids], plan)
+    @cached_property
+    def _answer_keys(self) -> dict[str, tuple[str, ...]]:
+        return {
+            name: tuple(key(self._by_id[name], found, self.plan, assumed=assumed) for assumed in (False, True))
+            for name, found in self.fingerprints.items()
+        }
 
-        return Cohort(
-            answer_keys={s.slide_id: _answer_keys(s, prints[s.slide_id], plan) for s in there},
-            attempt_keys={s.slide_id: attempt_key(s, prints[s.slide_id], plan) for s in there},
-            fingerprints=prints,
-            unreadable={name: value.reason for name, value in found.items() if isinstance(value, _Unreadable)},
-            settings=_settings(plan),
-            tile_batches=batches,
-        )
+    @cached_property
+    def _attempt_keys(self) -> dict[str, str]:
+        return {name: attempt_key(self._by_id[name], found, self.plan) for name, found in self.fingerprints.items()}
+
+    @cached_property
+    def _looked_up(self) -> dict[str, str | UserError]:
+        """The fingerprint of each slide's image, or why there is none."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(lambda source: guarded(fingerprint, source.image), self.sources)
+            return dict(zip((source.slide_id for source in self.sources), found, strict=True))
 
 
 def open_cohort(
@@ -88,7 +136,7 @@ def open_cohort(
     config: PredictConfig,
     spots: str | None = None,
     assume_mpp: float | None = None,
-) -> SlideCohort:
+) -> Cohort:
     """Returns the slides of a sample sheet, folder or `s3://` prefix, to be cut as a model's training tiles were.
 
     Raises:
@@ -105,56 +153,20 @@ def open_cohort(
         model_digest=model.digest,
         scratch=str(Path(config.scratch or gettempdir(), f"mclstexp-slides-{os.getuid()}")),
         scratch_budget_bytes=int(config.scratch_gb * 1e9),
-        num_readers=1,
         overlap=config.overlap,
         assume_mpp=assume_mpp,
         allow_other_stains=config.other_stains,
         positions=positions,
     )
-    return SlideCohort(sources, plan)
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    reason: str
-
-
-def _look(source: SlideSource) -> str | _Unreadable:
-    try:
-        return fingerprint(source.image)
-    except FileNotFoundError:
-        return _Unreadable(f"there is no file {source.image}")
-    except (SourceError, StorageError) as error:
-        return _Unreadable(str(error))
-
-
-def _answer_keys(source: SlideSource, found: str, plan: CohortPlan) -> list[str]:
-    return [key(source, found, plan, assumed=assumed) for assumed in (False, True)]
-
-
-def _settings(plan: CohortPlan) -> dict[str, object]:
-    """Returns what all slides of one output have in common, beyond what the model fixes."""
-    tiles = "given spots" if plan.positions else "a grid"
-    return {"overlap": plan.overlap, "min_tissue": plan.tiles.min_tissue, "tiles": tiles}
-
-
-EXTENSIONS = (
-    *("svs", "tif", "tiff", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif"),
-    *("jpg", "jpeg", "png"),
-)
-"""What OpenSlide or Pillow reads."""
-_MAX_ID = 128
-_MOST_NAMED = 20
-POSITION_SCHEMA = pa.schema([("spot_id", pa.string()), ("x_px", pa.float64()), ("y_px", pa.float64())])
-"""Given tile centres of a slide, in level-0 pixels."""
+    return Cohort(sources, plan)
 
 
 def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
     """Returns the slides of a sample sheet (.csv; rows of every format), a local folder or an `s3://` prefix.
 
     In a folder, at any depth, every file with one of `EXTENSIONS` is a slide; its id is the file's name without
-    extension, with `_` for what is not in A-Z a-z 0-9 . _ -. Hidden files are left out, and what lies below `out`:
-    pictures of an earlier run are no slides.
+    extension, with `_` for characters outside A-Z a-z 0-9 . _ -. Hidden files are left out, as is everything below
+    `out`: pictures of an earlier run are no slides.
 
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.
@@ -163,8 +175,9 @@ def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
         return [
             SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in read_sheet(samples)
         ]
-    own = f"{storage.absolute(out)}/" if out else None
-    uris = [uri for uri in storage.list_files(samples) if _is_slide(uri) and not (own and uri.startswith(own))]
+    outputs = f"{storage.absolute(out)}/" if out else None
+    uris = [uri for uri in storage.list_files(samples) if _is_slide(uri)]
+    uris = [uri for uri in uris if outputs is None or not uri.startswith(outputs)]
     if not uris:
         raise SheetError(
             f"there is no slide under {samples}: give a sample sheet (.csv), or a folder or s3:// prefix that holds "
@@ -191,8 +204,8 @@ def read_positions(uri: str) -> dict[str, pa.Table]:
         numbers = table[["x_px", "y_px"]].apply(pd.to_numeric, errors="coerce").astype("float64")
         faults = list(_row_faults(table, numbers))
     if faults:
-        rest = [f"and {len(faults) - _MOST_NAMED} more"] if len(faults) > _MOST_NAMED else []
-        listed = "\n  ".join([*faults[:_MOST_NAMED], *rest])
+        rest = [f"and {len(faults) - _MAX_NAMED} more"] if len(faults) > _MAX_NAMED else []
+        listed = "\n  ".join([*faults[:_MAX_NAMED], *rest])
         raise SheetError(f"the table of spots {uri} has {len(faults)} fault(s):\n  {listed}")
     table[["x_px", "y_px"]] = numbers
     return {
@@ -202,10 +215,10 @@ def read_positions(uri: str) -> dict[str, pa.Table]:
 
 
 def require_positions(sources: Iterable[SlideSource], positions: Mapping[str, object]) -> None:
-    """Checks that given spots and slides name each other: all slides are predicted at given spots, or none is.
+    """Checks that given spots and slides match: all slides are predicted at given spots, or none is.
 
     Raises:
-        SheetError: a slide has no spots, or spots are of no slide; names them.
+        SheetError: slides have no spots, or spots belong to no slide; names them.
     """
     slides = {source.slide_id for source in sources}
     for what, names in (
@@ -213,8 +226,7 @@ def require_positions(sources: Iterable[SlideSource], positions: Mapping[str, ob
         ("sections of the table of spots are no slide of this run", set(positions) - slides),
     ):
         if positions and names:
-            shown = ", ".join(sorted(names)[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
-            raise SheetError(f"{len(names)} {what}: {shown}")
+            raise SheetError(f"{len(names)} {what}: {some_of(sorted(names), _MAX_NAMED)}")
 
 
 def _is_slide(uri: str) -> bool:

@@ -1,6 +1,7 @@
 """Why a tile was predicted as it was: the reference spots that voted for it.
 
-The tile is read and embedded anew, here, which costs a second and needs nothing that a prediction would have to keep.
+The tile is read and embedded again, in this process, which costs a second; a prediction need not keep
+anything for it.
 """
 
 import tempfile
@@ -16,47 +17,43 @@ from mclstexp.errors import ModelError, SourceError
 from mclstexp.model.embed import network_of
 from mclstexp.model.retrieval import explain, resolve
 from mclstexp.model.version import ModelVersion
-from mclstexp.prediction.cohort import SlideCohort
+from mclstexp.prediction.cohort import Cohort
 from mclstexp.prediction.inspect import corners, inspect
-from mclstexp.prediction.pipeline import as_stored
-from mclstexp.prediction.slide_cache import staged
-from mclstexp.prediction.writers.table import read_grid
-from mclstexp.slides.slide import open_slide
+from mclstexp.prediction.parts import read_grid
+from mclstexp.prediction.tile_reader import TileReader
 
 
 def explain_tile(
-    cohort: SlideCohort, model: ModelVersion, slide_id: str, x_px: float, y_px: float, genes: Sequence[str]
+    cohort: Cohort, model: ModelVersion, slide_id: str, x_px: float, y_px: float, genes: Sequence[str]
 ) -> tuple[str, pd.DataFrame]:
-    """Returns the name of the tile at a place and its votes, as `inference.explain.explain` gives them.
+    """Returns the name of the tile at a position and its votes, as `retrieval.explain` gives them.
 
     Args:
         cohort: has the slide.
         model: the version that predicts.
         slide_id: the slide.
-        x_px, y_px: a place in level-0 pixels; of overlapping tiles the one whose centre is nearest is meant.
+        x_px, y_px: a position in level-0 pixels; of overlapping tiles the one with the nearest centre is meant.
         genes: names of panel genes whose payload is shown with each vote.
 
     Raises:
-        SourceError: no such slide, it cannot be predicted, or no tile covers the place.
+        SourceError: there is no such slide, it cannot be predicted, or no tile covers the position.
         ModelError: the model reads from no bank.
-        ConfigError: the panel lacks a gene.
+        ConfigError: the panel does not have a gene.
     """
     if model.bank is None:
         raise ModelError("the model is a direct regression: no reference spots vote for its predictions")
     source = cohort.source(slide_id)
-    with tempfile.TemporaryDirectory() as scratch:
-        plan = replace(cohort.plan, out=scratch)
-        inspection = inspect(source, plan)
-        record = inspection.record
+    with tempfile.TemporaryDirectory() as scratch, TileReader(cohort.plan) as reader:
+        inspection = inspect(source, replace(cohort.plan, out=scratch))
+        record, size_px = inspection.record, cohort.plan.tiles.size_px
         table = read_grid(inspection.staging, record.num_tiles)
-        left, top = corners(table, plan.tiles.size_px, record.scale)
-        row = _covering(left, top, plan.tiles.size_px * record.scale, x_px, y_px, slide_id)
-        with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path, open_slide(path) as slide:
-            tile = slide.read_tile(float(left[row]), float(top[row]), plan.tiles.size_px, record.scale)
+        left, top = corners(table, size_px, record.scale)
+        row = _covering(left, top, size_px * record.scale, x_px, y_px, slide_id)
+        (tile,) = reader.read(source.image, left[row : row + 1], top[row : row + 1], record.scale)
     if tile is None:
         raise SourceError(f"slide {slide_id} has no pixels at {x_px:g}, {y_px:g}")
     embed = network_of(model).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    query = embed(as_stored(tile, plan.tiles)[None])[0]
+    query = embed(tile[None])[0]
     chosen = find_genes(model.panel, genes)
     panel = model.panel.take(chosen)
     columns = dict(zip(unique_labels(panel.names(), panel.gene_id, form=AFTER_NAME), chosen, strict=True))
@@ -65,8 +62,9 @@ def explain_tile(
 
 
 def _covering(left: np.ndarray, top: np.ndarray, edge: float, x: float, y: float, slide_id: str) -> int:
+    """Returns the tile over a position whose centre is nearest."""
     covers = (left <= x) & (x < left + edge) & (top <= y) & (y < top + edge)
     if not covers.any():
-        raise SourceError(f"slide {slide_id} has no tile on tissue at {x:g}, {y:g}; see its preview for where they are")
-    away = np.hypot(left + edge / 2 - x, top + edge / 2 - y)
-    return int(np.where(covers, away, np.inf).argmin())
+        raise SourceError(f"slide {slide_id} has no tile on tissue at {x:g}, {y:g}; its preview shows where they are")
+    distance = np.hypot(left + edge / 2 - x, top + edge / 2 - y)
+    return int(np.where(covers, distance, np.inf).argmin())

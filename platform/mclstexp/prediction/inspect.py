@@ -1,8 +1,8 @@
-"""Looks at one slide before it is predicted: resolution, stain, tissue, and the tiles in the order of prediction.
+"""Inspects one slide before it is predicted: resolution, stain, tissue, and the tiles in the order of prediction.
 
-What was found is written to the slide's staging folder, its record last, and read back by a later run. A slide without
-tissue is a result with no tiles. The small picture and the tissue mask are read apart, twice the work on a slide of a
-single level, so that both are what the tile table has.
+The findings are written to the slide's staging folder, the record last, and a later run reads them back. A slide
+without tissue is a result with no tiles. The small picture and the tissue mask are read separately, which is twice the
+work on a slide of a single level, so that both equal those of a tile table.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from mclstexp.slides.tiles import (
 )
 from mclstexp.slides.tissue import TissueMask, find_tissue_on_thumbnail
 
-_LEAST_ON_SLIDE = 0.5  # share of given positions
+_MIN_ON_SLIDE = 0.5  # share of given positions
 _UM2_PER_MM2 = 1e6
 
 
@@ -57,12 +57,12 @@ class Inspection:
 
 
 def inspect(source: SlideSource, plan: CohortPlan) -> Inspection:
-    """Returns what is known of a slide, from its staging folder where it was inspected before.
+    """Returns the findings about a slide, from its staging folder if it was inspected before.
 
     Raises:
-        SourceError: it is damaged, says no resolution and none is assumed, would be enlarged too much, shows no H&E
-            stain, or has less than half of the given positions; the run may allow some of it.
-        FileNotFoundError, ResourceError, StorageError: it cannot be had now.
+        SourceError: it is damaged, states no resolution and none is assumed, would be enlarged too much, shows no H&E
+            stain, or holds less than half of the given positions; a run may allow some of these.
+        FileNotFoundError, ResourceError, StorageError: its file is not available now.
     """
     found = fingerprint(source.image)
     inspection = _read_back(source, found, plan)
@@ -81,10 +81,10 @@ def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection 
             storage.read(storage.join(staging, GRID), length=1)
         except FileNotFoundError:
             continue
-        except ValidationError:  # written by another version of this project: all of it is made anew
+        except ValidationError:  # written by another version of this project: inspect again
             remove_staging(staging)
             continue
-        if record.image != source.image:  # moved since: its output must not tell where it lay first
+        if record.image != source.image:  # moved since: the output must not name the old place
             record = record.model_copy(update={"image": source.image})
             _write_record(record, staging)
         return Inspection(record, staging)
@@ -97,7 +97,7 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
     if 1 / scale > MAX_UPSAMPLING and not plan.tiles.allow_upsampling:
         raise SourceError(
             f"it has {mpp:.4g} um/px and would be enlarged {1 / scale:.3g} times to the model's {plan.mpp:.4g} um/px "
-            f"(allowed is {MAX_UPSAMPLING}): give a finer scan, or set predict.allow_upsampling=true"
+            f"({MAX_UPSAMPLING} is allowed): give a finer scan, or set predict.allow_upsampling=true"
         )
     mask, seen = find_tissue_on_thumbnail(slide, mpp)
     stain = not_h_and_e(seen, mask.is_tissue)
@@ -144,21 +144,21 @@ def corners(table: pa.Table, size_px: int, scale: float) -> tuple[np.ndarray, np
 
 def _require_stain(reason: str, plan: CohortPlan) -> None:
     if reason and not plan.allow_other_stains:
-        raise SourceError(f"not H&E: {reason}; set predict.other_stains=true to predict it all the same")
+        raise SourceError(f"not H&E: {reason}; set predict.other_stains=true to predict it anyway")
 
 
 def _tiles(
     given: pa.Table | None, plan: CohortPlan, slide: Slide, mask: TissueMask, scale: float, mpp: float
 ) -> pa.Table:
-    """Returns the tiles of a slide (GRID_SCHEMA) in curve order: given ones, or those of a grid that show tissue."""
+    """Returns the tiles of a slide (GRID_SCHEMA) in curve order: those given, or those of a grid that show tissue."""
     size_px = plan.tiles.size_px
     if given is None:
         column, row, x, y = grid(slide.width, slide.height, size_px, scale, plan.overlap)
-        places = {"spot_id": tile_names(column, row).tolist(), "array_row": row, "array_col": column}
+        names = {"spot_id": tile_names(column, row).tolist(), "array_row": row, "array_col": column}
     else:
         x, y = (given[name].to_numpy() for name in ("x_px", "y_px"))
         none = pa.nulls(len(given), pa.int32())
-        places = {"spot_id": given["spot_id"], "array_row": none, "array_col": none}
+        names = {"spot_id": given["spot_id"], "array_row": none, "array_col": none}
     left, top = tile_corner(x, size_px, scale), tile_corner(y, size_px, scale)
     share = mask.share(left, top, size_px * scale)
     if given is None:
@@ -168,18 +168,18 @@ def _tiles(
         _require_on_slide(kept, x, y, slide)
     positions = {"x_px": x, "y_px": y, "x_um": x * mpp, "y_um": y * mpp, "tissue_fraction": share}
     rows = np.flatnonzero(kept)
-    return pa.table(places | positions, schema=GRID_SCHEMA).take(rows[curve_order(x[rows], y[rows])])
+    return pa.table(names | positions, schema=GRID_SCHEMA).take(rows[curve_order(x[rows], y[rows])])
 
 
 def _require_on_slide(kept: np.ndarray, x: np.ndarray, y: np.ndarray, slide: Slide) -> None:
-    """Refuses positions of another image; a few off this one are left out and counted."""
-    if kept.sum() >= _LEAST_ON_SLIDE * len(kept):
+    """Refuses positions of another image; a few outside this one are left out and counted."""
+    if kept.sum() >= _MIN_ON_SLIDE * len(kept):
         return
     centred, exchanged = (int(inside(a, b, 0, slide.width, slide.height).sum()) for a, b in ((x, y), (y, x)))
     raise SourceError(
-        f"of {len(kept)} given positions {len(kept) - centred} lie off its image of {slide.width} x {slide.height} px "
-        f"and the tiles of {centred - int(kept.sum())} cross its edge ({exchanged} lie on it with x and y exchanged): "
-        "give positions in level-0 pixels of this very image"
+        f"of {len(kept)} given positions {len(kept) - centred} are outside its image of {slide.width} x {slide.height} "
+        f"px and the tiles of {centred - int(kept.sum())} cross its edge ({exchanged} are inside with x and y "
+        "exchanged): give positions in level-0 pixels of this image"
     )
 
 

@@ -1,31 +1,30 @@
-"""What became of each slide of a cohort: one small object a slide.
+"""What became of each slide of a cohort: one small object per slide.
 
 An entry names everything that the answer depends on (its key), so that a run that is started again does what is left
-or changed and nothing else. Before a run replaces a slide's files it claims the entry, and afterwards it exchanges its
-claim for the answer: where another run with other settings claimed the slide meanwhile, that fails and the run begins
-anew, so that an answer stands beside files of its own. The price is one request a slide at the start of a run and five
-more at its end.
+or has changed, and nothing else. Before a run replaces a slide's files it claims the entry, and afterwards it exchanges
+its claim for the answer. If a run with other settings claimed the slide in between, the exchange fails and the run
+publishes again, so that an answer always belongs to its files. The price is one request per slide at the start of a run
+and five more at its end.
 """
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mclstexp import storage
 from mclstexp.errors import ConflictError, PredictError
 
 FOLDER, OWNER, SUMMARY = "ledger", "prediction.json", "summary.csv"
-DRAWING = "drawing "
-_READERS = 32
-_TRIES = 5
 PREDICTED = ("done", "empty")
 State = Literal["done", "empty", "quarantined", "failed", "publishing"]
-"""`empty`: no tissue, so nothing is written. `quarantined`: the slide is at fault. `failed`: a fault that may pass.
-`publishing`: a claim, by a run that is replacing its files or died at it."""
+"""`empty`: no tissue, so nothing to predict. `quarantined`: the slide cannot be read or may not be predicted. `failed`:
+a fault that may pass. `publishing`: a claim by a run that is replacing the files, or died while it did."""
+_THREADS = 32
+_TRIES = 5
 
 
 class _Record(BaseModel):
@@ -37,23 +36,28 @@ class Entry(_Record):
 
     slide_id: str
     key: str
-    """Of everything that the answer depends on; where there is none, of what the attempt depended on."""
+    """Digest of everything that the answer depends on; without an answer, of what the attempt depended on."""
     state: State
     fingerprint: str = ""
-    """Of the image, as `ingest.fingerprint` gives it; empty where it could not be read, and in claims."""
+    """The image's, as `plan.fingerprint` returns it; empty in claims, and if the image could not be read."""
     reason: str = ""
     num_tiles: int = 0
     missing_tiles: int = 0
-    """Tiles that the slide has no pixels of."""
+    """Tiles without pixels."""
     left_out_positions: int = 0
-    """Given positions whose tile would lie off the image or cross its edge."""
+    """Given positions whose tile would extend beyond the image."""
     tile_area_mm2: float = 0.0
     tissue_area_mm2: float = 0.0
-    genes: str = ""
-    """Chosen genes of its overview and GeoJSON, with commas; empty: the overview shows the panel's first. While they
-    are drawn anew: `DRAWING` and the genes to come."""
     finished: str = ""
     """When, ISO 8601 in UTC. The predictions themselves hold no time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_genes(cls, fields: Any) -> Any:
+        """Drops `genes`, which older entries have: the genes of pictures, now recorded beside the pictures."""
+        return (
+            {name: value for name, value in fields.items() if name != "genes"} if isinstance(fields, dict) else fields
+        )
 
 
 class Owner(_Record):
@@ -65,21 +69,21 @@ class Owner(_Record):
 
 
 def owner(out: str) -> Owner | None:
-    """Returns whose predictions a folder holds; None where it holds none.
+    """Returns whose predictions a folder holds; None if it holds none.
 
     Raises:
         PredictError: its record cannot be read.
     """
-    place = storage.join(out, OWNER)
+    uri = storage.join(out, OWNER)
     try:
-        return Owner.model_validate_json(storage.read(place))
+        return Owner.model_validate_json(storage.read(uri))
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise PredictError(f"{place} was written by another version or by hand: {error}; give another --out") from None
+        raise PredictError(f"{uri} was written by another version or by hand: {error}; give another --out") from None
 
 
-def claim(out: str, new: Owner) -> None:
+def claim_output(out: str, new: Owner) -> None:
     """Reserves an output for one model and one way of cutting slides.
 
     Raises:
@@ -87,110 +91,118 @@ def claim(out: str, new: Owner) -> None:
     """
     with suppress(ConflictError):  # it is claimed already
         storage.publish(storage.join(out, OWNER), new.model_dump_json(indent=1).encode(), previous=None)
-    there = owner(out)
-    if there is not None and there != new:
-        raise PredictError(f"{out} holds predictions by {_words(there)}, asked for {_words(new)}; give another --out")
+    existing = owner(out)
+    if existing is not None and existing != new:
+        found, wanted = _in_words(existing), _in_words(new)
+        raise PredictError(f"{out} holds predictions by {found}, this run uses {wanted}; give another --out")
+
+
+def slides(out: str) -> list[str]:
+    """Returns the slides that have an entry, sorted."""
+    names = [uri.rpartition("/")[2] for uri in storage.list_files(storage.join(out, FOLDER))]
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json") and name[0] != ".")
 
 
 def entries(out: str, slide_ids: Iterable[str]) -> dict[str, Entry]:
-    """Returns the entries that slides have, by slide.
+    """Returns the entries of slides that have one, by slide.
 
     Raises:
         PredictError: an entry cannot be read.
     """
     names = list(slide_ids)
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: entry(out, name), names)
-        return {there.slide_id: there for there in found if there is not None}
+        return {existing.slide_id: existing for existing in found if existing is not None}
 
 
 def entry(out: str, slide_id: str) -> Entry | None:
-    """Returns a slide's entry; None where it has none.
+    """Returns a slide's entry; None if it has none.
 
     Raises:
         PredictError: it cannot be read.
     """
     try:
-        return Entry.model_validate_json(storage.read(_place(out, slide_id)))
+        return Entry.model_validate_json(storage.read(_uri(out, slide_id)))
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise PredictError(f"{_place(out, slide_id)} is no ledger entry of this version: {error}; remove it") from None
+        raise PredictError(f"{_uri(out, slide_id)} is no ledger entry of this version: {error}; remove it") from None
 
 
 def claim_slide(out: str, new: Entry, over: Entry | None) -> str:
-    """Says that a slide's files are about to be replaced; runs that make the same claim share it.
+    """States that a slide's files are about to be replaced; runs that make the same claim share it.
 
     Args:
         out: root of the predictions.
-        new: the claim; it says nothing of the run or the time.
-        over: the entry that it takes the place of, as it was read.
+        new: the claim; it names neither the run nor the time.
+        over: the entry that it replaces, as it was read.
 
     Returns:
         The claim's version, for `commit`.
 
     Raises:
-        ConflictError: another run has written the entry meanwhile.
+        ConflictError: another run has written the entry in between.
     """
-    place = _place(out, new.slide_id)
-    previous = storage.version(place)
-    there = entry(out, new.slide_id)
-    if there == new and previous == storage.version(place):  # some stores give equal bytes another version
+    uri = _uri(out, new.slide_id)
+    previous = storage.version(uri)
+    existing = entry(out, new.slide_id)
+    if existing == new and previous == storage.version(uri):  # some stores give equal bytes another version
         return str(previous)
-    if there not in (over, new):
-        raise ConflictError(f"another run has written {place} meanwhile")
-    return storage.publish(place, _bytes(new), previous)
+    if existing not in (over, new):
+        raise ConflictError(f"another run has written {uri} in between")
+    return storage.publish(uri, _bytes(new), previous)
 
 
 def commit(out: str, new: Entry, claimed: str) -> None:
-    """Writes what came of a claim.
+    """Exchanges a claim for the answer.
 
     Raises:
-        ConflictError: another run has written the entry meanwhile, so that the files may be its own.
+        ConflictError: another run has written the entry in between, so that the files may be its own.
     """
-    storage.publish(_place(out, new.slide_id), _bytes(new), claimed)
+    storage.publish(_uri(out, new.slide_id), _bytes(new), claimed)
 
 
 def set_aside(out: str, new: Entry, also_predictions: bool = False) -> None:
-    """Writes that a slide was quarantined or has failed; a prediction of the same image stays, as it does where a
-    failed run cannot know the image.
+    """Writes that a slide is quarantined or has failed.
+
+    A prediction of the same image stays. So does any prediction if the slide failed, because the image may be the same.
 
     Args:
         out: root of the predictions.
         new: the entry.
-        also_predictions: whether no prediction stays, since this run may have written among its files.
+        also_predictions: whether to replace predictions too, because this run may have written among their files.
 
     Raises:
         ConflictError: other runs keep writing this slide's entry.
     """
-    place = _place(out, new.slide_id)
+    uri = _uri(out, new.slide_id)
     for tries_left in reversed(range(_TRIES)):
-        previous = storage.version(place)
-        there = entry(out, new.slide_id)
-        if there is not None and not also_predictions and _outlives(there, new):
+        previous = storage.version(uri)
+        existing = entry(out, new.slide_id)
+        if existing is not None and not also_predictions and _outlives(existing, new):
             return
         try:
-            storage.publish(place, _bytes(new), previous)
+            storage.publish(uri, _bytes(new), previous)
             return
         except ConflictError:
             if not tries_left:
                 raise
 
 
-def _outlives(there: Entry, fault: Entry) -> bool:
-    same_image = fault.state == "failed" or there.fingerprint in ("", fault.fingerprint)
-    return there.state in PREDICTED and same_image
-
-
 def summarise(out: str, found: Mapping[str, Entry]) -> str:
-    """Writes a table with a row a slide, whatever became of it, and returns its URI."""
-    place = storage.join(out, SUMMARY)
+    """Writes a table with one row per slide, whatever became of it, and returns its URI."""
+    uri = storage.join(out, SUMMARY)
     rows = [found[name].model_dump() for name in sorted(found)]
-    storage.write(place, pd.DataFrame(rows, columns=list(Entry.model_fields)).to_csv(index=False).encode())
-    return place
+    storage.write(uri, pd.DataFrame(rows, columns=list(Entry.model_fields)).to_csv(index=False).encode())
+    return uri
 
 
-def _place(out: str, slide_id: str) -> str:
+def _outlives(existing: Entry, fault: Entry) -> bool:
+    same_image = fault.state == "failed" or existing.fingerprint in ("", fault.fingerprint)
+    return existing.state in PREDICTED and same_image
+
+
+def _uri(out: str, slide_id: str) -> str:
     return storage.join(out, FOLDER, f"{slide_id}.json")
 
 
@@ -198,6 +210,6 @@ def _bytes(written: Entry) -> bytes:
     return written.model_dump_json(indent=1).encode()
 
 
-def _words(whose: Owner) -> str:
-    settings = ", ".join(f"{name}={value}" for name, value in whose.settings.items())
-    return f"the model {whose.model_digest} with {settings}"
+def _in_words(of: Owner) -> str:
+    settings = ", ".join(f"{name}={value}" for name, value in of.settings.items())
+    return f"the model {of.model_digest} with {settings}"

@@ -1,8 +1,8 @@
-"""Parts of a slide's prediction: what was embedded and retrieved for 256 tiles, kept until the slide is published.
+"""The staging folder of a slide: what its inspection found, and the parts of its prediction, until it is published.
 
-A part is one safetensors object, written whole. Nothing but its name is looked at when a run goes on; its content is
-checked when it is read for publishing, and a damaged one is removed then, so that a listing stays one request and
-the same command makes good what was lost.
+A part is the answer for 256 tiles: one safetensors object, written whole. When a run resumes, only the names of parts
+are looked at; their content is checked when the slide is published, and a damaged part is removed then. So a listing
+stays one request, and the same command makes good what was lost.
 """
 
 import re
@@ -13,19 +13,75 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mclstexp import storage
-from mclstexp.errors import PartError
+from mclstexp.errors import PartError, StorageError, TableError
+from mclstexp.slides.codec import decode_tile
 
+PART_TILES = 256
+"""Tiles of a part, the unit of embedding, writing and resuming."""
 CONFIDENCE = ("similarity", "effective_donors", "donor_share")
+STAGING = "staging"
+GRID, RECORD, THUMBNAIL, PREVIEW, PARTS = "grid.parquet", "slide.json", "thumbnail.jpg", "preview.jpg", "parts"
+GRID_SCHEMA = pa.schema(
+    [
+        ("spot_id", pa.string()),  # unique within its slide
+        ("array_row", pa.int32()),  # null where the positions were given
+        ("array_col", pa.int32()),
+        ("x_px", pa.float64()),  # tile centre, slide level 0
+        ("y_px", pa.float64()),
+        ("x_um", pa.float64()),
+        ("y_um", pa.float64()),
+        ("tissue_fraction", pa.float32()),
+    ]
+)
+"""One row per tile, in the order of prediction (along a Hilbert curve)."""
 _PART_FILE = re.compile(r"(\d{5,})\.safetensors")
+_THREADS = 16
+
+
+class SlideRecord(BaseModel):
+    """One slide as its inspection found it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    slide_id: str
+    patient_id: str
+    site: str
+    image: str
+    """URI as the user gave it."""
+    fingerprint: str
+    width_px: int
+    height_px: int
+    mpp: float
+    """Micrometres per level-0 pixel."""
+    mpp_source: str
+    scale: float
+    """Level-0 pixels along a tile pixel."""
+    reads_regions: bool = True
+    """Whether a region of the image can be read alone; otherwise any region needs the whole image decoded."""
+    scanned_from_px: tuple[float, float]
+    """x and y of the scanned region's corner, level 0."""
+    num_tiles: int
+    tile_area_mm2: float
+    """Area of all tiles; where they overlap it counts twice."""
+    tissue_area_mm2: float
+    missing_tiles: int
+    """Tiles without pixels; 0 at inspection."""
+    left_out_positions: int
+    """Given positions whose tile would extend beyond the image."""
+    thumbnail_scale: float
+    """Level-0 pixels along a pixel of the thumbnail."""
+    not_h_and_e: str
+    """Why the slide is flagged as not H&E; empty if it is not flagged."""
 
 
 class Answer(Protocol):
-    """What a model says of n tiles, as `retrieval.Retrieved`: `prediction` float32 (n, G), the others float32 (n,)."""
+    """A model's answer for n tiles, as `retrieval.Retrieved`: `prediction` float32 (n, G), the others float32 (n,)."""
 
     @property
     def prediction(self) -> np.ndarray: ...  # noqa: D102
@@ -42,7 +98,7 @@ class Answer(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """The answer for n tiles that follow each other in the grid."""
+    """The answer for n consecutive tiles of the grid."""
 
     prediction: np.ndarray
     """float32 (n, G), in the model's unit; NaN where a tile is not complete."""
@@ -51,137 +107,7 @@ class Part:
     effective_donors: np.ndarray
     donor_share: np.ndarray
     complete: np.ndarray
-    """bool (n,): whether the slide had pixels there."""
-
-
-def write_part(staging_uri: str, part: int, found: Answer, complete: np.ndarray) -> None:
-    """Writes one part, whole or not at all.
-
-    Args:
-        staging_uri: the slide's staging folder.
-        part: its number.
-        found: the answer for its n tiles; what it says of tiles that are not complete is replaced by NaN.
-        complete: bool (n,), whether the slide had pixels there.
-    """
-    there = np.asarray(complete, bool)
-    arrays = {"prediction": np.where(there[:, None], found.prediction, np.float32(np.nan))}
-    arrays |= {name: np.where(there, getattr(found, name), np.float32(np.nan)) for name in CONFIDENCE}
-    arrays = {name: values.astype(np.float32) for name, values in arrays.items()}
-    storage.write(storage.join(staging_uri, part_name(part)), save(arrays | {"complete": there.astype(np.uint8)}))
-
-
-def read_part(staging_uri: str, part: int, num_tiles: int, num_genes: int) -> Part:
-    """Returns one part.
-
-    Args:
-        staging_uri: the slide's staging folder.
-        part: its number.
-        num_tiles: tiles of the whole slide.
-        num_genes: genes of the panel.
-
-    Raises:
-        PartError: it is missing, truncated or of another shape; it has been removed, so that `parts_done` no longer
-            names it.
-    """
-    uri = storage.join(staging_uri, part_name(part))
-    length = min(PART_TILES, num_tiles - part * PART_TILES)
-    try:
-        arrays = load(storage.read(uri))
-    except FileNotFoundError:
-        raise PartError(f"{uri} is missing; run the same command again, which makes it anew") from None
-    except SafetensorError as error:
-        raise _removed(uri, str(error)) from None
-    wanted = {"prediction": ((length, num_genes), "float32"), "complete": ((length,), "uint8")}
-    wanted |= dict.fromkeys(CONFIDENCE, ((length,), "float32"))
-    got = {name: (values.shape, str(values.dtype)) for name, values in arrays.items()}
-    if got != wanted:
-        raise _removed(uri, f"it has {_listed(got)}, wanted are {_listed(wanted)}")
-    return Part(**arrays | {"complete": arrays["complete"].astype(bool)})
-
-
-def parts_done(staging_uri: str) -> set[int]:
-    """Returns the numbers of the parts that were written, in one listing."""
-    names = [uri.rpartition("/")[2] for uri in storage.list_files(storage.join(staging_uri, PARTS))]
-    return {int(match[1]) for match in map(_PART_FILE.fullmatch, names) if match}
-
-
-def _removed(uri: str, fault: str) -> PartError:
-    storage.delete(uri)
-    return PartError(f"{uri} was damaged and is removed: {fault}; run the same command again, which makes it anew")
-
-
-def _listed(arrays: dict[str, tuple[tuple[int, ...], str]]) -> str:
-    return ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in sorted(arrays.items()))
-
-
-PART_TILES = 256
-"""Tiles of a part, the unit of embedding, writing and resuming."""
-TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
-"""States of a row on its way: a part's tiles; all parts are there; the slide's own fault; a fault that may pass."""
-GRID, RECORD, THUMBNAIL, PREVIEW, PARTS = "grid.parquet", "slide.json", "thumbnail.jpg", "preview.jpg", "parts"
-GRID_SCHEMA = pa.schema(
-    [
-        ("spot_id", pa.string()),  # unique within its slide
-        ("array_row", pa.int32()),  # null where the positions were given
-        ("array_col", pa.int32()),
-        ("x_px", pa.float64()),  # tile centre, slide level 0
-        ("y_px", pa.float64()),
-        ("x_um", pa.float64()),
-        ("y_um", pa.float64()),
-        ("tissue_fraction", pa.float32()),
-    ]
-)
-"""One row a tile, in the order in which they are predicted (along a Hilbert curve)."""
-
-
-class SlideRecord(BaseModel):
-    """One slide as its inspection found it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    slide_id: str
-    patient_id: str
-    site: str
-    image: str
-    """URI as it was given."""
-    fingerprint: str
-    width_px: int
-    height_px: int
-    mpp: float
-    """Micrometres per level-0 pixel."""
-    mpp_source: str
-    scale: float
-    """Level-0 pixels along a tile pixel."""
-    reads_regions: bool = True
-    """Whether a region of the image is read by itself, or the whole image decoded for any."""
-    scanned_from_px: tuple[float, float]
-    """x and y of the scanned region's corner, level 0."""
-    num_tiles: int
-    tile_area_mm2: float
-    """Area of all tiles; where they overlap it counts twice."""
-    tissue_area_mm2: float
-    missing_tiles: int
-    """Tiles without pixels; 0 at inspection."""
-    left_out_positions: int
-    """Given positions whose tile would lie off the image or cross its edge."""
-    thumbnail_scale: float
-    """Level-0 pixels along a pixel of the thumbnail."""
-    not_h_and_e: str
-    """Why it is flagged as no H&E; empty where it is not."""
-
-
-def part_name(part: int) -> str:
-    """Returns where a part lies within the staging folder."""
-    return f"{PARTS}/{part:05d}.safetensors"
-
-
-def num_parts(num_tiles: int) -> int:
-    """Returns how many parts a slide has."""
-    return -(-num_tiles // PART_TILES)
-
-
-STAGING = "staging"
-_AT_ONCE = 16
+    """bool (n,): whether the slide has pixels there."""
 
 
 def staging_folder(out: str, slide_id: str, key: str) -> str:
@@ -189,16 +115,143 @@ def staging_folder(out: str, slide_id: str, key: str) -> str:
     return storage.join(out, STAGING, f"{slide_id}-{key}")
 
 
+def key_of_staging(uri: str) -> str:
+    """Returns the key in the name of a staging folder."""
+    return uri.rpartition("-")[2]
+
+
+def num_parts(num_tiles: int) -> int:
+    """Returns how many parts a slide has."""
+    return -(-num_tiles // PART_TILES)
+
+
+def part_name(part: int) -> str:
+    """Returns the path of a part within the staging folder."""
+    return f"{PARTS}/{part:05d}.safetensors"
+
+
+def encode_part(found: Answer, complete: np.ndarray) -> bytes:
+    """Returns the file of one part.
+
+    Args:
+        found: the answer for its n tiles; NaN replaces the answer for tiles that are not complete.
+        complete: bool (n,), whether the slide has pixels there.
+    """
+    has_pixels = np.asarray(complete, bool)
+    arrays = {"prediction": np.where(has_pixels[:, None], found.prediction, np.float32(np.nan))}
+    arrays |= {name: np.where(has_pixels, getattr(found, name), np.float32(np.nan)) for name in CONFIDENCE}
+    arrays = {name: values.astype(np.float32) for name, values in arrays.items()}
+    return save(arrays | {"complete": has_pixels.astype(np.uint8)})
+
+
+def write_part(staging: str, part: int, file: bytes) -> None:
+    """Writes the file of one part into a staging folder, whole or not at all."""
+    storage.write(storage.join(staging, part_name(part)), file)
+
+
+def read_part(staging: str, part: int, num_tiles: int, num_genes: int) -> Part:
+    """Returns one part.
+
+    Args:
+        staging: URI of the slide's staging folder.
+        part: its number.
+        num_tiles: tiles of the whole slide.
+        num_genes: genes of the panel.
+
+    Raises:
+        PartError: it is missing, truncated or of another shape. A damaged part is removed, so that `parts_done` no
+            longer counts it.
+    """
+    uri = storage.join(staging, part_name(part))
+    length = min(PART_TILES, num_tiles - part * PART_TILES)
+    try:
+        arrays = load(storage.read(uri))
+    except FileNotFoundError:
+        raise PartError(f"{uri} is missing; run the same command again, which makes it again") from None
+    except SafetensorError as error:
+        raise _removed(uri, str(error)) from None
+    wanted = {"prediction": ((length, num_genes), "float32"), "complete": ((length,), "uint8")}
+    wanted |= dict.fromkeys(CONFIDENCE, ((length,), "float32"))
+    got = {name: (values.shape, str(values.dtype)) for name, values in arrays.items()}
+    if got != wanted:
+        raise _removed(uri, f"it has {_shapes(got)}, expected {_shapes(wanted)}")
+    return Part(**arrays | {"complete": arrays["complete"].astype(bool)})
+
+
+def parts_done(staging: str) -> set[int]:
+    """Returns the numbers of the parts that are written, from one listing."""
+    names = [uri.rpartition("/")[2] for uri in storage.list_files(storage.join(staging, PARTS))]
+    return {int(match[1]) for match in map(_PART_FILE.fullmatch, names) if match}
+
+
+def read_record(staging: str) -> SlideRecord:
+    """Returns the record of a staged slide.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    uri = storage.join(staging, RECORD)
+    try:
+        return SlideRecord.model_validate_json(storage.read(uri))
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))} {fault['msg']}".strip() for fault in error.errors())
+        raise _damaged(uri, "; ".join(faults)) from None
+
+
+def read_grid(staging: str, num_tiles: int) -> pa.Table:
+    """Returns the tiles of a staged slide, GRID_SCHEMA, in the order of prediction.
+
+    Raises:
+        StorageError: it is damaged, or has another number of tiles.
+    """
+    uri = storage.join(staging, GRID)
+    try:
+        grid = pq.ParquetFile(pa.BufferReader(storage.read(uri))).read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(uri, str(error)) from None
+    if not grid.schema.equals(GRID_SCHEMA) or grid.num_rows != num_tiles:
+        fault = f"it has {grid.num_rows} tiles of {grid.schema.names}, its {RECORD} states {num_tiles}"
+        raise _damaged(uri, fault)
+    return grid
+
+
+def read_thumbnail(staging: str) -> np.ndarray:
+    """Returns the small picture of a staged slide, uint8 (height, width, 3).
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    uri = storage.join(staging, THUMBNAIL)
+    try:
+        return decode_tile(storage.read(uri))
+    except TableError as error:
+        raise _damaged(uri, str(error)) from None
+
+
 def remove_staging(uri: str) -> None:
-    """Removes one folder."""
+    """Removes one staging folder, its record first."""
     storage.delete(storage.join(uri, RECORD))
     storage.delete_folder(uri)
 
 
 def clear_staging(out: str, slide_ids: Collection[str]) -> None:
-    """Removes all folders of some slides, under whatever key: of settled ones none is of use."""
+    """Removes all staging folders of some slides, under any key: settled slides need none."""
     root = storage.join(out, STAGING)
     found = {uri[len(root) + 1 :].partition("/")[0] for uri in storage.list_files(root)}
     folders = [storage.join(root, name) for name in sorted(found) if name.rpartition("-")[0] in slide_ids]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(remove_staging, folders))
+
+
+def _removed(uri: str, fault: str) -> PartError:
+    storage.delete(uri)
+    return PartError(f"{uri} was damaged and is removed: {fault}; run the same command again, which makes it again")
+
+
+def _shapes(arrays: dict[str, tuple[tuple[int, ...], str]]) -> str:
+    return ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in sorted(arrays.items()))
+
+
+def _damaged(uri: str, fault: str) -> StorageError:
+    folder = uri.rpartition("/")[0]
+    return StorageError(f"{uri} is damaged: {fault}; remove {folder} and run the same command again")

@@ -1,7 +1,8 @@
-"""What a run does with every slide, and the digest of all that a slide's answer depends on.
+"""How a run turns each slide into tiles, and the digest of everything that a slide's answer depends on.
 
-A slide whose resolution is known does not depend on the assumed one, and none on what is allowed: so that a run with
-another allowance keeps what is done. The price is two keys a slide, since only its inspection tells which holds.
+A slide whose resolution is known does not depend on the assumed one, and no answer depends on what a run allows, so
+that a run that allows more keeps what is done. The price is two keys per slide: only its inspection tells which one is
+its own.
 """
 
 import hashlib
@@ -15,8 +16,9 @@ from mclstexp import storage
 from mclstexp.settings import TilesConfig
 
 _VERSION = 1
-"""Raise it when the same slide and plan give other tiles: all slides are then predicted anew."""
+"""Raise it when the same slide and plan give other tiles: all slides are then predicted again."""
 _DIGITS = 16
+_END_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class SlideSource:
     image: str
     """Absolute URI."""
     mpp: float | None
-    """Micrometres per level-0 pixel, where the sheet says so."""
+    """Micrometres per level-0 pixel, if the sheet states it."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,24 @@ class CohortPlan:
     scratch: str
     """Local folder on every node for copies of remote slides."""
     scratch_budget_bytes: int
-    """Most that the copies take on a node."""
-    num_readers: int
-    """Actors that read tiles, one CPU each; one more CPU must be left for inspection."""
+    """Disk limit for these copies on each node."""
     overlap: float = 0.0
     """Share of its edge that a tile has in common with its neighbour."""
     assume_mpp: float | None = None
-    """Micrometres per level-0 pixel of slides of which neither sheet nor file says it."""
+    """Micrometres per level-0 pixel of slides whose resolution neither the sheet nor the file states."""
     allow_other_stains: bool = False
     """Whether images that do not look like H&E are predicted, with a flag, instead of quarantined."""
     positions: Mapping[str, pa.Table] = field(default_factory=dict)
-    """Given tile centres by slide (slide_list.POSITION_SCHEMA); empty: a grid."""
+    """Given tile centres by slide (cohort.POSITION_SCHEMA); empty: a grid."""
 
 
 def key(source: SlideSource, fingerprint: str, plan: CohortPlan, *, assumed: bool = False) -> str:
     """Returns 16 hex digits of everything that a slide's answer depends on.
 
     Args:
-        fingerprint: the image's, as `fingerprint.fingerprint` gives it; where the image lies does not matter.
+        source: the slide.
+        fingerprint: the image's, as `fingerprint` returns it. The image's URI does not matter.
+        plan: how it becomes tiles.
         assumed: whether its resolution is the plan's assumed one. A slide is done under either key.
     """
     given = plan.positions.get(source.slide_id)
@@ -84,20 +86,15 @@ def key(source: SlideSource, fingerprint: str, plan: CohortPlan, *, assumed: boo
 
 
 def attempt_key(source: SlideSource, fingerprint: str, plan: CohortPlan) -> str:
-    """Returns 16 hex digits of everything that a slide's quarantine depends on: the answer's and what is allowed."""
+    """Returns 16 hex digits of everything that a slide's quarantine depends on: the answer's key, what is allowed."""
     allowed = [plan.assume_mpp, plan.allow_other_stains, plan.tiles.allow_upsampling]
     return _digest([key(source, fingerprint, plan), *allowed])
 
 
-def _digest(facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGITS]
-
-
-_END_BYTES = 2**20
-
-
 def fingerprint(image: str) -> str:
-    """Returns a token of a local or `s3://` image that changes when its content does, within the stated limits.
+    """Returns a token that changes with the content of a local or `s3://` image.
+
+    It is made of the length and the ETag in object storage, of the length and both ends (1 MiB each) on disk.
 
     Raises:
         FileNotFoundError: there is no such image.
@@ -112,3 +109,7 @@ def fingerprint(image: str) -> str:
     head = storage.read(image, 0, min(size, _END_BYTES))
     tail = storage.read(image, max(size - _END_BYTES, 0), min(size, _END_BYTES))
     return f"{size}-{hashlib.sha256(head + tail).hexdigest()}"
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGITS]

@@ -1,74 +1,142 @@
-"""From a slide's staging folder to its published files.
+"""The task behind the pipeline, one per slide: from a staging folder with all parts to published files and an answer.
 
-All files are made on local scratch, then uploaded whole, the table last. None holds a time or a run's name, so that
-however often publishing was interrupted and begun again, the bytes are the same; the price is scratch space for the
-slide's files. Neither memory nor imports are those of prediction: no weights, no torch.
+All files are made on local scratch, then uploaded whole, the table last. None holds a time or a run's name, so however
+often publishing is interrupted and repeated, the bytes are the same; the price is scratch space for the slide's files.
+The task may run twice (Ray repeats it if its process dies): a second one shares the claim of the first, or adopts its
+answer. It needs neither weights nor torch.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from mclstexp import storage
-from mclstexp.data.genes import find_genes
-from mclstexp.prediction.parts import PREVIEW, SlideRecord
-from mclstexp.prediction.writers.geojson import write_geojson
-from mclstexp.prediction.writers.h5ad import write_h5ad
-from mclstexp.prediction.writers.overview import draw_overview
-from mclstexp.prediction.writers.table import OutputInfo, read_record, read_thumbnail, write_table
+from mclstexp.cluster import guarded
+from mclstexp.errors import ConflictError, UserError
+from mclstexp.prediction import ledger
+from mclstexp.prediction.ledger import PREDICTED, Entry
+from mclstexp.prediction.parts import SlideRecord, key_of_staging, read_record, read_thumbnail, remove_staging
+from mclstexp.prediction.writers import WRITERS
+from mclstexp.prediction.writers.slide import OutputInfo, PredictedSlide
 
-PREVIEWS, OVERVIEWS, GEOJSON = "previews", "overviews", "geojson"
-OVERVIEW_GENES = 4
-"""Genes of the overview where none are chosen: the first of the panel."""
+PICTURES = ("overviews/{slide_id}.json", "overviews/{slide_id}.png", "geojson/{slide_id}.geojson")
+"""What `draw` makes of a published table: its record, which is removed first and written last, and the pictures."""
+_RECORDED = ("fingerprint", "num_tiles", "missing_tiles", "left_out_positions", "tile_area_mm2", "tissue_area_mm2")
 
 
-def publish_slide(staging_uri: str, out_uri: str, model_facts: OutputInfo, genes: Sequence[str]) -> SlideRecord:
-    """Publishes a slide of which all parts are there; staging folder and ledger are left to the caller.
+@dataclass(frozen=True)
+class Outcome:
+    """How a slide's finishing task ended."""
 
-    Writes below `out_uri`, in this order: previews/SLIDE.jpg, SLIDE.h5ad, overviews/SLIDE.png, geojson/SLIDE.geojson
-    (for chosen genes; an earlier one is removed where none are chosen) and SLIDE.parquet.
+    slide_id: str
+    entry: Entry | None = None
+    """The slide's answer, this run's or another's; None after a fault."""
+    fault: str = ""
+    has_claimed: bool = False
+    """Whether the fault came after the claim, so that some of the slide's files may be replaced."""
+
+
+@dataclass(frozen=True)
+class _Claim:
+    entry: Entry
+    version: str
+
+
+def finish_slide(slide_id: str, staging: str, out: str, info: OutputInfo, answer_keys: Collection[str]) -> Outcome:
+    """Adopts the answer that a slide has, or claims the slide, publishes its files, commits the answer, clears staging.
 
     Args:
-        staging_uri: the slide's staging folder.
-        out_uri: root of the predictions.
-        model_facts: the model that made the parts.
-        genes: chosen genes by symbol, gene id or Ensembl id, for the GeoJSON file and the overview; may be empty.
+        slide_id: the slide.
+        staging: URI of its staging folder, with all parts.
+        out: root of the predictions.
+        info: the model that made the parts.
+        answer_keys: keys of an answer that equals this run's.
+    """
+    claim = guarded(_adopt_or_claim, slide_id, staging, out, answer_keys)
+    if isinstance(claim, UserError):
+        return Outcome(slide_id, fault=str(claim))
+    if isinstance(claim, Entry):
+        return Outcome(slide_id, claim)
+    entry = guarded(_publish_and_commit, claim, staging, out, info, answer_keys)
+    if isinstance(entry, UserError):
+        return Outcome(slide_id, fault=str(entry), has_claimed=True)
+    guarded(remove_staging, staging)  # what stays after a fault is removed at the end of this run or the next
+    return Outcome(slide_id, entry)
+
+
+def publish_slide(staging: str, out: str, info: OutputInfo) -> SlideRecord:
+    """Publishes a slide whose parts are all written; leaves staging folder and ledger to the caller.
+
+    Writes the files of `WRITERS` below `out`, the table last. Before that it removes the slide's pictures, which show
+    an earlier table. Without tissue a slide keeps only the files that need none.
+
+    Args:
+        staging: URI of the slide's staging folder.
+        out: root of the predictions.
+        info: the model that made the parts.
 
     Returns:
-        The slide's record with the number of tiles that it has no pixels of. A slide without tiles has a preview only.
+        The slide's record, with the number of tiles without pixels.
 
     Raises:
-        ConfigError: the panel lacks a chosen gene; names the nearest.
         PartError: a part is missing, or was damaged and is removed: it has to be made again, then published.
-        FileNotFoundError: the staging folder lacks another file.
+        FileNotFoundError: another file of the staging folder is missing.
         StorageError: another file of it is damaged, or something cannot be read or written.
     """
-    chosen = find_genes(model_facts.panel, genes)
-    record = read_record(staging_uri)
+    record = read_record(staging)
     name = record.slide_id
-    preview, shown_at = storage.read(storage.join(staging_uri, PREVIEW)), storage.join(out_uri, PREVIEWS, f"{name}.jpg")
-    if not record.num_tiles:
-        storage.write(shown_at, preview)
-        for place in (f"{name}.parquet", f"{name}.h5ad", f"{OVERVIEWS}/{name}.png", f"{GEOJSON}/{name}.geojson"):
-            storage.delete(storage.join(out_uri, place))  # of an earlier image
-        return record
-    thumbnail = read_thumbnail(staging_uri)
-    shown = chosen or list(range(min(OVERVIEW_GENES, len(model_facts.panel))))
     with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
-        table, data, picture, squares = (Path(scratch, f"slide.{kind}") for kind in ("parquet", "h5ad", "png", "json"))
-        record = write_table(table, staging_uri, record, model_facts)
-        write_h5ad(data, table, record, model_facts, thumbnail)
-        draw_overview(picture, table, record, model_facts, shown, thumbnail)
-        if chosen:
-            write_geojson(squares, table, record, model_facts, chosen)
-        storage.write(shown_at, preview)
-        storage.upload(data, storage.join(out_uri, f"{name}.h5ad"))
-        _upload_pictures(picture, squares if chosen else None, name, out_uri)
-        storage.upload(table, storage.join(out_uri, f"{name}.parquet"))
-    return record
+        files = {writer.path: Path(scratch, f"file{index}") for index, writer in enumerate(WRITERS)}
+        table = files[WRITERS[0].path]
+        slide = PredictedSlide(staging, table, info, read_thumbnail(staging))
+        written = [writer for writer in WRITERS if record.num_tiles or writer.without_tissue]
+        for writer in written:
+            writer.write(files[writer.path], slide)
+        remove_pictures(out, name)
+        for writer in reversed(WRITERS):  # the table last
+            uri = storage.join(out, writer.path.format(slide_id=name))
+            if writer in written:
+                storage.upload(files[writer.path], uri)
+            else:
+                storage.delete(uri)  # of an earlier image
+        return slide.record if record.num_tiles else record
 
 
-def _upload_pictures(picture: Path, squares: Path | None, slide_id: str, out_uri: str) -> None:
-    outline = storage.join(out_uri, GEOJSON, f"{slide_id}.geojson")
-    storage.upload(picture, storage.join(out_uri, OVERVIEWS, f"{slide_id}.png"))
-    storage.upload(squares, outline) if squares else storage.delete(outline)
+def remove_pictures(out: str, slide_id: str) -> None:
+    """Removes what `draw` made for a slide, the record first."""
+    for path in PICTURES:
+        storage.delete(storage.join(out, path.format(slide_id=slide_id)))
+
+
+def now() -> str:
+    """Returns the time for an entry of the ledger."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _adopt_or_claim(slide_id: str, staging: str, out: str, answer_keys: Collection[str]) -> Entry | _Claim:
+    existing = ledger.entry(out, slide_id)
+    if existing is not None and _is_answer(existing, answer_keys):
+        return existing
+    claim = Entry(slide_id=slide_id, key=key_of_staging(staging), state="publishing")
+    return _Claim(claim, ledger.claim_slide(out, claim, over=existing))
+
+
+def _publish_and_commit(claim: _Claim, staging: str, out: str, info: OutputInfo, answer_keys: Collection[str]) -> Entry:
+    record = publish_slide(staging, out, info)
+    found = {field: getattr(record, field) for field in _RECORDED}
+    state = "done" if record.num_tiles else "empty"
+    entry = claim.entry.model_copy(update=found | {"state": state, "finished": now()})
+    try:
+        ledger.commit(out, entry, claim.version)
+        return entry
+    except ConflictError:
+        existing = ledger.entry(out, entry.slide_id)
+        if existing is None or not _is_answer(existing, answer_keys):
+            raise ConflictError("another run was replacing its files; run the same command again") from None
+        return existing
+
+
+def _is_answer(entry: Entry, answer_keys: Collection[str]) -> bool:
+    return entry.state in PREDICTED and entry.key in answer_keys

@@ -1,7 +1,7 @@
 """A node's scratch folder of remote slides, within a disk budget: each is downloaded once for all its readers.
 
-Locks are advisory and die with their process, so that a killed reader holds nothing. A slide in use is never removed;
-where all are in use a download waits. Nobody may therefore wait while holding another slide: release it first.
+Locks are advisory and die with their process, so that a killed reader holds none. A slide in use is never removed; if
+all are in use, a download waits. So nobody may wait while holding another slide: release it first.
 """
 
 import fcntl
@@ -22,18 +22,18 @@ _POLL_S = 0.2
 _MAX_WAIT_S = 900.0
 _ROOM = ".room"
 _COPY = re.compile(r"[0-9a-f]{16}-\d+")
-"""Names of copies' folders; what else lies in the scratch folder is not ours."""
+"""Names of copies' folders; anything else in the scratch folder is not ours."""
 
 
 @contextmanager
 def staged(uri: str, folder: str, budget_bytes: int) -> Iterator[str]:
-    """Yields a local path of a slide: itself where it is local, else its copy under `folder`, kept while in use.
+    """Yields a local path of a slide: its own if it is local, else its copy under `folder`, kept while in use.
 
     Raises:
         FileNotFoundError: there is no such object.
         ResourceError: it is larger than `budget_bytes`.
-        SourceError: a slide of its format is many files, of which one would be copied.
-        StorageError: it cannot be downloaded, there is no disk for it, or others kept the budget for 15 minutes.
+        SourceError: a slide of its format consists of many files, and only one would be copied.
+        StorageError: it cannot be downloaded, the disk is full, or others used up the budget for 15 minutes.
     """
     uri = storage.absolute(uri)
     if not storage.is_s3(uri):
@@ -58,7 +58,7 @@ def staged(uri: str, folder: str, budget_bytes: int) -> Iterator[str]:
 
 
 def clear(folder: str) -> None:
-    """Removes what nobody uses from this node's scratch folder, and the folder where that leaves it empty."""
+    """Removes all copies that nobody uses from this node's scratch folder, and the folder if it is then empty."""
     root = Path(folder)
     if root.is_dir():
         with _locked(root / _ROOM, fcntl.LOCK_EX):
@@ -71,20 +71,20 @@ def clear(folder: str) -> None:
 
 
 def _entry(uri: str, folder: Path) -> tuple[Path, int]:
-    """Returns the folder of a slide's copy, named after the object's version and its length, and that length."""
+    """Returns the folder of a slide's copy, named after the object's version and length, and the length in bytes."""
     if uri.lower().endswith(_MANY_FILES):
-        raise SourceError(f"{uri} is one of many files that make a slide; copy them all to a local folder")
+        raise SourceError(f"{uri} is one of the many files of a slide; copy them all to a local folder")
     size, version = storage.size(uri), storage.version(uri)
     digest = hashlib.sha256(f"{uri} {version}".encode()).hexdigest()[:16]
     return folder / f"{digest}-{size}", size
 
 
 def _make_room(entry: Path, size: int, budget_bytes: int) -> None:
-    """Reserves `size` bytes by making the entry's folder, after removing the copies that were used longest ago."""
+    """Reserves `size` bytes by making the entry's folder, after removing the copies used least recently."""
     deadline = time.monotonic() + _MAX_WAIT_S
     while True:
         with _locked(entry.parent / _ROOM, fcntl.LOCK_EX):
-            shutil.rmtree(entry, ignore_errors=True)  # a killed download's
+            shutil.rmtree(entry, ignore_errors=True)  # left by a killed download
             others = _entries(entry.parent)
             excess = sum(_size(other) for other in others) + size - budget_bytes
             for other in others:
@@ -120,7 +120,7 @@ def _download(uri: str, copy: Path, size: int) -> None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Returns all copies, whole or under way, those used longest ago first."""
+    """Returns all copies, whole or under way, least recently used first."""
     used = []
     for entry in folder.iterdir():
         if entry.is_dir() and _COPY.fullmatch(entry.name):
@@ -134,7 +134,7 @@ def _size(entry: Path) -> int:
 
 
 def _evict(entry: Path) -> bool:
-    """Removes a copy unless somebody holds it; tells whether it is gone."""
+    """Removes a copy unless somebody holds it; returns whether it is gone."""
     with ExitStack() as stack:
         try:
             stack.enter_context(_locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB))
@@ -147,7 +147,7 @@ def _evict(entry: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path, kind: int) -> Iterator[None]:
-    """Holds the lock file beside `path`; one that was removed while it was waited for is opened anew."""
+    """Holds the lock file beside `path`; opens it again if it was removed during the wait."""
     lock = _lock_path(path)
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """A slide's prediction as an AnnData file that scanpy and squidpy draw over the slide.
 
-AnnData's own writer wants the whole matrix; this one appends group by group to growing HDF5 datasets in AnnData's
+AnnData's own writer needs the whole matrix; this one appends group by group to growing HDF5 datasets in AnnData's
 on-disk format (https://anndata.readthedocs.io/en/stable/fileformat-prose.html), so that memory does not grow with
-the slide. The price is that the format's encodings are spelt out here.
+the slide. The price is that the format's encodings are written out here.
 """
 
 from pathlib import Path
@@ -13,8 +13,10 @@ import pandas as pd
 import pyarrow as pa
 from anndata.io import write_elem
 
-from mclstexp.prediction.parts import PART_TILES, SlideRecord
-from mclstexp.prediction.writers.table import GROUP_TILES, SPOT_SCHEMA, OutputInfo, provenance, row_groups, tile_edge
+from mclstexp.data.genes import GenePanel
+from mclstexp.prediction.parts import PART_TILES
+from mclstexp.prediction.writers.slide import PredictedSlide, provenance, tile_edge
+from mclstexp.prediction.writers.table import GROUP_TILES, SPOT_SCHEMA, row_groups, table_schema
 
 _INDEX = "spot_id"
 _CHUNK_GENES = 1024
@@ -22,20 +24,18 @@ _PACKED = {"compression": "gzip"}
 _VERSIONS = {"array": "0.2.0", "string-array": "0.2.0", "categorical": "0.2.0", "dataframe": "0.2.0"}
 
 
-def write_h5ad(path: Path, table: Path, record: SlideRecord, facts: OutputInfo, thumbnail: np.ndarray) -> None:
+def write_h5ad(path: Path, slide: PredictedSlide) -> None:
     """Writes an AnnData file of the slide's table.
 
     X float32 (n, G); obs by spot id with the table's other columns; var by gene id with symbol and ensembl_id;
     obsm["spatial"] float64 (n, 2) in level-0 pixels; uns["prediction"] with `provenance`; uns["spatial"][slide_id]
-    in the layout of Space Ranger's readers, a spot being as wide as a tile.
+    in the layout of Space Ranger's readers, with a tile's edge as the spot diameter.
 
     Args:
         path: local file to write.
-        table: what `slide_table.write_table` wrote.
-        record: the slide, with the number of its missing tiles.
-        facts: the model.
-        thumbnail: the slide, uint8 (height, width, 3).
+        slide: its table is written.
     """
+    record, panel = slide.record, slide.info.panel
     with h5py.File(path, "w") as file:
         _mark(file, "anndata", "0.1.0")
         obs, obsm = file.create_group("obs"), file.create_group("obsm")
@@ -44,13 +44,12 @@ def write_h5ad(path: Path, table: Path, record: SlideRecord, facts: OutputInfo, 
         obs.attrs.update({"_index": _INDEX, "column-order": [name for name in SPOT_SCHEMA.names if name != _INDEX]})
         for name, constant in (("section_id", record.slide_id), ("patient_id", record.patient_id)):
             _create_constant(obs, name, constant)
-        empty = pa.schema([*SPOT_SCHEMA, *((gene, pa.float32()) for gene in facts.panel.gene_id)]).empty_table()
-        _append_rows(file, empty, facts)  # makes all datasets, also of a slide without a row
-        for rows in row_groups(table):
-            _append_rows(file, rows, facts)
-        panel = {"symbol": facts.panel.symbol, "ensembl_id": facts.panel.ensembl_id}
-        write_elem(file, "var", pd.DataFrame(panel, index=list(facts.panel.gene_id)))
-        write_elem(file, "uns", _unstructured(record, facts, thumbnail), dataset_kwargs=_PACKED)
+        _append_rows(file, table_schema(slide.info).empty_table(), panel)  # makes all datasets, even without a row
+        for rows in row_groups(slide.table):
+            _append_rows(file, rows, panel)
+        genes = {"symbol": panel.symbol, "ensembl_id": panel.ensembl_id}
+        write_elem(file, "var", pd.DataFrame(genes, index=list(panel.gene_id)))
+        write_elem(file, "uns", _unstructured(slide), dataset_kwargs=_PACKED)
         for name in ("layers", "obsp", "varm", "varp"):
             write_elem(file, name, {})
 
@@ -61,8 +60,8 @@ def published_thumbnail(path: Path, slide_id: str) -> np.ndarray:
         return np.asarray(file["uns"]["spatial"][slide_id]["images"]["hires"])
 
 
-def _append_rows(file: h5py.File, rows: pa.Table, facts: OutputInfo) -> None:
-    _append(file, "X", _matrix(rows, list(facts.panel.gene_id)))
+def _append_rows(file: h5py.File, rows: pa.Table, panel: GenePanel) -> None:
+    _append(file, "X", _matrix(rows, list(panel.gene_id)))
     _append(file["obsm"], "spatial", _matrix(rows, ["x_px", "y_px"]))
     for field in SPOT_SCHEMA:
         _append_column(file["obs"], field.name, rows[field.name])
@@ -73,7 +72,7 @@ def _matrix(rows: pa.Table, columns: list[str]) -> np.ndarray:
 
 
 def _append_column(obs: h5py.Group, name: str, values: pa.ChunkedArray) -> None:
-    """Appends to a column of the data frame: whole numbers and truth values may be missing."""
+    """Appends to a column of the data frame; integers and booleans may be missing."""
     if name == _INDEX:
         _append(obs, name, values.to_numpy())
     elif pa.types.is_string(values.type):
@@ -97,7 +96,7 @@ def _create_constant(obs: h5py.Group, name: str, value: str) -> None:
 
 
 def _append(group: h5py.Group, name: str, values: np.ndarray) -> None:
-    """Appends to a dataset along its first axis; makes it where there is none."""
+    """Appends to a dataset along its first axis, and makes it if there is none."""
     if name not in group:
         _create(group, name, values)
     data = group[name]
@@ -118,12 +117,13 @@ def _mark(element: h5py.Group | h5py.Dataset, encoding: str, version: str = "") 
     element.attrs.update({"encoding-type": encoding, "encoding-version": version or _VERSIONS[encoding]})
 
 
-def _unstructured(record: SlideRecord, facts: OutputInfo, thumbnail: np.ndarray) -> dict[str, object]:
+def _unstructured(slide: PredictedSlide) -> dict[str, object]:
+    record = slide.record
     factors = {
         "tissue_hires_scalef": 1 / record.thumbnail_scale,
-        "spot_diameter_fullres": tile_edge(record, facts),
+        "spot_diameter_fullres": tile_edge(slide),
     }
     return {
-        "prediction": provenance(record, facts) | {"spatial_unit": "px at slide level 0"},
-        "spatial": {record.slide_id: {"images": {"hires": thumbnail}, "scalefactors": factors}},
+        "prediction": provenance(slide) | {"spatial_unit": "px at slide level 0"},
+        "spatial": {record.slide_id: {"images": {"hires": slide.thumbnail}, "scalefactors": factors}},
     }

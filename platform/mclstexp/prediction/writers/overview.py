@@ -1,6 +1,6 @@
 """Chosen genes of a slide as maps over its thumbnail, in one PNG.
 
-Tiles are painted into an array of the thumbnail's size, where markers would take minutes for 100,000 tiles and hide
+Tiles are painted into an array of the thumbnail's size, because markers would take minutes for 100,000 tiles and hide
 one another; the price is that a map is no sharper than the thumbnail.
 """
 
@@ -15,67 +15,67 @@ from matplotlib.axes import Axes
 from mclstexp.data.genes import AFTER_NAME, unique_labels
 from mclstexp.figures import colour_limits, new_figure
 from mclstexp.prediction.parts import SlideRecord
-from mclstexp.prediction.writers.table import OutputInfo, tile_edge, tile_left
+from mclstexp.prediction.writers.slide import PredictedSlide, tile_edge, tile_left
 
-_MOST_ACROSS = 3
+MAX_GENES = 23
+"""Genes in a picture, the first of the chosen ones: eight rows of maps with the slide itself."""
+_MAX_ACROSS = 3
 _MAP_WIDTH_IN, _TITLE_IN, _COLOUR_BAR_IN = 4.2, 0.4, 0.9
 _THUMBNAIL_ALPHA = 0.6
 _BAR_SHARE = 0.25  # of the slide's width, at most
 _DPI = 150
-MOST_GENES = 23
-"""Genes that are drawn of many chosen ones: eight rows with the slide itself."""
-_MOST_PX = 30_000  # along an edge; matplotlib draws no more than 65,535
+_MAX_PX = 30_000  # along an edge; matplotlib draws no more than 65,535
 
 
-def draw_overview(
-    path: Path, table: Path, record: SlideRecord, facts: OutputInfo, columns: Sequence[int], thumbnail: np.ndarray
-) -> None:
-    """Writes a PNG with the slide and one map a gene, each with its own colour scale (1st to 99th percentile).
+def draw_overview(path: Path, slide: PredictedSlide, columns: Sequence[int]) -> None:
+    """Writes a PNG with the slide and one map per gene, each with its own colour scale (1st to 99th percentile).
 
-    Of more than `MOST_GENES` the first are drawn, and the heading says so.
+    Of more than `MAX_GENES` genes the first are drawn, and the heading states it.
 
     Args:
         path: local file to write.
-        table: what `slide_table.write_table` wrote.
-        record: the slide, with the number of its missing tiles.
-        facts: the model.
+        slide: its table is written.
         columns: chosen columns of its panel.
-        thumbnail: the slide, uint8 (height, width, 3).
     """
-    num_chosen, columns = len(columns), columns[:MOST_GENES]
-    panel = facts.panel.take(columns)
+    num_chosen, columns = len(columns), columns[:MAX_GENES]
+    record, thumbnail = slide.record, slide.thumbnail
+    panel = slide.info.panel.take(columns)
     names, labels = panel.gene_id, unique_labels(panel.names(), panel.gene_id, form=AFTER_NAME)
-    rows = pq.read_table(table, columns=["x_px", "y_px", *names])
+    rows = pq.read_table(slide.table, columns=["x_px", "y_px", *names])
     height, width = thumbnail.shape[:2]
-    corners = [tile_left(rows[name].to_numpy(), record, facts) for name in ("x_px", "y_px")]
-    edge = tile_edge(record, facts)
+    corners = [tile_left(rows[name].to_numpy(), slide) for name in ("x_px", "y_px")]
+    edge = tile_edge(slide)
     across_px, down_px = (_pixels(*axis, edge, record) for axis in zip(corners, (width, height), strict=True))
+
+    # The figure, with a heading and one panel for the slide itself.
     num_maps = 1 + len(columns)
-    across = min(num_maps, _MOST_ACROSS)
+    across = min(num_maps, _MAX_ACROSS)
     down = -(-num_maps // across)
     size_in = (across * (_MAP_WIDTH_IN + _COLOUR_BAR_IN), down * (_MAP_WIDTH_IN * height / width + _TITLE_IN))
     left_out = f"\nthe first {len(columns)} of {num_chosen} chosen genes" if num_chosen > len(columns) else ""
-    figure = new_figure(*size_in, _heading(record, facts) + left_out)
+    figure = new_figure(*size_in, _heading(slide) + left_out)
     first, *others = figure.subplots(down, across, squeeze=False).ravel()
     _draw_slide(first, thumbnail, record, 1.0)
     _draw_scale_bar(first, width * record.thumbnail_scale, record.mpp)
     first.set_title("H&E")
+
+    # One map per gene.
     for axes, name, label in zip(others, names, labels, strict=False):
         _draw_slide(axes, thumbnail, record, _THUMBNAIL_ALPHA)
         values = rows[name].to_numpy()
         limits = colour_limits(values) if len(values) else (0.0, 1.0)
-        _draw_map(axes, paint(across_px, down_px, values, (height, width)), limits, record, facts.unit)
+        _draw_map(axes, paint(across_px, down_px, values, (height, width)), limits, record, slide.info.unit)
         axes.set_title(label)
     for axes in others[len(columns) :]:
         axes.remove()
-    figure.savefig(path, dpi=min(_DPI, _MOST_PX / figure.get_figheight()), metadata={"Software": None})
+    figure.savefig(path, dpi=min(_DPI, _MAX_PX / figure.get_figheight()), metadata={"Software": None})
 
 
 def paint(across: np.ndarray, down: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Returns a picture of boxes with values, float64 `shape`: their mean where they overlap, NaN where none lies.
+    """Returns a picture of boxes with values, float64 `shape`: their mean where they overlap, NaN outside all boxes.
 
-    Each box adds its value at two corners and takes it away at the other two; sums over both axes fill it (a
-    two-dimensional difference array), so that the time is that of the boxes and the pixels, whatever a box covers.
+    Each box adds its value at two corners and subtracts it at the other two; sums over both axes fill it (a
+    two-dimensional difference array), so that the time does not depend on how much a box covers.
 
     Args:
         across: first and last column (not included) of each box, int (2, n), within the picture.
@@ -129,10 +129,12 @@ def _extent(shape: tuple[int, ...], record: SlideRecord) -> tuple[float, float, 
     return (0, shape[1] * record.thumbnail_scale, shape[0] * record.thumbnail_scale, 0)
 
 
-def _heading(record: SlideRecord, facts: OutputInfo) -> str:
+def _heading(slide: PredictedSlide) -> str:
+    record = slide.record
     tiles = f"{record.num_tiles - record.missing_tiles} tiles"
     missing = f", {record.missing_tiles} more without pixels" if record.missing_tiles else ""
-    lines = [f"{record.slide_id}: expression predicted from H&E by model {facts.model_digest}; {tiles}{missing}"]
+    model = slide.info.model_digest
+    lines = [f"{record.slide_id}: expression predicted from H&E by model {model}; {tiles}{missing}"]
     if record.not_h_and_e:
         lines.append(f"CAUTION, perhaps no H&E: {record.not_h_and_e}")
     return "\n".join(lines)
