@@ -41,6 +41,7 @@ MEASURED, SMOOTHED = "measured", "smoothed measured"
 UNDETERMINED = "undetermined"
 _UNLABELLED = NO_LABEL | {UNDETERMINED}
 NO_DOMAIN = -1
+"""Domain of a spot without a label."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,25 @@ class DomainComparison:
     smoothing_radius_um: float
     smoothing_neighbours: float
     """Mean number of neighbours in a smoothed value, without the spot itself."""
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """The spots around each spot of a section, itself included."""
+
+    graph: csr_array
+    """(N, N), 1 where two spots are neighbours or the same."""
+    radius: float
+    """In the unit of the coordinates."""
+
+    @property
+    def num_neighbours(self) -> float:
+        """Mean number of neighbours of a spot, without itself."""
+        return self.graph.nnz / self.graph.shape[0] - 1
+
+    def mean(self, expression: np.ndarray) -> np.ndarray:
+        """Returns each spot's mean over itself and its neighbours, float64 (N, G)."""
+        return (self.graph @ expression.astype(np.float64)) / self.graph.sum(axis=1)[:, None]
 
 
 def compare_domains(
@@ -115,7 +135,7 @@ def compare_domains(
 
 
 def is_labelled(labels: Sequence[str | None]) -> np.ndarray:
-    """Returns bool (N,): False for a label that is missing (None, NaN), empty, or (in any case) NA, NaN, undetermined."""
+    """Returns bool (N,): False for a label that is missing, empty, or NA, NaN or undetermined in any case."""
     return np.array([isinstance(label, str) and label.strip().lower() not in _UNLABELLED for label in labels], bool)
 
 
@@ -181,25 +201,6 @@ def leiden_domains(components: np.ndarray, num_domains: int) -> np.ndarray:
             break
         low, high = (low, resolution) if surplus > 0 else (resolution, high)
     return min(tries, key=lambda each: each[0])[1]
-
-
-@dataclass(frozen=True)
-class Neighbourhoods:
-    """The spots around each spot of a section, itself included."""
-
-    graph: csr_array
-    """(N, N), 1 where two spots are neighbours or the same."""
-    radius: float
-    """In the unit of the coordinates."""
-
-    @property
-    def num_neighbours(self) -> float:
-        """Mean number of neighbours of a spot, without itself."""
-        return self.graph.nnz / self.graph.shape[0] - 1
-
-    def mean(self, expression: np.ndarray) -> np.ndarray:
-        """Returns each spot's mean over itself and its neighbours, float64 (N, G)."""
-        return (self.graph @ expression.astype(np.float64)) / self.graph.sum(axis=1)[:, None]
 
 
 def neighbourhoods(xy: np.ndarray) -> Neighbourhoods:

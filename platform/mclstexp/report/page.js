@@ -1,6 +1,6 @@
 "use strict";
 
-// Sorts a table by the column whose heading is clicked; numbers by data-value or text, what has none last.
+// Sorts a table by the clicked column; numbers by data-value or text, missing ones last.
 function makeSortable(table) {
   const headings = [...table.tHead.rows[0].cells];
   const sort = (heading) => {
@@ -28,7 +28,7 @@ function makeSortable(table) {
   }
 }
 
-// Shows the rows of a table whose first two cells hold the text.
+// Shows the rows of a table whose first two cells contain the text.
 function makeFilter(input, table, count) {
   const rows = [...table.tBodies[0].rows];
   const filter = () => {
