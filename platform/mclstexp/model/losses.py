@@ -70,7 +70,11 @@ def regression_loss(
     return F.mse_loss(image_ND[valid_N], spot_ND[valid_N])
 
 
-LOSSES: dict[str, Loss] = {"pairs": pairs_loss, "soft": soft_loss, REGRESSION: regression_loss}
+LOSSES: dict[str, Loss] = {
+    "pairs": pairs_loss,
+    "soft": soft_loss,
+    REGRESSION: regression_loss,
+}
 
 
 def require_loss(config: Config) -> Loss:
