@@ -1,4 +1,4 @@
-"""The bank: keys are made as described, donors stay with them, and nothing in its files runs."""
+"""The bank: its keys, its donors, its files, which run no code, and its out-of-distribution threshold."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ood_reference import expected_threshold
+from safetensors.numpy import load_file, save_file
 
 from mclstexp.data.spots import Batch
 from mclstexp.errors import ModelError
-from mclstexp.model.bank import DONORS, Bank, build_bank
+from mclstexp.model.bank import ARRAYS, DONORS, Bank, build_bank, drawn_sections, ood_similarity
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig
 
 LENGTHS = {"B": [16, 16, 5], "A": [9]}  # spots of each section's sentences
 NUM_GENES = 6
+SIZES = {"A1": 30, "A2": 25, "B1": 40}  # tiles of each section
 
 
 @dataclass
@@ -67,10 +70,10 @@ def _keys(towers: TwoTowers, spots: Batch, start: int, stop: int) -> np.ndarray:
         return towers.embed_spots(expression, position, torch.ones(1, stop - start, dtype=torch.bool))[0].numpy()
 
 
-def test_keys_of_a_sentence_attend_to_that_sentence_alone(reader: _Reader, towers: TwoTowers) -> None:
+def test_keys_attend_within_their_sentence_only(reader: _Reader, towers: TwoTowers) -> None:
     shown = []
-    bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: shown.append(1))
-    assert len(shown) == 2
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=False, show=lambda *report: shown.append(report))
+    assert shown == [("bank: sections", 1, 2), ("bank: sections", 2, 2)]
     assert bank.section_id.tolist() == ["B"] * 37 + ["A"] * 9
     assert bank.patient_id[0] == "patient of B"
     assert bank.spot_id.tolist() == [f"Bx{i}" for i in range(37)] + [f"Ax{i}" for i in range(9)]
@@ -83,28 +86,55 @@ def test_keys_of_a_sentence_attend_to_that_sentence_alone(reader: _Reader, tower
 
 
 def test_keys_of_random_spots_are_made_in_batches_of_32_across_sections(reader: _Reader, towers: TwoTowers) -> None:
-    bank = build_bank(towers, reader, ["B", "A"], random_spots=True, done=lambda: None)
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=True)
     joined = {
         name: np.concatenate([reader.sections[section][name] for section in "BA"])
         for name in ("expression", "position")
     }
     assert bank.keys[:32] == pytest.approx(_keys(towers, joined, 0, 32), abs=1e-6)
     assert bank.keys[32:] == pytest.approx(_keys(towers, joined, 32, 46), abs=1e-6)
-    by_sentence = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
-    assert not np.allclose(bank.keys[:32], by_sentence.keys[:32], atol=1e-3), "the cut must matter"
+    by_sentence = build_bank(towers, reader, ["B", "A"], random_spots=False)
+    assert not np.allclose(bank.keys[:32], by_sentence.keys[:32], atol=1e-3), "the batches must differ"
 
 
-def test_a_saved_bank_comes_back_whole(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
-    bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
+def test_a_saved_bank_loads_whole(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=False)
     bank.save(tmp_path, {})
-    back = Bank.load(tmp_path)
+    loaded = Bank.load(tmp_path)
     for name, values in vars(bank).items():
-        assert np.array_equal(getattr(back, name), values), name
-        assert getattr(back, name).dtype == values.dtype
+        assert np.array_equal(getattr(loaded, name), values), name
+        assert getattr(loaded, name).dtype == values.dtype
+
+
+def test_a_loaded_bank_is_a_memory_map_with_stored_directions(
+    reader: _Reader, towers: TwoTowers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = build_bank(towers, reader, ["B", "A"], random_spots=False)
+    saved.save(tmp_path, {})
+    monkeypatch.setattr("mclstexp.model.bank.directions", None)  # loading must not compute them
+    bank = Bank.load(tmp_path)
+    for name in ("keys", "payload", "directions"):
+        values = getattr(bank, name)
+        while isinstance(values, np.ndarray) and not isinstance(values, np.memmap):
+            values = values.base.obj if isinstance(values.base, memoryview) else values.base
+        assert isinstance(values, np.memmap), name
+        assert not getattr(bank, name).flags.writeable
+    assert np.array_equal(bank.directions, saved.directions)
+
+
+def test_a_bank_of_an_earlier_schema_gets_the_directions_of_its_keys(
+    reader: _Reader, towers: TwoTowers, tmp_path: Path
+) -> None:
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=False)
+    bank.save(tmp_path, {})
+    arrays = load_file(tmp_path / ARRAYS)
+    del arrays["directions"]
+    save_file(arrays, tmp_path / ARRAYS)
+    assert np.array_equal(Bank.load(tmp_path).directions, bank.directions)
 
 
 def test_files_of_two_banks_are_refused(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
-    bank = build_bank(towers, reader, ["B", "A"], random_spots=False, done=lambda: None)
+    bank = build_bank(towers, reader, ["B", "A"], random_spots=False)
     replace(bank, spot_id=bank.spot_id[:5], section_id=bank.section_id[:5], patient_id=bank.patient_id[:5]).save(
         tmp_path, {}
     )
@@ -113,7 +143,7 @@ def test_files_of_two_banks_are_refused(reader: _Reader, towers: TwoTowers, tmp_
 
 
 def test_no_arrow_type_is_stored_by_name(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
-    build_bank(towers, reader, ["A"], random_spots=False, done=lambda: None).save(tmp_path, {})
+    build_bank(towers, reader, ["A"], random_spots=False).save(tmp_path, {})
     assert b"ARROW:" not in (tmp_path / DONORS).read_bytes()
 
 
@@ -149,3 +179,42 @@ def test_donors_with_a_type_that_runs_code_are_refused_unread(tmp_path: Path) ->
         assert not (tmp_path / "ran").exists()
     finally:
         pa.unregister_extension_type("test.canary")
+
+
+def _random_bank(sizes: dict[str, int] = SIZES) -> Bank:
+    rng = np.random.default_rng(0)
+    sections = np.concatenate([np.full(size, name, object) for name, size in sizes.items()])
+    keys = rng.normal(size=(len(sections), 6)).astype(np.float32)
+    patients = np.array([name[0] for name in sections], object)
+    return Bank.of(keys, keys[:, :2].copy(), sections, patients, np.arange(len(sections)).astype(str).astype(object))
+
+
+def _queries(bank: Bank) -> dict[str, np.ndarray]:
+    """Returns tiles equal to their section's own spots, so that only other sections can give a low cosine."""
+    return {name: bank.keys[bank.section_id == name] for name in dict.fromkeys(bank.section_id)}
+
+
+def test_the_threshold_is_the_first_percentile_of_cosines_to_other_sections() -> None:
+    bank = _random_bank()
+    queries = _queries(bank)
+    assert expected_threshold(queries, bank) < 0.9
+    assert ood_similarity(queries, bank) == pytest.approx(expected_threshold(queries, bank), abs=1e-6)
+    drawn = {name: queries[name] for name in ("A2", "B1")}
+    assert ood_similarity(drawn, bank) == pytest.approx(expected_threshold(drawn, bank), abs=1e-6)
+
+
+def test_one_training_section_sets_no_threshold() -> None:
+    bank = _random_bank({"A1": 20})
+    assert ood_similarity(_queries(bank), bank) is None
+    assert ood_similarity({}, _random_bank()) is None
+    assert drawn_sections({"A1": 20}) == []
+
+
+def test_whole_sections_are_drawn_the_same_each_time_and_within_the_limit() -> None:
+    sizes = {f"S{section:02}": 100 + section for section in range(40)}
+    assert drawn_sections(sizes) == list(sizes)
+    drawn = drawn_sections(sizes, max_tiles=1000)
+    assert drawn == drawn_sections(sizes, max_tiles=1000) == sorted(drawn)
+    assert 1000 - 140 < sum(sizes[name] for name in drawn) <= 1000
+    assert drawn != list(sizes)[: len(drawn)], "a draw, not the first ones"
+    assert drawn_sections({"large": 50, "larger": 60}, max_tiles=40) == ["large"]

@@ -1,4 +1,4 @@
-"""The image side of a model on its own, and what happens to a table when the process that embeds it dies."""
+"""The image side of a model, and the embedding of a table: shares of the cluster, and processes that die."""
 
 import os
 import threading
@@ -36,7 +36,7 @@ def _network(config: ModelConfig, kind: type[ImageNetwork] = ImageNetwork) -> Im
 
 
 def _towers(config: ModelConfig) -> TwoTowers:
-    """Two towers whose batch statistics are not those of a new network."""
+    """Returns two towers whose batch statistics differ from a new network's."""
     torch.manual_seed(3)
     towers = TwoTowers(config, 4, 0, 32)
     towers.embed_images(torch.rand(16, 3, 32, 32))
@@ -54,7 +54,7 @@ def test_the_image_side_alone_embeds_as_the_two_towers_do(l2_normalise: bool) ->
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_networks_digest_is_of_all_that_its_answers_depend_on() -> None:
+def test_a_networks_digest_covers_everything_its_answers_depend_on() -> None:
     plain = _network(_config())
     same = [_network(_config()), _network(_config(temperature=0.3))]
     assert {network.digest() for network in same} == {plain.digest()}
@@ -70,12 +70,12 @@ def test_a_networks_digest_is_of_all_that_its_answers_depend_on() -> None:
     assert len({network.digest() for network in (plain, *others)}) == 1 + len(others)
 
 
-def test_a_tile_is_embedded_the_same_in_any_company() -> None:
+def test_other_tiles_do_not_change_an_embedding() -> None:
     embed = _network(_config()).build(CPU)
     assert embed(TILES)[2:3] == pytest.approx(embed(TILES[2:3]), abs=1e-6)
 
 
-def test_tiles_are_turned_where_they_are_embedded_if_asked_for() -> None:
+def test_with_test_turns_embedded_tiles_are_turned() -> None:
     plain, turning = (_network(_config(test_turns=turns)).build(CPU) for turns in (False, True))
     sides = [np.rot90(side, turns, (1, 2)) for side in (TILES, TILES[:, ::-1]) for turns in range(4)]
     by_side = np.stack([plain(np.ascontiguousarray(side)) for side in sides])
@@ -95,7 +95,7 @@ class _Version:
     tile_size_px: int = 32
 
 
-def test_an_encoder_with_other_weights_gives_features_that_the_seed_alone_decides() -> None:
+def test_features_of_random_weights_depend_on_the_seed_only() -> None:
     version = cast(ModelVersion, _Version(Config(model=_config(), train=TrainConfig(precision="fp32"))))
     first, again, other = (encoder_network(version, "random", seed).build(CPU)(TILES) for seed in (0, 0, 1))
     assert first.shape == (5, 128)
@@ -103,7 +103,7 @@ def test_an_encoder_with_other_weights_gives_features_that_the_seed_alone_decide
     assert not np.allclose(first, other)
 
 
-def test_an_encoder_loads_its_weights_here_and_not_where_it_is_built(tmp_path: Path) -> None:
+def test_an_encoder_loads_its_weights_before_it_is_built(tmp_path: Path) -> None:
     version = cast(ModelVersion, _Version(Config(model=_config(), train=TrainConfig(precision="fp32"))))
     torch.save(_towers(_config()).image_tower.encoder.state_dict(), tmp_path / "weights.pth")
     network = encoder_network(version, str(tmp_path / "weights.pth"), 0)
@@ -113,7 +113,7 @@ def test_an_encoder_loads_its_weights_here_and_not_where_it_is_built(tmp_path: P
     assert network.build(CPU)(TILES) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
+def test_a_cluster_without_a_cpu_for_decoding_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     empty = Manifest(
@@ -130,29 +130,27 @@ def test_a_cluster_without_a_cpu_for_decoding_is_refused_instead_of_waited_for(
     network = _network(_config())
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     with pytest.raises(ResourceError, match=r"needs 2 CPU\(s\), the cluster has 1; raise cluster\.local_cpus"):
-        list(embed_sections("", empty, [], network, lambda spots: None))
+        list(embed_sections("", empty, [], network))
 
 
 @ray.remote(num_cpus=4)
 class _OtherRuns:
-    """Holds the CPUs that are not in a run's share."""
+    """Occupies the CPUs outside a run's share."""
 
     def ready(self) -> None:
-        """Returns when it holds them."""
+        """Returns once it occupies them."""
 
 
 @pytest.mark.ray
-def test_a_run_that_has_its_share_embeds_while_others_hold_all_else(
-    tiles: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mclstexp.model.embed._MIN_TILES_PER_ACTOR", 1)  # as a large table would ask for
+def test_a_run_embeds_within_its_share_while_others_use_the_rest(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mclstexp.model.embed._MIN_TILES_PER_ACTOR", 1)  # as many actors as a large table would start
     manifest = load_manifest(tiles)
-    names, network, found = [manifest.sections[0].section_id], _network(_config()), {}
+    names, network, found, reports = [manifest.sections[0].section_id], _network(_config()), {}, []
     others = _OtherRuns.remote()  # 4 of the session's 6 CPUs: half of all would leave none to read on
     ray.get(others.ready.remote())
 
     def embed() -> None:
-        found.update(embed_sections(tiles, manifest, names, network, lambda spots: None))
+        found.update(embed_sections(tiles, manifest, names, network, lambda *report: reports.append(report)))
 
     try:
         with ordered(ExecutionResources.for_limits(cpu=2)):
@@ -163,14 +161,14 @@ def test_a_run_that_has_its_share_embeds_while_others_hold_all_else(
     finally:
         ray.kill(others)
     assert not hangs
-    assert len(found[names[0]]["embedding"]) == manifest.sections[0].num_spots
+    num_spots = manifest.sections[0].num_spots
+    assert len(found[names[0]]["embedding"]) == num_spots
+    assert reports[-1] == ("embedding: tiles", num_spots, num_spots)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_process_that_keeps_dying_ends_the_job_instead_of_hanging_it(
-    tiles: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_keeps_dying_ends_the_job(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mclstexp.model.embed.MAX_RETRIES", 1)  # each takes the start of a process
 
     class Deadly(ImageNetwork):  # local, so that it travels to the worker by value
@@ -181,4 +179,4 @@ def test_a_process_that_keeps_dying_ends_the_job_instead_of_hanging_it(
     network = _network(_config(), kind=Deadly)
     names = [manifest.sections[0].section_id]
     with pytest.raises(Exception, match=r"(?i)died|crashed|exit"):
-        list(embed_sections(tiles, manifest, names, network, lambda spots: None))
+        list(embed_sections(tiles, manifest, names, network))

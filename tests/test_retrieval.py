@@ -1,4 +1,4 @@
-"""Retrieval against a dense NumPy reference written from the method's text."""
+"""Retrieval against a dense NumPy reference written from the method's description, and its explanation of a tile."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,14 @@ from mclstexp.model import retrieval
 from mclstexp.model.bank import Bank
 from mclstexp.model.nearest import KEY_BLOCK, Keys, nearest
 from mclstexp.settings import RetrievalConfig
-from mclstexp.training import validation
-from mclstexp.training.validation import ValidationSection
+
+EXPLAINED = [
+    RetrievalConfig(k=8, temperature=0.1),
+    RetrievalConfig(k=8, weighting="mean"),
+    RetrievalConfig(k=8, weighting="inverse_square", distance="l1"),
+]
+GENES = ("GNAS", "ERBB2", "GATA3")
+QUERY = np.random.default_rng(1).normal(size=6).astype(np.float32)
 
 
 def _bank(num_keys: int, seed: int = 0) -> Bank:
@@ -87,13 +93,13 @@ def test_neighbours_in_several_blocks_of_keys_are_added_block_by_block() -> None
     np.testing.assert_allclose(retrieval.retrieve(queries, bank, config).prediction, expected, rtol=1e-6)
 
 
-def test_a_query_on_a_key_takes_its_payload() -> None:
+def test_a_query_equal_to_a_key_gets_its_payload() -> None:
     bank = _bank(20)
     config = RetrievalConfig(k=5, weighting="inverse_square", distance="l2")
     np.testing.assert_allclose(retrieval.retrieve(bank.keys, bank, config).prediction, bank.payload, atol=1e-4)
 
 
-def test_mean_weighs_all_neighbours_alike() -> None:
+def test_mean_gives_all_neighbours_equal_weight() -> None:
     bank, queries = _bank(50), _queries(3)
     found = retrieval.retrieve(queries, bank, RetrievalConfig(k=7, weighting="mean"))
     ids, _ = nearest(queries, bank.directions, 7)
@@ -101,7 +107,7 @@ def test_mean_weighs_all_neighbours_alike() -> None:
     np.testing.assert_allclose(found.effective_donors, 7, rtol=1e-5)
 
 
-def test_no_queries_have_no_answers() -> None:
+def test_no_queries_give_empty_answers() -> None:
     found = retrieval.retrieve(_queries(0), _bank(20), RetrievalConfig(k=3, temperature=0.1))
     assert {name: values.shape for name, values in vars(found).items()} == {
         "prediction": (0, 5),
@@ -111,46 +117,49 @@ def test_no_queries_have_no_answers() -> None:
     }
 
 
-def test_k_beyond_the_bank_is_refused_or_by_default_lowered() -> None:
+def test_k_beyond_the_bank_is_refused_and_a_default_lowered() -> None:
     with pytest.raises(ModelError, match=r"retrieval\.k=50 exceeds the bank's 20 spots"):
         retrieval.resolve(RetrievalConfig(k=50), 20)
     assert retrieval.resolve(RetrievalConfig(), 20).k == 20
     assert retrieval.resolve(RetrievalConfig(), 2000).k == retrieval.DEFAULT_K
 
 
-def test_choice_finds_the_settings_that_predict_best() -> None:
-    """Truth follows the ten nearest keys evenly, so that few neighbours at a high temperature are best."""
-    rng = np.random.default_rng(3)
-    bank = _bank(500)
-    queries = rng.normal(size=(200, 8)).astype(np.float32)
-    truth = retrieval.retrieve(queries, bank, RetrievalConfig(k=10, temperature=0.5)).prediction
-    sections = [ValidationSection("P", queries, truth)]
-    chosen = validation.choose(sections, bank, RetrievalConfig())
-    assert (chosen.k, chosen.temperature) == (10, 0.5)
-    assert validation.choose(sections, bank, RetrievalConfig(k=3)).k == 3
+@pytest.fixture
+def named_bank() -> Bank:
+    rng = np.random.default_rng(0)
+    keys, payload = (rng.normal(size=(50, width)).astype(np.float32) for width in (6, len(GENES)))
+    sections = np.array([f"S{spot % 5}" for spot in range(50)], object)
+    patients = np.array([f"P{spot % 2}" for spot in range(50)], object)
+    return Bank.of(keys, payload, sections, patients, np.array([f"spot{spot}" for spot in range(50)], object))
 
 
-def test_choice_looks_within_sections_and_weighs_patients_alike() -> None:
-    """One large section of P likes few neighbours, two small ones of Q many; a level of its own tells nothing."""
-    rng = np.random.default_rng(3)
-    bank = _bank(500)
-    likes = [("P", 300, 10, 0.0), ("Q", 60, 400, 50.0), ("Q", 60, 400, 90.0), ("R", 60, 400, 0.0)]
-    sections = []
-    for patient, num, k, level in likes:
-        queries = rng.normal(size=(num, 8)).astype(np.float32)
-        said = retrieval.retrieve(queries, bank, RetrievalConfig(k=k, temperature=0.5)).prediction
-        sections.append(ValidationSection(patient, queries, said + level))
-    best = {}
-    for k in (10, 400):
-        config, of_patients = RetrievalConfig(k=k, temperature=0.5), {}
-        for section in sections:
-            said = retrieval.retrieve(section.queries, bank, config).prediction
-            genes = np.argsort(-section.truth.mean(axis=0))[:50]
-            pcc = [np.corrcoef(section.truth[:, gene], said[:, gene])[0, 1] for gene in genes]
-            of_patients.setdefault(section.patient_id, []).append(np.mean(pcc))
-        best[k] = np.mean([np.mean(values) for values in of_patients.values()])
-    assert abs(best[10] - best[400]) > 0.02, "the choice must not be a toss-up"
-    config = RetrievalConfig(temperature=0.5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "TRIED_K", (10, 400))
-        assert validation.choose(sections, bank, config).k == max(best, key=best.__getitem__)
+@pytest.mark.parametrize("config", EXPLAINED, ids=lambda config: config.weighting)
+def test_explained_weights_and_payloads_give_the_prediction(named_bank: Bank, config: RetrievalConfig) -> None:
+    voters = retrieval.explain(
+        QUERY, named_bank, config, top=99, genes={name: column for column, name in enumerate(GENES)}
+    )
+    found = retrieval.retrieve(QUERY[None], named_bank, config)
+    assert len(voters) == config.k
+    assert voters["weight"].sum() == pytest.approx(1, abs=1e-12)
+    assert voters["weight"].to_numpy() @ voters[list(GENES)].to_numpy() == pytest.approx(found.prediction[0], rel=1e-5)
+    assert voters["similarity"].max() == found.similarity[0]
+    assert 1 / (voters["weight"] ** 2).sum() == pytest.approx(found.effective_donors[0], rel=1e-6)
+    assert voters.groupby("patient_id")["weight"].sum().max() == pytest.approx(found.donor_share[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("config", EXPLAINED, ids=lambda config: config.weighting)
+def test_an_explanation_names_the_spots_of_largest_weight_first(named_bank: Bank, config: RetrievalConfig) -> None:
+    voters, few = (
+        retrieval.explain(QUERY, named_bank, config, top=8),
+        retrieval.explain(QUERY, named_bank, config, top=3),
+    )
+    assert few.equals(voters.head(3))
+    assert list(voters.columns) == ["section_id", "patient_id", "spot_id", "similarity", "weight"]
+    assert voters["weight"].is_monotonic_decreasing
+    unit = named_bank.keys / np.linalg.norm(named_bank.keys, axis=1, keepdims=True)
+    cosine = unit @ QUERY / np.linalg.norm(QUERY)
+    rows = [int(name.removeprefix("spot")) for name in voters["spot_id"]]
+    assert set(rows) == set(np.argsort(-cosine)[:8])
+    assert voters["similarity"].to_numpy() == pytest.approx(cosine[rows], abs=1e-6)
+    assert voters["section_id"].tolist() == [f"S{row % 5}" for row in rows]
+    assert voters["patient_id"].tolist() == [f"P{row % 2}" for row in rows]

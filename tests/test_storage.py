@@ -31,7 +31,7 @@ def test_whole_objects_and_ranges(root):
     assert storage.exists(uri)
 
 
-def test_short_and_missing_objects_are_told_apart(root):
+def test_short_and_missing_objects_raise_different_errors(root):
     uri = storage.join(root, "short")
     with pytest.raises(FileNotFoundError, match="short"):
         storage.read(uri)
@@ -64,7 +64,7 @@ def test_list_and_delete(root):
     assert storage.list_files(storage.join(root, "nothing")) == []
 
 
-def test_a_folder_goes_with_all_that_is_in_it_and_nothing_else(root):
+def test_deleting_a_folder_removes_its_files_and_nothing_else(root):
     for name in ("x/1", "x/y/2", "xy/3"):
         storage.write(storage.join(root, name), b"")
     storage.delete_folder(storage.join(root, "x"))
@@ -74,7 +74,7 @@ def test_a_folder_goes_with_all_that_is_in_it_and_nothing_else(root):
         assert [path.name for path in Path(root).iterdir()] == ["xy"]
 
 
-def test_files_go_up_and_down(root, tmp_path):
+def test_upload_and_download(root, tmp_path):
     local, back = tmp_path / "up", tmp_path / "down"
     data = bytes(range(256)) * 40_000  # above the size from which S3 uploads in parts
     local.write_bytes(data)
@@ -97,7 +97,7 @@ def test_local_copy_leaves_nothing_behind(root, tmp_path):
     assert storage.exists(uri)
 
 
-def test_pyarrow_sees_the_same_place(root):
+def test_pyarrow_reads_the_same_object(root):
     uri = storage.join(root, "data")
     storage.write(uri, b"shared")
     filesystem, path = storage.filesystem(uri)
@@ -153,20 +153,20 @@ def test_of_racing_publishers_exactly_one_wins(root, exists_before):
     assert winners == [storage.read(uri)]
 
 
-def test_store_keeps_writers_apart(root):
+def test_a_store_with_conditional_puts_passes_and_keeps_no_probe(root):
     storage.require_conditional_puts(root)
     assert storage.list_files(root) == []
 
 
-def test_store_that_ignores_conditions_is_refused(s3, monkeypatch):
+def test_a_store_that_ignores_conditions_is_refused(s3, monkeypatch):
     monkeypatch.setattr(storage, "_s3_exchange", lambda uri, data, previous: storage._s3_put(uri, data))
     with pytest.raises(StorageError, match="ignores If-None-Match"):
         storage.require_conditional_puts(s3)
     assert storage.list_files(s3) == []
 
 
-def test_repeated_put_recognises_its_own_first_try(s3):
-    """A put whose answer got lost is sent again by the client and then meets itself."""
+def test_a_repeated_put_recognises_its_own_first_try(s3):
+    """A put whose answer is lost is sent again by the client, and then conflicts with itself."""
     storage._s3_exchange(f"{s3}/manifest.json", b"mine", None)
     storage._s3_exchange(f"{s3}/manifest.json", b"mine", None)
     with pytest.raises(ConflictError):
@@ -182,7 +182,7 @@ def test_repeated_put_recognises_its_own_first_try(s3):
         ("gs://bucket/x", "cannot resolve"),
     ],
 )
-def test_uris_hold_no_more_than_a_place(uri, reason):
+def test_a_uri_with_credentials_options_or_another_scheme_is_refused(uri, reason):
     with pytest.raises(StorageError, match=reason) as caught:
         storage.absolute(uri)
     assert "secret" not in str(caught.value)
@@ -195,7 +195,7 @@ def test_local_uris_become_absolute(tmp_path, monkeypatch):
     assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
 
 
-def test_refused_credentials_are_plain_words(s3, monkeypatch):
+def test_refused_credentials_give_a_plain_error(s3, monkeypatch):
     client = boto3.client("s3", aws_access_key_id="test-key", aws_secret_access_key="wrong-secret")
     monkeypatch.setattr(storage, "_s3_client", lambda: client)
     with pytest.raises(StorageError, match=r"cannot write s3://.*/x: the store answered \w+; check") as caught:
@@ -203,7 +203,7 @@ def test_refused_credentials_are_plain_words(s3, monkeypatch):
     assert "wrong-secret" not in str(caught.value)
 
 
-def test_unwritable_local_place_is_plain_words(tmp_path):
+def test_an_unwritable_local_path_gives_a_plain_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cannot write .*file/below"):
         storage.write(str(tmp_path / "file" / "below"), b"")
@@ -234,7 +234,7 @@ class _Faulty(BaseHTTPRequestHandler):
 
 
 @pytest.mark.usefixtures("_environment")
-def test_body_that_breaks_off_is_asked_for_again(monkeypatch):
+def test_a_body_that_breaks_off_is_requested_again(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Faulty)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     config = BotoConfig(retries={"mode": "standard", "max_attempts": 1}, s3={"addressing_style": "path"})

@@ -1,4 +1,4 @@
-"""The towers against NumPy references written from the method's text; padding and empty sentences."""
+"""The towers against NumPy references written from the method's description; padding and empty sentences."""
 
 import math
 
@@ -61,8 +61,12 @@ def _head(h: np.ndarray, w: Weights, name: str) -> np.ndarray:
     return _layer_norm(p + _gelu(p) @ w[f"{name}.refine.weight"].T + w[f"{name}.refine.bias"], w, f"{name}.norm")
 
 
-def _published_spot_side(expression: np.ndarray, place: np.ndarray, w: Weights) -> np.ndarray:
-    z = expression + w["spot_tower.position.x.weight"][place[:, 0]] + w["spot_tower.position.y.weight"][place[:, 1]]
+def _published_spot_side(expression: np.ndarray, position: np.ndarray, w: Weights) -> np.ndarray:
+    z = (
+        expression
+        + w["spot_tower.position.x.weight"][position[:, 0]]
+        + w["spot_tower.position.y.weight"][position[:, 1]]
+    )
     for block in ("spot_tower.blocks.0", "spot_tower.blocks.1"):
         z = z + _attention(_layer_norm(z, w, f"{block}.attention_norm"), w, f"{block}.attention")
         inner = _layer_norm(z, w, f"{block}.ffn_norm") @ w[f"{block}.ffn.0.weight"].T + w[f"{block}.ffn.0.bias"]
@@ -73,9 +77,9 @@ def _published_spot_side(expression: np.ndarray, place: np.ndarray, w: Weights) 
 def test_the_published_spot_side_equals_its_description() -> None:
     torch.manual_seed(0)
     towers = TwoTowers(REFERENCE, GENES, POSITIONS, 32).eval()
-    expression, place = torch.rand(1, 7, GENES), torch.randint(0, POSITIONS, (1, 7, 2))
-    found = towers.embed_spots(expression, place.float(), torch.ones(1, 7, dtype=torch.bool))[0]
-    expected = _published_spot_side(expression[0].double().numpy(), place[0].numpy(), _weights(towers))
+    expression, position = torch.rand(1, 7, GENES), torch.randint(0, POSITIONS, (1, 7, 2))
+    found = towers.embed_spots(expression, position.float(), torch.ones(1, 7, dtype=torch.bool))[0]
+    expected = _published_spot_side(expression[0].double().numpy(), position[0].numpy(), _weights(towers))
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
     assert towers.logit_scale.item() == pytest.approx(1.0)
     assert not towers.log_scale.requires_grad
@@ -105,14 +109,14 @@ def test_published_visium_input_is_blue_first_from_0_to_255() -> None:
 def test_padding_influences_nothing(position: str) -> None:
     config = ModelConfig(image_encoder="small_cnn", spot_width=16, spot_layers=2, position=position)
     towers = TwoTowers(config, GENES, POSITIONS, 32).eval()
-    expression, place = torch.rand(2, 6, GENES), torch.randint(0, POSITIONS, (2, 6, 2)).float()
+    expression, position = torch.rand(2, 6, GENES), torch.randint(0, POSITIONS, (2, 6, 2)).float()
     mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
-    before = towers.embed_spots(expression, place, mask)
+    before = towers.embed_spots(expression, position, mask)
     other = expression.clone()
     other[0, 4:] = 100.0
-    after = towers.embed_spots(other, place, mask)
+    after = towers.embed_spots(other, position, mask)
     assert torch.equal(before[mask], after[mask])
-    alone = towers.embed_spots(expression[:1, :4], place[:1, :4], mask[:1, :4])
+    alone = towers.embed_spots(expression[:1, :4], position[:1, :4], mask[:1, :4])
     torch.testing.assert_close(alone[0], before[0, :4], rtol=1e-4, atol=1e-5)
 
 
@@ -125,17 +129,17 @@ def test_an_empty_sentence_gives_no_nan() -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in tower.parameters() if parameter.grad is not None)
 
 
-def test_position_and_neighbours_matter() -> None:
+def test_position_and_neighbours_change_an_embedding() -> None:
     towers = TwoTowers(ModelConfig(image_encoder="small_cnn", spot_width=16), GENES, 0, 32).eval()
-    expression, place, mask = torch.rand(1, 5, GENES), 300 * torch.randn(1, 5, 2), torch.ones(1, 5, dtype=torch.bool)
-    base = towers.embed_spots(expression, place, mask)
-    assert not torch.allclose(base, towers.embed_spots(expression, place.flip(1), mask))
+    expression, position, mask = torch.rand(1, 5, GENES), 300 * torch.randn(1, 5, 2), torch.ones(1, 5, dtype=torch.bool)
+    base = towers.embed_spots(expression, position, mask)
+    assert not torch.allclose(base, towers.embed_spots(expression, position.flip(1), mask))
     changed = expression.clone()
     changed[0, 0] += 1
-    assert not torch.allclose(base[0, 1:], towers.embed_spots(changed, place, mask)[0, 1:])
+    assert not torch.allclose(base[0, 1:], towers.embed_spots(changed, position, mask)[0, 1:])
 
 
-def test_a_learnt_scale_is_bounded_and_can_come_back() -> None:
+def test_a_learnt_scale_is_capped_and_still_learns() -> None:
     towers = TwoTowers(ModelConfig(image_encoder="small_cnn", spot_width=16), GENES, 0, 32)
     assert towers.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-4)
     with torch.no_grad():

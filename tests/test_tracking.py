@@ -1,4 +1,4 @@
-"""Tracking: a server that comes and goes, a driver killed on the way, artifacts in object storage, nothing astray."""
+"""Tracking: runs, metrics and the registry, with servers that fail, killed drivers and artifacts in object storage."""
 
 import json
 import logging
@@ -29,11 +29,27 @@ def _save_version(folder: Path) -> ModelVersion:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
-    """Settings that track into a database in a folder of their own, with a model version in `version`."""
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """Returns settings with a database in its own folder, and that folder, with a model version in `version`."""
     folder = tmp_path_factory.mktemp("tracking")
     _save_version(folder / "version")
     return override(Config(), SETTINGS | {"tracking.uri": f"sqlite:///{folder}/mlflow.db"}), folder
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[str], Path]:
+    """Returns the settings of a registry with two runs, the runs' ids and a folder to register."""
+    path = tmp_path_factory.mktemp("registry")
+    config = override(Config(), SETTINGS | {"tracking.uri": f"sqlite:///{path}/mlflow.db"})
+    folder = path / "version"
+    folder.mkdir()
+    random_version().save(folder)
+    runs = [tracking.start_run(config, name, {"a": "b"}) for name in ("first", "second")]
+    log = tracking.metric_log(config.tracking, runs[0])
+    for step in range(5):
+        log.log(step, {"loss": 5.0 - step})
+    log.close()
+    return config, runs, folder
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -74,7 +90,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[_Server], Con
         http.shutdown()
 
 
-def test_metrics_land_when_the_server_is_back(
+def test_metrics_arrive_when_the_server_is_back(
     server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture
 ) -> None:
     handler, config = server
@@ -91,7 +107,7 @@ def test_metrics_land_when_the_server_is_back(
     assert not caplog.records
 
 
-def test_a_server_that_stays_away_costs_a_bounded_wait_and_is_reported(
+def test_a_server_that_stays_away_costs_a_limited_wait_and_is_reported(
     server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, config = server
@@ -108,7 +124,7 @@ def test_a_server_that_stays_away_costs_a_bounded_wait_and_is_reported(
     assert not log._thread.is_alive(), "a log that gave up must not go on sending"
 
 
-def test_a_slow_server_does_not_hold_up_training(server: tuple[type[_Server], Config]) -> None:
+def test_a_slow_server_does_not_delay_training(server: tuple[type[_Server], Config]) -> None:
     handler, config = server
     handler.away, handler.wait_s = False, 0.3
     log = tracking.metric_log(config.tracking, "run")
@@ -120,7 +136,7 @@ def test_a_slow_server_does_not_hold_up_training(server: tuple[type[_Server], Co
     assert sorted(handler.received) == [("loss", step) for step in range(200)]
 
 
-def test_what_the_server_refuses_for_good_holds_up_nothing_else(
+def test_a_metric_that_the_server_refuses_does_not_delay_others(
     server: tuple[type[_Server], Config], caplog: pytest.LogCaptureFixture
 ) -> None:
     handler, config = server
@@ -138,9 +154,9 @@ def test_what_the_server_refuses_for_good_holds_up_nothing_else(
 
 
 def test_a_driver_killed_before_the_alias_was_set_gets_it_when_run_again(
-    place: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tracked: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config, folder = place
+    config, folder = tracked
     named = override(config, {"tracking.model_name": "killed"}).tracking
     run_id = tracking.start_run(config, "killed", {})
 
@@ -156,8 +172,8 @@ def test_a_driver_killed_before_the_alias_was_set_gets_it_when_run_again(
     assert ModelVersion.load(fetched).digest == ModelVersion.load(folder / "version").digest
 
 
-def test_a_champion_chosen_by_hand_is_left_alone(place: tuple[Config, Path]) -> None:
-    config, folder = place
+def test_a_champion_chosen_by_hand_is_left_alone(tracked: tuple[Config, Path]) -> None:
+    config, folder = tracked
     named = override(config, {"tracking.model_name": "chosen"}).tracking
     first, second = (tracking.start_run(config, name, {}) for name in ("one", "two"))
     for run_id in (first, second):
@@ -168,9 +184,9 @@ def test_a_champion_chosen_by_hand_is_left_alone(place: tuple[Config, Path]) -> 
 
 
 def test_nothing_is_written_into_the_working_folder(
-    place: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tracked: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config, folder = place
+    config, folder = tracked
     work, scratch = tmp_path / "work", tmp_path / "scratch"
     work.mkdir()
     scratch.mkdir()
@@ -184,9 +200,9 @@ def test_nothing_is_written_into_the_working_folder(
 
 
 def test_all_settings_are_logged_and_none_is_a_secret(
-    place: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+    tracked: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, _ = place
+    config, _ = tracked
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     run = MlflowClient(config.tracking.uri).get_run(tracking.start_run(config, "settings", {"protocol": "patient"}))
     assert run.data.params["model.spot_width"] == "16"
@@ -215,7 +231,7 @@ def test_artifacts_and_versions_live_in_object_storage(s3: str, tmp_path: Path) 
     assert not (tmp_path / "mlartifacts").exists()
 
 
-def test_a_model_folder_may_lie_in_object_storage(s3: str, tmp_path: Path) -> None:
+def test_a_model_folder_may_be_in_object_storage(s3: str, tmp_path: Path) -> None:
     saved = _save_version(tmp_path / "version")
     for path in (tmp_path / "version").iterdir():
         storage.upload(path, f"{s3}/run/model/{path.name}")
@@ -236,7 +252,7 @@ def test_an_unreachable_server_is_a_users_error(monkeypatch: pytest.MonkeyPatch)
         tracking.log_artifacts(config.tracking, "0" * 32, ".", "none")
 
 
-def test_a_mistyped_database_is_not_made_by_looking_into_it(tmp_path: Path) -> None:
+def test_looking_into_a_mistyped_database_does_not_create_it(tmp_path: Path) -> None:
     config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/mlfow.db"})
     with pytest.raises(ModelError, match=r"mlfow\.db names no file"):
         tracking.fetch_model(config.tracking, "models:/mclstexp@champion", str(tmp_path))
@@ -244,8 +260,8 @@ def test_a_mistyped_database_is_not_made_by_looking_into_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("uri", ["models:/none@champion", "models:/none/1", "models:/none"])
-def test_an_unknown_model_is_a_users_error(place: tuple[Config, Path], uri: str, tmp_path: Path) -> None:
-    config, _ = place
+def test_an_unknown_model_is_a_users_error(tracked: tuple[Config, Path], uri: str, tmp_path: Path) -> None:
+    config, _ = tracked
     with pytest.raises(ModelError, match=f"there is no {uri} at"):
         tracking.fetch_model(config.tracking, uri, str(tmp_path))
 
@@ -258,8 +274,8 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(setting: str) -> N
     assert override(Config(), {"tracking.uri": "https://server.example:5000"}).tracking.uri.endswith(":5000")
 
 
-def test_curves_are_what_was_logged_by_step(place: tuple[Config, Path]) -> None:
-    config, _ = place
+def test_curves_are_the_logged_metrics_by_step(tracked: tuple[Config, Path]) -> None:
+    config, _ = tracked
     run_id = tracking.start_run(config, "curves", {})
     metrics = tracking.metric_log(config.tracking, run_id)
     for step in (10, 5, 20):
@@ -272,8 +288,46 @@ def test_curves_are_what_was_logged_by_step(place: tuple[Config, Path]) -> None:
     assert tracking.curves(config.tracking, "0" * 32).empty
 
 
-def test_curves_make_no_database_and_name_the_one_that_is_lacking(tmp_path: Path) -> None:
+def test_curves_create_no_database_and_name_the_missing_one(tmp_path: Path) -> None:
     config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/none.db"})
     with pytest.raises(UserError, match=r"no run abc: tracking.uri=.*none.db names no file"):
         tracking.curves(config.tracking, "abc")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_registers_once_and_the_first_version_is_champion(
+    registry: tuple[Config, list[str], Path], tmp_path: Path
+) -> None:
+    config, (first, second), folder = registry
+    register = [tracking.register(config.tracking, run, str(folder), {}) for run in (first, first, second, second)]
+    assert register == ["1", "1", "2", "2"]
+    champion = tracking.fetch_model(config.tracking, "models:/mclstexp@champion", str(tmp_path))
+    assert ModelVersion.load(champion).digest == ModelVersion.load(folder).digest
+    assert tracking.tag_version(config.tracking, "models:/mclstexp@champion", {"score": "1"}) == first
+    for uri, hint in (
+        ("models:/mclstexp@best", "has the versions 1, 2"),
+        ("models:/mclstexp/3", "has the versions 1, 2"),
+        ("models:/other@champion", "the models are mclstexp"),
+    ):
+        with pytest.raises(ModelError, match=hint):
+            tracking.fetch_model(config.tracking, uri, str(tmp_path))
+
+
+def test_metrics_and_parameters_reach_mlflow(registry: tuple[Config, list[str], Path]) -> None:
+    config, (first, _), _ = registry
+    client = MlflowClient(config.tracking.uri)
+    history = client.get_metric_history(first, "loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(step, 5.0 - step) for step in range(5)]
+    assert client.get_run(first).data.params["model.image_encoder"] == "small_cnn"
+
+
+def test_a_dead_server_does_not_delay_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "FLUSH_S", 1.0)
+    config = override(Config(), {"tracking.uri": "http://127.0.0.1:9"})
+    log = tracking.metric_log(config.tracking, "no-run")
+    started = time.monotonic()
+    for step in range(100):
+        log.log(step, {"loss": 1.0})
+    assert time.monotonic() - started < 5
+    log.close()

@@ -1,4 +1,4 @@
-"""The best cosines: exact against whole-number arithmetic, and the same however they are asked for."""
+"""The best cosines: equal to integer arithmetic, and the same in any batch, block and number of threads."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def _vectors(count: int, seed: int, width: int = 70) -> np.ndarray:
 
 
 def _reference(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and cosines from sums of whole numbers of 64 bits, sorted by (cosine, lower key)."""
+    """Ids and cosines from 64-bit integer sums, sorted by (cosine, lower key)."""
     exact = directions(queries).astype(np.int64) @ directions(keys).astype(np.int64).T
     cosine = (exact / 2.0**48).astype(np.float32)
     ids = np.stack([np.lexsort((np.arange(len(keys)), -row))[:k] for row in cosine])
@@ -41,14 +41,14 @@ def test_cosines_are_exact_and_ties_go_to_the_lower_key(key_block: int, k: int) 
     assert (ids.dtype, cosines.dtype) == (np.int64, np.float32)
 
 
-def test_ties_at_the_last_place_go_to_the_lower_key() -> None:
+def test_ties_for_the_last_neighbour_go_to_the_lower_key() -> None:
     keys = np.tile(np.eye(4, dtype=np.float32), (5, 1))
     ids, cosines = nearest(np.eye(4, dtype=np.float32)[:1], directions(keys), 3)
     assert ids.tolist() == [[0, 4, 8]]
     assert cosines.tolist() == [[1, 1, 1]]
 
 
-def test_neither_threads_nor_company_change_a_bit() -> None:
+def test_threads_and_other_queries_change_no_bit() -> None:
     keys, queries = directions(_vectors(500, 4)), _vectors(300, 5)
     ids, cosines = nearest(queries, keys, 20)
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""A model version is whole or refused, and loading it runs nobody's code."""
+"""A model version is complete or refused, loading it runs no code, and earlier versions load."""
 
 import hashlib
 import json
@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from random_version import GENES, random_version
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from mclstexp.config import override
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest
-from mclstexp.errors import ModelError
+from mclstexp.errors import ConfigError, ModelError
 from mclstexp.model.embed import network_of
 from mclstexp.model.towers import build_network
 from mclstexp.model.version import ModelVersion
@@ -43,7 +45,7 @@ def test_a_direct_regression_has_no_bank_and_predicts_its_linear_map(tmp_path: P
     assert np.isnan(found.similarity).all()
 
 
-def test_a_version_with_a_bank_that_its_kind_has_not_is_refused(tmp_path: Path) -> None:
+def test_a_direct_regression_with_a_bank_is_refused(tmp_path: Path) -> None:
     source = random_version()
     source.config = override(source.config, {"model.predictor": "regression"})
     source.save(tmp_path)
@@ -51,7 +53,7 @@ def test_a_version_with_a_bank_that_its_kind_has_not_is_refused(tmp_path: Path) 
         ModelVersion.load(tmp_path)
 
 
-def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
+def test_a_loaded_version_equals_the_saved_one(folder: Path) -> None:
     saved, loaded = random_version(), ModelVersion.load(folder)
     assert (loaded.config, loaded.panel, loaded.training) == (saved.config, saved.panel, saved.training)
     assert (loaded.tile_size_px, loaded.mpp, loaded.ood_similarity) == (32, 0.5, 0.25)
@@ -106,7 +108,7 @@ def test_a_list_of_files_that_leaves_one_out_is_refused(folder: Path) -> None:
         ModelVersion.load(folder)
 
 
-def test_a_table_cut_otherwise_is_refused_with_both_values(folder: Path) -> None:
+def test_a_table_with_other_tiles_is_refused_with_both_values(folder: Path) -> None:
     model = ModelVersion.load(folder)
     manifest = Manifest(
         tile_size_px=32,
@@ -132,11 +134,11 @@ def test_a_table_cut_otherwise_is_refused_with_both_values(folder: Path) -> None
 
 def _rewrite_record(folder: Path, record: dict[str, object]) -> None:
     (folder / "model.json").write_text(json.dumps(record))
-    _list_anew(folder)
+    _update_checksums(folder)
 
 
-def _list_anew(folder: Path) -> None:
-    """Makes the list of checksums true of whatever lies there."""
+def _update_checksums(folder: Path) -> None:
+    """Writes the checksums of the files as they are now."""
     names = json.loads((folder / "files.json").read_text())
     files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "files.json").write_text(json.dumps(files))
@@ -166,7 +168,7 @@ def test_a_bank_or_weights_of_another_version_are_refused_with_both_values(
         (folder / name).write_bytes((other / name).read_bytes())
     with pytest.raises(ModelError, match=r"was changed after it was saved: it has SHA-256 \w+\.\.\., files\.json says"):
         ModelVersion.load(folder)
-    _list_anew(folder)
+    _update_checksums(folder)
     with pytest.raises(ModelError, match=fault.format(**digests)):
         ModelVersion.load(folder)
 
@@ -206,10 +208,10 @@ def test_a_bank_that_is_not_listed_is_refused(folder: Path) -> None:
         ModelVersion.load(folder)
 
 
-def test_an_earlier_versions_bank_does_not_say_what_it_was_made_for(folder: Path) -> None:
+def test_a_bank_of_schema_2_loads_without_a_note_of_what_it_was_made_for(folder: Path) -> None:
     bank = ModelVersion.load(folder).bank
     bank.save(folder, {})
-    _list_anew(folder)
+    _update_checksums(folder)
     assert np.array_equal(ModelVersion.load(folder).bank.keys, bank.keys)
 
 
@@ -220,7 +222,31 @@ def test_another_schema_is_refused(folder: Path) -> None:
         ModelVersion.load(folder)
 
 
-def test_a_version_of_schema_1_loads_with_no_threshold(folder: Path) -> None:
+def test_a_version_of_schema_3_stores_no_directions_and_answers_equally(folder: Path) -> None:
+    """As the code before schema 4 wrote it: a setting that is gone, and a bank of keys and payload only."""
+    queries = np.random.default_rng(1).normal(size=(40, 256)).astype(np.float32)
+    expected = ModelVersion.load(folder).predict(queries)
+    with safe_open(folder / "bank.safetensors", "numpy") as file:
+        notes, arrays = file.metadata(), {name: file.get_tensor(name) for name in ("keys", "payload")}
+    save_file(arrays, folder / "bank.safetensors", notes)
+    record = json.loads((folder / "model.json").read_text())
+    record["config"]["predict"]["bank_shards"] = 2
+    _rewrite_record(folder, record | {"schema_version": 3})
+    loaded = ModelVersion.load(folder)
+    assert loaded.config == random_version().config
+    for name, values in vars(loaded.predict(queries)).items():
+        assert np.array_equal(values, getattr(expected, name)), name
+
+
+def test_a_recorded_setting_that_never_was_is_refused(folder: Path) -> None:
+    record = json.loads((folder / "model.json").read_text())
+    record["config"]["predict"]["bank_shard"] = 2
+    _rewrite_record(folder, record)
+    with pytest.raises(ConfigError, match=r"unknown setting predict\.bank_shard in .*version"):
+        ModelVersion.load(folder)
+
+
+def test_a_version_of_schema_1_loads_without_threshold(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
     assert (record["schema_version"], record.pop("ood_similarity")) == (4, 0.25)
     _rewrite_record(folder, record | {"schema_version": 1})
