@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ingest.readers.legacy_st import read_legacy_st
+from ingest.readers import legacy_st
 from mclstexp.errors import SourceError
 from mclstexp.evaluation import domains
 from mclstexp.evaluation.domains import MEASURED, NO_DOMAIN, SMOOTHED
@@ -30,12 +30,12 @@ def _hexagonal(side: int = SIDE) -> np.ndarray:
 
 
 def _section(noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Place, labels and expression of three bands, each with a program of its own over 40 genes."""
+    """Coordinates, labels and expression of three bands, each with a program of its own over 40 genes."""
     rng = np.random.default_rng(0)
-    place = _square()
-    band = (place[:, 1] // (6 * PITCH_UM)).astype(int)
-    expression = rng.normal(size=(3, 40))[band] + noise * rng.normal(size=(len(place), 40))
-    return place, np.array(["fat", "immune infiltrate", "cancer"], object)[band], expression.astype(np.float32)
+    xy_um = _square()
+    band = (xy_um[:, 1] // (6 * PITCH_UM)).astype(int)
+    expression = rng.normal(size=(3, 40))[band] + noise * rng.normal(size=(len(xy_um), 40))
+    return xy_um, np.array(["fat", "immune infiltrate", "cancer"], object)[band], expression.astype(np.float32)
 
 
 def _pair_ari(labels: np.ndarray, found: np.ndarray) -> float:
@@ -71,10 +71,10 @@ def test_agreement_knows_neither_names_nor_numbers() -> None:
 
 
 def test_both_ways_find_known_domains_and_unlabelled_spots_are_dropped_and_counted() -> None:
-    place, labels, expression = _section(noise=0.3)
+    xy_um, labels, expression = _section(noise=0.3)
     labels[[0, 50, 200, 300]] = [None, "Undetermined", " ", float("nan")]
     noise = np.random.default_rng(1).normal(size=expression.shape)
-    result = domains.compare_domains(labels, place, expression, {"model": 2 * expression + 1, "noise": noise})
+    result = domains.compare_domains(labels, xy_um, expression, {"model": 2 * expression + 1, "noise": noise})
     table = result.table.set_index("method")
     assert list(table.index) == [MEASURED, SMOOTHED, "model", "noise"]
     scores = ["kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi"]
@@ -94,10 +94,10 @@ def test_what_r_and_pandas_write_for_no_label_is_none(missing: object) -> None:
 
 
 def test_domains_are_those_of_the_labelled_spots_after_smoothing_over_all() -> None:
-    place, labels, expression = _section(noise=2.0)
-    used = np.random.default_rng(2).random(len(place)) < 0.5
-    result = domains.compare_domains(np.where(used, labels, None), place, expression, {})
-    smooth = domains.neighbourhoods(place).mean(expression)
+    xy_um, labels, expression = _section(noise=2.0)
+    used = np.random.default_rng(2).random(len(xy_um)) < 0.5
+    result = domains.compare_domains(np.where(used, labels, None), xy_um, expression, {})
+    smooth = domains.neighbourhoods(xy_um).mean(expression)
     for method, values in {MEASURED: expression, SMOOTHED: smooth}.items():
         expected = domains.find_domains(values[used], 3)
         np.testing.assert_array_equal(result.domains[method].kmeans[used], expected.kmeans)
@@ -105,25 +105,25 @@ def test_domains_are_those_of_the_labelled_spots_after_smoothing_over_all() -> N
 
 
 def test_smoothing_alone_raises_the_agreement() -> None:
-    place, labels, expression = _section(noise=2.5)
-    table = domains.compare_domains(labels, place, expression, {}).table.set_index("method")
+    xy_um, labels, expression = _section(noise=2.5)
+    table = domains.compare_domains(labels, xy_um, expression, {}).table.set_index("method")
     gain = table.loc[SMOOTHED] - table.loc[MEASURED]
     assert gain["kmeans_ari"] > 0.2
     assert gain["leiden_ari"] > 0.2
 
 
 def test_fewer_than_two_labels_are_refused() -> None:
-    place, _, expression = _section(noise=0.1)
-    labels = ["cancer"] * 10 + ["undetermined"] * (len(place) - 10)
+    xy_um, _, expression = _section(noise=0.1)
+    labels = ["cancer"] * 10 + ["undetermined"] * (len(xy_um) - 10)
     with pytest.raises(SourceError, match=f"10 of {SIDE**2} spots have a label, 1 different"):
-        domains.compare_domains(labels, place, expression, {})
+        domains.compare_domains(labels, xy_um, expression, {})
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_a_constant_prediction_has_one_domain(value: float) -> None:
-    place, labels, expression = _section(noise=0.3)
+    xy_um, labels, expression = _section(noise=0.3)
     constant = np.full_like(expression, value)
-    row = domains.compare_domains(labels, place, expression, {"train mean": constant}).table.iloc[2]
+    row = domains.compare_domains(labels, xy_um, expression, {"train mean": constant}).table.iloc[2]
     assert (row["kmeans_clusters"], row["leiden_clusters"]) == (1, 1)
     assert (row["kmeans_ari"], row["leiden_nmi"]) == (0.0, 0.0)
 
@@ -149,15 +149,15 @@ def test_principal_components_equal_a_singular_value_decomposition() -> None:
     assert domains.principal_components(expression[:, :4]).shape == (80, 4)
 
 
-@pytest.mark.parametrize(("place", "around"), [(_square(), 8), (_square(stretch=1.12), 8), (_hexagonal(), 6)])
-def test_smoothing_is_the_mean_over_the_first_ring(place: np.ndarray, around: int) -> None:
-    expression = np.random.default_rng(0).normal(size=(len(place), 3)).astype(np.float32)
-    smooth = domains.neighbourhoods(place)
+@pytest.mark.parametrize(("xy_um", "around"), [(_square(), 8), (_square(stretch=1.12), 8), (_hexagonal(), 6)])
+def test_smoothing_is_the_mean_over_the_first_ring(xy_um: np.ndarray, around: int) -> None:
+    expression = np.random.default_rng(0).normal(size=(len(xy_um), 3)).astype(np.float32)
+    smooth = domains.neighbourhoods(xy_um)
     inner = 5 * SIDE + 7
-    nearest = np.argsort(np.linalg.norm(place - place[inner], axis=1), kind="stable")[: around + 1]
+    nearest = np.argsort(np.linalg.norm(xy_um - xy_um[inner], axis=1), kind="stable")[: around + 1]
     result = smooth.mean(expression)
     np.testing.assert_allclose(result[inner], expression[nearest].astype(np.float64).mean(axis=0))
-    assert smooth.radius == pytest.approx(1.57 * domains.spot_pitch(place))
+    assert smooth.radius == pytest.approx(1.57 * domains.spot_pitch(xy_um))
     assert around - 1.5 < smooth.num_neighbours < around
     if around == 8:
         corner = expression[[0, 1, SIDE, SIDE + 1]].astype(np.float64)
@@ -165,7 +165,7 @@ def test_smoothing_is_the_mean_over_the_first_ring(place: np.ndarray, around: in
 
 
 @pytest.mark.parametrize("num_domains", [2, 3, 6, 12])
-def test_leiden_finds_as_many_domains_as_asked_for(num_domains: int) -> None:
+def test_leiden_finds_the_given_number_of_domains(num_domains: int) -> None:
     components = np.random.default_rng(0).normal(size=(300, 4))
     random.seed(7)
     state = random.getstate()
@@ -184,8 +184,8 @@ def test_leiden_takes_the_nearest_number_where_the_graph_falls_into_more_parts()
 
 
 def test_a_section_of_a_few_spots_passes() -> None:
-    place, _, expression = _section(noise=0.3)
-    table = domains.compare_domains(["a", "b", "a"], place[:3], expression[:3], {}).table
+    xy_um, _, expression = _section(noise=0.3)
+    table = domains.compare_domains(["a", "b", "a"], xy_um[:3], expression[:3], {}).table
     assert table["spots_used"].tolist() == [3, 3]
 
 
@@ -202,18 +202,17 @@ def test_a_spot_without_neighbours_has_a_pitch_and_only_itself_around(num_spots:
 @pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 def test_section_a1_against_its_pathologist() -> None:
     folder = Path(os.environ["MCLSTEXP_DATA"]) / "her2st"
-    section = read_legacy_st(str(folder / "counts" / "A1.tsv.gz"), str(folder / "spots" / "A1_lowres_selection.tsv"))
+    files = {"expression": folder / "counts" / "A1.tsv.gz", "positions": folder / "spots" / "A1_lowres_selection.tsv"}
+    section = legacy_st.read({part: str(path) for part, path in files.items()})
     table = pd.read_csv(folder / "labels" / "A1_labeled_coordinates.tsv", sep="\t")
     named = {f"{round(x)}x{round(y)}": label for x, y, label in zip(table.x, table.y, table.label, strict=True)}
     labels = [named.get(spot_id) for spot_id in section.spots.spot_id]
     assert sum(label is not None for label in labels) == 346
-    place_um = 3.4 * np.stack([section.spots.x_px, section.spots.y_px], axis=1)
+    xy_um = 3.4 * np.stack([section.spots.x_px, section.spots.y_px], axis=1)
     panel = set((folder / "panel_785.txt").read_text().split())
     counts = section.spots.counts.toarray().astype(np.float64)
     expression = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
-    result = domains.compare_domains(
-        labels, place_um, expression[:, [gene.symbol in panel for gene in section.genes]], {}
-    )
+    result = domains.compare_domains(labels, xy_um, expression[:, [gene.symbol in panel for gene in section.genes]], {})
     print(result.table.to_string(), f"radius {result.smoothing_radius_um:.0f} um", result.smoothing_neighbours)
     scores = result.table.set_index("method")
     assert (scores[["num_labels", "spots_used", "spots_dropped"]] == [5, 341, 5]).all(axis=None)

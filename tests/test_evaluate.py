@@ -1,4 +1,4 @@
-"""Evaluation of an untrained model version on a real tile table: who is scored, and every row against plain NumPy."""
+"""Evaluation of an untrained model version on a real tile table: what is scored, and every row against plain NumPy."""
 
 import contextlib
 import io
@@ -147,9 +147,9 @@ def test_every_row_equals_plain_numpy(tiles: str, version: ModelVersion, scored:
         spread = np.where(seen.std(0) > 0, seen.std(0), 1)
         ridge = Ridge(alpha=alpha).fit((seen - seen.mean(0)) / spread, training)
         _assert_scores(rows.loc[(f"ridge on {name}", "all")], truth, ridge.predict((asked - seen.mean(0)) / spread))
-    said = _plain_prediction(tiles, version, TEST, training)
-    _assert_scores(rows.loc[("model", "all")], truth, said)
-    _assert_scores(rows.loc[("model", "two")], truth[:, [3]], said[:, [3]])
+    predicted = _plain_prediction(tiles, version, TEST, training)
+    _assert_scores(rows.loc[("model", "all")], truth, predicted)
+    _assert_scores(rows.loc[("model", "two")], truth[:, [3]], predicted[:, [3]])
     expected = [np.corrcoef(gene, np.log(1 + totals))[0, 1] for gene in truth.T if gene.std()]
     assert rows.loc[("library-size oracle", "all"), "pcc"] == pytest.approx(np.mean(expected), abs=1e-5)
     assert rows.loc[["library-size oracle", "noise ceiling"], ["mse", "rmse", "mae"]].isna().all(axis=None)
@@ -174,7 +174,7 @@ def _plain_prediction(tiles: str, version: ModelVersion, name: str, payload: np.
 
 
 @pytest.mark.slow
-def test_the_job_says_what_was_scored_how_and_where_it_lies(version: ModelVersion, scored: Scored) -> None:
+def test_the_job_reports_what_it_scored_and_where_it_wrote(version: ModelVersion, scored: Scored) -> None:
     assert scored.record["model_digest"] == ModelVersion.load(scored.folder / "model").digest
     assert scored.record["protocol"] == "reference"
     assert scored.record["targets"] == {
@@ -217,14 +217,14 @@ def test_the_report_reads_what_the_job_wrote(version: ModelVersion, scored: Scor
     assert result.heading(section).endswith("LEAK that this protocol allows: other sections of patients P3 trained")
 
 
-def test_a_direct_regression_is_right_in_its_own_unit_alone(tiles: str) -> None:
+def test_a_direct_regression_has_errors_only_in_its_own_unit(tiles: str) -> None:
     version = untrained_version(tiles, SETTINGS | {"model.predictor": "regression", "split.test_patients": ["P3"]})
     card = evaluate(version, tiles, lambda *_: None, ["P3S1"])
     rows = card.rows[(card.rows["method"] == "model") & (card.rows["gene_set"] == "all")].set_index("target")
-    said = _regression(version, _tiles_of(tiles, "P3S1"))
-    _assert_scores(rows.loc["per_spot"], _expression(tiles, version, "P3S1")[0], said)
+    predicted = _regression(version, _tiles_of(tiles, "P3S1"))
+    _assert_scores(rows.loc["per_spot"], _expression(tiles, version, "P3S1")[0], predicted)
     other = _expression(tiles, version, "P3S1", "per_gene")[0]
-    pcc = [np.corrcoef(a, b)[0, 1] for a, b in zip(other.T, said.T, strict=True) if a.std()]
+    pcc = [np.corrcoef(a, b)[0, 1] for a, b in zip(other.T, predicted.T, strict=True) if a.std()]
     assert rows.loc["per_gene", "pcc"] == pytest.approx(np.mean(pcc), abs=1e-3)
     assert rows.loc["per_gene", ["mse", "rmse", "mae"]].isna().all()
     assert any("direct regression" in note for note in card.notes)
@@ -237,7 +237,7 @@ def _regression(version: ModelVersion, images: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).numpy()
 
 
-def test_what_the_model_held_out_is_scored_unless_asked_otherwise(tiles: str, manifest: Manifest) -> None:
+def test_held_out_sections_are_scored_by_default(tiles: str, manifest: Manifest) -> None:
     version = untrained_version(tiles, SETTINGS | {"split.test_patients": ["P3"]})
     assert held_out(version, manifest) == ["P3S1", "P3S2"]
     assert held_out(version, manifest, ["P3S2"]) == ["P3S2"]
@@ -269,13 +269,13 @@ def test_a_model_that_held_nothing_out_needs_sections(version: ModelVersion, man
 
 
 def test_a_table_that_does_not_fit_the_model_is_refused(tiles: str, version: ModelVersion, manifest: Manifest) -> None:
-    with pytest.raises(ModelError, match="lacks P7S1"):
+    with pytest.raises(ModelError, match="has no P7S1"):
         held_out(_with(version, sections=("P1S1", "P7S1")), manifest)
     with pytest.raises(ModelError, match="64 px"):
         held_out(version, manifest.model_copy(update={"tile_size_px": 64}))
     other = _with(version)
     other.panel = GenePanel(("NOPE",), ("NOPE",), ("",))
-    with pytest.raises(ModelError, match="0 of the panel's 1 genes; it lacks NOPE"):
+    with pytest.raises(ModelError, match="0 of the panel's 1 genes; missing: NOPE"):
         evaluate(other, tiles, lambda *_: None)
 
 

@@ -30,7 +30,7 @@ ALL = _manifest("A1", "A2", "B1", "B2", "C1", "D1")
 WITHOUT_VALIDATION = _manifest("A1", "A2", "B2", "C1", "D1")
 
 
-def test_patients_that_the_model_never_met_are_scored() -> None:
+def test_patients_that_the_model_has_not_seen_are_scored() -> None:
     assert held_out(_model(), ALL) == ["D1"]
     assert held_out(_model(), ALL, ["C1", "D1"]) == ["C1", "D1"]
 
@@ -49,24 +49,24 @@ def test_patients_that_trained_or_chose_settings_are_refused(section: str, messa
         held_out(_model(), ALL, ["C1", section])
 
 
-def test_a_table_that_lacks_the_validation_sections_hides_no_patient() -> None:
+def test_validation_patients_are_refused_even_if_their_sections_are_not_in_the_table() -> None:
     with pytest.raises(SplitError, match=r"settings chosen .* of B2"):
         held_out(_model(), WITHOUT_VALIDATION, ["B2"])
 
 
-def test_a_version_that_does_not_name_its_validation_patients_has_those_of_its_sections() -> None:
+def test_an_older_version_has_the_validation_patients_of_its_sections() -> None:
     older = _model(validation_patients=())
     with pytest.raises(SplitError, match=r"settings chosen .* of B2"):
         held_out(older, ALL, ["B2"])
     assert held_out(older, WITHOUT_VALIDATION, ["B2"]) == ["B2"]  # nothing says whose they were
 
 
-def test_the_validation_sections_themselves_are_scored_where_models_are_compared() -> None:
+def test_validation_sections_are_scored_on_request() -> None:
     assert held_out(_model(), ALL, on_validation=True) == ["B1"]
     assert not any(note.startswith("LEAK") for note in _notes(_model(), ALL, ["B1"], {}))
 
 
-def test_as_published_siblings_are_scored_and_the_card_says_how_they_were_met() -> None:
+def test_as_published_siblings_are_scored_and_the_card_names_the_leak() -> None:
     model, asked = _model(protocol="reference"), ["A2", "B2", "D1"]
     assert held_out(model, ALL, asked) == asked
     assert _notes(model, ALL, asked, {})[:2] == [

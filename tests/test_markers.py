@@ -27,7 +27,7 @@ def test_the_shipped_file_names_the_papers_genes() -> None:
     assert set(load_markers(SHIPPED, "alex10x")) == {"cancer", "immune"}
 
 
-def test_genes_are_found_by_symbol_or_ensembl_id_and_the_lacking_are_named(tmp_path: Path) -> None:
+def test_genes_are_found_by_symbol_or_ensembl_id_and_missing_ones_are_named(tmp_path: Path) -> None:
     path = _file(tmp_path, "mine:\n  tumour: [KRT8, ENSG00000141736.14, NOPE]\n  none: [MUC1]\n")
     panel = GenePanel(("ENSG00000141736", "ENSG7", "KRT8"), ("ERBB2", "CD74", "KRT8"), ("ENSG00000141736", "ENSG7", ""))
     columns, lacking = marker_columns(load_markers(path, "mine"), panel)
@@ -36,7 +36,7 @@ def test_genes_are_found_by_symbol_or_ensembl_id_and_the_lacking_are_named(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("other:\n  a: [X]\n", "no marker genes of cohort mine; it has other: add a section"),
         ("- X\n", "the file is"),
@@ -50,12 +50,12 @@ def test_genes_are_found_by_symbol_or_ensembl_id_and_the_lacking_are_named(tmp_p
         ("mine: [\n", "cannot read the marker genes .*mine.yaml"),
     ],
 )
-def test_faults_are_named_with_their_place(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_faults_are_named_with_their_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_markers(_file(tmp_path, text), "mine")
 
 
-def test_the_file_may_lie_in_object_storage(s3: str) -> None:
+def test_the_file_may_be_in_object_storage(s3: str) -> None:
     storage.write(f"{s3}/mine.yaml", b"mine:\n  tumour: [KRT8]\n")
     assert load_markers(f"{s3}/mine.yaml", "mine")["tumour"].names() == ["KRT8"]
     with pytest.raises(ConfigError, match=rf"cannot read the marker genes {s3}/none\.yaml: there is no such file"):

@@ -40,7 +40,7 @@ def _values(gene: dict[str, Any]) -> np.ndarray:
     return gene["low"] + levels.reshape(2, -1) / 255 * (gene["high"] - gene["low"])
 
 
-def test_the_last_line_says_where_the_page_lies(made: Made) -> None:
+def test_the_last_line_is_the_uri_of_the_page(made: Made) -> None:
     assert made.printed.splitlines()[-1] == f"page {made.out / 'report.html'}"
 
 
@@ -61,7 +61,7 @@ def test_maps_decode_to_the_stored_expression(made: Made, name: str) -> None:
             assert gene["pcc"] == pytest.approx(np.corrcoef(both)[0, 1], abs=1e-5)
 
 
-def test_spots_lie_at_their_place_on_the_slide(made: Made) -> None:
+def test_spots_are_at_their_coordinates_on_the_slide(made: Made) -> None:
     stored = anndata.read_h5ad(made.run / "sections" / "S1.h5ad")
     slide = slides_of(made.page)["S1"]
     np.testing.assert_allclose(np.stack([slide["x"], slide["y"]], axis=1), stored.obsm["spatial"] / 10, atol=0.05)
@@ -72,7 +72,7 @@ def test_spots_lie_at_their_place_on_the_slide(made: Made) -> None:
     assert base64.b64decode(slide["image"].partition(",")[2]).startswith(b"\xff\xd8")
 
 
-def test_every_gene_of_the_panel_can_be_chosen_those_of_sets_first(made: Made) -> None:
+def test_every_gene_of_the_panel_can_be_chosen_with_sets_first(made: Made) -> None:
     choice = made.page.data["choice"]
     assert sorted(choice["genes"]) == sorted(NAMES.values())
     assert choice["sets"] == [["chosen", ["ENSG4"]], ["two", [NAMES["ENSG3"]]], ["one", ["GNAS"]]]
@@ -85,7 +85,7 @@ def test_the_colour_scale_is_viridis(made: Made) -> None:
     assert rgb[[0, 255]].tolist() == [[68, 1, 84], [253, 231, 36]]  # van der Walt and Smith 2015
 
 
-def test_a_leak_stands_on_the_page_and_on_every_picture(made: Made) -> None:
+def test_a_leak_is_named_on_the_page_and_on_every_picture(made: Made) -> None:
     assert made.page.text.count("LEAK that this protocol allows: <others> trained") >= 2
     assert "protocol reference: LEAK" in made.page.text
     pictures = list(made.out.glob("*.png"))
@@ -99,7 +99,7 @@ def test_a_leak_stands_on_the_page_and_on_every_picture(made: Made) -> None:
         assert "LEAK that this protocol allows" in " ".join(heading.split())
 
 
-def test_an_honest_result_speaks_of_no_leak(make_result: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_result_without_a_leak_does_not_mention_one(make_result: Callable[..., Path], tmp_path: Path) -> None:
     honest = make_report(make_result(tmp_path, "patient"))
     assert "protocol patient" in honest.page.text
     assert "LEAK" not in honest.html
@@ -116,7 +116,7 @@ def test_the_page_needs_nothing_but_itself(made: Made) -> None:
     assert not outside.search(re.sub(r'"data:[^"]*"', "", made.html))
 
 
-def test_names_stay_texts_wherever_they_stand(made: Made) -> None:
+def test_names_are_escaped_everywhere(made: Made) -> None:
     tags = {tag for tag, _ in made.page.tags}
     assert not tags & {"b", "name", "others", "per"}
     assert made.html.lower().count("</script") == made.html.lower().count("<script")
@@ -126,7 +126,7 @@ def test_names_stay_texts_wherever_they_stand(made: Made) -> None:
     assert "ln(1 + x), <per spot> & more" in made.page.text
 
 
-def test_score_tables_say_what_the_card_says(made: Made) -> None:
+def test_score_tables_equal_the_card(made: Made) -> None:
     record = json.loads((made.run / "score_card.json").read_text())
     (mean,) = (row for row in record["means"] if (row["method"], row["gene_set"]) == ("model", "all"))
     table = made.page.tables[0]
@@ -147,7 +147,7 @@ def test_score_tables_say_what_the_card_says(made: Made) -> None:
     assert "Each section (2)" in made.page.text
 
 
-def test_genes_stand_beside_the_best_floor(made: Made) -> None:
+def test_genes_are_shown_beside_the_best_floor(made: Made) -> None:
     means = pd.read_csv(made.run / "gene_means.csv").set_index(["method", "gene"])["mean"]
     table = next(table for table in made.page.tables if table[0][0] == "gene")
     row = next(row for row in table[1:] if row[0] == "GNAS")
@@ -194,11 +194,11 @@ def test_a_dry_run_says_what_would_be_drawn(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--genes", "GNAS,NOPE"), "--genes: NOPE not among the 8 genes"),
+        (("--genes", "GNAS,NOPE"), "panel of 8 genes does not have NOPE"),
         (("--markers", "mine.yaml"), "needs --cohort"),
-        (("--page-mb", "big"), "--page-mb big is no number of megabytes above 0"),
+        (("--page-mb", "big"), "invalid argument: --page-mb='big': Input should be a valid number"),
     ],
 )
-def test_mistakes_are_answered_with_what_to_do(made: Made, argv: tuple[str, ...], message: str) -> None:
+def test_mistakes_are_refused_with_the_fix(made: Made, argv: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         run_job("--run", made.run, *argv)

@@ -201,7 +201,7 @@ def _rows(browser: _Browser) -> list[list[str]]:
     )
 
 
-def test_the_page_opens_without_a_complaint_or_a_request(browser: _Browser, run: Path) -> None:
+def test_the_page_opens_without_an_error_or_a_request(browser: _Browser, run: Path) -> None:
     assert browser.complaints() == []
     outside = [url for url in browser.requested() if not url.startswith("data:")]
     assert outside == [(run / "report" / "report.html").as_uri()]

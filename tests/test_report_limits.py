@@ -24,13 +24,13 @@ def test_without_mlflow_there_is_a_page_that_says_why(make_result: Callable[...,
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_page_that_would_become_too_large_says_what_it_leaves_out(
+def test_a_page_names_what_it_leaves_out_to_stay_within_its_size(
     make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_result(tmp_path)
     least = make_report(run, "--genes", "FLAT", "--page-mb", "0.001")
     assert "0 of 8 genes are in this page" in least.page.text
-    assert "by method: not in the page, which would become too large; see pcc_by_method.png" in least.page.text
+    assert "by method: left out to keep the page small; see pcc_by_method.png" in least.page.text
     monkeypatch.setattr(page, "_PICTURES_SHARE", 0.0)
     a_map = 2 * 2 * SPOTS * 4 / 3 + 2 * 120
     room = len(least.html.encode()) + 4.5 * a_map
@@ -43,7 +43,7 @@ def test_a_page_that_would_become_too_large_says_what_it_leaves_out(
     assert len(some.html.encode()) < 1.1 * room
 
 
-def test_gene_maps_are_the_first_pictures_that_a_page_does_without(
+def test_gene_maps_are_the_first_pictures_to_be_left_out(
     make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page.maps, "embedded", lambda path: "data:," + 9_994 * "x")
@@ -78,10 +78,10 @@ def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Pat
     make_result(tmp_path)
     record = json.loads((tmp_path / "score_card.json").read_text())
     (tmp_path / "sections" / "S1.h5ad").write_bytes(b"damaged")
-    with pytest.raises(ResultError, match=r"the prediction of section S1, .*S1\.h5ad, is damaged or lacks something"):
+    with pytest.raises(ResultError, match=r"the prediction of section S1, .*S1\.h5ad, is damaged or incomplete"):
         run_job("--run", tmp_path)
     (tmp_path / "sections" / "S1.h5ad").unlink()
-    with pytest.raises(ResultError, match=r"lacks sections/S1\.h5ad, which its score_card\.json names"):
+    with pytest.raises(ResultError, match=r"has no sections/S1\.h5ad, which its score_card\.json names"):
         run_job("--run", tmp_path)
     del record["predictions"]
     (tmp_path / "score_card.json").write_text(json.dumps(record))
@@ -90,7 +90,7 @@ def test_an_older_or_incomplete_result_is_refused(make_result: Callable[..., Pat
 
 
 @pytest.mark.slow
-def test_a_result_may_lie_in_object_storage(s3: str, make_result: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_result_may_be_in_object_storage(s3: str, make_result: Callable[..., Path], tmp_path: Path) -> None:
     make_result(tmp_path, "patient")
     for path in storage.list_files(str(tmp_path)):
         storage.upload(path, f"{s3}/scores/{Path(path).relative_to(tmp_path)}")

@@ -25,12 +25,12 @@ LABELS = unique_labels(PANEL.names(), PANEL.gene_id, GenePanel.from_table(GENES)
 
 def _section(name: str) -> SectionResult:
     rng = np.random.default_rng(int(name))
-    place = np.indices((5, 6)).reshape(2, -1).T * 100.0
-    truth = rng.gamma(2.0, size=(len(place), len(PANEL)))
-    said = truth + np.array([0.1, 1.0, 20.0]) * rng.normal(size=truth.shape)
-    spots, labels = np.arange(len(place)).astype(str).astype(object), np.full(len(place), None)
-    section = MeasuredSection(name, PATIENTS[name], spots, place, place, labels, truth, truth.sum(axis=1))
-    return SectionResult(section, PANEL, truth, said, np.full((50, 60, 3), 200, np.uint8), thumbnail_scale=10.0)
+    xy = np.indices((5, 6)).reshape(2, -1).T * 100.0
+    truth = rng.gamma(2.0, size=(len(xy), len(PANEL)))
+    predicted = truth + np.array([0.1, 1.0, 20.0]) * rng.normal(size=truth.shape)
+    spots, labels = np.arange(len(xy)).astype(str).astype(object), np.full(len(xy), None)
+    section = MeasuredSection(name, PATIENTS[name], spots, xy, xy, labels, truth, truth.sum(axis=1))
+    return SectionResult(section, PANEL, truth, predicted, np.full((50, 60, 3), 200, np.uint8), thumbnail_scale=10.0)
 
 
 def _card() -> ScoreCard:
@@ -73,7 +73,7 @@ def test_genes_that_share_a_symbol_have_means_of_their_own(result: Result) -> No
     assert ranked.loc["TWICE (ENSG5)", "pcc"] > ranked.loc["TWICE (ENSG6)", "pcc"]
 
 
-def test_the_table_of_genes_calls_them_as_the_chooser_and_the_maps_do(result: Result) -> None:
+def test_the_gene_table_the_chooser_and_the_maps_use_the_same_names(result: Result) -> None:
     in_table = {line.gene for line in gene_lines(result)}
     ordered = order_genes(result, significant_genes(result), {}, ["TWICE"])
     assert in_table == set(LABELS) == set(ordered.names)

@@ -50,5 +50,5 @@ def test_a_sections_file_opens_in_scanpys_layout(tmp_path: Path) -> None:
     assert "may have trained" in data.uns["result"]["heading"]
     slide = data.uns["spatial"]["C1"]
     assert slide["images"]["hires"].shape == (20, 24, 3)
-    # a spot's place on the picture: level-0 pixels times the factor
+    # a spot on the picture: level-0 pixels times the factor
     assert data.obsm["spatial"][:, 0].max() * slide["scalefactors"]["tissue_hires_scalef"] == pytest.approx(1450 / 80)

@@ -30,7 +30,7 @@ def test_the_tables_name_protocol_units_patients_and_verdicts() -> None:
         assert expected in markers
 
 
-def test_a_lone_patients_sections_are_shown() -> None:
+def test_the_sections_of_a_single_patient_are_shown() -> None:
     card = random_card(0.1, 2.0)
     own = {name: table[table["patient_id"] == "B"] for name, table in (("rows", card.rows), ("genes", card.per_gene))}
     text = _printed(ScoreCard(**(card.__dict__ | {"rows": own["rows"], "per_gene": own["genes"]})))

@@ -82,7 +82,7 @@ def test_a_model_without_correlations_loses_them() -> None:
     assert "the ridge on RGB WINS on the rest, the model stands at PCC all undefined" in verdict
 
 
-def test_a_gene_that_a_method_says_nothing_of_counts_as_no_correlation_in_verdicts() -> None:
+def test_an_undefined_correlation_counts_as_zero_in_verdicts() -> None:
     card = _half_silent()
     stated = {method: row_of(card.means(), method=method, gene_set="all") for method in (MODEL, "ridge on RGB")}
     assert stated[MODEL]["pcc"] > stated["ridge on RGB"]["pcc"]  # over the genes that each has

@@ -19,7 +19,7 @@ SIDE = 10
 PITCH_PX = 100.0
 
 
-def _place() -> np.ndarray:
+def _xy_px() -> np.ndarray:
     rows, columns = np.indices((SIDE, SIDE)).reshape(2, -1)
     return np.stack([columns, rows], axis=1) * PITCH_PX + 500.0
 
@@ -39,13 +39,13 @@ def _has(pixels: np.ndarray, colour: tuple[float, ...]) -> bool:
     return bool((np.abs(pixels - 255 * np.array(colour[:3])).max(axis=-1) <= 2).any())
 
 
-def test_spots_and_slide_lie_at_their_level_0_pixels() -> None:
-    place = _place()
+def test_spots_and_slide_are_drawn_at_their_level_0_pixels() -> None:
+    xy_px = _xy_px()
     figure = Figure(figsize=(6, 6))
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    values = np.arange(len(place)) / len(place)
-    draw_spots(axes, place, _thumbnail()).set(array=values, cmap="viridis", clim=(0, 1))
+    values = np.arange(len(xy_px)) / len(xy_px)
+    draw_spots(axes, xy_px, _thumbnail()).set(array=values, cmap="viridis", clim=(0, 1))
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba()).astype(int)
 
@@ -55,9 +55,9 @@ def test_spots_and_slide_lie_at_their_level_0_pixels() -> None:
 
     for spot in (0, 7, 55, 99):
         np.testing.assert_allclose(
-            seen(*place[spot]), 255 * np.array(matplotlib.colormaps["viridis"](values[spot])[:3]), atol=2
+            seen(*xy_px[spot]), 255 * np.array(matplotlib.colormaps["viridis"](values[spot])[:3]), atol=2
         )
-        np.testing.assert_array_equal(seen(*(place[spot] + [0.35 * PITCH_PX, 0])), seen(*place[spot]))
+        np.testing.assert_array_equal(seen(*(xy_px[spot] + [0.35 * PITCH_PX, 0])), seen(*xy_px[spot]))
     red, blue = seen(550, 750), seen(550, 850)
     assert red[0] > red[2]
     assert blue[2] > blue[0]
@@ -65,13 +65,13 @@ def test_spots_and_slide_lie_at_their_level_0_pixels() -> None:
 
 
 def test_measured_and_predicted_share_one_colour_scale(tmp_path: Path) -> None:
-    place = _place()
-    measured = np.linspace(0, 4, len(place))[:, None]
+    xy_px = _xy_px()
+    measured = np.linspace(0, 4, len(xy_px))[:, None]
     top = matplotlib.colormaps["viridis"](1.0)
     left, right = {}, {}
     for name, predicted in {"half": measured / 2, "equal": measured}.items():
         path = tmp_path / f"{name}.png"
-        draw_gene_maps(path, place, ["GNAS"], {"measured": measured, "predicted": predicted}, "ln(1 + 1e4 share)", "")
+        draw_gene_maps(path, xy_px, ["GNAS"], {"measured": measured, "predicted": predicted}, "ln(1 + 1e4 share)", "")
         pixels = _pixels(path)[60:-10]
         left[name], right[name] = pixels[:, : 36 * 9], pixels[:, 37 * 9 : 67 * 9]
     assert _has(left["half"], top)
@@ -80,13 +80,13 @@ def test_measured_and_predicted_share_one_colour_scale(tmp_path: Path) -> None:
 
 
 def test_each_gene_has_a_row_and_a_scale_of_its_own(tmp_path: Path) -> None:
-    place = _place()
-    measured = np.random.default_rng(0).random((len(place), 3)) * [1, 10, 0]
+    xy_px = _xy_px()
+    measured = np.random.default_rng(0).random((len(xy_px), 3)) * [1, 10, 0]
     heights = []
     for count in (1, 3):
         path = tmp_path / f"{count}.png"
         maps = {"measured": measured[:, :count], "predicted": measured[:, :count]}
-        draw_gene_maps(path, place, ["GNAS", "FASN", "zero"][:count], maps, "unit", "", _thumbnail())
+        draw_gene_maps(path, xy_px, ["GNAS", "FASN", "zero"][:count], maps, "unit", "", _thumbnail())
         heights.append(Image.open(path).height)
     assert heights[1] == 3 * heights[0]
 
@@ -101,7 +101,7 @@ def test_one_spot_does_not_take_the_whole_scale_unless_it_is_all_there_is() -> N
 
 def test_columns_that_are_not_the_genes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        draw_gene_maps(tmp_path / "a.png", _place(), ["GNAS"], {"measured": np.zeros((SIDE**2, 2))}, "unit", "")
+        draw_gene_maps(tmp_path / "a.png", _xy_px(), ["GNAS"], {"measured": np.zeros((SIDE**2, 2))}, "unit", "")
 
 
 def test_domains_take_the_numbers_of_the_labels_that_they_cover() -> None:
@@ -128,14 +128,14 @@ def test_labels_are_numbered_by_name() -> None:
 
 
 def test_domain_maps_do_not_depend_on_how_domains_are_numbered(tmp_path: Path) -> None:
-    place = _place()
-    numbers = (place[:, 1] > 900).astype(int) + (place[:, 0] > 800)
+    xy_px = _xy_px()
+    numbers = (xy_px[:, 1] > 900).astype(int) + (xy_px[:, 0] > 800)
     labels = np.array(["cancer", "fat", "immune"], object)[numbers]
     labels[:3] = ["undetermined", None, ""]
     found = {name: order[numbers] for name, order in {"a": np.array([0, 1, 2]), "b": np.array([2, 0, 1])}.items()}
     for name, domains in found.items():
         draw_domain_maps(
-            tmp_path / f"{name}.png", place, labels, {"measured": domains, "predicted": domains}, "", _thumbnail()
+            tmp_path / f"{name}.png", xy_px, labels, {"measured": domains, "predicted": domains}, "", _thumbnail()
         )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     pixels = _pixels(tmp_path / "a.png")[60:-120]
@@ -144,11 +144,11 @@ def test_domain_maps_do_not_depend_on_how_domains_are_numbered(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("heading", ["protocol reference: LEAK", "held out: C2; " * 20 + "\nLEAK"])
-def test_a_heading_stands_above_the_maps_and_takes_no_room_from_them(tmp_path: Path, heading: str) -> None:
-    place, values = _place(), np.zeros((SIDE**2, 1))
+def test_a_heading_is_above_the_maps_and_takes_no_room_from_them(tmp_path: Path, heading: str) -> None:
+    xy_px, values = _xy_px(), np.zeros((SIDE**2, 1))
     seen = {}
     for name, text in {"without": "", "with": heading}.items():
-        draw_gene_maps(tmp_path / f"{name}.png", place, ["GNAS"], {"measured": values}, "unit", text)
+        draw_gene_maps(tmp_path / f"{name}.png", xy_px, ["GNAS"], {"measured": values}, "unit", text)
         seen[name] = _pixels(tmp_path / f"{name}.png")
     more = seen["with"].shape[0] - seen["without"].shape[0]
     assert more > 10

@@ -1,12 +1,21 @@
-"""Tables: every column against SciPy or NumPy by hand, and intervals against SciPy's."""
+"""Tables of scores: every column against SciPy or NumPy by hand, intervals against SciPy's, and a new score."""
+
+import io
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from random_card import random_card
+from rich.console import Console
 
+from mclstexp.evaluation import scores
+from mclstexp.evaluation.save import save_card
 from mclstexp.evaluation.scores import gene_scores, gene_sets, mean_intervals, read_table, set_table
-from mclstexp.evaluation.sections import TARGETS, normalise_section
+from mclstexp.evaluation.show import card_tables
+from mclstexp.report.result import read_record
+from mclstexp.report.tables import target_tables
 
 
 def _section(num_spots: int = 40, num_genes: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -120,18 +129,6 @@ def test_undefined_rows_are_counted_and_one_unit_has_no_interval() -> None:
     assert (row["num_units"], row["undefined"]) == (0, 1)
 
 
-def test_targets_by_hand() -> None:
-    counts, totals = np.array([[1, 3], [4, 0]], np.float32), np.array([10.0, 8.0])
-    expected = {
-        "per_spot": np.log(1 + 1e4 * np.array([[1 / 10, 3 / 10], [4 / 8, 0]])),
-        "per_spot_panel": np.log10(1 + 1e4 * np.array([[1 / 4, 3 / 4], [1, 0]])),
-        "per_gene": np.log10(1 + 1e4 * np.array([[1 / 5, 1], [4 / 5, 0]])),
-    }
-    assert list(TARGETS) == list(expected)
-    for name, target in TARGETS.items():
-        np.testing.assert_allclose(normalise_section(target, counts, totals), expected[name], rtol=1e-6)
-
-
 def test_names_that_look_like_numbers_or_gaps_stay_names_when_read_again() -> None:
     rows = [
         ("reference", "007", "NA", "per_spot", "nan", 0.5, 3),
@@ -139,3 +136,41 @@ def test_names_that_look_like_numbers_or_gaps_stay_names_when_read_again() -> No
     ]
     table = pd.DataFrame(rows, columns=["protocol", "section_id", "patient_id", "target", "gene", "pcc", "undefined"])
     pd.testing.assert_frame_equal(read_table(table.to_csv(index=False).encode()), table)
+
+
+def test_a_score_in_the_list_is_in_every_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def bias_per_gene(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> np.ndarray:
+        return np.abs((prediction - truth).mean(axis=0))
+
+    bias = scores.Score("bias", "Bias", by_gene=bias_per_gene, is_error=True, needs_unit=True)
+    monkeypatch.setattr(scores, "SCORES", (*scores.SCORES, bias))
+    card = random_card(0.5, 2.0)
+    assert list(card.per_gene)[:7] == ["truth_mean", "truth_variance", "pcc", "pcc_density_free", "mse", "mae", "bias"]
+    of_model = card.rows.query("target == 'per_spot' and method == 'model' and gene_set == 'all'")
+    by_gene = card.per_gene.query("target == 'per_spot' and method == 'model'")
+    for row in of_model.to_dict("records"):
+        assert row["bias"] == pytest.approx(by_gene.query("section_id == @row['section_id']")["bias"].mean())
+    assert card.rows.query("kind == 'reference line'")["bias"].isna().all()
+    mean = of_model.groupby("patient_id")["bias"].mean().mean()
+    assert card.metrics()["test/model/bias"] == pytest.approx(mean)
+    assert card.tags()["score.bias"] == f"{mean:.4f}"
+    assert all("Bias" in verdict for verdict in card.verdicts())
+    printed = Console(width=120, file=io.StringIO())
+    printed.print(card_tables(card))
+    assert f"{mean:.4f}" in printed.file.getvalue()
+    save_card(card, tmp_path)
+    table = target_tables(read_record(str(tmp_path)))[0]
+    assert table.columns[-3:] == ["MAE", "Bias", "undefined"]
+    cells = {line.method: line.cells[-2] for line in table.overall.lines}
+    assert cells["model"].text == f"{mean:.3f}"
+    assert [method for method, cell in cells.items() if cell.is_best] == [
+        min(("model", "train mean", "ridge on RGB"), key=lambda method: card.scores()["per_spot"][method]["bias"])
+    ]
+
+
+def test_a_result_from_before_a_score_is_shown_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_card(random_card(0.5, 2.0), tmp_path)
+    before = target_tables(read_record(str(tmp_path)))
+    newer = scores.Score("newer", "Newer", by_gene=lambda truth, prediction, totals: truth.mean(axis=0))
+    monkeypatch.setattr(scores, "SCORES", (newer, *scores.SCORES))
+    assert target_tables(read_record(str(tmp_path))) == before
