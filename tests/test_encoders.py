@@ -1,5 +1,6 @@
 """Image encoders: the right features, weights from files, and refusals that name the setting."""
 
+import importlib
 import os
 import pickle
 from collections.abc import Callable
@@ -132,6 +133,18 @@ def test_an_encoder_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_image_encoder("mine", "random", 32)[1] == 128
     with pytest.raises(ConfigError, match="no ImageNet weights for mine"):
         require_encoder("mine", "imagenet")
+
+
+@pytest.mark.parametrize("job", ["train", "cross_validate", "tune"])
+@pytest.mark.parametrize("name", ["model.image_encoder", "train.positives"])
+def test_a_dry_run_refuses_an_unknown_encoder_or_loss_before_it_reads_data(
+    job: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"train": [], "cross_validate": ["--protocol", "patient"], "tune": ["--space", "none.yaml"]}[job]
+    command = [f"{job}.py", "--data", "nowhere", "--dry-run", f"--{name}", "densenet", *more]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(ConfigError, match=rf"^{name}=densenet is "):
+        importlib.import_module(job).main()
 
 
 def test_sizes_and_missing_files_are_refused(tmp_path: Path) -> None:
