@@ -58,10 +58,11 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
             tmp_path,
             "model.spot_layrs: [1]\ngenes.num_genes: [10, 20]\ntrain.epochs: [1, 2]\nmodel.temperature: [0.1, -1]\n"
             "model.spot_width: {low: 64, high: 32}\ntrain.tower_lr: {low: 0, high: 1, log: true}\n"
-            "model.spot_heads: 8\ntrain.patience: [0, 3]\n",
+            "model.spot_heads: 8\ntrain.patience: [0, 3]\nmodel.image_encoder: [resnet18, resnet9]\n"
+            "train.positives: [pairs, soft, sift]\n",
         )
     text = str(caught.value)
-    assert "8 fault(s)" in text
+    assert "10 fault(s)" in text
     for part in (
         "did you mean model.spot_layers?",
         "genes.num_genes cannot vary",
@@ -71,6 +72,8 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
         "model.spot_width: {'low': 64, 'high': 32} is neither",
         "train.tower_lr",
         "model.spot_heads: 8 is neither",
+        "model.image_encoder=resnet9 is neither",
+        "train.positives=sift is no loss; did you mean soft?",
     ):
         assert part in text, part
 
