@@ -1,7 +1,7 @@
 """Sample sheets of the public data sets of mclSTExp's paper (2024, https://arxiv.org/abs/2407.08216).
 
-Made from their folders as they are published. Patients and left-out sections are the paper's. No data set states its
-resolution, so that it is computed from the array of spots: here for legacy ST, by the Visium reader for the others.
+They describe the folders as published. Patients and omitted sections are the paper's. No data set states its
+resolution, so it is computed from the array of spots: here for legacy ST, by the reader for Visium.
 """
 
 import csv
@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ingest.readers.legacy_st import read_legacy_st_mpp
-from ingest.readers.visium import find_visium_files
+from ingest.readers.legacy_st import read_array_mpp
+from ingest.readers.visium import find_files
 from mclstexp import storage
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import ConfigError, SourceError
+from mclstexp.messages import did_you_mean
 
 _HER2ST = [f"{patient}{n}" for patient in "ABCDEFGH" for n in range(1, 7 if patient < "E" else 4)]
 _HER2ST_PAPER = [name for name in _HER2ST if name not in ("A1", "H1", "H2", "H3")]
@@ -28,49 +29,50 @@ Row = dict[str, str]
 
 
 class _Folder:
-    """A published folder, which remembers what it lacks."""
+    """A published folder, which collects the parts that are missing."""
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.lacks: list[str] = []
+        self.missing: list[str] = []
 
     def file(self, name: str) -> str:
-        """Returns the URI of a file of known name."""
+        """Returns the URI of a file with a known name."""
         uri = storage.join(self.root, name)
         if not storage.exists(uri):
-            self.lacks.append(name)
+            self.missing.append(name)
         return uri
 
     def match(self, files: list[str], pattern: str, what: str) -> str:
-        """Returns the URI of the one file whose name matches; of a file and its packed form the plain one."""
+        """Returns the URI of the one file whose name matches; the plain one if a compressed copy is beside it."""
         found = sorted(uri for uri in files if re.fullmatch(pattern, uri.rsplit("/", 1)[1], re.IGNORECASE))
         plain = [uri for uri in found if not (uri.endswith(".gz") and uri.removesuffix(".gz") in found)]
         if len(plain) != 1:
-            self.lacks.append(what + (f": found {', '.join(plain)}, expected one" if plain else ""))
+            self.missing.append(what + (f": found {', '.join(plain)}, expected one" if plain else ""))
         return plain[0] if plain else ""
 
     def visium(self, name: str) -> str:
         """Returns the URI of a Visium sample's folder."""
         uri = storage.join(self.root, name)
         try:
-            find_visium_files(uri)
+            find_files(uri)
         except SourceError as error:
-            self.lacks.append(str(error))
+            self.missing.append(str(error))
         return uri
 
 
 @dataclass(frozen=True)
 class _Dataset:
-    """How a data set is laid out."""
+    """Layout of a data set."""
 
     rows: Callable[[_Folder], list[Row]]
     diameter_um: float | None = None
-    """Spots of legacy ST: their diameter and the distance of neighbours."""
+    """Diameter of the spots; only for legacy ST, where the reader does not know it."""
     pitch_um: float | None = None
+    """Distance of neighbouring spots; only for legacy ST."""
 
 
 def dataset_sheet(name: str, source: str) -> str:
-    """Returns the sample sheet (CSV text) of a data set that lies at `source`, a local folder or `s3://`.
+    """Returns the sample sheet (CSV text) of a data set at `source`, a local folder or `s3://`.
 
     Args:
         name: `her2st` (HER2+ breast cancer, the paper's 32 sections), `her2st_all` (all 36), `cscc` (skin cancer, 12)
@@ -78,15 +80,17 @@ def dataset_sheet(name: str, source: str) -> str:
 
     Raises:
         ConfigError: there is no such data set.
-        SourceError: lists everything that the folder lacks, or a positions file is damaged.
+        SourceError: parts of the data set are missing (lists all), or a positions file is damaged.
     """
     if name not in _DATASETS:
-        raise ConfigError(f"--dataset {name} is unknown; known are {', '.join(_DATASETS)}")
+        raise ConfigError(f"--dataset {name} is unknown; {did_you_mean(name, _DATASETS)}")
     dataset, folder = _DATASETS[name], _Folder(storage.absolute(source))
     rows = dataset.rows(folder)
-    if folder.lacks:
-        listed = "\n  ".join(folder.lacks)
-        raise SourceError(f"{folder.root} lacks {len(folder.lacks)} part(s) of the data set {name}:\n  {listed}")
+    if folder.missing:
+        listed = "\n  ".join(folder.missing)
+        raise SourceError(
+            f"{len(folder.missing)} part(s) of the data set {name} are missing in {folder.root}:\n  {listed}"
+        )
     text = io.StringIO()
     writer = csv.DictWriter(text, list(SectionRow.model_fields), lineterminator="\n")
     writer.writeheader()
@@ -95,14 +99,14 @@ def dataset_sheet(name: str, source: str) -> str:
 
 
 def _array_cells(row: Row, dataset: _Dataset) -> Row:
-    """Returns the spots' diameter and the resolution that their distance gives; nothing where the reader knows."""
+    """Returns the cells for spot diameter and resolution (from the array); empty if the reader finds both."""
     if dataset.pitch_um is None:
         return {}
     with (
         tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch,
         storage.local_copy(row["positions"], scratch) as path,
     ):
-        mpp = read_legacy_st_mpp(path, dataset.pitch_um)
+        mpp = read_array_mpp(path, dataset.pitch_um)
     return {"spot_diameter_um": f"{dataset.diameter_um:g}"} | ({} if mpp is None else {"mpp": f"{mpp:.4g}"})
 
 

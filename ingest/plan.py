@@ -1,6 +1,8 @@
-"""What a run of prepare has to do: geometry, genes and the sections whose sources or settings changed.
+"""What a run of prepare has to do: the sections whose sources or settings changed, their geometry and genes.
 
-Only headers are read (genes, resolution), so that most faults end the run before any tile is cut.
+Only headers are read (genes, resolution), so that most faults end the run before any tile is cut. A section's digest
+covers the content of its files, not their paths or times. The trade-off: a local file is hashed again only if its size
+or time changed.
 """
 
 import hashlib
@@ -23,11 +25,14 @@ from mclstexp.errors import ConfigError, SourceError, TableError
 from mclstexp.settings import TilesConfig
 from mclstexp.slides.tiles import MAX_UPSAMPLING, NATIVE_RATIO, tile_scale
 
-Known = dict[str, tuple[int, int, str]]
-"""Local path to size in bytes, time of change in ns, and content hash."""
-
+FileStamp = tuple[int, int, str]
+"""A file's size in bytes, time of change in ns and content digest."""
+ReadHeaders = Callable[[list[SectionRow]], Iterable[Header]]
 _CUTTER_VERSION = 1
-"""Raise it when the same sources and settings give other bytes: all sections are then redone."""
+"""Raise it if the same sources and settings give other bytes: all sections are then cut again."""
+_FILE_STAMPS = "sources.json"
+_NUM_LOOKUPS = 16  # at once
+_DIGEST_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -37,83 +42,87 @@ class Plan:
     root: str
     recipe: Recipe
     todo: dict[str, SectionRow]
-    """Sections to be cut, by their fingerprint."""
+    """Sections to cut, by their fingerprint."""
     kept: tuple[SectionEntry, ...]
-    """Sections that are in the table already."""
+    """Sections of the table that need no work."""
     removed: tuple[str, ...]
-    """Sections of the table that the sheet no longer has."""
+    """Sections of the table that are no longer in the sheet."""
     mpp: Mapping[str, float]
     """Source resolution by section."""
     genes: tuple[Gene, ...]
-    """The gene table: what is there already, then new genes."""
+    """The gene table: the genes present, then new ones."""
     previous: Manifest | None
     version: str | None
-    """The manifest's version that this plan starts from."""
-    known: Known
-    """Local files' content hashes, for the next run."""
+    """Version of the manifest that this plan starts from."""
+    stamps: Mapping[str, FileStamp]
+    """Local files by path, for the next run."""
     headers: Mapping[str, Header]
-    """What was read of sections that are new or whose sources changed."""
+    """Headers of sections that are new or have changed sources."""
 
     @property
     def is_done(self) -> bool:
-        """Whether the table already is what the sheet asks for."""
+        """True if the table already matches the sheet."""
         return not self.todo and not self.removed
 
     @property
     def sources(self) -> str:
-        """What the sections' sources that were read say, in words; empty where none was."""
+        """What was found in the sources that were read, in words; empty if none was."""
         num_present = self.previous.num_genes if self.previous else 0
         return report(self.headers, self.genes, num_present)
 
 
-ReadHeaders = Callable[[list[SectionRow]], Iterable[Header]]
-
-
 def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHeaders) -> Plan:
-    """Returns what is to be done for the table at `out_uri` to hold the sheet's sections.
+    """Returns the work after which the table at `out_uri` matches the sheet.
 
     Args:
+        sheet_uri: the sample sheet.
+        out_uri: root of the tile table.
+        config: the settings.
         read_headers: maps `read_header` over sections, in order.
 
     Raises:
-        SheetError, SourceError, TableError: the sheet, a source or the table that is there has a fault.
-        ConfigError: the sections' resolutions and `tiles` do not go together.
+        SheetError, SourceError, TableError: the sheet, a source or the present table has a fault.
+        ConfigError: the sections' resolutions do not fit `tiles`.
     """
     rows = read_sheet(sheet_uri, READERS)
     root = storage.absolute(out_uri)
     version = storage.version(storage.join(root, MANIFEST))
     previous = None if version is None else _load_previous(root)
     entries = {entry.section_id: entry for entry in previous.sections} if previous else {}
-    sources, known = source_digests(rows, load_known(root))
-    fresh = [row for row in rows if _source_of(entries.get(row.section_id)) != sources[row.section_id]]
+
+    # Headers of sections whose sources are new or changed; the others' resolution is in the table.
+    sources, stamps = source_digests(rows, load_stamps(root))
+    fresh = [row for row in rows if _source_digest(entries.get(row.section_id)) != sources[row.section_id]]
     headers = dict(zip((row.section_id for row in fresh), read_headers(fresh), strict=True))
     mpp = {row.section_id: _mpp(row.section_id, headers, entries) for row in rows}
     recipe = Recipe(config.tiles, _table_mpp(config.tiles, mpp, previous))
     _require_no_upsampling(recipe, mpp)
-    names = {row.section_id: f"{sources[row.section_id]}-{_settings_digest(recipe)}" for row in rows}
-    done = {name for name, entry in entries.items() if entry.fingerprint == names.get(name)}
+
+    # Sections are done if both sources and settings are those of their entry.
+    fingerprints = {row.section_id: f"{sources[row.section_id]}-{_settings_digest(recipe)}" for row in rows}
+    done = {name for name, entry in entries.items() if entry.fingerprint == fingerprints.get(name)}
     return Plan(
         root,
         recipe,
-        todo={names[row.section_id]: row for row in rows if row.section_id not in done},
+        todo={fingerprints[row.section_id]: row for row in rows if row.section_id not in done},
         kept=tuple(entries[row.section_id] for row in rows if row.section_id in done),
-        removed=tuple(name for name in entries if name not in names),
+        removed=tuple(name for name in entries if name not in fingerprints),
         mpp=mpp,
         genes=merged_genes(_present_genes(root, previous), [header.preview.genes for header in headers.values()]),
         previous=previous,
         version=version,
-        known=known,
+        stamps=stamps,
         headers=headers,
     )
 
 
 def last_versions(plan: Plan, section_ids: Iterable[str]) -> list[SectionEntry]:
-    """Returns the entries that sections have in the table already, where they were cut under the same settings.
+    """Returns the present entries of sections that could not be cut again, if they were cut with the same settings.
 
-    For sections whose new version cannot be cut: their old fingerprint has the next run try again.
+    They keep their old fingerprint, so that the next run tries again.
     """
-    there = {entry.section_id: entry for entry in plan.previous.sections} if plan.previous else {}
-    found = [there[name] for name in section_ids if name in there]
+    present = {entry.section_id: entry for entry in plan.previous.sections} if plan.previous else {}
+    found = [present[name] for name in section_ids if name in present]
     return [entry for entry in found if entry.fingerprint.split("-")[1] == _settings_digest(plan.recipe)]
 
 
@@ -128,11 +137,11 @@ def describe(plan: Plan) -> str:
         f"genes      {len(plan.genes)}",
         f"unchanged  {len(plan.kept)} section(s)",
         f"to remove  {', '.join(plan.removed) or 'none'}",
-        f"to cut     {len(plan.todo)} section(s), each a task of 1 CPU",
+        f"to cut     {len(plan.todo)} section(s), one task of 1 CPU each",
     ]
     for row in plan.todo.values():
         scale = tile_scale(recipe.mpp, plan.mpp[row.section_id])
-        how = "exact crops" if scale == 1 else f"resampled, {scale:.3g} slide px a tile px"
+        how = "exact crops" if scale == 1 else f"resampled, {scale:.3g} slide px per tile px"
         lines.append(
             f"  {row.section_id}: patient {row.patient_id}, {row.format}, {plan.mpp[row.section_id]:.4g} um/px, {how}"
         )
@@ -146,24 +155,24 @@ def _load_previous(root: str) -> Manifest:
         raise TableError(f"{error}; or remove {storage.join(root, MANIFEST)} to start over") from None
 
 
-def _source_of(entry: SectionEntry | None) -> str | None:
+def _source_digest(entry: SectionEntry | None) -> str | None:
     return entry.fingerprint.split("-")[0] if entry else None
 
 
 def _settings_digest(recipe: Recipe) -> str:
     settings = recipe.tiles.model_dump(mode="json", exclude={"allow_upsampling"})
     settings |= {"mpp": recipe.mpp, "cutter": _CUTTER_VERSION}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]
 
 
-def _mpp(section_id: str, headers: dict[str, Header], entries: dict[str, SectionEntry]) -> float:
+def _mpp(section_id: str, headers: Mapping[str, Header], entries: Mapping[str, SectionEntry]) -> float:
     return headers[section_id].mpp if section_id in headers else entries[section_id].source_mpp
 
 
 def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float], previous: Manifest | None) -> float:
-    """Returns the tiles' resolution: the setting, else where all sections agree within 2 % the table's, else theirs.
+    """Returns the tiles' resolution: the setting, else the table's or the most frequent one if all agree within 2 %.
 
-    The table's goes first, so that a new section does not have all others cut again.
+    The table's is preferred, so that a new section does not cause all others to be cut again.
     """
     if tiles.mpp is not None:
         return tiles.mpp
@@ -176,7 +185,7 @@ def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float], previous: Manifest 
     if previous and max(mpp[high], previous.mpp) <= NATIVE_RATIO * min(mpp[low], previous.mpp):
         return previous.mpp
     times = Counter(mpp.values())
-    return min(times, key=lambda value: (-times[value], value))  # whatever the order of the sheet
+    return min(times, key=lambda value: (-times[value], value))  # the same for any order of the sheet
 
 
 def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
@@ -184,8 +193,8 @@ def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
     if enlarged and not recipe.tiles.allow_upsampling:
         named = ", ".join(f"{name} by {factor:.3g}" for name, factor in enlarged.items())
         raise ConfigError(
-            f"tiles.mpp={recipe.mpp:.4g} would enlarge {named}; allowed is {MAX_UPSAMPLING}: raise tiles.mpp where no "
-            "model fixes it, or set tiles.allow_upsampling=true"
+            f"tiles.mpp={recipe.mpp:.4g} would enlarge {named}; at most {MAX_UPSAMPLING} is allowed: raise tiles.mpp "
+            "unless a model needs it, or set tiles.allow_upsampling=true"
         )
 
 
@@ -193,19 +202,20 @@ def _present_genes(root: str, previous: Manifest | None) -> list[Gene]:
     return [Gene(**gene) for gene in load_genes(root, previous).to_pylist()] if previous else []
 
 
-CACHE = "sources.json"
-_PARALLEL = 16
-_DIGITS = 16
+def source_digests(
+    rows: Iterable[SectionRow], known: Mapping[str, FileStamp]
+) -> tuple[dict[str, str], dict[str, FileStamp]]:
+    """Returns the digest of each section's sources by section id, and the stamps of local files by path.
 
-
-def source_digests(rows: Iterable[SectionRow], known: Known) -> tuple[dict[str, str], Known]:
-    """Returns each section's source digest by section id, and what is now known of local files.
+    Args:
+        rows: the sections.
+        known: stamps of the last run.
 
     Raises:
-        SourceError: a file is gone, or a Visium folder lacks one.
+        SourceError: a file is missing.
     """
     rows = list(rows)
-    with ThreadPoolExecutor(_PARALLEL) as pool:
+    with ThreadPoolExecutor(_NUM_LOOKUPS) as pool:
         files = dict(zip((row.section_id for row in rows), pool.map(source_files, rows), strict=True))
         uris = sorted({uri for parts in files.values() for uri in parts.values()})
         found = dict(zip(uris, pool.map(lambda uri: _stamp(uri, known.get(uri)), uris), strict=True))
@@ -216,21 +226,21 @@ def source_digests(rows: Iterable[SectionRow], known: Known) -> tuple[dict[str, 
     return digests, {uri: stamp for uri, stamp in found.items() if not storage.is_s3(uri)}
 
 
-def load_known(root: str) -> Known:
-    """Returns what the last run left about local files; nothing where there is no such record."""
+def load_stamps(root: str) -> dict[str, FileStamp]:
+    """Returns the stamps that the last run saved; empty if there are none."""
     try:
-        tree = json.loads(storage.read(storage.join(root, CACHE)))
+        tree = json.loads(storage.read(storage.join(root, _FILE_STAMPS)))
         return {uri: (int(size), int(changed), str(digest)) for uri, (size, changed, digest) in tree.items()}
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return {}
 
 
-def save_known(root: str, known: Known) -> None:
-    """Leaves a record of local files for the next run."""
-    storage.write(storage.join(root, CACHE), json.dumps(known, indent=1, sort_keys=True).encode())
+def save_stamps(root: str, stamps: Mapping[str, FileStamp]) -> None:
+    """Saves the stamps of local files for the next run."""
+    storage.write(storage.join(root, _FILE_STAMPS), json.dumps(stamps, indent=1, sort_keys=True).encode())
 
 
-def _stamp(uri: str, known: tuple[int, int, str] | None) -> tuple[int, int, str]:
+def _stamp(uri: str, known: FileStamp | None) -> FileStamp:
     try:
         size, changed = (0, 0) if storage.is_s3(uri) else _size_and_time(uri)
     except FileNotFoundError:
@@ -250,4 +260,4 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 def _row_digest(row: SectionRow, versions: dict[str, str]) -> str:
     facts = row.model_dump(exclude={*row.files}) | versions
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]

@@ -1,8 +1,8 @@
-"""Makes a small cohort whose answer is known: gene programs follow tissue morphology, and nothing else does.
+"""Makes a small cohort with a known answer: gene programs follow tissue morphology and nothing else.
 
-A patient's colour (stain) and a spot's depth (library size, which follows the visible density of nuclei) vary
-strongly and say nothing about composition, so that a model has to read texture. The files are those of real
-sections (legacy ST tables, pyramidal TIFF slides); the trade-off is realism of the biology: three smooth programs.
+A patient's colour (stain) and a spot's depth (library size, which follows the visible density of nuclei) vary strongly
+but carry no information about composition, so that a model has to read texture. Files have the formats of real sections
+(legacy ST tables, pyramidal TIFF slides); the trade-off is realism of the biology: three smooth programs.
 """
 
 import csv
@@ -25,24 +25,24 @@ _COLUMNS = (
     *("section_id", "patient_id", "format", "image", "expression", "positions"),
     *("mpp", "spot_diameter_um", "labels", "site"),
 )
-_NOISE_SHARE = 0.125  # genes that follow no program
+_NOISE_SHARE = 0.125  # of the genes follow no program
 _DISPERSION = 0.04  # variance of a gene's rate over its squared mean
 _TIFF_TILE_PX = 256
 
 
 @dataclass(frozen=True)
 class CohortSpec:
-    """What is made; equal specs give equal bytes."""
+    """Size and content of a cohort; equal specs give equal bytes."""
 
     num_patients: int = 6
-    """Patients with measured sections; one more has an H&E-only slide."""
+    """Patients with measured sections; one more patient has an H&E-only slide."""
     sections_per_patient: int = 2
     array_side: int = 12
     """Spots along each edge of the array."""
     pitch_px: int = 64
     """Distance of neighbouring spots in pixels; tiles up to this edge do not overlap."""
     patch_pitches: float = 2.0
-    """Distance over which the programs change, in pitches: smaller patches give more independent places."""
+    """Distance over which the programs change, in pitches: smaller patches give more independent spots."""
     num_genes: int = 160
     median_counts: int = 8000
     """Median library size of a spot."""
@@ -55,7 +55,7 @@ class CohortSpec:
 
     @classmethod
     def small(cls) -> Self:
-        """Returns a cohort with 32 px tiles that a small network learns in seconds, told apart from chance."""
+        """Returns a cohort with 32 px tiles that a small network learns in seconds, clearly better than chance."""
         return cls(num_patients=8, pitch_px=32, patch_pitches=1.0, num_genes=80, median_counts=2500)
 
     @classmethod
@@ -65,13 +65,13 @@ class CohortSpec:
 
     @property
     def size_px(self) -> int:
-        """Edge of a slide: the array and one and a half pitches of background around it."""
+        """Edge of a slide: the array and one and a half pitches of background on each side."""
         return (self.array_side + 3) * self.pitch_px
 
 
 @dataclass(frozen=True)
 class _Genes:
-    """How genes answer: log rate = log_base + effect @ latents."""
+    """Response of genes to the programs: log rate = log_base + effect @ latents."""
 
     name: tuple[str, ...]
     log_base_G: NDArray[np.float64]
@@ -82,7 +82,7 @@ def make_cohort(out_dir: str | Path, spec: CohortSpec) -> str:
     """Writes the cohort under `out_dir` (a local folder) and returns the path of its sample sheet.
 
     Each measured section has a slide (tiled, pyramidal TIFF), a counts table (spots x genes, index `{x}x{y}`), a
-    spot-selection table and each spot's strongest program as its label; one slide of a patient of its own has no
+    spot-selection table and each spot's strongest program as its label. One more patient has a slide without
     expression.
     """
     out = Path(out_dir)
@@ -103,12 +103,12 @@ def make_cohort(out_dir: str | Path, spec: CohortSpec) -> str:
 
 
 def _rng(spec: CohortSpec, *names: str) -> np.random.Generator:
-    """Returns a generator that depends on seed and names alone: adding a patient leaves the others as they were."""
+    """Returns a generator that depends only on seed and names, so that a new patient does not change the others."""
     return np.random.default_rng([spec.seed, *(zlib.crc32(name.encode()) for name in names)])
 
 
 def _draw_genes(spec: CohortSpec) -> _Genes:
-    """Returns genes of one program (some of two) in turn, then the noise genes."""
+    """Returns genes of one program (some of two), cycling through the programs, then the noise genes."""
     rng = _rng(spec, "genes")
     num_signal = round(spec.num_genes * (1 - _NOISE_SHARE))
     effect = np.zeros((spec.num_genes, len(PROGRAMS)))
@@ -172,7 +172,7 @@ def _write_slide(path: Path, rng: np.random.Generator, spec: CohortSpec, patient
 
 
 def _tissue(rng: np.random.Generator, spec: CohortSpec) -> NDArray[np.bool_]:
-    """Returns where the tissue is: a rounded square with a wavy border that holds all but the array's corners."""
+    """Returns the tissue: a rounded square with a wavy border, which covers all but the array's corners."""
     axis = (np.arange(spec.size_px) + 0.5 - spec.size_px / 2) / (spec.array_side * spec.pitch_px / 2)
     y, x = axis[:, None], axis[None]
     wave = 0.03 * np.sin(5 * np.arctan2(y, x) + rng.uniform(0, 2 * np.pi))
@@ -180,11 +180,11 @@ def _tissue(rng: np.random.Generator, spec: CohortSpec) -> NDArray[np.bool_]:
 
 
 def _array(spec: CohortSpec) -> pd.DataFrame:
-    """Returns the selection table: array place, its measured place, pixel centre, and whether tissue covers it."""
-    place = np.arange(spec.array_side)
-    y, x = (axis.ravel() for axis in np.meshgrid(place, place, indexing="ij"))
-    pixel_x, pixel_y = (((place + 2.0) * spec.pitch_px).astype(int) for place in (x, y))
-    offset_x, offset_y = ((2 * place + 1) / spec.array_side - 1 for place in (x, y))
+    """Returns the selection table: array x, y and their measured values, pixel centre, and whether tissue covers it."""
+    index = np.arange(spec.array_side)
+    y, x = (axis.ravel() for axis in np.meshgrid(index, index, indexing="ij"))
+    pixel_x, pixel_y = (((axis + 2.0) * spec.pitch_px).astype(int) for axis in (x, y))
+    offset_x, offset_y = ((2 * axis + 1) / spec.array_side - 1 for axis in (x, y))
     return pd.DataFrame(
         {
             "x": x,
@@ -215,7 +215,7 @@ def _write_tsv(path: Path, table: pd.DataFrame, index: bool) -> None:
 def write_pyramid(path: Path, image: NDArray[np.uint8], mpp: float | None = MPP) -> None:
     """Writes an image (H x W x 3) as a tiled JPEG TIFF whose levels halve down to one tile.
 
-    Its resolution, `mpp` micrometres per pixel, is stated in pixels per centimetre; None: it is not.
+    Its resolution, `mpp` micrometres per pixel, is written in pixels per centimetre; None: no resolution is written.
     """
     with tifffile.TiffWriter(path) as tiff:
         for level in range(_num_levels(len(image))):
@@ -226,7 +226,7 @@ def write_pyramid(path: Path, image: NDArray[np.uint8], mpp: float | None = MPP)
                 photometric="rgb",
                 compression="jpeg",
                 compressionargs={"level": 95},
-                subsampling=(1, 1),  # halved colour blurs fine textures alone, and deviation would tell them
+                subsampling=(1, 1),  # halved colour would blur only fine textures, and its deviation would reveal them
                 resolution=resolution,
                 resolutionunit=None if resolution is None else "CENTIMETER",
                 subfiletype=int(level > 0),

@@ -1,9 +1,9 @@
 """Paints the tissue of the synthetic cohort: morphology follows latent fields, colour statistics do not.
 
 Each stain's concentration is a pointwise function of a unit-variance Gaussian field whose *spectrum* follows the
-latents. A spectrum does not show in a histogram, so that mean and deviation of colour carry nothing of the latents,
-whatever the stain. The trade-off: blobs and fibres are random fields, less like cells than drawn nuclei would be,
-but the property holds by construction and not by tuning.
+latents. A spectrum does not change a histogram, so that mean and deviation of colour carry no information about the
+latents, whatever the stain. The trade-off: blobs and fibres are random fields, less like cells than drawn nuclei, but
+the property holds by construction and needs no tuning.
 """
 
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ _BACKGROUND = 243.0
 
 @dataclass(frozen=True)
 class Stain:
-    """One patient's staining: optical density per unit concentration (2 x RGB) and the lamp's brightness."""
+    """One patient's stain: optical density per unit concentration (2 x RGB) and the lamp's brightness."""
 
     density_23: NDArray[np.float64]
     brightness: float
 
 
 def draw_stain(rng: np.random.Generator) -> Stain:
-    """Returns a random stain: hue, strength and brightness differ between patients, not within."""
+    """Returns a random stain: hue, strength and brightness differ between patients, not within one."""
     hues = np.stack([_HAEMATOXYLIN, _EOSIN]) + rng.normal(0, 0.06, (2, 3))
     strength = np.exp(rng.uniform(-0.25, 0.25, (2, 1)))
     return Stain(np.clip(hues, 0.02, None) * strength, float(rng.uniform(0.92, 1.0)))
@@ -56,8 +56,12 @@ def paint(
 ) -> NDArray[np.uint8]:
     """Returns an RGB image (H x W x 3) of stained tissue on a bright background.
 
-    `latents` (len(PROGRAMS) x H x W, in [-1, 1]) set the texture; `density` (H x W, in [-1, 1]) the share of nuclear
-    area, hence colour; `tissue` (H x W) where there is tissue at all.
+    Args:
+        rng: source of randomness.
+        latents: set the texture; (len(PROGRAMS), H, W) in [-1, 1].
+        density: sets the share of nuclear area, hence colour; (H, W) in [-1, 1].
+        tissue: bool (H, W).
+        stain: the patient's.
     """
     size, spacing, align = (latents + 1) / 2
     nuclei = expit((_textured(rng, size) - 0.9 + 0.3 * density) / 0.15)
@@ -77,10 +81,10 @@ def _textured(rng: np.random.Generator, level: Image, angle: float | None = None
 
     Neighbouring bands are independent, so that the weighted sum over the root of squared weights has variance 1.
     """
-    place = level * (len(_WAVELENGTHS_PX) - 1)
+    band = level * (len(_WAVELENGTHS_PX) - 1)
     field, power = np.zeros_like(level), np.zeros_like(level)
     for index, wavelength in enumerate(_WAVELENGTHS_PX):
-        weight = np.clip(1 - np.abs(place - index), 0, 1)
+        weight = np.clip(1 - np.abs(band - index), 0, 1)
         field += weight * _band(rng, len(level), wavelength, angle)
         power += weight**2
     return (field / np.sqrt(power)).astype(np.float32)

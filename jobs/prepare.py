@@ -1,50 +1,62 @@
 #!/usr/bin/env python
-"""Makes a tile table of the sections in a sample sheet; run again, it redoes only what changed."""
+"""Makes a tile table of the sections in a sample sheet; a second run redoes only what changed."""
 
-import argparse
 import tempfile
+from typing import TYPE_CHECKING
 
 import _launch  # first: puts the project on the path
-from _cli import Argument, describe, parse, run
+from _cli import JobArguments, describe, parse, run
+
+from ingest.readers import READERS
+from mclstexp.data.sheet import SLIDE
+
+if TYPE_CHECKING:
+    from ingest.prepare import PrepareReport
 
 EXAMPLE = "python jobs/prepare.py --samples cohort/samples.csv --out s3://bucket/tiles --tiles.size_px 224"
-ARGUMENTS = [
-    Argument(
-        "samples", "sample sheet (.csv): one row a section, file paths relative to it or s3:// URIs", required=False
-    ),
-    Argument("dataset", "instead of --samples a public data set: her2st, her2st_all, cscc or alex10x", required=False),
-    Argument("source", "the data set's folder, as it is published", required=False),
-    Argument("out", "root of the tile table: a folder or s3:// URI"),
-]
-SECTIONS = ("storage", "cluster", "tiles")
+BLOCKS = ("storage", "cluster", "tiles")
+FORMATS = f"Formats of sections in the sample sheet: {', '.join(READERS)}, and {SLIDE} for a slide without counts."
+
+
+class Arguments(JobArguments):
+    """The sections, and where their tiles go."""
+
+    samples: str | None = None
+    """Sample sheet (.csv): one row per section, with file paths relative to it or s3:// URIs."""
+    dataset: str | None = None
+    """Instead of --samples, a public data set: her2st, her2st_all, cscc or alex10x."""
+    source: str | None = None
+    """Folder of the data set, as published."""
+    out: str
+    """Root of the tile table: a folder or s3:// URI."""
 
 
 def main() -> None:
-    """Parses, plans or prepares, prints what came of it."""
-    arguments, config = parse(__doc__ or "", EXAMPLE, ARGUMENTS, SECTIONS)
+    """Prepares, or prints the plan, and prints the result."""
+    arguments, config = parse(Arguments, f"{__doc__}\n\n{FORMATS}", EXAMPLE, BLOCKS)
     _require_one_sheet(arguments)
-    from ingest.prepare import plan, prepare
+    from ingest.prepare import dry_run, prepare
 
     if arguments.dry_run:
-        print(describe(config, SECTIONS))
+        print(describe(config, BLOCKS))
         with tempfile.TemporaryDirectory() as scratch:
-            print(plan(_sample_sheet(arguments, scratch), arguments.out, config))
+            print(dry_run(_sample_sheet(arguments, scratch), arguments.out, config))
         return
-    from mclstexp import cluster
+    from mclstexp import cluster, progress
 
     _launch.connect(config)
-    given = ("samples", "source", "out")
-    places = [f"--{name} {value}" for name in given if (value := getattr(arguments, name))]
-    cluster.require_shared(config, places, uses_tracking=False)
-    report = prepare(_sample_sheet(arguments, arguments.out), arguments.out, config)
-    _print_summary(report)
+    named = {"--samples": arguments.samples, "--source": arguments.source, "--out": arguments.out}
+    cluster.require_shared(config, [f"{name} {uri}" for name, uri in named.items() if uri], uses_tracking=False)
+    with progress.bars() as show:
+        report = prepare(_sample_sheet(arguments, arguments.out), arguments.out, config, show)
+    _print_sections(report)
     if report.sources:
         print(report.sources)
     print(f"{len(report.redone)} sections cut, {len(report.unchanged)} unchanged, {len(report.removed)} removed")
     print(f"tile table {report.root}")
 
 
-def _require_one_sheet(arguments: argparse.Namespace) -> None:
+def _require_one_sheet(arguments: Arguments) -> None:
     from mclstexp.errors import ConfigError
 
     if (arguments.samples is None) == (arguments.dataset is None):
@@ -53,19 +65,21 @@ def _require_one_sheet(arguments: argparse.Namespace) -> None:
         raise ConfigError("--dataset NAME and --source DIR go together: the source is the data set's published folder")
 
 
-def _sample_sheet(arguments: argparse.Namespace, folder: str) -> str:
-    """Returns the sample sheet's URI; a data set's sheet is made and kept in `folder`."""
+def _sample_sheet(arguments: Arguments, folder: str) -> str:
+    """Returns the sample sheet's URI; the sheet of a data set is written to `folder`."""
     if arguments.samples is not None:
         return arguments.samples
     from ingest.datasets import dataset_sheet
     from mclstexp import storage
 
+    assert arguments.dataset is not None, "one sheet is required"
+    assert arguments.source is not None, "a data set has a source"
     sheet = storage.join(folder, "samples.csv")
     storage.write(sheet, dataset_sheet(arguments.dataset, arguments.source).encode())
     return sheet
 
 
-def _print_summary(report) -> None:  # noqa: ANN001
+def _print_sections(report: "PrepareReport") -> None:
     from rich.console import Console
     from rich.table import Table
 

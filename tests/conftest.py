@@ -49,7 +49,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # as the jobs set it
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # workers wait for this poll at each checkpoint
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start for each run
         yield endpoint
 
@@ -110,6 +110,16 @@ def s3(_s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database to be copied: MLflow takes seconds to make one."""
+    import mlflow
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The sample sheet of a tiny synthetic cohort: 3 patients with 2 sections each, and one H&E-only slide."""
     from ingest.synthetic import CohortSpec, make_cohort
@@ -125,7 +135,7 @@ def tiles(cohort: str, ray_session: None, tmp_path_factory: pytest.TempPathFacto
 
     config = override(Config(), {"tiles.size_px": 32, "tiles.sentence_length": 16})
     root = str(tmp_path_factory.mktemp("tiles") / "table")
-    prepare(cohort, root, config, progress=False)
+    prepare(cohort, root, config)
     return root
 
 

@@ -49,7 +49,7 @@ def add_count(table):
 
 
 def run(sheet, out, **settings):
-    return prepare(sheet, str(out), override(CONFIG, settings), progress=False)
+    return prepare(sheet, str(out), override(CONFIG, settings))
 
 
 def read_everything(root):

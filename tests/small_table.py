@@ -15,6 +15,12 @@ from mclstexp.data.table import tile_crc, write_section
 NAMES = ("TP53", "ENSG00000141510", "ACTB", "CD74", "GNAS", "FASN", "VIM", "MUC1")
 
 
+def random_counts(num_spots: int, seed: int, num_genes: int = len(NAMES)) -> np.ndarray:
+    """Returns overdispersed counts, int32 (num_spots, num_genes)."""
+    rng = np.random.default_rng(seed)
+    return rng.poisson(rng.gamma(1.0, 2.0, (num_spots, num_genes))).astype(np.int32)
+
+
 def make_sentence(section_id: str, counts: np.ndarray, places: np.ndarray | None = None) -> pa.Table:
     """Returns one sentence (TILE_SCHEMA) of spots at `places`, (n, 2) pixels; array and micrometres are all 0."""
     x_px, y_px = np.zeros((2, len(counts))) if places is None else places.T

@@ -85,7 +85,7 @@ def rows_of(name, source, tmp_path):
     return {row.section_id: row for row in read_sheet(str(path), READERS)}
 
 
-def lacks(name, source):
+def missing_in(name, source):
     with pytest.raises(SourceError) as caught:
         dataset_sheet(name, str(source))
     return str(caught.value)
@@ -149,8 +149,8 @@ def test_everything_that_is_missing_is_listed_at_once(her2st, cscc, alex10x):
     (data / "ST-spotfiles/G3_selection.tsv").unlink()
     (data / "ST-imgs/B/B1/B1_BTB1_HE.jpg").unlink()
     touch(data / "ST-imgs/B/B2/another.jpg")
-    text = lacks("her2st", her2st)
-    assert f"{data} lacks 4 part(s) of the data set her2st:" in text
+    text = missing_in("her2st", her2st)
+    assert f"4 part(s) of the data set her2st are missing in {data}:" in text
     for part in (
         "ST-cnts/A2.tsv.gz",
         "ST-spotfiles/G3_selection.tsv",
@@ -160,17 +160,17 @@ def test_everything_that_is_missing_is_listed_at_once(her2st, cscc, alex10x):
         assert f"\n  {part}" in text
     for path in [*cscc.glob("*P10_ST_rep2*"), *cscc.glob("*selection-P9_ST_rep1*")]:
         path.unlink()
-    text = lacks("cscc", cscc)
-    assert "lacks 4 part(s)" in text
+    text = missing_in("cscc", cscc)
+    assert "4 part(s)" in text
     assert "*_P10_ST_rep2.jpg" in text
     assert "*_spot_data-selection-P9_ST_rep1.tsv.gz" in text
     (alex10x / "FFPE/image.tif").unlink()
     (alex10x / "CID4465/spatial/scalefactors_json.json").unlink()
-    text = lacks("alex10x", alex10x)
-    assert "lacks 2 part(s)" in text
+    text = missing_in("alex10x", alex10x)
+    assert "2 part(s)" in text
     assert "FFPE/image.tif" in text
     assert f"{alex10x}/CID4465/spatial has no scalefactors_json.json" in text
-    assert "lacks 96 part(s)" in lacks("her2st", alex10x)
+    assert "96 part(s)" in missing_in("her2st", alex10x)
 
 
 def test_images_may_be_packed_as_geo_publishes_them(cscc, tmp_path):
@@ -184,7 +184,7 @@ def test_images_may_be_packed_as_geo_publishes_them(cscc, tmp_path):
     with open_slide(row.image) as slide:
         assert (slide.width, slide.height) == (64, 64)
     packed.unlink()
-    assert "*_P2_ST_rep1.jpg.gz" in lacks("cscc", cscc)
+    assert "*_P2_ST_rep1.jpg.gz" in missing_in("cscc", cscc)
 
 
 def test_tables_may_be_unpacked(cscc, tmp_path):
@@ -196,7 +196,7 @@ def test_tables_may_be_unpacked(cscc, tmp_path):
 
 def test_a_damaged_positions_file_is_named(her2st):
     (her2st / "data/ST-spotfiles/D4_selection.tsv").write_text("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t?\n")
-    with pytest.raises(SourceError, match=r"D4_selection\.tsv: line 2 holds no position"):
+    with pytest.raises(SourceError, match=r"D4_selection\.tsv: line 2 has no position"):
         dataset_sheet("her2st", str(her2st))
 
 
@@ -220,7 +220,7 @@ def test_a_data_set_in_object_storage(s3, alex10x):
         (["--samples", "a.csv", "--source", "d"], "--dataset NAME and --source DIR go together"),
         (
             ["--dataset", "her2", "--source", "d", "--dry-run"],
-            "--dataset her2 is unknown; known are her2st, her2st_all",
+            "--dataset her2 is unknown; did you mean her2st?",
         ),
     ],
 )

@@ -147,4 +147,4 @@ def test_h5ad_that_claims_more_than_it_names_is_refused_unread(h5ad, tmp_path):
     with h5py.File(h5ad.expression, "r+") as file:
         del file["X"]
         file.create_dataset("X", shape=(10**6, 10**6), dtype="f4", chunks=(100, 100))
-    assert "X is (1000000, 1000000), its names say (4, 3)" in refused(h5ad, tmp_path)
+    assert "X is (1000000, 1000000), but there are names for (4, 3)" in refused(h5ad, tmp_path)

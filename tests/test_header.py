@@ -1,10 +1,21 @@
-"""What is reported of sections before they are cut, and the resolution that an array of spots gives."""
+"""What sections state before they are cut: how genes are named, which genes the table gets, and the report."""
 
+import csv
+import gzip
+from pathlib import Path
+
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
-from ingest.header import Header, merged_genes, naming_system, report
-from ingest.readers.spots import Preview, array_mpp, named_gene
+from ingest.header import Header, gene_rows, merged_genes, naming_system, read_header, report
+from ingest.plan import Plan, make_plan
+from ingest.readers.spots import Gene, Preview, named_gene
+from ingest.section import cut_section
+from mclstexp.config import Config, override
+from mclstexp.data.schema import SectionEntry
+from mclstexp.data.table import read_columns, read_counts
 
 BOTH, ENSEMBL, SYMBOLS = [
     [named_gene("GNAS", "ENSG00000087460.24"), named_gene("FASN", "ENSG00000169710.9")],
@@ -14,20 +25,12 @@ BOTH, ENSEMBL, SYMBOLS = [
 
 
 def headers(**genes):
-    return {name: Header(0.5, "the sheet", Preview(tuple(named))) for name, named in genes.items()}
+    return {name: Header(0.5, "sheet", Preview(tuple(named))) for name, named in genes.items()}
 
 
 def reported(present=(), **genes):
     found = headers(**genes)
     return report(found, merged_genes(present, [header.preview.genes for header in found.values()]), len(present))
-
-
-def test_the_stated_mapping_of_names():
-    assert named_gene("ENSG00000087460.24") == ("ENSG00000087460", "", "ENSG00000087460")
-    assert named_gene("GNAS", ensembl="ENSG00000087460.24") == ("ENSG00000087460", "GNAS", "ENSG00000087460")
-    assert named_gene("ENSMUSG00000027523", symbol="Gnas") == ("ENSMUSG00000027523", "Gnas", "ENSMUSG00000027523")
-    assert named_gene("Gnas") == ("Gnas", "Gnas", "")
-    assert named_gene("GNAS", ensembl="2778") == ("GNAS", "GNAS", "")
 
 
 @pytest.mark.parametrize(
@@ -63,9 +66,11 @@ def test_ways_of_naming_meet_in_the_gene_that_a_source_names_both_ways():
     text = reported(A=SYMBOLS, B=BOTH, C=ENSEMBL)
     assert "genes by   symbols: 3 in common of 3 in each of 1 section(s) (A)" in text
     assert "genes by   Ensembl ids (ENSG) and symbols: 2 in common of 2 in each of 1 section(s) (B)" in text
-    assert "genes      1 in common of 2 to 3 in each of 3 section(s) (A, B, C); nothing is looked up elsewhere" in text
-    assert "genes      2 symbols alone are taken for the Ensembl gene of that symbol: FASN, GNAS" in text
-    assert "stay apart" not in text
+    assert (
+        "genes      1 in common of 2 to 3 in each of 3 section(s) (A, B, C); names are not looked up elsewhere" in text
+    )
+    assert "genes      2 symbols without Ensembl id are the Ensembl gene with that symbol: FASN, GNAS" in text
+    assert "stay separate" not in text
     assert "genes      0 in common of 2 to 3 in each of 2 section(s) (A, C)" in reported(A=SYMBOLS, C=ENSEMBL)
     assert "genes      1 in common of 2 in each of 2 section(s)" in reported(B=BOTH, C=ENSEMBL), (
         "Ensembl ids meet without versions"
@@ -74,15 +79,15 @@ def test_ways_of_naming_meet_in_the_gene_that_a_source_names_both_ways():
 
 def test_symbols_that_cannot_be_joined_are_named():
     text = reported(A=SYMBOLS, B=[*BOTH, named_gene("GNAS", "ENSG00000000001")])
-    assert "genes      1 symbols alone are taken for the Ensembl gene of that symbol: FASN" in text
-    assert "genes      1 symbols alone stay apart from Ensembl genes of that symbol: several have it, or" in text
-    assert text.endswith("names both: GNAS")
+    assert "genes      1 symbols without Ensembl id are the Ensembl gene with that symbol: FASN" in text
+    assert "genes      1 symbols without Ensembl id stay separate from Ensembl genes with that symbol, because" in text
+    assert text.endswith("lists both: GNAS")
 
 
 def test_species_that_differ_in_case_are_pointed_out():
     text = reported(human=SYMBOLS, mouse=[named_gene("Gnas"), named_gene("Fasn")])
     assert "genes by   symbols: 0 in common" in text
-    assert "2 symbols differ in case alone, as FASN, Fasn: they stay apart" in text
+    assert "2 symbols differ only in case, such as FASN, Fasn: they stay separate" in text
 
 
 def test_nothing_to_report_of_nothing():
@@ -90,28 +95,91 @@ def test_nothing_to_report_of_nothing():
     assert reported(slide=[]) == "resolution 0.5 um/px by the sheet: 1 section(s) (slide)"
 
 
-def grid():
-    return np.array([(x, y) for x in range(6) for y in range(5)], float)
+GNAS, FASN = named_gene("GNAS", "ENSG00000087460"), named_gene("FASN", "ENSG00000169710")
+TABLE, ALONE = [GNAS, FASN], [named_gene("FASN"), named_gene("GNAS"), named_gene("ERBB2")]
+OTHER_GNAS = named_gene("GNAS", "ENSG00000000001")
 
 
-@pytest.mark.parametrize("mirrored", [1, -1])
-@pytest.mark.parametrize("degrees", [0, 2, 90, 211])
-def test_resolution_of_an_array_however_it_lies(degrees, mirrored):
-    angle = np.deg2rad(degrees)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    pixel = (grid() * [mirrored, 1]) @ turn * 290 + [5000, 700]
-    assert array_mpp(grid(), pixel, 200.0) == pytest.approx(200 / 290)
+@pytest.mark.parametrize("present", ["nothing", "symbols", "both"])
+def test_a_symbol_alone_is_the_one_ensembl_gene_of_that_symbol(present: str) -> None:
+    tables = {"nothing": (), "symbols": tuple(ALONE), "both": tuple(TABLE)}
+    table = merged_genes(tables[present], [ALONE, TABLE])
+    assert sorted(table) == sorted([GNAS, FASN, named_gene("ERBB2")])
+    rows = gene_rows(table)
+    assert rows["GNAS"] == rows["ENSG00000087460"]
+    assert rows["FASN"] == rows["ENSG00000169710"]
+    for row, gene in enumerate(tables[present]):
+        assert rows[gene.gene_id] == row, "stored gene indices stay valid"
 
 
-def test_resolution_of_every_second_place():
-    """Arrays of 2,000 spots fill a chequerboard: neighbours are a diagonal apart."""
-    place = grid()[grid().sum(axis=1) % 2 == 0]
-    place = np.concatenate([place, place + np.array([6, 0])])
-    assert array_mpp(place, place * 176.9, 150.0) == pytest.approx(150 / (176.9 * np.sqrt(2)))
+@pytest.mark.parametrize(
+    ("present", "sources"),
+    [
+        ((), [ALONE, TABLE, [OTHER_GNAS]]),
+        ((), [ALONE, [*TABLE, OTHER_GNAS]]),
+        ((), [ALONE, [*TABLE, named_gene("GNAS")]]),
+        ((named_gene("GNAS"), GNAS), [ALONE, TABLE]),
+    ],
+    ids=["two sources", "one source", "one names both", "the table holds both"],
+)
+def test_where_it_is_not_clear_genes_stay_apart(present: tuple[Gene, ...], sources: list[list[Gene]]) -> None:
+    table = merged_genes(present, sources)
+    assert table[: len(present)] == present
+    assert {named_gene("GNAS"), GNAS} <= set(table)
+    rows = gene_rows(table)
+    assert table[rows["GNAS"]] == named_gene("GNAS")
+    assert table[rows["FASN"]] == FASN, "the others are joined"
 
 
-def test_arrays_that_cannot_tell():
-    line = np.array([(x, 0) for x in range(30)], float)
-    assert array_mpp(line, line * 290, 200.0) is None
-    assert array_mpp(grid()[:15], grid()[:15] * 290, 200.0) is None
-    assert array_mpp(grid(), np.ones((30, 2)), 200.0) is None
+def test_a_symbol_that_only_a_later_source_knows_joins_too() -> None:
+    table = merged_genes([named_gene("ENSG00000087460"), named_gene("GNAT1")], [TABLE, ALONE])
+    assert table == (GNAS, named_gene("GNAT1"), FASN, named_gene("ERBB2"))
+
+
+def _mixed(folder: Path, cohort: str) -> tuple[str, pd.DataFrame]:
+    """Writes the sheet of a section named by symbols and the same one named by both; returns it and the counts."""
+    with open(cohort, newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["section_id"] == "P1S1")
+    source = Path(cohort).parent
+    legacy = 1 + pd.read_csv(source / row["expression"], sep="\t", index_col=0).iloc[:, :2]
+    legacy.columns = ["FASN", "GNAS"]
+    places = pd.read_csv(source / row["positions"], sep="\t").set_index(["x", "y"])
+    place = [tuple(round(float(part)) for part in spot.split("x")) for spot in legacy.index]
+    (folder / "symbols.tsv.gz").write_bytes(gzip.compress(legacy.to_csv(sep="\t").encode()))
+    var = pd.DataFrame({"gene_ids": [GNAS.ensembl_id, FASN.ensembl_id]}, index=["GNAS", "FASN"])
+    data = anndata.AnnData(legacy[["GNAS", "FASN"]].to_numpy(np.float32), pd.DataFrame(index=legacy.index), var)
+    data.obsm["spatial"] = places.loc[place, ["pixel_x", "pixel_y"]].to_numpy()
+    data.write_h5ad(folder / "both.h5ad")
+    common = {"image": str(source / row["image"]), "mpp": row["mpp"]}
+    rows = [
+        {"section_id": "V1", "patient_id": "V", "format": "h5ad", "expression": "both.h5ad"},
+        {"section_id": "A1", "patient_id": "A", "format": "legacy_st", "expression": "symbols.tsv.gz"}
+        | {"positions": str(source / row["positions"])},
+    ]
+    pd.DataFrame([common | each for each in rows]).to_csv(folder / "samples.csv", index=False)
+    return str(folder / "samples.csv"), legacy
+
+
+def _cut(plan: Plan, section_id: str) -> SectionEntry:
+    fingerprint, row = next((name, row) for name, row in plan.todo.items() if row.section_id == section_id)
+    return cut_section(row, plan.recipe, gene_rows(plan.genes), plan.root, fingerprint)
+
+
+def test_sections_of_both_ways_of_naming_share_their_genes(cohort: str, tmp_path: Path) -> None:
+    sheet, counts = _mixed(tmp_path, cohort)
+    settings = {"tiles.size_px": 16, "tiles.min_tissue": 0.0}
+    plan = make_plan(sheet, str(tmp_path / "out"), override(Config(), settings), lambda rows: map(read_header, rows))
+    assert plan.genes == (GNAS, FASN)
+    assert "2 symbols without Ensembl id are the Ensembl gene with that symbol: FASN, GNAS" in plan.sources
+    found = {}
+    for section_id in ("V1", "A1"):
+        entry = _cut(plan, section_id)
+        spots = read_columns(plan.root, entry, ["spot_id"])["spot_id"].to_pylist()
+        found[section_id] = read_counts(plan.root, entry, len(plan.genes)).toarray()
+        names = [spot.split("x") for spot in counts.index]
+        expected = counts.set_axis([f"{round(float(x))}x{round(float(y))}" for x, y in names])
+        if section_id == "V1":
+            expected = counts
+        np.testing.assert_array_equal(found[section_id], expected.loc[spots, ["GNAS", "FASN"]].to_numpy())
+    assert (found["A1"].sum(axis=0) > 0).all()
+    np.testing.assert_array_equal(found["A1"].sum(axis=0), found["V1"].sum(axis=0))

@@ -43,8 +43,8 @@ def test_labels_are_joined_by_id_or_rounded_place(tmp_path: Path, text: str) -> 
         ("spot_id,kind\n9x14,fat\n", "it has no column label; it has spot_id, kind"),
         ("name,label\n9x14,fat\n", "neither spot_id or barcode nor x and y; it has name, label"),
         ("x,y,label\n9,14,fat\n9.2,14,cancer\n", "spot appears more than once: 9x14"),
-        ("spot_id,label\n1x1,fat\n", r"none of its 1 rows is of one of the section's 3 spots \(such as 9x21"),
-        ("spot_id,label\n9x14,NA\n10x3,\n1x1,a\n", r"its 2 rows of the section's spots have no label \(empty or NA\)"),
+        ("spot_id,label\n1x1,fat\n", r"none of its 1 rows names one of the section's 3 spots \(such as 9x21"),
+        ("spot_id,label\n9x14,NA\n10x3,\n1x1,a\n", r"its 2 rows for the section's spots have no label \(empty or NA\)"),
         ("", "cannot be read"),
     ],
 )

@@ -1,6 +1,6 @@
 """What a model learns is in the texture: on a cohort with a known answer, and nothing where pairs are shuffled.
 
-Steps, stream rows, bank and retrieval are the real ones; only Ray's processes around them are left to other tests.
+Steps, stream rows, bank and retrieval are the real ones; only Ray's processes around them are tested elsewhere.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def learnable_tiles(ray_session: None, tmp_path_factory: pytest.TempPathFactory)
 
     folder = tmp_path_factory.mktemp("learnable")
     sheet = make_cohort(folder / "cohort", CohortSpec.small())
-    prepare(sheet, str(folder / "tiles"), override(Config(), SETTINGS), progress=False)
+    prepare(sheet, str(folder / "tiles"), override(Config(), SETTINGS))
     return str(folder / "tiles")
 
 
@@ -59,19 +59,19 @@ def _trained(run: Run) -> ModelVersion:
     model = model.to(memory_format=torch.channels_last).train()
     total_steps = train.epochs * feed.num_steps()
     optimizer, state = make_optimizer(model, train), TrainState({})
-    trainee = RankState(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, total_steps, state)
+    rank_state = RankState(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, total_steps, state)
     for epoch in range(train.epochs):
         state.epoch = epoch
         rows = feed.rows(epoch, (), rank=0, world_size=1)
         for start in range(0, len(rows), train.batch_sentences):
             sentences = [feed.loader(_one(row)) for row in rows[start : start + train.batch_sentences]]
-            train_step(trainee, {name: np.concatenate([part[name] for part in sentences]) for name in sentences[0]})
+            train_step(rank_state, {name: np.concatenate([part[name] for part in sentences]) for name in sentences[0]})
             state.step += 1
     folder = Path(run.uri, "last")
     folder.mkdir()
     save_checkpoint(str(folder), model, optimizer, state)
     finish.finish(run, str(folder))
-    return ModelVersion.load(finish.model_uri(run))
+    return finish.load_model(run)
 
 
 def _one(row: dict[str, object]) -> dict[str, np.ndarray]:
@@ -81,21 +81,20 @@ def _one(row: dict[str, object]) -> dict[str, np.ndarray]:
 def _scores(tiles: str, folder: Path, shuffle_pairs: bool) -> dict[str, pd.Series]:
     """Trains on three patients and scores model and floors on the spots of five others."""
     config = override(Config(), SETTINGS | {"train.shuffle_pairs": shuffle_pairs})
-    run = open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
+    run = open_run(tiles, str(folder), "run", config, lambda *_: "untracked")
     model = _trained(run)
     train, test = (_spots(run.reader, names) for names in (run.split.train, run.split.test))
     embed = network_of(model).build(torch.device("cpu"))
     found = retrieve(embed(test["image"]), model.bank, model.config.retrieval)
     colour = RidgeFloor(_colour(train["image"]), train["payload"], np.arange(len(train["image"])) % 3)
     mean = np.tile(train["payload"].mean(axis=0), (len(test["image"]), 1))
-    said = {"model": found.prediction, "ridge on RGB": colour.predict(_colour(test["image"])), "train mean": mean}
+    predicted = {"model": found.prediction, "ridge on RGB": colour.predict(_colour(test["image"])), "train mean": mean}
     same_totals = np.ones(len(mean))
-    return {method: gene_scores(test["payload"], values, same_totals).mean() for method, values in said.items()}
+    return {method: gene_scores(test["payload"], values, same_totals).mean() for method, values in predicted.items()}
 
 
 def _spots(reader: SpotReader, names: tuple[str, ...]) -> Batch:
-    groups = [(name, group) for name in names for group in range(len(reader.manifest.section(name).row_groups))]
-    parts = [reader.read(*place) for place in groups]
+    parts = [reader.read(*sentence) for sentence in reader.manifest.sentences(names)]
     return {column: np.concatenate([part[column] for part in parts]) for column in ("image", "payload")}
 
 

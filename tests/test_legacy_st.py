@@ -151,7 +151,7 @@ def test_repeated_spots_are_named(st, tmp_path):
 def test_array_places_out_of_range_are_named(st, tmp_path, place):
     write_counts(tmp_path / "a.tsv.gz", COUNTS | {f"{place[0]}x{place[1]}": [1, 1, 1]})
     write_positions(tmp_path / "a_sel.tsv", PLACES | {place: (1, 1)})
-    assert f"spot {place[0]}x{place[1]} has the array place" in refused(st, tmp_path)
+    assert f"spot {place[0]}x{place[1]} has the array position" in refused(st, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_array_places_out_of_range_are_named(st, tmp_path, place):
         (lambda _: gzip.compress(b"\tGNAS\tFASN\n10x20\t1\n"), "its header has 3 cells and its first spot 2"),
         (lambda _: gzip.compress(b"\tGNAS\tFASN\n10x20\t1\t2\n11x20\t1\n"), "1 values for 2 genes"),
         (lambda _: gzip.compress(b"\tGNAS\tFASN\n"), "has no spots"),
-        (lambda _: gzip.compress(b"\tGNAS\tFASN\nspot1\t1\t2\n"), "not named like 10x21"),
+        (lambda _: gzip.compress(b"\tGNAS\tFASN\nspot1\t1\t2\n"), "no name like 10x21"),
         (lambda _: b"\x89PNG\r\n\x1a\n\x00\x01\xff\xfe", "cannot be read|header"),
     ],
 )
@@ -180,9 +180,9 @@ def test_damaged_counts_are_refused(st, tmp_path, damage, reason):
     ("content", "reason"),
     [
         ("x\ty\tpixel_x\n1\t2\t3\n", "has no column pixel_y"),
-        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t\n", "line 2 holds no position"),
-        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\tinf\n", "line 2 holds no position"),
-        ("x\ty\tpixel_x\tpixel_y\tselected\n1\t2\t3\t4\tyes\n", "line 2 holds no position"),
+        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t\n", "line 2 has no position"),
+        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\tinf\n", "line 2 has no position"),
+        ("x\ty\tpixel_x\tpixel_y\tselected\n1\t2\t3\t4\tyes\n", "line 2 has no position"),
         ("", "cannot be read"),
     ],
 )
@@ -230,3 +230,44 @@ def test_real_selection_matters(tmp_path):
     assert Counter(reject.reason for reject in found.rejected)["not_selected"] > 1500
     assert found.genes[0].ensembl_id.startswith("ENSMUSG")
     assert "." not in found.genes[0].ensembl_id
+
+
+LINES = "\tGNAS\tFASN\n10x20\t1\t2\n\n11x20\t3\t4\n"
+POSITION_LINES = "x\ty\tpixel_x\tpixel_y\n10\t20\t1\t2\n\n  \n11\t20\t3\t4\n"
+
+
+def _refused_lines(folder: Path, counts: str = LINES, places: str = POSITION_LINES) -> str:
+    (folder / "a.tsv").write_bytes(counts.encode())
+    (folder / "a_sel.tsv").write_bytes(places.encode())
+    with pytest.raises(SourceError) as caught:
+        legacy_st.read({"expression": str(folder / "a.tsv"), "positions": str(folder / "a_sel.tsv")})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("12x20\t5\tone", "gene FASN of spot 12x20 (line 5) has the value 'one', which is not a count"),
+        ("12x20\t5\t-1", "gene FASN of spot 12x20 (line 5) has the value -1.0, which is not a raw count"),
+        ("12x20\t5", "spot 12x20 (line 5) has 1 values for 2 genes"),
+        ("spot12\t5\t6", "spot spot12 (line 5) has no name like 10x21"),
+    ],
+)
+def test_faults_in_counts_name_the_line(tmp_path: Path, line: str, message: str, end: str) -> None:
+    text = _refused_lines(tmp_path, counts=(LINES + line + "\n").replace("\n", end))
+    assert text.startswith(f"a.tsv: {message}")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("row", ["12\t20\t5\t", "12\t20\t5\tinf", "\t\t\t"])
+def test_faults_in_positions_name_the_line(tmp_path: Path, row: str, end: str) -> None:
+    text = _refused_lines(tmp_path, places=(POSITION_LINES + row + "\n13\t20\t1\t1\n").replace("\n", end))
+    assert text.startswith("a_sel.tsv: line 6 has no position: ")
+
+
+def test_blank_lines_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(LINES)
+    (tmp_path / "a_sel.tsv").write_text(POSITION_LINES)
+    found = legacy_st.read({"expression": str(tmp_path / "a.tsv"), "positions": str(tmp_path / "a_sel.tsv")})
+    assert found.spots.spot_id.tolist() == ["10x20", "11x20"]

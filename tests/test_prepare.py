@@ -15,7 +15,7 @@ import tifffile
 from PIL import Image
 from prepared_tables import CONFIG, add_count, copy_of, edit_counts, read_everything, run, write_sheet
 
-from ingest.prepare import plan, prepare
+from ingest.prepare import dry_run, prepare
 from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.schema import REJECT_SCHEMA, load_genes, load_manifest
@@ -83,7 +83,7 @@ def test_labels_and_the_slides_picture_are_carried(own_two, cohort, tmp_path):
     step = round(entry.thumbnail_scale)
     assert np.abs(picture.astype(int) - whole[::step, ::step]).mean() < 10
     (tmp_path / "cohort" / "labels.tsv").write_text("spot_id\tlabel\nAAACG-1\tinvasive cancer\n")
-    with pytest.raises(SourceError, match=r"P1S1.*labels.tsv: none of its 1 rows is of one of the section's"):
+    with pytest.raises(SourceError, match=r"P1S1.*labels.tsv: none of its 1 rows names one of the section's"):
         run(sheet, tmp_path / "plain")
 
 
@@ -186,16 +186,16 @@ def test_a_blank_slide_has_no_spots_and_stops_nobody(cohort, tmp_path):
 
 def test_plan_says_what_would_be_done_and_does_nothing(own_two, tmp_path):
     out = str(tmp_path / "out")
-    text = plan(own_two, out, CONFIG)
+    text = dry_run(own_two, out, CONFIG)
     assert "to cut     2 section(s)" in text
     assert "32 px at 1 um/px = 32 um" in text
     assert storage.list_files(out) == []
     run(own_two, out)
     edit_counts(own_two, "P2S1", add_count)
-    text = plan(own_two, out, override(CONFIG, {}))
+    text = dry_run(own_two, out, override(CONFIG, {}))
     assert "unchanged  1 section(s)" in text
     assert "P2S1: patient P2, legacy_st, 1 um/px, exact crops" in text
-    assert "resampled, 2 slide px a tile px" in plan(own_two, out, override(CONFIG, {"tiles.mpp": 2.0}))
+    assert "resampled, 2 slide px per tile px" in dry_run(own_two, out, override(CONFIG, {"tiles.mpp": 2.0}))
 
 
 def test_dry_run_of_the_job_starts_no_cluster(two, tmp_path):
@@ -214,15 +214,13 @@ def test_dry_run_of_the_job_starts_no_cluster(two, tmp_path):
 @pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 def test_real_sections(tmp_path):
     data = Path(os.environ["MCLSTEXP_DATA"])
-    manifest = prepare(str(data / "samples.csv"), str(tmp_path / "out"), Config(), progress=False).manifest
+    manifest = prepare(str(data / "samples.csv"), str(tmp_path / "out"), Config()).manifest
     found = {e.section_id: e.num_spots + e.rejected.get("no_tissue", 0) for e in manifest.sections}
     assert found == {"B4": 283, "C2": 187, "C3": 180, "C4": 184, "C5": 181}
     assert all(e.rejected.get("no_tissue", 0) <= 3 for e in manifest.sections)
     assert manifest.mpp == 0.69
     read_everything(str(tmp_path / "out"))
     slide = {"section_id": "C5", "patient_id": "C", "format": "slide", "image": str(data / "slides" / "C5_aperio.svs")}
-    entry = prepare(
-        write_sheet(tmp_path, [slide]), str(tmp_path / "slide"), Config(), progress=False
-    ).manifest.sections[0]
+    entry = prepare(write_sheet(tmp_path, [slide]), str(tmp_path / "slide"), Config()).manifest.sections[0]
     assert 250 < entry.num_spots < 450
     assert entry.num_spots + entry.rejected["no_tissue"] == (9272 // 224) * (9901 // 224)

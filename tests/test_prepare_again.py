@@ -124,7 +124,7 @@ from mclstexp.config import Config, override
 sheet, out, address = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
 storage.publish = lambda *_: time.sleep(600)
-prepare(sheet, out, override(Config(), {"tiles.size_px": 24, "tiles.sentence_length": 16}), progress=False)
+prepare(sheet, out, override(Config(), {"tiles.size_px": 24, "tiles.sentence_length": 16}))
 """
 
 

@@ -76,7 +76,7 @@ def test_sheet_faults_come_before_everything(tmp_path):
     [
         ({"mpp": "1.2"}, {}, SourceError, r"section P1S1: mpp is 1\.2 in the sheet and 1 in the image"),
         ({}, {"tiles.mpp": 0.5}, ConfigError, "would enlarge P1S1 by 2"),
-        ({"spot_diameter_um": "100"}, {}, SourceError, "section P1S1: its spots lie 32 um apart"),
+        ({"spot_diameter_um": "100"}, {}, SourceError, "section P1S1: its spots are 32 um apart"),
     ],
 )
 def test_resolutions_that_do_not_fit_are_refused(cohort, tmp_path, changes, settings, error, reason):
@@ -112,7 +112,7 @@ def test_sections_of_different_resolution_need_a_target(cohort, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda t: t.assign(pixel_x=t.pixel_x + 5000), "only 0 of 36 spots lie on its image"),
+        (lambda t: t.assign(pixel_x=t.pixel_x + 5000), "only 0 of 36 spots are on its image"),
         (lambda t: t.assign(pixel_x=t.pixel_x * 0.1 + 16, pixel_y=t.pixel_y * 0.1 + 16), "on tissue"),
     ],
 )

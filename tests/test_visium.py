@@ -28,7 +28,7 @@ from visium_folders import (
 
 from ingest.header import read_header
 from ingest.plan import source_digests
-from ingest.prepare import plan
+from ingest.prepare import dry_run
 from ingest.readers import READERS, read_preview
 from ingest.section import Recipe, cut_section
 from mclstexp import storage
@@ -126,8 +126,8 @@ def paint(path, colour=(190, 120, 170), background=(243, 243, 243), **options):
 def test_resolution_comes_from_sheet_image_or_array_and_the_source_is_stated(tmp_path, mtx):
     paint(tmp_path / "plain.tif")
     paint(tmp_path / "tagged.tif", resolution=(1e4 / 0.49, 1e4 / 0.49), resolutionunit="CENTIMETER")
-    cases = [("plain.tif", 0.51, 0.51, "the sheet"), ("tagged.tif", None, 0.49, "its image")]
-    for image, mpp, expected, source in [*cases, ("plain.tif", None, MPP, "its array of spots")]:
+    cases = [("plain.tif", 0.51, 0.51, "sheet"), ("tagged.tif", None, 0.49, "image")]
+    for image, mpp, expected, source in [*cases, ("plain.tif", None, MPP, "array of spots")]:
         header = read_header(section(tmp_path, mtx, image=str(tmp_path / image), mpp=mpp))
         assert (header.mpp, header.mpp_source) == (pytest.approx(expected, rel=1e-3), source)
     with pytest.raises(SourceError, match=r"S1: mpp is 0\.25 in the sheet and 0\.5 in the array of spots"):
@@ -137,7 +137,7 @@ def test_resolution_comes_from_sheet_image_or_array_and_the_source_is_stated(tmp
 def test_scale_factors_of_another_image_are_refused(tmp_path, mtx):
     write_spatial(mtx / "spatial", "tissue_positions_list.csv", {"spot_diameter_fullres": 6.5})
     paint(tmp_path / "a.tif")
-    with pytest.raises(SourceError, match=r"its spots lie 100 um apart at 0\.5 um/px but are 3\.25 um wide"):
+    with pytest.raises(SourceError, match=r"its spots are 100 um apart at 0\.5 um/px but 3\.25 um wide"):
         cut(section(tmp_path, mtx, image=str(tmp_path / "a.tif")), tmp_path / "table")
 
 
@@ -158,7 +158,7 @@ def test_tiles_of_a_section_and_its_plan(tmp_path, mtx):
     assert stored["count"].tolist() == expected[expected > 0].tolist()
     sheet = tmp_path / "samples.csv"
     sheet.write_text("section_id,patient_id,image,format,expression\nS1,P1,a.tif,visium,S1\n")
-    text = plan(str(sheet), str(tmp_path / "out"), Config())
+    text = dry_run(str(sheet), str(tmp_path / "out"), Config())
     assert "S1: patient P1, visium, 0.5 um/px, exact crops" in text
     assert "resolution 0.5 um/px by the array of spots: 1 section(s) (S1)" in text
     assert "genes by   Ensembl ids (ENSG) and symbols, some by" in text

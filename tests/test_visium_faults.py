@@ -28,8 +28,8 @@ SPOT = "A-1,1,0,0,5,6\n"
     ("file", "text", "message"),
     [
         (POSITIONS, "A-1,1,0,0,5\n", "positions_list.csv: line 1 has 5 cells, expected 6: barcode, in_tissue"),
-        (POSITIONS, f"{SPOT}\nB-1,1,0,0,x,6\n", "line 3, column pxl_row_in_fullres: got 'x', allowed is a number"),
-        (POSITIONS, f"{SPOT}B-1,2,0,0,5,6\n", "line 2, column in_tissue: got '2', allowed is 0 or 1"),
+        (POSITIONS, f"{SPOT}\nB-1,1,0,0,x,6\n", "line 3, column pxl_row_in_fullres: got 'x', allowed: a number"),
+        (POSITIONS, f"{SPOT}B-1,2,0,0,5,6\n", "line 2, column in_tissue: got '2', allowed: 0 or 1"),
         (POSITIONS, f"{SPOT}{SPOT}", "tissue_positions_list.csv: barcode appears more than once: A-1"),
         (
             POSITIONS,
@@ -37,21 +37,33 @@ SPOT = "A-1,1,0,0,5,6\n"
             "it has no column array_col, pxl_row_in_fullres, pxl_col_in_fullres",
         ),
         (POSITIONS, "", "tissue_positions_list.csv: it has no spots"),
-        (POSITIONS, SPOT, "no barcode of the counts (AAC0715-1, ...) is among those of the positions (A-1, ...)"),
-        (SCALE, "{\n'a': 1}", "scalefactors_json.json cannot be read, it is damaged or no JSON file of scale factors"),
+        (POSITIONS, SPOT, "the positions (A-1, ...) have none of the barcodes of the counts (AAC0715-1, ...)"),
+        (
+            SCALE,
+            "{\n'a': 1}",
+            "scalefactors_json.json cannot be read, it is damaged or not a JSON file of scale factors",
+        ),
         (SCALE, "{\n'a': 1}", "line 2 column 1"),
         (SCALE, "{}", "scalefactors_json.json: it has no spot_diameter_fullres"),
-        (SCALE, '{"spot_diameter_fullres": -1}', "spot_diameter_fullres is -1, allowed is a number above 0"),
-        (FEATURE_TABLE, "E1\tA\tGene Expression\nE2\tB\n", "features.tsv.gz: line 2 has 2 cells, line 1 3"),
+        (SCALE, '{"spot_diameter_fullres": -1}', "spot_diameter_fullres is -1; allowed is a number above 0"),
+        (FEATURE_TABLE, "E1\tA\tGene Expression\nE2\tB\n", "features.tsv.gz: line 2 has 2 cells and line 1 has 3"),
         (
             FEATURE_TABLE,
             "E1\tA\tAntibody Capture\n",
             "features.tsv.gz: it has no feature of the kind 'Gene Expression'",
         ),
         (FEATURE_TABLE, "E1\tA\nE2\tA\n", "features.tsv.gz: gene appears more than once: A"),
-        (FEATURE_TABLE, "E1\tA\nE2\tB\n", "matrix.mtx.gz: the matrix is (5, 62), its names say (2, 62)"),
-        (f"{MATRIX}/barcodes.tsv.gz", "A-1\n", "its names say (5, 1) features x barcodes: is a file cut short?"),
-        (f"{MATRIX}/matrix.mtx.gz", "5 62 1\n", "matrix.mtx.gz cannot be read, it is damaged or no Matrix Market file"),
+        (FEATURE_TABLE, "E1\tA\nE2\tB\n", "matrix.mtx.gz: the matrix is (5, 62), but there are names for (2, 62)"),
+        (
+            f"{MATRIX}/barcodes.tsv.gz",
+            "A-1\n",
+            "but there are names for (5, 1) features x barcodes: is a file truncated?",
+        ),
+        (
+            f"{MATRIX}/matrix.mtx.gz",
+            "5 62 1\n",
+            "matrix.mtx.gz cannot be read, it is damaged or not a Matrix Market file",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path, mtx, file, text, message):
@@ -68,7 +80,10 @@ HEAD = "%%MatrixMarket matrix coordinate real general\n5 62 2\n"
         (f"{HEAD}1 1 3\n2 2 x\n", "matrix.mtx.gz cannot be read.*Line 4"),
         (f"{HEAD}1 1 3\n9 2 4\n", "matrix.mtx.gz cannot be read.*Line 4"),
         (f"{HEAD}1 1 3\n", "matrix.mtx.gz cannot be read"),
-        (f"{HEAD}1 1 3\n2 1 1.5\n", "gene ENSG00000169710 of spot AAC0715-1 has the value 1.5, which is no raw count"),
+        (
+            f"{HEAD}1 1 3\n2 1 1.5\n",
+            "gene ENSG00000169710 of spot AAC0715-1 has the value 1.5, which is not a raw count",
+        ),
         (f"{HEAD}1 1 3\n2 1 -1\n", "gene ENSG00000169710 of spot AAC0715-1 has the value -1"),
         ("%%MatrixMarket matrix array integer general\n1 1\n3\n", "it claims 1 entries in the format array"),
         ("%%MatrixMarket matrix coordinate real general\n5 62 999999999999\n1 1 3\n", "it claims 999999999999 entries"),
@@ -99,10 +114,10 @@ def test_broken_h5_files_are_named(tmp_path):
         assert "filtered_feature_bc_matrix.h5 cannot be read" in refused(row, tmp_path)
     with h5py.File(path, "r+") as file:
         file["matrix/shape"][:] = (5, 63)
-    assert "the matrix is (5, 63), its names say (5, 62)" in refused(row, tmp_path)
+    assert "the matrix is (5, 63), but there are names for (5, 62)" in refused(row, tmp_path)
     with h5py.File(path, "r+") as file:
         del file["matrix/features"]
-    assert "no count matrix of Space Ranger" in refused(row, tmp_path)
+    assert "not a count matrix of Space Ranger" in refused(row, tmp_path)
     for broken in (b"", b"garbage" * 99, whole[: len(whole) // 2]):
         path.write_bytes(broken)
         assert "filtered_feature_bc_matrix.h5 cannot be read" in refused(row, tmp_path)

@@ -1,11 +1,11 @@
 """Reader of AnnData files (`.h5ad`), those of HEST and scanpy included.
 
-Only the parts that are needed are read: counts, names and `obsm["spatial"]` (x, y in full-resolution pixels). Counts
-are taken from `layers["counts"]`, else `raw`, else `X`; that must hold raw counts, nothing is undone or rounded.
+Only the necessary parts are read: counts, names and `obsm["spatial"]` (x, y in full-resolution pixels). Counts come
+from `layers["counts"]`, else `raw`, else `X`; these must be raw counts, since no transformation is undone or rounded.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,12 @@ from scipy.sparse import csr_array
 from ingest.readers.spots import (
     Expression,
     Gene,
+    Preview,
     Spots,
     checked_counts,
+    file_errors,
     named_gene,
-    naming,
-    require_places,
+    require_positions,
     require_unique,
     split_usable,
 )
@@ -32,20 +33,31 @@ _ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl")
 _SYMBOL_COLUMNS = ("gene_symbols", "gene_symbol", "symbol", "gene_name", "feature_name")
 
 
-def read_h5ad(path: str) -> Expression:
-    """Returns a section from a local AnnData file.
+def files(columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Returns the URIs of the files to read, which are those in the sheet's columns."""
+    return columns
+
+
+def preview(paths: Mapping[str, str]) -> Preview:
+    """Returns the genes of the local AnnData file `expression`."""
+    with _opened(paths["expression"]) as file:
+        return Preview(_genes(file))
+
+
+def read(paths: Mapping[str, str]) -> Expression:
+    """Returns a section from the local AnnData file `expression`.
 
     Raises:
-        SourceError: it is damaged, lacks counts or positions, or holds values that are none; names gene and spot.
+        SourceError: it is damaged, has no counts or positions, or values that are not counts; names gene and spot.
     """
-    with _reading(path) as file:
+    with _opened(paths["expression"]) as file:
         obs: pd.DataFrame = _part(file, "obs")
         genes = _genes(file)
         spot_ids = [str(name) for name in obs.index]
         require_unique(spot_ids, "spot")
         counts = checked_counts(_matrix(file, (len(spot_ids), len(genes))), spot_ids, genes)
         spots = Spots(np.array(spot_ids, object), *_pixels(file, spot_ids), *_array(obs), counts)
-        require_places(spots)
+        require_positions(spots)
         selected = (
             obs["in_tissue"].astype(float).fillna(0).to_numpy() != 0
             if "in_tissue" in obs
@@ -55,14 +67,8 @@ def read_h5ad(path: str) -> Expression:
         return Expression(usable, genes, tuple(sorted(rejected)))
 
 
-def read_h5ad_genes(path: str) -> tuple[Gene, ...]:
-    """Returns the genes of a local AnnData file."""
-    with _reading(path) as file:
-        return _genes(file)
-
-
 def _counts_at(file: h5py.File) -> tuple[str, str]:
-    """Returns where the counts and the genes' table lie."""
+    """Returns where the file has its counts and their genes."""
     if "layers/counts" in file:
         return "layers/counts", "var"
     return ("raw/X", "raw/var") if "raw/X" in file else ("X", "var")
@@ -73,7 +79,7 @@ def _matrix(file: h5py.File, shape: tuple[int, int]) -> csr_array:
     node = _present(file, where)
     claimed = tuple(map(int, node.shape if isinstance(node, h5py.Dataset) else node.attrs["shape"]))
     if claimed != shape:
-        raise SourceError(f"{where} is {claimed}, its names say {shape} spots x genes")
+        raise SourceError(f"{where} is {claimed}, but there are names for {shape} spots x genes")
     return csr_array(_part(file, where))
 
 
@@ -93,14 +99,14 @@ def _first_column(var: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
 
 
 def _pixels(file: h5py.File, spot_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    place = np.asarray(_part(file, "obsm/spatial"), np.float64)
-    if place.ndim != 2 or place.shape[0] != len(spot_ids) or place.shape[1] < 2:
-        raise SourceError(f"obsm['spatial'] is {place.shape}, expected ({len(spot_ids)}, 2): x, y in pixels")
-    return place[:, 0], place[:, 1]
+    xy_px = np.asarray(_part(file, "obsm/spatial"), np.float64)
+    if xy_px.ndim != 2 or xy_px.shape[0] != len(spot_ids) or xy_px.shape[1] < 2:
+        raise SourceError(f"obsm['spatial'] is {xy_px.shape}, expected ({len(spot_ids)}, 2): x, y in pixels")
+    return xy_px[:, 0], xy_px[:, 1]
 
 
 def _array(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Returns array row and column, NaN where the file has none."""
+    """Returns array row and column, float64 (n,); NaN if the file has none."""
     names = ("array_row", "array_col")
     if not all(name in obs for name in names):
         return np.full(len(obs), np.nan), np.full(len(obs), np.nan)
@@ -119,7 +125,7 @@ def _present(file: h5py.File, where: str) -> h5py.Group | h5py.Dataset:
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[h5py.File]:
-    with naming(path, "AnnData file"), warnings.catch_warnings(), h5py.File(path, "r") as file:
+def _opened(path: str) -> Iterator[h5py.File]:
+    with file_errors(path, "AnnData file"), warnings.catch_warnings(), h5py.File(path, "r") as file:
         warnings.simplefilter("ignore")  # anndata on files of older versions
         yield file

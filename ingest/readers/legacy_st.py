@@ -1,13 +1,13 @@
 """Reader of legacy Spatial Transcriptomics: a counts table and a spot-selection table (HER2+, cSCC, MOB).
 
-Counts are spots x genes with the index `{x}x{y}`, grid or rounded; positions carry grid x, y and pixels. Both are
-joined on the rounded grid place. Counts are parsed line by line, slower than a bulk parser, so that memory holds
-only what is not zero and a bad cell can be named.
+Counts are spots x genes with the index `{x}x{y}`, on the grid or near it; positions have grid x, y and pixels. Both are
+joined on the rounded grid position. Counts are parsed line by line, slower than by a bulk parser, so that memory holds
+only values other than zero and a bad cell can be named.
 """
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,14 @@ from scipy.sparse import csr_array
 from ingest.readers.spots import (
     Expression,
     Gene,
+    Preview,
     Reject,
     Spots,
     array_mpp,
     checked_counts,
+    file_errors,
     named_gene,
-    naming,
-    require_places,
+    require_positions,
     require_unique,
     split_usable,
 )
@@ -35,63 +36,74 @@ from mclstexp.slides.slide import open_unpacked
 
 _MAX_LINE_BYTES = 64 * 2**20
 _MAX_POSITIONS_BYTES = 512 * 2**20
-_PLACE = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")
+_SPOT_NAME = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")
 _KIND = "tab-separated table"
 _POSITION_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
 
 
+GridXY = tuple[int, int]
+"""Rounded grid position (x, y) of a spot, by which counts and positions are joined."""
+
+
 @dataclass(frozen=True)
 class _Positions:
-    """The selection table by rounded grid place (x, y)."""
+    """The selection table by grid position."""
 
-    pixel: dict[tuple[int, int], tuple[float, float]]
-    selected: dict[tuple[int, int], bool]
+    xy_px: dict[GridXY, tuple[float, float]]
+    selected: dict[GridXY, bool]
 
 
-def read_legacy_st(counts_path: str, positions_path: str) -> Expression:
-    """Returns a section from its local counts and selection files (tab-separated, plain or gzip).
+def files(columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Returns the URIs of the files to read, which are those in the sheet's columns."""
+    return columns
+
+
+def preview(paths: Mapping[str, str]) -> Preview:
+    """Returns the genes in the header of a local counts file, `expression`."""
+    with _opened(paths["expression"]) as file:
+        header = _fields(_next_line(file))
+        return Preview(_genes(header, _fields(_next_line(file))))
+
+
+def read(paths: Mapping[str, str]) -> Expression:
+    """Returns a section from its local files `expression` and `positions` (tab-separated, plain or gzip).
 
     Raises:
-        SourceError: a file is damaged, or holds anything that is no count or no position; names gene and spot.
+        SourceError: a file is damaged, or holds a value that is not a count or position; names gene and spot.
     """
-    places, genes, counts = _read_counts(counts_path)
-    positions = _read_positions(positions_path)
-    has_position = np.array([place in positions.pixel for place in places], bool)
-    rejected = [Reject(_name(place), np.nan, np.nan, "no_position") for place in places if place not in positions.pixel]
-    joined = [place for place in places if place in positions.pixel]
+    counted, genes, counts = _read_counts(paths["expression"])
+    positions = _read_positions(paths["positions"])
+    has_position = np.array([xy in positions.xy_px for xy in counted], bool)
+    rejected = [Reject(_name(xy), np.nan, np.nan, "no_position") for xy in counted if xy not in positions.xy_px]
+    joined = [xy for xy in counted if xy in positions.xy_px]
     spots = _spots(joined, positions, counts[has_position])
-    require_places(spots)
-    usable, unusable = split_usable(spots, np.array([positions.selected[place] for place in joined], bool))
+    require_positions(spots)
+    usable, unusable = split_usable(spots, np.array([positions.selected[xy] for xy in joined], bool))
     rejected += unusable
-    for place in positions.pixel.keys() - set(places):
-        reason = "no_counts" if positions.selected[place] else "not_selected"
-        rejected.append(Reject(_name(place), *positions.pixel[place], reason))
+    for xy in positions.xy_px.keys() - set(counted):
+        reason = "no_counts" if positions.selected[xy] else "not_selected"
+        rejected.append(Reject(_name(xy), *positions.xy_px[xy], reason))
     return Expression(usable, genes, tuple(sorted(rejected)))
 
 
-def read_legacy_st_genes(counts_path: str) -> tuple[Gene, ...]:
-    """Returns the genes of a local counts file from its header."""
-    with _reading(counts_path) as file:
-        header = _fields(_next_line(file))
-        return _genes(header, _fields(_next_line(file)))
+def read_array_mpp(positions_path: str, pitch_um: float) -> float | None:
+    """Returns the micrometres per pixel of a local selection file, or None if there are too few spots to tell.
 
-
-def read_legacy_st_mpp(positions_path: str, pitch_um: float) -> float | None:
-    """Returns the micrometres per pixel of a local selection file whose neighbouring spots lie `pitch_um` apart.
-
-    None where there are too few spots to tell.
+    Args:
+        positions_path: the selection file.
+        pitch_um: distance of neighbouring spots in micrometres.
     """
-    positions = _read_positions(positions_path).pixel
-    place, pixel = (np.array(list(axis), np.float64).reshape(-1, 2) for axis in (positions, positions.values()))
-    return array_mpp(place, pixel, pitch_um)
+    positions = _read_positions(positions_path).xy_px
+    grid_xy, xy_px = (np.array(list(axis), np.float64).reshape(-1, 2) for axis in (positions, positions.values()))
+    return array_mpp(grid_xy, xy_px, pitch_um)
 
 
-def _read_counts(path: str) -> tuple[list[tuple[int, int]], tuple[Gene, ...], csr_array]:
+def _read_counts(path: str) -> tuple[list[GridXY], tuple[Gene, ...], csr_array]:
     spot_ids: list[str] = []
     in_line: list[str] = []
     columns: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    with _reading(path) as file:
+    with _opened(path) as file:
         header = _fields(_next_line(file))
         genes: tuple[Gene, ...] = ()
         for number, line in enumerate(iter(lambda: _next_line(file), b""), start=2):
@@ -108,14 +120,14 @@ def _read_counts(path: str) -> tuple[list[tuple[int, int]], tuple[Gene, ...], cs
         raise SourceError(f"{Path(path).name} has no spots")
     first = np.cumsum([0, *map(len, columns)])
     matrix = csr_array((np.concatenate(values), np.concatenate(columns), first), shape=(len(spot_ids), len(genes)))
-    with naming(path, _KIND):
-        places = [_place(spot_id, spot) for spot_id, spot in zip(spot_ids, in_line, strict=True)]
-        require_unique([_name(place) for place in places], "spot")
-        return places, genes, checked_counts(matrix, in_line, genes)
+    with file_errors(path, _KIND):
+        counted = [_grid_xy(spot_id, spot) for spot_id, spot in zip(spot_ids, in_line, strict=True)]
+        require_unique([_name(xy) for xy in counted], "spot")
+        return counted, genes, checked_counts(matrix, in_line, genes)
 
 
 def _genes(header: list[str], first_row: list[str]) -> tuple[Gene, ...]:
-    """Returns the header's genes; a name above the index column is optional (R leaves it out)."""
+    """Returns the header's genes; the name of the index column is optional (R leaves it out)."""
     names = header[len(header) - len(first_row) + 1 :] if len(header) in (len(first_row), len(first_row) - 1) else []
     if not names:
         raise SourceError(f"its header has {len(header)} cells and its first spot {len(first_row)}")
@@ -125,14 +137,14 @@ def _genes(header: list[str], first_row: list[str]) -> tuple[Gene, ...]:
 
 
 def _row(fields: list[str], genes: tuple[Gene, ...], spot: str) -> np.ndarray:
-    """Returns a line's values, float64 (genes,); `spot` is what it is called in errors, with its line."""
+    """Returns a line's values, float64 (genes,); `spot` names it in errors."""
     if len(fields) != len(genes) + 1:
-        raise SourceError(f"spot {spot} has {len(fields) - 1} values for {len(genes)} genes: is the file whole?")
+        raise SourceError(f"spot {spot} has {len(fields) - 1} values for {len(genes)} genes: is the file complete?")
     try:
         return np.array(fields[1:], np.float64)
     except ValueError:
         gene, text = next((g, text) for g, text in zip(genes, fields[1:], strict=True) if not _is_number(text))
-        raise SourceError(f"gene {gene.gene_id} of spot {spot} has the value {text!r}, which is no count") from None
+        raise SourceError(f"gene {gene.gene_id} of spot {spot} has the value {text!r}, which is not a count") from None
 
 
 def _is_number(text: str) -> bool:
@@ -144,10 +156,10 @@ def _is_number(text: str) -> bool:
 
 
 def _read_positions(path: str) -> _Positions:
-    with _reading(path) as file:
+    with _opened(path) as file:
         data = file.read(_MAX_POSITIONS_BYTES + 1)
         if len(data) > _MAX_POSITIONS_BYTES:
-            raise SourceError(f"it is larger than {_MAX_POSITIONS_BYTES} bytes")
+            raise SourceError(f"it is larger than {_MAX_POSITIONS_BYTES} bytes: it is not a table of spots")
         table = pd.read_csv(io.BytesIO(data), sep="\t", dtype=str)
         missing = [name for name in _POSITION_COLUMNS if name not in table]
         if missing:
@@ -158,36 +170,36 @@ def _read_positions(path: str) -> _Positions:
         if wrong.any():
             row = int(wrong.argmax())
             cells = ", ".join(f"{name} {table[name].iloc[row]}" for name in columns)
-            raise SourceError(f"line {_line_of(data, row)} holds no position: {cells}")
-        places = list(zip(*(np.rint(number[name]).astype(int).tolist() for name in ("x", "y")), strict=True))
-        require_unique([_name(place) for place in places], "spot")
+            raise SourceError(f"line {_line_of(data, row)} has no position: {cells}")
+        grid_xy = list(zip(*(np.rint(number[name]).astype(int).tolist() for name in ("x", "y")), strict=True))
+        require_unique([_name(xy) for xy in grid_xy], "spot")
     pixels = zip(number["pixel_x"].tolist(), number["pixel_y"].tolist(), strict=True)
-    selected = (number["selected"] != 0).tolist() if "selected" in number else [True] * len(places)
-    return _Positions(dict(zip(places, pixels, strict=True)), dict(zip(places, selected, strict=True)))
+    selected = (number["selected"] != 0).tolist() if "selected" in number else [True] * len(grid_xy)
+    return _Positions(dict(zip(grid_xy, pixels, strict=True)), dict(zip(grid_xy, selected, strict=True)))
 
 
 def _line_of(data: bytes, row: int) -> int:
-    """Returns the line, counted from 1, of a row below the header; pandas counts no blank lines."""
+    """Returns the line, counted from 1, of a row below the header; pandas skips blank lines."""
     filled = [number for number, line in enumerate(data.splitlines(), 1) if line.strip(b" ")]
     return filled[row + 1]
 
 
-def _spots(places: list[tuple[int, int]], positions: _Positions, counts: csr_array) -> Spots:
-    pixel = np.array([positions.pixel[place] for place in places], np.float64).reshape(-1, 2)
-    grid = np.array(places, np.float64).reshape(-1, 2)
-    spot_id = np.array([_name(place) for place in places], object)
-    return Spots(spot_id, pixel[:, 0], pixel[:, 1], array_row=grid[:, 1], array_col=grid[:, 0], counts=counts)
+def _spots(grid_xy: list[GridXY], positions: _Positions, counts: csr_array) -> Spots:
+    xy_px = np.array([positions.xy_px[xy] for xy in grid_xy], np.float64).reshape(-1, 2)
+    grid = np.array(grid_xy, np.float64).reshape(-1, 2)
+    spot_id = np.array([_name(xy) for xy in grid_xy], object)
+    return Spots(spot_id, xy_px[:, 0], xy_px[:, 1], array_row=grid[:, 1], array_col=grid[:, 0], counts=counts)
 
 
-def _place(spot_id: str, spot: str) -> tuple[int, int]:
-    match = _PLACE.fullmatch(spot_id)
+def _grid_xy(spot_id: str, spot: str) -> GridXY:
+    match = _SPOT_NAME.fullmatch(spot_id)
     if not match:
-        raise SourceError(f"spot {spot} is not named like 10x21")
+        raise SourceError(f"spot {spot} has no name like 10x21")
     return round(float(match[1])), round(float(match[2]))
 
 
-def _name(place: tuple[int, int]) -> str:
-    return f"{place[0]}x{place[1]}"
+def _name(xy: GridXY) -> str:
+    return f"{xy[0]}x{xy[1]}"
 
 
 def _next_line(file: IO[bytes]) -> bytes:
@@ -198,12 +210,12 @@ def _next_line(file: IO[bytes]) -> bytes:
 
 
 def _fields(line: bytes) -> list[str]:
-    """Returns a line's cells; R puts names in quotes."""
+    """Returns a line's cells without the quotes that R writes around names."""
     return [cell.strip('"') for cell in line.decode().rstrip("\r\n").split("\t")]
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[IO[bytes]]:
-    """Yields the file's decompressed bytes; whatever goes wrong meanwhile is a SourceError that names it."""
-    with naming(path, _KIND), open_unpacked(path) as file:
+def _opened(path: str) -> Iterator[IO[bytes]]:
+    """Yields the file's decompressed bytes; errors name the file."""
+    with file_errors(path, _KIND), open_unpacked(path) as file:
         yield file

@@ -1,7 +1,7 @@
-"""What a reader hands on: spots with raw counts and pixel positions, their genes, and who was left out and why.
+"""What a reader returns: spots with raw counts and pixel positions, their genes, and the rejected spots with reasons.
 
-Counts are checked here once for all readers; a value that is no count stops the section, because whatever made it
-(a logarithm, a scaling, a broken export) has touched its neighbours as well.
+Counts are checked here for all readers. A value that is not a count stops the section instead of its spot, because
+whatever made it (a logarithm, a scaling, a broken export) has changed its neighbours as well.
 """
 
 import math
@@ -19,12 +19,13 @@ from scipy.spatial import cKDTree
 
 from mclstexp.data.schema import gene_names
 from mclstexp.errors import SourceError
+from mclstexp.messages import some_of
 
 MAX_ARRAY = 65_535
 """Largest array row or column."""
 _MAX_COUNT = 2**31 - 1
-_LOGGED_BELOW = 20.0  # log1p of five hundred million
-_MOST_NAMED = 5
+_MAX_LOG = 20.0  # log1p of five hundred million: data with a smaller maximum may be logarithms
+_MIN_SPOTS_FOR_MPP = 16
 
 
 class Gene(NamedTuple):
@@ -36,7 +37,7 @@ class Gene(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A spot that gets no tile; its position is NaN where the source has none."""
+    """A spot that gets no tile; its position is NaN if the source gives none."""
 
     spot_id: str
     x_px: float
@@ -46,7 +47,7 @@ class Reject(NamedTuple):
 
 @dataclass(frozen=True)
 class Spots:
-    """Places on a slide, n of them in the same order in every field."""
+    """Positions on a slide, n of them in the same order in every field."""
 
     spot_id: np.ndarray
     """object (n,) of str."""
@@ -54,7 +55,7 @@ class Spots:
     """Centre in level-0 pixels, float64 (n,)."""
     y_px: np.ndarray
     array_row: np.ndarray
-    """float64 (n,), whole numbers; NaN where there is no array."""
+    """float64 (n,), whole numbers; NaN without an array."""
     array_col: np.ndarray
     counts: csr_array | None = None
     """Raw counts, int32 (n, genes); None on an H&E-only slide."""
@@ -63,47 +64,47 @@ class Spots:
         return len(self.spot_id)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Returns the spots of the given rows (indices or mask)."""
+        """Returns the spots in the given rows (indices or mask)."""
         names = ("spot_id", "x_px", "y_px", "array_row", "array_col")
         taken = {name: getattr(self, name)[rows] for name in names}
         return replace(self, **taken, counts=None if self.counts is None else self.counts[rows])
 
     def rejects(self, rows: np.ndarray, reason: str) -> list[Reject]:
-        """Returns the spots of the given rows as rejects."""
-        places = zip(self.spot_id[rows], self.x_px[rows].tolist(), self.y_px[rows].tolist(), strict=True)
-        return [Reject(str(spot_id), x, y, reason) for spot_id, x, y in places]
+        """Returns the spots in the given rows as rejects."""
+        spots = zip(self.spot_id[rows], self.x_px[rows].tolist(), self.y_px[rows].tolist(), strict=True)
+        return [Reject(str(spot_id), x, y, reason) for spot_id, x, y in spots]
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A measured section: its usable spots and the rest."""
+    """A measured section: its usable spots and the rejected ones."""
 
     spots: Spots
     genes: tuple[Gene, ...]
     """Columns of `spots.counts`."""
     rejected: tuple[Reject, ...]
     array_mpp: float | None = None
-    """Micrometres per full-resolution pixel by the array's known size, where the format has such an array."""
+    """Micrometres per full-resolution pixel from the known pitch of the array, if the format has one."""
     spot_diameter_px: float | None = None
-    """Diameter of a spot in full-resolution pixels, where the source says so."""
+    """Diameter of a spot in full-resolution pixels, if the source states it."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a section's files say before its counts are read; empty for an H&E-only slide."""
+    """What a section's files state before its counts are read; empty for an H&E-only slide."""
 
     genes: tuple[Gene, ...] = ()
     other_features: Mapping[str, int] = field(default_factory=dict)
-    """Number of features that are left out because they are no genes, by their kind."""
+    """Number of features that are left out because they are not genes, by kind."""
     array_mpp: float | None = None
     """As in `Expression`."""
 
 
 def named_gene(name: str, ensembl: str = "", symbol: str = "") -> Gene:
-    """Returns a gene from its name in a source and, where the source has them, its Ensembl id and symbol.
+    """Returns a gene from its name in a source and, if the source has them, its Ensembl id and symbol.
 
-    The whole mapping: an Ensembl id loses its version; the id is the Ensembl id where the source gives one, else the
-    symbol as it is written, upper and lower case included; nothing is looked up elsewhere.
+    This is the whole mapping: an Ensembl id loses its version; the gene id is the Ensembl id if the source gives one,
+    else the symbol in its own upper and lower case; no name is looked up elsewhere.
     """
     by_name, by_column = Gene(*gene_names(name)), Gene(*gene_names(ensembl))
     ensembl_id = by_name.ensembl_id or by_column.ensembl_id
@@ -112,16 +113,20 @@ def named_gene(name: str, ensembl: str = "", symbol: str = "") -> Gene:
 
 
 @contextmanager
-def naming(path: str, kind: str) -> Iterator[None]:
-    """Names the file in whatever goes wrong with it meanwhile; `kind` says what it should be.
+def file_errors(path: str, kind: str) -> Iterator[None]:
+    """Turns whatever a damaged file makes libraries raise into an error that names the file.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the message.
 
     Raises:
-        SourceError: instead of what damaged files make libraries raise.
+        SourceError: instead of those errors.
     """
     try:
         yield
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise SourceError(f"{Path(path).name} cannot be read, it is damaged or no {kind}: {error}") from error
+        raise SourceError(f"{Path(path).name} cannot be read, it is damaged or not a {kind}: {error}") from error
     except SourceError as error:
         raise SourceError(f"{Path(path).name}: {error}") from None
 
@@ -138,11 +143,11 @@ def checked_counts(values: csr_array, spot_ids: list[str], genes: tuple[Gene, ..
     with np.errstate(invalid="ignore"):
         wrong = ~((data >= 0) & (data <= _MAX_COUNT) & (data == np.rint(data)))
     if wrong.any():
-        place = int(wrong.argmax())
-        spot = spot_ids[int(np.searchsorted(counts.indptr, place, side="right")) - 1]
-        gene = genes[counts.indices[place]].gene_id
-        hint = "; the values look normalised or log-transformed" if np.nanmax(data) < _LOGGED_BELOW else ""
-        raise SourceError(f"gene {gene} of spot {spot} has the value {data[place]}, which is no raw count{hint}")
+        first = int(wrong.argmax())
+        spot = spot_ids[int(np.searchsorted(counts.indptr, first, side="right")) - 1]
+        gene = genes[counts.indices[first]].gene_id
+        hint = "; the values look normalised or log-transformed" if np.nanmax(data) < _MAX_LOG else ""
+        raise SourceError(f"gene {gene} of spot {spot} has the value {data[first]}, which is not a raw count{hint}")
     counts = counts.astype(np.int32)
     counts.eliminate_zeros()
     return counts
@@ -156,27 +161,25 @@ def require_unique(names: list[str], what: str) -> None:
     """
     repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
-        more = f" and {len(repeated) - _MOST_NAMED} more" if len(repeated) > _MOST_NAMED else ""
-        raise SourceError(
-            f"{what} appears more than once: {', '.join(repeated[:_MOST_NAMED])}{more}; merge or drop them"
-        )
+        raise SourceError(f"{what} appears more than once: {some_of(repeated)}; merge or drop them")
 
 
-def require_places(spots: Spots) -> None:
-    """Refuses positions that no slide has.
+def require_positions(spots: Spots) -> None:
+    """Refuses positions that no slide and no array has.
 
     Raises:
-        SourceError: a pixel position is not finite, or an array place is negative or above `MAX_ARRAY`; names the spot.
+        SourceError: a pixel position is not finite, or an array position is negative or above `MAX_ARRAY`; names the
+            spot.
     """
-    place = np.stack([spots.array_row, spots.array_col])
+    array = np.stack([spots.array_row, spots.array_col])
     faults = {
         "pixel position": ~np.isfinite(spots.x_px + spots.y_px),
-        f"array place (allowed 0 to {MAX_ARRAY})": ((place < 0) | (place > MAX_ARRAY)).any(axis=0),
+        f"array position (allowed: 0 to {MAX_ARRAY})": ((array < 0) | (array > MAX_ARRAY)).any(axis=0),
     }
     for what, wrong in faults.items():
         if wrong.any():
             i = int(wrong.argmax())
-            got = (spots.x_px[i], spots.y_px[i]) if what == "pixel position" else tuple(place[:, i])
+            got = (spots.x_px[i], spots.y_px[i]) if what == "pixel position" else tuple(array[:, i])
             raise SourceError(f"spot {spots.spot_id[i]} has the {what} {tuple(map(float, got))}")
 
 
@@ -188,20 +191,17 @@ def split_usable(spots: Spots, selected: np.ndarray) -> tuple[Spots, list[Reject
     return spots.take(selected & ~empty), rejected
 
 
-_LEAST_SPOTS = 16
-
-
-def array_mpp(place: np.ndarray, pixel: np.ndarray, pitch_um: float) -> float | None:
-    """Returns the micrometres per pixel, or None where the spots are fewer than 16 or on a line.
+def array_mpp(array_xy: np.ndarray, xy_px: np.ndarray, pitch_um: float) -> float | None:
+    """Returns the micrometres per pixel, or None if there are fewer than 16 spots or all are on a line.
 
     Args:
-        place: places on the array, float64 (n, 2), in any unit that makes neighbours equally far apart.
-        pixel: the same spots on the image, float64 (n, 2), in pixels; turned or mirrored as it may be.
+        array_xy: positions on the array, float64 (n, 2), in any unit in which neighbours are equally far apart.
+        xy_px: the same spots on the image, float64 (n, 2), in pixels; the array may be rotated or mirrored.
         pitch_um: distance of neighbouring spots in micrometres.
     """
-    if len(place) < _LEAST_SPOTS:
+    if len(array_xy) < _MIN_SPOTS_FOR_MPP:
         return None
-    px_per_place = np.linalg.lstsq(place - place.mean(axis=0), pixel - pixel.mean(axis=0))[0]
-    area = abs(float(np.linalg.det(px_per_place)))
-    neighbour = float(np.median(cKDTree(place).query(place, k=2)[0][:, 1]))
+    px_per_unit = np.linalg.lstsq(array_xy - array_xy.mean(axis=0), xy_px - xy_px.mean(axis=0))[0]
+    area = abs(float(np.linalg.det(px_per_unit)))
+    neighbour = float(np.median(cKDTree(array_xy).query(array_xy, k=2)[0][:, 1]))
     return pitch_um / (neighbour * math.sqrt(area)) if area > 0 and neighbour > 0 else None

@@ -1,8 +1,8 @@
 """Reader of 10x Visium sections as Space Ranger writes them (v1, v2, HD bins), and of deposits in that shape.
 
 Only gene expression is read; antibodies and other features are left out and counted. The resolution comes from the
-array: 100 um from spot to spot (HD says its own). It is not taken from `spot_diameter_fullres`, which Space Ranger
-writes for a theoretical spot of 65 um and older versions for others, while a spot on the glass has 55 um.
+array, whose spots are 100 um apart (HD states its own). `spot_diameter_fullres` is not used for it: Space Ranger writes
+it for a theoretical spot of 65 um and older versions for others, while a spot on the glass has 55 um.
 """
 
 import csv
@@ -28,9 +28,9 @@ from ingest.readers.spots import (
     Spots,
     array_mpp,
     checked_counts,
+    file_errors,
     named_gene,
-    naming,
-    require_places,
+    require_positions,
     require_unique,
     split_usable,
 )
@@ -38,11 +38,23 @@ from mclstexp import storage
 from mclstexp.errors import SourceError
 
 _PITCH_UM = 100.0
-_PITCHES_PER_PLACE = (0.5, math.sqrt(3) / 2)  # along array_col and array_row: columns count half pitches
+_PITCHES_PER_STEP = (0.5, math.sqrt(3) / 2)  # along array_col and array_row: columns count half pitches
 _GENE = "Gene Expression"
 _MAX_TEXT_CHARS = 512 * 2**20
 _NUMBERS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 _POSITION_COLUMNS = ("barcode", *_NUMBERS)
+_BINS = "binned_outputs/square_016um"
+_ROOTS = ("", "outs", _BINS, f"outs/{_BINS}")
+_H5 = "filtered_feature_bc_matrix.h5"
+_MATRIX_FOLDERS = ("filtered_feature_bc_matrix", "filtered_count_matrix")
+_BESIDE_MATRIX = {
+    "features": ("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv"),
+    "barcodes": ("barcodes.tsv.gz", "barcodes.tsv"),
+}
+_SPATIAL = {
+    "positions": ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv"),
+    "scalefactors": ("scalefactors_json.json",),
+}
 
 
 @dataclass(frozen=True)
@@ -53,70 +65,116 @@ class _Features:
     is_gene: np.ndarray
     """bool (features,)."""
     others: dict[str, int]
-    """Number of features that are no genes, by kind."""
+    """Number of features that are not genes, by kind."""
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """What `scalefactors_json.json` says."""
+    """Contents of `scalefactors_json.json`."""
 
     spot_diameter_px: float
     mpp: float | None
     """Micrometres per pixel; Visium HD only."""
 
 
-def read_visium(files: Mapping[str, str]) -> Expression:
-    """Returns a section from its local files by part, as `find_visium_files` names them.
+def files(columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns the URIs of the files to read in the folder that the column `expression` names; see `find_files`."""
+    return find_files(columns["expression"])
+
+
+def preview(paths: Mapping[str, str]) -> Preview:
+    """Returns what a section's local files (all but `matrix` and `barcodes`) state before its counts are read."""
+    if "h5" in paths:
+        with file_errors(paths["h5"], "count matrix of Space Ranger"), h5py.File(paths["h5"], "r") as file:
+            features = _h5_features(file["matrix/features"])
+    else:
+        features = _read_features(paths["features"])
+    mpp = _array_mpp(_read_positions(paths["positions"]), _read_scale(paths["scalefactors"]))
+    return Preview(features.genes, features.others, mpp)
+
+
+def read(paths: Mapping[str, str]) -> Expression:
+    """Returns a section from its local files by part, as `find_files` names them.
 
     Raises:
-        SourceError: a file is damaged, contradicts another or holds anything that is no count or no position; names
-            file and line.
+        SourceError: a file is damaged, contradicts another or holds a value that is not a count or position; names file
+            and line.
     """
-    barcodes, genes, counts = _read_h5(files["h5"]) if "h5" in files else _read_mtx(files)
-    positions, scale = _read_positions(files["positions"]), _read_scale(files["scalefactors"])
+    barcodes, genes, counts = _read_h5(paths["h5"]) if "h5" in paths else _read_mtx(paths)
+    positions, scale = _read_positions(paths["positions"]), _read_scale(paths["scalefactors"])
     usable, rejected = _joined(barcodes, counts, positions)
     return Expression(usable, genes, tuple(sorted(rejected)), _array_mpp(positions, scale), scale.spot_diameter_px)
 
 
-def preview_visium(files: Mapping[str, str]) -> Preview:
-    """Returns what a section's local files (all but `matrix` and `barcodes`) say before its counts are read."""
-    if "h5" in files:
-        with naming(files["h5"], "count matrix of Space Ranger"), h5py.File(files["h5"], "r") as file:
-            features = _h5_features(file["matrix/features"])
-    else:
-        features = _read_features(files["features"])
-    mpp = _array_mpp(_read_positions(files["positions"]), _read_scale(files["scalefactors"]))
-    return Preview(features.genes, features.others, mpp)
+def find_files(folder: str) -> dict[str, str]:
+    """Returns a section's files by part: `h5`, or `matrix`, `features` and `barcodes`; `positions`, `scalefactors`.
+
+    Args:
+        folder: Space Ranger's `outs`, its parent folder, or the folder of one bin size of Visium HD (of a whole HD run,
+            the 16 um bins are used); local or `s3://`.
+
+    Raises:
+        SourceError: lists what is missing.
+    """
+    for root in (storage.join(folder, name) if name else folder for name in _ROOTS):
+        if storage.exists(h5 := storage.join(root, _H5)):
+            return _complete({"h5": h5}, [(storage.join(root, "spatial"), _SPATIAL)])
+        for matrix_folder in (storage.join(root, name) for name in _MATRIX_FOLDERS):
+            if matrix := _first(matrix_folder, ("matrix.mtx.gz", "matrix.mtx")):
+                beside = [(matrix_folder, _BESIDE_MATRIX), (storage.join(root, "spatial"), _SPATIAL)]
+                return _complete({"matrix": matrix}, beside)
+    raise SourceError(
+        f"{folder} has neither {_H5} nor matrix.mtx.gz in {' or '.join(_MATRIX_FOLDERS)}; looked in it and in "
+        f"{', '.join(_ROOTS[1:])}: give Space Ranger's outs folder, or the folder of other bins of Visium HD"
+    )
+
+
+def _complete(found: dict[str, str], wanted: Sequence[tuple[str, dict[str, tuple[str, ...]]]]) -> dict[str, str]:
+    """Returns `found` with the wanted parts of each folder."""
+    missing = []
+    for folder, parts in wanted:
+        for part, names in parts.items():
+            if uri := _first(folder, names):
+                found = found | {part: uri}
+            else:
+                missing.append(f"{folder} has no {' or '.join(names)}")
+    if missing:
+        raise SourceError("; ".join(missing))
+    return found
+
+
+def _first(folder: str, names: Sequence[str]) -> str | None:
+    return next((uri for name in names if storage.exists(uri := storage.join(folder, name))), None)
 
 
 def _joined(barcodes: list[str], counts: csr_array, positions: pd.DataFrame) -> tuple[Spots, list[Reject]]:
-    """Returns the spots on tissue that have counts, and all others of either file with the reason."""
+    """Returns the spots on tissue with counts, and all others of either file as rejects."""
     row_of = {name: row for row, name in enumerate(positions.index)}
     row = np.array([row_of.get(name, -1) for name in barcodes], np.int64)
     known = row >= 0
     if not known.any():
         raise SourceError(
-            f"no barcode of the counts ({barcodes[0]}, ...) is among those of the positions ({positions.index[0]}, "
-            "...): give the counts and positions of one section"
+            f"the positions ({positions.index[0]}, ...) have none of the barcodes of the counts ({barcodes[0]}, ...): "
+            "give counts and positions of the same section"
         )
     in_tissue = positions["in_tissue"].to_numpy() == 1
     spots = _spots(positions.iloc[row[known]], counts[known])
-    require_places(spots)
+    require_positions(spots)
     usable, rejected = split_usable(spots, in_tissue[row[known]])
     rejected += [Reject(name, np.nan, np.nan, "no_position") for name in np.array(barcodes, object)[~known]]
     uncounted = ~np.isin(np.arange(len(positions)), row)
-    places = _spots(positions)
-    rejected += places.rejects(uncounted & in_tissue, "no_counts")
-    rejected += places.rejects(uncounted & ~in_tissue, "not_selected")
+    all_spots = _spots(positions)
+    rejected += all_spots.rejects(uncounted & in_tissue, "no_counts")
+    rejected += all_spots.rejects(uncounted & ~in_tissue, "not_selected")
     return usable, rejected
 
 
 def _array_mpp(positions: pd.DataFrame, scale: _Scale) -> float | None:
     if scale.mpp is not None:
         return scale.mpp
-    place = positions[["array_col", "array_row"]].to_numpy() * _PITCHES_PER_PLACE
-    pixel = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
-    return array_mpp(place, pixel, _PITCH_UM)
+    array_xy = positions[["array_col", "array_row"]].to_numpy() * _PITCHES_PER_STEP
+    xy_px = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
+    return array_mpp(array_xy, xy_px, _PITCH_UM)
 
 
 def _spots(positions: pd.DataFrame, counts: csr_array | None = None) -> Spots:
@@ -126,37 +184,38 @@ def _spots(positions: pd.DataFrame, counts: csr_array | None = None) -> Spots:
     return Spots(positions.index.to_numpy(object), x, y, array_row, array_col, counts)
 
 
-# ---------------------------------------------------------------- counts
-
-
 def _read_h5(path: str) -> tuple[list[str], tuple[Gene, ...], csr_array]:
-    with naming(path, "count matrix of Space Ranger"), h5py.File(path, "r") as file:
+    with file_errors(path, "count matrix of Space Ranger"), h5py.File(path, "r") as file:
         matrix = file["matrix"]
         features = _h5_features(matrix["features"])
         barcodes = _texts(matrix["barcodes"])
-        claimed, names = tuple(map(int, matrix["shape"][:])), (len(features.is_gene), len(barcodes))
-        _require_shape(claimed, names)
+        named = len(features.is_gene), len(barcodes)
+        _require_shape(tuple(map(int, matrix["shape"][:])), named)
         parts = (matrix[name][:] for name in ("data", "indices", "indptr"))
-        counts = csr_array(tuple(parts), shape=names[::-1])  # a column of the matrix is a spot
+        counts = csr_array(tuple(parts), shape=named[::-1])  # a column of the matrix is a spot
         counts.check_format(full_check=True)
         return _checked(counts, features, barcodes)
 
 
 def _read_mtx(files: Mapping[str, str]) -> tuple[list[str], tuple[Gene, ...], csr_array]:
     features = _read_features(files["features"])
-    with naming(files["barcodes"], "list of barcodes"):
+    with file_errors(files["barcodes"], "list of barcodes"):
         barcodes = [line for line in _text(files["barcodes"]).splitlines() if line]
-    with naming(files["matrix"], "Matrix Market file"):
+    with file_errors(files["matrix"], "Matrix Market file"):
         num_rows, num_columns, num_entries, kind, *_ = mminfo(files["matrix"])
         if kind != "coordinate" or num_entries > num_rows * num_columns:
-            raise SourceError(f"it claims {num_entries} entries in the format {kind}; give Space Ranger's sparse one")
+            raise SourceError(
+                f"it claims {num_entries} entries in the format {kind}; give Space Ranger's sparse matrix"
+            )
         _require_shape((num_rows, num_columns), (len(features.is_gene), len(barcodes)))
         return _checked(csr_array(mmread(files["matrix"], spmatrix=False).T), features, barcodes)
 
 
-def _require_shape(claimed: tuple[int, ...], names: tuple[int, int]) -> None:
-    if claimed != names:
-        raise SourceError(f"the matrix is {claimed}, its names say {names} features x barcodes: is a file cut short?")
+def _require_shape(claimed: tuple[int, ...], named: tuple[int, int]) -> None:
+    if claimed != named:
+        raise SourceError(
+            f"the matrix is {claimed}, but there are names for {named} features x barcodes: is a file truncated?"
+        )
 
 
 def _checked(
@@ -168,16 +227,15 @@ def _checked(
     return barcodes, features.genes, checked_counts(counts[:, features.is_gene], barcodes, features.genes)
 
 
-# ---------------------------------------------------------------- features
-
-
 def _read_features(path: str) -> _Features:
-    """Reads id, name and kind of each feature; files of fewer columns have ids alone, or no kinds."""
-    with naming(path, "table of features"):
+    """Reads id, name and kind of each feature; files with fewer columns have only ids, or no kinds."""
+    with file_errors(path, "table of features"):
         lines = [line.split("\t") for line in _text(path).splitlines()]
         for number, cells in enumerate(lines, 1):
             if len(cells) != len(lines[0]) or not cells[0]:
-                raise SourceError(f"line {number} has {len(cells)} cells, line 1 {len(lines[0])}; the first is an id")
+                raise SourceError(
+                    f"line {number} has {len(cells)} cells and line 1 has {len(lines[0])}; each needs an id first"
+                )
         columns = list(zip(*lines, strict=True)) or [()]
         ids, names = columns[0], columns[min(1, len(columns) - 1)]
         return _features(ids, names, columns[2] if len(columns) > 2 else (_GENE,) * len(ids))
@@ -192,7 +250,7 @@ def _features(ids: Sequence[str], names: Sequence[str], kinds: Sequence[str]) ->
     is_gene = np.array([kind == _GENE for kind in kinds], bool)
     others = dict(Counter(kind for kind in kinds if kind != _GENE))
     if not is_gene.any():
-        raise SourceError(f"it has no feature of the kind {_GENE!r}, but {others or 'none at all'}")
+        raise SourceError(f"it has no feature of the kind {_GENE!r}; it has {others or 'none'}")
     genes = tuple(
         named_gene(name, ensembl=feature_id)
         for feature_id, name, kind in zip(ids, names, kinds, strict=True)
@@ -206,12 +264,9 @@ def _texts(node: h5py.Dataset) -> list[str]:
     return node.asstr()[:].tolist()
 
 
-# ---------------------------------------------------------------- positions
-
-
 def _read_positions(path: str) -> pd.DataFrame:
     """Returns `_NUMBERS` as float64 by barcode."""
-    with naming(path, "table of tissue positions"):
+    with file_errors(path, "table of tissue positions"):
         table, unit = (_parquet(path), "row") if path.endswith(".parquet") else (_csv(path), "line")
         missing = [name for name in _POSITION_COLUMNS if name not in table]
         if missing:
@@ -232,12 +287,12 @@ def _require_numbers(table: pd.DataFrame, number: pd.DataFrame, unit: str) -> No
         name = _NUMBERS[column]
         allowed = "0 or 1" if name == "in_tissue" else "a number"
         raise SourceError(
-            f"{unit} {table.index[row]}, column {name}: got {table[name].iloc[row]!r}, allowed is {allowed}"
+            f"{unit} {table.index[row]}, column {name}: got {table[name].iloc[row]!r}, allowed: {allowed}"
         )
 
 
 def _csv(path: str) -> pd.DataFrame:
-    """Returns the cells as text by line number; a header (v2) is told by its first cell."""
+    """Returns the cells as text by line number; the first cell of a header (v2) is `barcode`."""
     lines = {number: cells for number, cells in enumerate(csv.reader(_text(path).splitlines()), 1) if cells}
     header = list(_POSITION_COLUMNS)
     if lines and (first := next(iter(lines.items())))[1][0] == "barcode":
@@ -254,77 +309,22 @@ def _parquet(path: str) -> pd.DataFrame:
 
 
 def _read_scale(path: str) -> _Scale:
-    with naming(path, "JSON file of scale factors"):
+    with file_errors(path, "JSON file of scale factors"):
         tree = json.loads(_text(path))
         if not isinstance(tree, dict) or "spot_diameter_fullres" not in tree:
             raise SourceError("it has no spot_diameter_fullres")
         found = {name: tree.get(name) for name in ("spot_diameter_fullres", "microns_per_pixel")}
         for name, value in found.items():
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise SourceError(f"{name} is {value!r}, allowed is a number above 0")
+                raise SourceError(f"{name} is {value!r}; allowed is a number above 0")
         return _Scale(float(tree["spot_diameter_fullres"]), found["microns_per_pixel"])
 
 
 def _text(path: str) -> str:
-    """Returns a text file, unpacked where it is named .gz."""
+    """Returns a text file, decompressed if its name ends with .gz."""
     opened = gzip.open if path.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8") as file:
         text = file.read(_MAX_TEXT_CHARS + 1)
     if len(text) > _MAX_TEXT_CHARS:
         raise SourceError(f"it holds more than {_MAX_TEXT_CHARS} characters")
     return text
-
-
-_BINS = "binned_outputs/square_016um"
-_ROOTS = ("", "outs", _BINS, f"outs/{_BINS}")
-_H5 = "filtered_feature_bc_matrix.h5"
-_MATRIX_FOLDERS = ("filtered_feature_bc_matrix", "filtered_count_matrix")
-_BESIDE_MATRIX = {
-    "features": ("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv"),
-    "barcodes": ("barcodes.tsv.gz", "barcodes.tsv"),
-}
-_SPATIAL = {
-    "positions": ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv"),
-    "scalefactors": ("scalefactors_json.json",),
-}
-
-
-def find_visium_files(folder: str) -> dict[str, str]:
-    """Returns a section's files by part: `h5`, or `matrix`, `features` and `barcodes`; `positions`, `scalefactors`.
-
-    Args:
-        folder: Space Ranger's `outs`, the folder that holds it, or one bin size's folder of Visium HD (of an HD run
-            the 16 um bins are taken); local or `s3://`.
-
-    Raises:
-        SourceError: lists what is missing.
-    """
-    for root in (storage.join(folder, name) if name else folder for name in _ROOTS):
-        if storage.exists(h5 := storage.join(root, _H5)):
-            return _complete({"h5": h5}, [(storage.join(root, "spatial"), _SPATIAL)])
-        for matrix_folder in (storage.join(root, name) for name in _MATRIX_FOLDERS):
-            if matrix := _first(matrix_folder, ("matrix.mtx.gz", "matrix.mtx")):
-                beside = [(matrix_folder, _BESIDE_MATRIX), (storage.join(root, "spatial"), _SPATIAL)]
-                return _complete({"matrix": matrix}, beside)
-    raise SourceError(
-        f"{folder} has neither {_H5} nor matrix.mtx.gz in {' or '.join(_MATRIX_FOLDERS)}; looked in it and in "
-        f"{', '.join(_ROOTS[1:])}: give Space Ranger's outs folder, or for other bins of Visium HD their own folder"
-    )
-
-
-def _complete(found: dict[str, str], wanted: Sequence[tuple[str, dict[str, tuple[str, ...]]]]) -> dict[str, str]:
-    """Returns `found` with the wanted parts of each folder."""
-    missing = []
-    for folder, parts in wanted:
-        for part, names in parts.items():
-            if uri := _first(folder, names):
-                found = found | {part: uri}
-            else:
-                missing.append(f"{folder} has no {' or '.join(names)}")
-    if missing:
-        raise SourceError("; ".join(missing))
-    return found
-
-
-def _first(folder: str, names: Sequence[str]) -> str | None:
-    return next((uri for name in names if storage.exists(uri := storage.join(folder, name))), None)

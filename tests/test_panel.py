@@ -1,4 +1,4 @@
-"""Sections that name the panel's genes otherwise are refused instead of read as zeros."""
+"""Panels: the genes that a table or a file gives, and sections that name those genes in another way."""
 
 import logging
 from hashlib import sha256
@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from random_version import random_version
-from small_table import make_table
+from small_table import NAMES, make_table, random_counts
 
+from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest
@@ -24,6 +25,100 @@ ENSEMBL = [("ENSG00000087460", "GNAS", "ENSG00000087460"), ("ENSG00000169710", "
 NAMELESS = [(gene_id, "", ensembl_id) for gene_id, _, ensembl_id in ENSEMBL]
 OF_A = np.array([[3, 1, 0, 0], [0, 2, 0, 0], [5, 0, 0, 0]], np.int32)
 OF_V = OF_A[:, [2, 3, 0, 1]]
+
+
+def test_the_panel_is_the_most_variable_genes_of_the_training_sections(tmp_path: Path) -> None:
+    sections = {"A1": random_counts(20, 0), "A2": random_counts(15, 1), "B1": random_counts(10, 2) * 50}
+    sections["A2"][:, 3] = 0  # a gene that one training section lacks
+    sections["A1"][4] = 0  # a spot without counts
+    manifest = make_table(tmp_path, sections)
+    panel = fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(num_genes=5))
+    counts = np.concatenate([sections["A1"], sections["A2"]]).astype(float)
+    totals = counts.sum(axis=1, keepdims=True)
+    logs = np.log(1 + 1e4 * np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0))
+    ranked = [gene for gene in np.argsort(-logs.var(axis=0)) if gene != 3]
+    assert list(panel.gene_id) == [NAMES[gene] for gene in ranked[:5]]
+    assert fit_panel(str(tmp_path), manifest, ["A2", "A1"], GenesConfig(num_genes=5)) == panel
+    assert len(fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(num_genes=99))) == len(NAMES) - 1
+
+
+def test_held_out_sections_do_not_touch_the_panel(tmp_path: Path) -> None:
+    panels = []
+    for index, held_out in enumerate(
+        (random_counts(10, 2), np.zeros((10, len(NAMES)), np.int32), random_counts(10, 3) * 100)
+    ):
+        root = tmp_path / str(index)
+        root.mkdir()
+        manifest = make_table(root, {"A1": random_counts(20, 0), "B1": held_out})
+        panels.append(fit_panel(str(root), manifest, ["A1"], GenesConfig(num_genes=4)))
+    assert panels[0] == panels[1] == panels[2]
+
+
+def test_equal_variances_are_ranked_by_gene_id(tmp_path: Path) -> None:
+    counts = np.repeat(np.array([[1], [2], [5]], np.int32), len(NAMES), axis=1)
+    manifest = make_table(tmp_path, {"A1": counts})
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(num_genes=len(NAMES)))
+    assert list(panel.gene_id) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("panel", ["hvg", "hvg_union"])
+def test_genes_in_few_spots_leave_the_panel(tmp_path: Path, panel: str) -> None:
+    counts = random_counts(20, 0)
+    counts[:, 5] = 0
+    counts[:3, 5] = 40  # the most variable by far
+    manifest = make_table(tmp_path, {"A1": counts[:11], "A2": np.roll(counts, 10, axis=0)[:11]})
+    few = [
+        fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(panel=panel, min_spots=spots)).gene_id
+        for spots in (0, 4, 5)
+    ]
+    in_spots = (counts[:11, 5] > 0).sum() + (np.roll(counts, 10, axis=0)[:11, 5] > 0).sum()
+    assert in_spots == 4
+    assert ["FASN" in panel for panel in few] == [True, True, False]
+    with pytest.raises(ConfigError, match=r"genes\.min_spots=99"):
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=panel, min_spots=99))
+
+
+def test_a_panel_file_keeps_its_order_and_takes_symbols_and_ensembl_ids(tmp_path: Path) -> None:
+    manifest = make_table(tmp_path, {"A1": random_counts(9, 0)})
+    file = tmp_path / "panel.txt"
+    file.write_text("MUC1\n\nENSG00000141510.17\nTP53\nMUC1\n")
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
+    assert panel.gene_id == ("MUC1", "ENSG00000141510", "TP53")
+    assert panel.names() == ["MUC1", "ENSG00000141510", "TP53"]
+
+
+def test_unknown_genes_of_a_panel_file_are_named_or_dropped(tmp_path: Path) -> None:
+    manifest = make_table(tmp_path, {"A1": random_counts(9, 0)})
+    file = tmp_path / "panel.txt"
+    file.write_text("MUC1\nNOPE1\nNOPE2\n")
+    with pytest.raises(
+        ConfigError, match=r"has 1 of the panel's 3 genes; missing: NOPE1, NOPE2; set genes\.missing=drop"
+    ):
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
+    dropped = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file), missing="drop"))
+    assert dropped.gene_id == ("MUC1",)
+    with pytest.raises(ConfigError, match="give a file, hvg or hvg_union"):
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(tmp_path / "none.txt")))
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="no gene is left"):
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
+
+
+def test_a_panel_file_may_lie_in_object_storage(tmp_path: Path, s3: str) -> None:
+    manifest = make_table(tmp_path, {"A1": random_counts(9, 0)})
+    storage.write(f"{s3}/panel.txt", b"MUC1\r\nTP53\r\n")
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/panel.txt"))
+    assert panel.gene_id == ("MUC1", "TP53")
+    with pytest.raises(ConfigError, match=rf"genes\.panel={s3}/none\.txt: there is no such file; give a file, hvg or"):
+        fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/none.txt"))
+
+
+def test_a_panel_that_is_no_text_file_is_refused(tmp_path: Path) -> None:
+    manifest = make_table(tmp_path, {"A1": random_counts(9, 0)})
+    (tmp_path / "panel.xlsx").write_bytes(b"PK\xff\xfe")
+    for path in (tmp_path, tmp_path / "panel.xlsx"):
+        with pytest.raises(ConfigError, match=rf"genes\.panel={path}: .*; give a text file, hvg or hvg_union"):
+            fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(path)))
 
 
 def _table(root: Path, genes: list[tuple[str, str, str]], sections: dict[str, np.ndarray]) -> Manifest:

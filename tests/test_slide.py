@@ -1,6 +1,7 @@
 """Slides: exact crops, exact resampling, one behaviour over pyramids and plain images, damage refused."""
 
 import errno
+import gzip
 import os
 import resource
 import struct
@@ -18,7 +19,7 @@ from slide_files import texture, write_plain, write_pyramid
 
 from mclstexp.errors import SourceError, StorageError
 from mclstexp.slides import slide
-from mclstexp.slides.slide import open_slide, scanned_from
+from mclstexp.slides.slide import is_packed, open_slide, scanned_from
 
 real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 WRITERS = {
@@ -286,3 +287,46 @@ def test_a_lost_file_is_no_damaged_slide(tmp_path, monkeypatch):
 def test_where_the_scanned_region_begins():
     assert scanned_from({}) == (0, 0)
     assert scanned_from({"openslide.bounds-x": "30000", "openslide.bounds-y": "1200"}) == (30000, 1200)
+
+
+@pytest.fixture
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
+
+
+def packed(path: Path) -> Path:
+    copy = path.with_name(f"{path.name}.gz")
+    copy.write_bytes(gzip.compress(path.read_bytes()))
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_packed_image_is_read_as_the_plain_one(noise: Image.Image, tmp_path: Path, kind: str) -> None:
+    plain = tmp_path / f"a.{kind}"
+    noise.save(plain, dpi=(25400 / 0.5, 25400 / 0.5))
+    copy = packed(plain)
+    assert is_packed(copy)
+    assert not is_packed(plain)
+    with open_slide(plain) as expected, open_slide(copy) as found:
+        assert (found.width, found.height) == (400, 300)
+        assert found.mpp == expected.mpp == pytest.approx(0.5, rel=1e-3)
+        for corner in ((10, 20), (300, 200), (0, 0)):
+            np.testing.assert_array_equal(found.read_tile(*corner, 64, 1.0), expected.read_tile(*corner, 64, 1.0))
+        np.testing.assert_array_equal(found.thumbnail(4.0), expected.thumbnail(4.0))
+
+
+@pytest.mark.parametrize("kept", [30, 1000, -4])
+def test_a_truncated_packed_image_is_refused(noise: Image.Image, tmp_path: Path, kept: int) -> None:
+    noise.save(tmp_path / "a.jpg")
+    copy = packed(tmp_path / "a.jpg")
+    copy.write_bytes(copy.read_bytes()[:kept])
+    with pytest.raises(SourceError, match=r"image a\.jpg\.gz cannot be read, it is damaged"), open_slide(copy) as cut:
+        cut.thumbnail(1.0)
+
+
+def test_other_packed_files_are_refused_with_what_to_do(noise: Image.Image, tmp_path: Path) -> None:
+    noise.save(tmp_path / "a.tif")
+    with pytest.raises(
+        SourceError, match=r"image a\.tif\.gz: it is compressed by gzip and holds no JPEG or PNG; decompress"
+    ):
+        open_slide(packed(tmp_path / "a.tif"))
