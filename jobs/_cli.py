@@ -48,8 +48,6 @@ def parse(
     Raises:
         ConfigError: an unknown or invalid argument or setting, with the nearest valid name.
     """
-    if isinstance(kind, str):
-        return _legacy_parse(kind, purpose, example, blocks, argv)
     settings = [name for name in leaf_fields() if name.partition(".")[0] in blocks]
     known, unknown = _parser(kind, purpose, example, settings).parse_known_args(argv)
     if unknown:
@@ -101,7 +99,7 @@ def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequ
     for name in settings:
         block = name.partition(".")[0]
         if block not in groups:
-            title = Config.model_fields[block].annotation.__doc__ or ""  # type: ignore[union-attr]
+            title = Config.model_fields[block].annotation.__doc__ or ""
             groups[block] = parser.add_argument_group(block, title)
         _add(groups[block], name, name, _setting(name))
     return parser
@@ -150,98 +148,3 @@ def _validated(kind: type[Arguments], values: dict[str, object]) -> Arguments:
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"invalid argument: {validation_faults(error, '--', _option)}") from None
-
-
-# TEMPORARY: the former way to declare arguments; removed when all jobs are converted
-
-from dataclasses import dataclass  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument of a job, beside the settings: what to work on."""
-
-    name: str
-    help: str
-    required: bool = True
-    default: str | None = None
-    is_switch: bool = False
-
-
-def _legacy_parse(
-    purpose: str,
-    example: str,
-    arguments: Sequence[Argument],
-    sections: Sequence[str],
-    argv: Sequence[str] | None = None,
-) -> tuple[argparse.Namespace, Config]:
-    """Returns the job's arguments (with `dry_run`) and the resolved configuration, and applies its storage block.
-
-    Args:
-        purpose: what the job does, for --help.
-        example: a command line, for --help.
-        arguments: the job's own arguments.
-        sections: the configuration's sections that the job reads; only their settings are options.
-        argv: the command line without the program's name; default sys.argv.
-
-    Raises:
-        ConfigError: an unknown or invalid setting, with the nearest valid name.
-    """
-    settings = [name for name in leaf_fields() if name.partition(".")[0] in sections]
-    parser = _legacy_parser(purpose, example, arguments, settings)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        valid = [argument.name for argument in arguments] + ["config", "dry-run", *settings]
-        raise ConfigError(unknown_setting(unknown[0].lstrip("-").partition("=")[0], valid, "the command line"))
-    given = {name: _legacy_value(name, text) for name, text in vars(known).items() if "." in name and text is not None}
-    config = override(load_config(known.config), given, "the command line")
-    os.environ.update(config.storage.environment())
-    return known, config
-
-
-def _legacy_parser(
-    purpose: str, example: str, arguments: Sequence[Argument], settings: Sequence[str]
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=purpose,
-        epilog=f"example: {example}",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for argument in arguments:
-        if argument.is_switch:
-            parser.add_argument(f"--{argument.name}", action="store_true", help=argument.help)
-            continue
-        parser.add_argument(
-            f"--{argument.name}", required=argument.required, default=argument.default, help=argument.help, metavar="X"
-        )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings; the command line wins over it")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and the plan, start nothing")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for name in settings:
-        section = name.partition(".")[0]
-        if section not in groups:
-            title = Config.model_fields[section].annotation.__doc__ or ""  # type: ignore[union-attr]
-            groups[section] = parser.add_argument_group(section, title)
-        _add_setting(groups[section], name)
-    return parser
-
-
-def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
-    section, field = leaf_fields()[name]
-    info = section.model_fields[field]
-    default = "" if info.default in (None, ()) else f" [{info.default}]"
-    text = f"{info.description}{default}".replace("%", "%%")
-    switch: dict[str, object] = {"nargs": "?", "const": "true"} if info.annotation is bool else {}
-    group.add_argument(f"--{name}", dest=name, help=text, metavar=_metavar(info.annotation), **switch)  # type: ignore[arg-type]
-
-
-def _legacy_value(name: str, text: str) -> object:
-    """Returns a command-line text as the plain value that pydantic validates."""
-    section, field = leaf_fields()[name]
-    annotation = section.model_fields[field].annotation
-    if typing.get_origin(annotation) is tuple:
-        return [part for part in text.split(",") if part]
-    if text.lower() in ("none", "null") and type(None) in typing.get_args(annotation):
-        return None
-    return text

@@ -32,7 +32,7 @@ _Bundles = Sequence[tuple[dict[str, float], dict[str, str]]]
 """Resources claimed together on one node, with the labels that the node must have."""
 
 
-def local_ray(config: Config, min_cpus: int = 2) -> dict[str, object]:
+def local_ray(config: Config, min_cpus: int = 2) -> dict[str, Any]:
     """Returns the arguments of `ray.init` for a Ray on this machine, with enough logical CPUs for the run."""
     train = config.train
     needed = train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus)
