@@ -1,14 +1,15 @@
-"""A cohort of real slide files predicted in one calm run, and what it takes to predict it again."""
+"""A cohort of real slide files predicted in one calm run, and the means to predict it again."""
 
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 import torch
 
@@ -20,8 +21,10 @@ from mclstexp.model.bank import Bank
 from mclstexp.model.nearest import KEY_BLOCK
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.version import ModelVersion, TrainingRecord
+from mclstexp.prediction import run
 from mclstexp.prediction.cohort import open_cohort
-from mclstexp.prediction.run import Cohort, Report, predict_cohort
+from mclstexp.prediction.run import Report, predict_cohort
+from mclstexp.progress import hidden
 from mclstexp.training.run import recorded_tiles
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +57,7 @@ def predict_calmly(tiles: str, cohort: str, folder: Path) -> PredictedCohort:
     model, slides, out = untrained_model(tiles, folder / "model"), folder / "slides", folder / "out"
     make_slides(cohort, slides)
     out.mkdir()
-    report = predict(model, slides, out, (model.panel.names()[2],))
+    report = predict(model, slides, out, num_cpus=6)
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
     return PredictedCohort(model, slides, out)
 
@@ -118,22 +121,23 @@ def predict(
     model: ModelVersion,
     slides: Path,
     out: Path | str,
-    genes: tuple[str, ...] = (),
+    *,
     idle: bool = False,
+    num_cpus: int = 3,
     **settings: object,
 ) -> Report:
-    config = override(Config(), {f"predict.{name}": value for name, value in settings.items()}).predict
+    """Predicts in this process; `idle`: starting the pipeline would be an error. Three CPUs: one actor per step."""
+    changed = {f"predict.{name}": value for name, value in settings.items()} | {"predict.num_cpus": num_cpus}
+    config = override(Config(), changed).predict
     cohort = open_cohort(str(slides), model, str(out), config)
-
-    def make(num_readers: int) -> Cohort:
-        made = cohort.keyed(num_readers)
-        return replace(made, tile_batches=None) if idle else made
-
-    return predict_cohort(model, make, str(out), genes, lambda report, total: None, config)
+    with pytest.MonkeyPatch.context() as patch:
+        if idle:
+            patch.setattr(run, "pipeline", None)
+        return predict_cohort(model, cohort, str(out), hidden, config)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What was published: all but the ledger and its summary, which say when, what is left of staging, and locks."""
+    """Digests of what was published: all but ledger and summary, which hold times, staging and locks."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     kept = [path for path in files if path.parts[0] not in ("ledger", "summary.csv", "staging")]
     return {str(path): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in kept}

@@ -21,7 +21,7 @@ def tissue_image(seed=0):
 
 
 def make_plan(folder, **changes):
-    """Returns a plan whose output and scratch lie below a folder."""
+    """Returns a plan with output and scratch below a folder."""
     plan = CohortPlan(
         out=str(folder / "out"),
         tiles=TilesConfig(size_px=TILE, min_tissue=0.5),
@@ -29,6 +29,5 @@ def make_plan(folder, **changes):
         model_digest="model",
         scratch=str(folder / "scratch"),
         scratch_budget_bytes=2**30,
-        num_readers=2,
     )
     return replace(plan, **changes)

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.prediction.parts import GRID_SCHEMA, PART_TILES, SlideRecord, num_parts, write_part
-from mclstexp.prediction.writers.table import OutputInfo
+from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry
+from mclstexp.prediction.parts import GRID_SCHEMA, PART_TILES, SlideRecord, encode_part, num_parts, write_part
+from mclstexp.prediction.publish import publish_slide
+from mclstexp.prediction.writers.slide import OutputInfo
 
 TILE_PX = 32
 PANEL = GenePanel(
@@ -20,7 +22,7 @@ PANEL = GenePanel(
     ("GNAS", "FASN", "DUP", "DUP", "", "µ1"),
     ("ENSG01", "", "ENSG03", "ENSG04", "ENSG05", ""),
 )
-FACTS = OutputInfo(PANEL, "ln(1 + 1e4 share)", "0123456789ab", TILE_PX, 0.5, 0.3)
+INFO = OutputInfo(PANEL, "ln(1 + 1e4 share)", "0123456789ab", TILE_PX, 0.5, 0.3)
 GENES = ["GNAS", "FASN"]
 SCANNED_FROM = (64.0, 96.0)
 CONFIDENCE = ("similarity", "effective_donors", "donor_share")
@@ -37,18 +39,18 @@ class Slide:
     complete: np.ndarray
 
     @property
-    def place(self) -> np.ndarray:
+    def centre_px(self) -> np.ndarray:
         return self.grid.loc[self.complete, ["x_px", "y_px"]].to_numpy()
 
 
 def stage(
     folder: Path, name: str, across: int, down: int, scale: float = 1.0, given: bool = False, missing: int = 0
 ) -> Slide:
-    """WorkerCounts a slide that is all tiles, across x down, in an order that is not theirs."""
+    """Stages a slide that is all tiles, across x down, in an order that is not theirs."""
     rng = np.random.default_rng(across)
     edge, num_tiles = TILE_PX * scale, across * down
     row, column = np.divmod(rng.permutation(num_tiles), across)
-    x, y = (np.floor(place * edge + edge / 2) + (0.7 if given else 0.0) for place in (column, row))
+    x, y = (np.floor(index * edge + edge / 2) + (0.7 if given else 0.0) for index in (column, row))
     record = SlideRecord(
         slide_id=name,
         patient_id=f"{name} of µ",
@@ -103,4 +105,13 @@ def write(slide: Slide) -> None:
     for part in range(num_parts(len(slide.grid))):
         rows = slice(part * PART_TILES, (part + 1) * PART_TILES)
         cut = SimpleNamespace(**{key: values[rows] for key, values in vars(slide.answer).items()})
-        write_part(str(slide.staging), part, cut, slide.complete[rows])
+        write_part(str(slide.staging), part, encode_part(cut, slide.complete[rows]))
+
+
+def publish(slide: Slide, out: Path | str, key: str = "key") -> None:
+    """Publishes a slide and enters it as done; its staging folder stays, for other tests."""
+    name = slide.record.slide_id
+    claim = Entry(slide_id=name, key=key, state="publishing")
+    claimed = claim_slide(str(out), claim, over=entry(str(out), name))
+    publish_slide(str(slide.staging), str(out), INFO)
+    commit(str(out), claim.model_copy(update={"state": "done"}), claimed)

@@ -1,265 +1,158 @@
-"""From slides to tile batches: every part once, pixels as the model's tiles were stored, faults as rows."""
+"""Slides of a run: sheets, folders and prefixes; given spots; keys; fingerprints of images."""
 
-import os
-import signal
-import subprocess
-import sys
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import round_slide
-import tifffile
-from PIL import Image
-from round_slide import MPP, SIZE, TILE, tissue_image
 
 from mclstexp import storage
-from mclstexp.errors import SourceError
-from mclstexp.prediction import pipeline
-from mclstexp.prediction.cohort import POSITION_SCHEMA
-from mclstexp.prediction.inspect import inspect
-from mclstexp.prediction.parts import GRID, PART_TILES, num_parts, part_name
-from mclstexp.prediction.pipeline import (
-    FAILED,
-    NOTHING_LEFT,
-    QUARANTINED,
-    STRETCH_PARTS,
-    TILES,
-    _Inspect,
-    _Read,
-    tile_batches,
-)
-from mclstexp.prediction.plan import SlideSource
-from mclstexp.settings import TilesConfig
-from mclstexp.slides.codec import decode_tile, encode_tile
-from mclstexp.slides.slide import Slide
-
-ROOT = Path(__file__).parents[1]
-make_plan = partial(round_slide.make_plan, tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=90))
+from mclstexp.errors import SheetError
+from mclstexp.prediction.cohort import list_slides, read_positions, require_positions
+from mclstexp.prediction.plan import fingerprint
 
 
-def write_slide(path, image, mpp=MPP):
-    unit = {"resolution": (1e4 / mpp,) * 2, "resolutionunit": "CENTIMETER"} if mpp else {}
-    tifffile.imwrite(path, image, tile=(128, 128), photometric="rgb", compression="deflate", **unit)
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
 
 
-def slide_of(folder, name, image, **options):
-    write_slide(folder / f"{name}.tif", image, **options)
-    return SlideSource(name, f"P{name}", "", str(folder / f"{name}.tif"), None)
+def test_a_sheet_gives_the_images_of_all_formats(tmp_path):
+    touch(tmp_path, "a.svs", "b.jpg", "counts.tsv", "spots.tsv")
+    (tmp_path / "samples.csv").write_text(
+        "section_id,patient_id,image,format,expression,positions,mpp,site\n"
+        "S1,P1,a.svs,slide,,,0.25,left\nS2,P1,b.jpg,legacy_st,counts.tsv,spots.tsv,,\n"
+    )
+    first, second = list_slides(str(tmp_path / "samples.csv"))
+    assert (first.slide_id, first.patient_id, first.site, first.mpp) == ("S1", "P1", "left", 0.25)
+    assert first.image == str(tmp_path / "a.svs")
+    assert (second.slide_id, second.mpp, second.image) == ("S2", None, str(tmp_path / "b.jpg"))
 
 
-def rows_of(source):
-    fields = {name: [value] for name, value in vars(source).items() if name != "mpp"}
-    return {name: np.array(value, object) for name, value in fields.items()} | {
-        "mpp": np.array([np.nan if source.mpp is None else source.mpp])
-    }
+def test_an_image_that_is_away_holds_up_no_sheet(tmp_path):
+    (tmp_path / "slides.csv").write_text("section_id,patient_id,format,image\nA,P,slide,away.svs\n")
+    assert [slide.image for slide in list_slides(str(tmp_path / "slides.csv"))] == [str(tmp_path / "away.svs")]
 
 
-def read_all(source, plan, reader=None):
-    """All rows of one slide, as task and actor give them, without Ray."""
-    reader = reader or _Read(plan)
-    return [flat(row) for stretch in _Inspect(plan)(rows_of(source)) for row in reader(stretch)]
+def test_a_folder_gives_its_images_at_any_depth(tmp_path):
+    touch(tmp_path, "b.SVS", "deep/er/a b&c.tif", "notes.txt", ".hidden.svs", "svs", "x.mrxs", "d.dcm")
+    touch(tmp_path, "out/previews/b.jpg", "outside.png")
+    found = list_slides(str(tmp_path), f"{tmp_path}/out")
+    assert {slide.slide_id for slide in found} == {"b", "a_b_c", "x", "outside"}
+    assert all(slide.patient_id == slide.slide_id and slide.mpp is None for slide in found)
+    assert next(slide.image for slide in found if slide.slide_id == "a_b_c") == str(tmp_path / "deep/er/a b&c.tif")
 
 
-def flat(row):
-    return {name: values[0] for name, values in row.items()}
+def test_names_stay_within_the_output(tmp_path):
+    touch(tmp_path, "a/x/..%2e.svs", "a/x..%2e.svs", "é\n.png", f"{'y' * 200}.jpg")
+    ids = sorted(slide.slide_id for slide in list_slides(str(tmp_path)))
+    assert ids == ["__", "x.._2e", "y" * 128]  # what begins with a dot is hidden
 
 
-def expected_tiles(image, staging, part):
-    table = pq.read_table(pa.BufferReader(storage.read(storage.join(staging, GRID))))
-    rows = slice(part * PART_TILES, (part + 1) * PART_TILES)
-    tiles = []
-    for x, y in zip(table["x_px"].to_numpy()[rows], table["y_px"].to_numpy()[rows], strict=True):
-        left, top = int(x) - TILE // 2, int(y) - TILE // 2
-        tiles.append(decode_tile(encode_tile(image[top : top + TILE, left : left + TILE], "jpeg", 90)))
-    return np.stack(tiles)
+def test_two_files_of_one_name_are_refused_by_name(tmp_path):
+    touch(tmp_path, "a.svs", "b/a.tif", "c.svs")
+    with pytest.raises(SheetError, match=r"(?s)same slide id.*a: .*a\.svs, .*b/a\.tif"):
+        list_slides(str(tmp_path))
 
 
-def require_part(row, image):
-    """Its tiles are the image's crops after the same JPEG, the rest is zero."""
-    expected = expected_tiles(image, row["staging"], row["part"])
-    assert row["image"].shape == (PART_TILES, TILE, TILE, 3)
-    assert row["image"].dtype == np.uint8
-    assert row["num_tiles"] == len(expected)
-    np.testing.assert_array_equal(row["image"][: len(expected)], expected)
-    assert not row["image"][len(expected) :].any()
-    assert row["complete"].tolist() == [place < len(expected) for place in range(PART_TILES)]
+@pytest.mark.parametrize("name", ["empty", "none"])
+def test_no_slide_is_an_error(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path / "empty", "a.txt")
+    with pytest.raises(SheetError, match="no slide under"):
+        list_slides(str(tmp_path / name))
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_cohort_gives_every_part_once_and_every_fault_a_row(ray_session, tmp_path):
-    images = {name: tissue_image(seed) for seed, name in enumerate(("a", "b", "done"))}
-    sources = {name: slide_of(tmp_path, name, image) for name, image in images.items()}
-    sources["empty"] = slide_of(tmp_path, "empty", np.full((SIZE, SIZE, 3), 240, np.uint8))
-    sources["no_mpp"] = slide_of(tmp_path, "no_mpp", images["a"], mpp=None)
-    sources["cut"] = slide_of(tmp_path, "cut", images["a"])
-    cut = Path(sources["cut"].image)
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    sources["gone"] = replace(sources["a"], slide_id="gone", image=str(tmp_path / "gone.tif"))
-    plan = make_plan(tmp_path)
-    half, done = inspect(sources["b"], plan), inspect(sources["done"], plan)
-    storage.write(storage.join(half.staging, part_name(1)), b"x")
-    for part in range(num_parts(done.record.num_tiles)):
-        storage.write(storage.join(done.staging, part_name(part)), b"x")
-
-    batches = tile_batches(list(sources.values()), plan).iter_batches(batch_size=1, batch_format="numpy")
-    rows = [flat(row) for row in batches]
-
-    tiles = [row for row in rows if row["state"] == TILES]
-    total = num_parts(half.record.num_tiles)
-    assert total >= 3
-    parts = {name: sorted(int(row["part"]) for row in tiles if row["slide_id"] == name) for name in sources}
-    assert parts.pop("a") == list(range(int(next(row["num_left"] for row in tiles if row["slide_id"] == "a"))))
-    assert parts.pop("b") == [part for part in range(total) if part != 1]
-    assert not any(parts.values())
-    for row in tiles:
-        require_part(row, images[row["slide_id"]])
-    others = {row["slide_id"]: row for row in rows if row["state"] != TILES}
-    assert len(others) == len(rows) - len(tiles)
-    assert {name: row["state"] for name, row in others.items()} == {
-        "done": NOTHING_LEFT,
-        "empty": NOTHING_LEFT,
-        "no_mpp": QUARANTINED,
-        "cut": QUARANTINED,
-        "gone": FAILED,
-    }
-    assert "no resolution" in others["no_mpp"]["reason"]
-    assert "cut.tif" in others["cut"]["reason"]
-    assert others["done"]["staging"] == done.staging
-    assert (others["done"]["num_left"], others["empty"]["num_left"]) == (0, 0)
-    assert all(row["num_tiles"] == 0 and row["part"] == -1 and not row["complete"].any() for row in others.values())
-
-
-# ---------------------------------------------------------------- task and actor by themselves
-
-
-def test_a_large_slide_is_cut_into_stretches(tmp_path):
-    source = slide_of(tmp_path, "a", tissue_image())
-    stretches = [flat(row) for row in _Inspect(make_plan(tmp_path, overlap=0.75))(rows_of(source))]
-    parts = [[int(part) for part in row["parts"].split()] for row in stretches]
-    assert len(stretches) >= 2
-    assert [len(row) for row in parts[:-1]] == [STRETCH_PARTS] * (len(stretches) - 1)
-    assert [part for row in parts for part in row] == list(range(stretches[0]["num_left"]))
-
-
-def test_a_plain_image_is_a_single_stretch_and_held_no_longer(tmp_path):
-    image, plan = tissue_image(), make_plan(tmp_path, overlap=0.75)
-    Image.fromarray(image).save(tmp_path / "a.png")
-    source = SlideSource("a", "P", "", str(tmp_path / "a.png"), MPP)
-    (row,) = (flat(row) for row in _Inspect(plan)(rows_of(source)))
-    assert len(row["parts"].split()) == row["num_left"] > STRETCH_PARTS
-    reader = _Read(plan)
-    assert len(read_all(source, plan, reader)) == row["num_left"]
-    assert reader._slide is None
-
-
-def test_tiles_without_pixels_are_told(tmp_path):
-    source = slide_of(tmp_path, "a", tissue_image())
-    with tifffile.TiffFile(source.image, mode="r+b") as tiff:
-        tag = tiff.pages[0].tags["TileByteCounts"]
-        tag.overwrite([0, *tag.value[1:]])
-    given = {"a": pa.table([["0", "1"], [20.0, 300.0], [20.0, 300.0]], schema=POSITION_SCHEMA)}
-    (row,) = read_all(source, make_plan(tmp_path, positions=given))
-    assert row["num_tiles"] == 2
-    assert row["complete"][:3].tolist() == [False, True, False]
-    assert not row["image"][0].any()
-
-
-def test_png_tiles_stay_exact(tmp_path):
-    image = tissue_image()
-    source = slide_of(tmp_path, "a", image)
-    given = {"a": pa.table([["0"], [300.0], [200.0]], schema=POSITION_SCHEMA)}
-    tiles = TilesConfig(size_px=TILE, encoding="png")
-    (row,) = read_all(source, make_plan(tmp_path, positions=given, tiles=tiles))
-    np.testing.assert_array_equal(row["image"][0], image[192:208, 292:308])
-
-
-def failing(monkeypatch, calls):
-    """Lets the given calls of read_tile (counted from 0) fail."""
-    original, count = Slide.read_tile, iter(range(10**9))
-
-    def read_tile(self, *where):
-        if next(count) in calls:
-            raise SourceError("a failed read")
-        return original(self, *where)
-
-    monkeypatch.setattr(Slide, "read_tile", read_tile)
-
-
-def test_a_read_error_that_passes_costs_a_new_handle(tmp_path, monkeypatch):
-    image = tissue_image()
-    source, plan = slide_of(tmp_path, "a", image), make_plan(tmp_path)
-    failing(monkeypatch, {300})
-    reader = _Read(plan)
-    rows = read_all(source, plan, reader)
-    assert {row["state"] for row in rows} == {TILES}
-    for row in rows:
-        require_part(row, image)
-
-
-def test_a_read_error_that_stays_ends_the_slide_and_not_the_reader(tmp_path, monkeypatch):
-    plan, reader = make_plan(tmp_path), None
-    first, second = (slide_of(tmp_path, name, tissue_image()) for name in "ab")
-    reader = _Read(plan)
-    with monkeypatch.context() as patch:
-        failing(patch, {300, 301})
-        rows = read_all(first, plan, reader)
-    assert [(row["part"], row["state"], row["reason"]) for row in rows] == [
-        (0, TILES, ""),
-        (-1, QUARANTINED, "a failed read"),
+def test_a_prefix_is_a_folder(s3):
+    for key in ("slides/a.svs", "slides/deep/b.jpg", "slides/b.txt", "other/c.svs"):
+        storage.write(f"{s3}/{key}", b"x")
+    found = list_slides(f"{s3}/slides/")
+    assert [(slide.slide_id, slide.image) for slide in found] == [
+        ("a", f"{s3}/slides/a.svs"),
+        ("b", f"{s3}/slides/deep/b.jpg"),
     ]
-    assert {row["state"] for row in read_all(second, plan, reader)} == {TILES}
+    before = fingerprint(f"{s3}/slides/a.svs")
+    assert before == fingerprint(f"{s3}/slides/a.svs")
+    assert before.startswith("1-")
+    assert '"' not in before
+    storage.write(f"{s3}/slides/a.svs", b"y")
+    assert fingerprint(f"{s3}/slides/a.svs") != before
 
 
-def test_remote_slides_are_let_go_and_faults_of_the_store_may_pass(s3, tmp_path):
-    image = tissue_image()
-    local = slide_of(tmp_path, "a", image)
-    storage.upload(local.image, f"{s3}/slides/a.tif")
-    source = replace(local, image=f"{s3}/slides/a.tif")
-    size = Path(local.image).stat().st_size
-    plan = make_plan(tmp_path, out=f"{s3}/out", scratch_budget_bytes=size)
-    reader = _Read(plan)
-    rows = read_all(source, plan, reader)
-    assert [row["part"] for row in rows] == list(range(rows[0]["num_left"]))
-    for row in rows:
-        require_part(row, image)
-        assert row["staging"].startswith(f"{s3}/out/staging/a-")
-    other = replace(source, slide_id="b", image=f"{s3}/slides/b.tif")
-    (missing,) = read_all(other, plan, reader)
-    assert missing["state"] == FAILED
-    storage.upload(local.image, other.image)  # fits only where nobody holds the first
-    assert {row["state"] for row in read_all(other, plan, reader)} == {TILES}
-    (refused,) = read_all(replace(source, slide_id="c"), replace(plan, scratch_budget_bytes=size - 1))
-    assert (refused["state"], str(size) in refused["reason"]) == (FAILED, True)
+def spots(tmp_path, text):
+    path = tmp_path / "spots.csv"
+    path.write_text(text)
+    return str(path)
 
 
-def test_tasks_start_without_torch():
-    heavy = "('torch', 'mlflow', 'anndata')"
-    code = f"import sys, mclstexp.prediction.pipeline; sys.exit(sum(name in sys.modules for name in {heavy}))"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+def test_spots_by_slide(tmp_path):
+    found = read_positions(spots(tmp_path, "section_id,x_px,y_px\nS2,1.5,2\nS1,3,4\nS2, 5 ,6e2\n"))
+    assert list(found) == ["S2", "S1"]
+    assert found["S2"].to_pydict() == {"spot_id": ["0", "1"], "x_px": [1.5, 5.0], "y_px": [2.0, 600.0]}
+    named = read_positions(spots(tmp_path, "spot_id,y_px,section_id,x_px\nA,2,S,1\n"))
+    assert named["S"].to_pylist() == [{"spot_id": "A", "x_px": 1.0, "y_px": 2.0}]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_slide_that_kills_its_readers_does_not_stop_the_others(ray_session, tmp_path, monkeypatch):
-    class Deadly(_Read):
-        """A decoder that ends its process on one slide."""
+def test_all_faults_of_spots_are_listed_at_once(tmp_path):
+    table = "section_id,spot_id,x_px,y_px\nS,a,1,2\nS,a,nan,2\n,b,1,here\nT,a,1,inf\nS,,1,2\n"
+    with pytest.raises(SheetError) as error:
+        read_positions(spots(tmp_path, table))
+    said = str(error.value)
+    assert "6 fault(s)" in said
+    for part in (
+        "row 3, column x_px, got 'nan'",
+        "row 3, column spot_id: 'a' is already",
+        "row 4, column y_px, got 'here'",
+        "row 4, column section_id: it is empty",
+        "row 5, column y_px, got 'inf'",
+        "row 6, column spot_id: it is empty",
+    ):
+        assert part in said
 
-        def __call__(self, rows):
-            if rows["slide_id"][0].startswith("deadly"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(rows)
 
-    monkeypatch.setattr(pipeline, "_Read", Deadly)
-    names = ("deadly", "a", "b")
-    sources = [slide_of(tmp_path, name, tissue_image()) for name in names]
-    plan = make_plan(tmp_path, num_readers=1)  # the others wait for the one that dies
-    total = num_parts(inspect(sources[1], plan).record.num_tiles)
-    rows = tile_batches(sources, plan).select_columns(["slide_id", "part"]).take_all()
-    assert sorted((row["slide_id"], row["part"]) for row in rows) == [(n, p) for n in "ab" for p in range(total)]
+def test_many_faults_are_counted(tmp_path):
+    with pytest.raises(SheetError, match=r"(?s)50 fault\(s\).*and 30 more"):
+        read_positions(spots(tmp_path, "section_id,x_px,y_px\n" + "S,a,1\n" * 50))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("section_id,x_px\nS,1\n", "column y_px is missing"),
+        ("section_id,x_px,y_px,z\nS,1,2,3\n", "column 'z' is unknown"),
+        ("section_id,x_px,y_px\n", "no rows"),
+        ("section_id,x_px,y_px\nS,1,2,3,4\nS,1\n", "spots.csv"),
+        ("", "no CSV"),
+    ],
+)
+def test_what_is_no_table_of_spots(tmp_path, text, said):
+    with pytest.raises(SheetError, match=said):
+        read_positions(spots(tmp_path, text))
+
+
+def test_spots_and_slides_name_each_other(tmp_path):
+    touch(tmp_path, "S1.svs", "S2.svs")
+    slides = list_slides(str(tmp_path))
+    require_positions(slides, {})
+    require_positions(slides, {"S1": 0, "S2": 0})
+    with pytest.raises(SheetError, match=r"1 slides have no row.*: S2"):
+        require_positions(slides, {"S1": 0})
+    with pytest.raises(SheetError, match=r"1 sections .* no slide.*: S3"):
+        require_positions(slides, {"S1": 0, "S2": 0, "S3": 0})
+
+
+def test_a_fingerprint_sees_length_and_both_ends(tmp_path):
+    path = tmp_path / "a.svs"
+    content = bytearray(3 * 2**20)
+    path.write_bytes(content)
+    seen = {fingerprint(str(path))}
+    for place in (0, 2**20 - 1, 2 * 2**20, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] = 1
+        path.write_bytes(changed)
+        seen.add(fingerprint(str(path)))
+    path.write_bytes(content + b"\0")
+    seen.add(fingerprint(str(path)))
+    assert len(seen) == 6
+    path.write_bytes(content)
+    assert fingerprint(str(path)) in seen
+    with pytest.raises(FileNotFoundError):
+        fingerprint(str(tmp_path / "none"))

@@ -1,4 +1,4 @@
-"""Parts of an unfinished prediction: what is written is read, and nothing else counts."""
+"""Parts of an unfinished prediction: what is written can be read, and nothing else counts."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Slide]:
 
 def test_a_part_of_another_panel_is_refused(slides: dict[str, Slide], tmp_path: Path) -> None:
     shutil.copytree(slides["C"].staging, tmp_path / "C")
-    with pytest.raises(PartError, match=r"prediction float32 \(256, 6\).*wanted.*\(256, 5\)"):
+    with pytest.raises(PartError, match=r"prediction float32 \(256, 6\).*expected.*\(256, 5\)"):
         read_part(str(tmp_path / "C"), 0, 256, 5)
 
 

@@ -1,4 +1,4 @@
-"""The overview of a slide: maps that lie where the tiles do, in the colours of their values, and are not too large."""
+"""The overview of a slide: maps in the position of the tiles, in the colours of their values, and not too large."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from staged_slides import FACTS, TILE_PX, Slide, stage, write
+from staged_slides import INFO, TILE_PX, publish, stage, write
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.prediction.publish import publish_slide
-from mclstexp.prediction.writers.overview import MOST_GENES, draw_overview, paint
+from mclstexp.prediction.draw import draw_slide
+from mclstexp.prediction.writers.overview import MAX_GENES, draw_overview, paint
+from mclstexp.prediction.writers.slide import RECORD_KEY, PredictedSlide
 
 
-@pytest.fixture(scope="module")
-def slides(staged: dict[str, Slide]) -> dict[str, Slide]:
-    return staged
-
-
-def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide], tmp_path: Path) -> None:
+def test_a_gradient_shows_at_its_position_in_the_overview(tmp_path: Path) -> None:
     """Two pictures that differ in one gene differ exactly on its map, whose tiles then have their own colours."""
     slide, pictures = stage(tmp_path, "G", 20, 12), {}
     column, row = ((slide.grid[name].to_numpy() // TILE_PX) for name in ("x_px", "y_px"))
@@ -29,12 +25,13 @@ def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide]
     for name, values in {"seen": ramp, "other": 19 - ramp}.items():
         slide.answer.prediction[:, 1] = values
         write(slide)
-        publish_slide(str(slide.staging), str(tmp_path / name), FACTS, ["FASN"])
+        publish(slide, tmp_path / name)
+        draw_slide(str(tmp_path / name), "G", ["FASN"])
         pictures[name] = np.asarray(Image.open(tmp_path / name / "overviews" / "G.png").convert("RGB")).astype(int)
     differ = (pictures["seen"] != pictures["other"]).any(axis=2)
     top, bottom, left, right = (edge for axis in (1, 0) for edge in np.flatnonzero(differ.any(axis=axis))[[0, -1]])
     assert (right - left) / (bottom - top) == pytest.approx(20 / 12, rel=0.03)
-    assert left > 0.45 * pictures["seen"].shape[1], "the slide itself stands first"
+    assert left > 0.45 * pictures["seen"].shape[1], "the slide itself comes first"
     limits = np.quantile(ramp, [0.01, 0.99])
     for tile in range(len(ramp)):
         shade = (ramp[tile] - limits[0]) / (limits[1] - limits[0])
@@ -47,17 +44,18 @@ def test_a_gradient_shows_in_the_overview_where_it_lies(slides: dict[str, Slide]
 def test_of_a_hundred_genes_over_a_long_slide_the_first_are_drawn(tmp_path: Path) -> None:
     slide = stage(tmp_path, "L", 2, 60)
     names = [f"GENE{number}" for number in range(100)]
-    place = {name: slide.grid[name].to_numpy() for name in ("x_px", "y_px")}
-    pq.write_table(pa.table(place | dict.fromkeys(names, slide.answer.prediction[:, 0])), tmp_path / "table.parquet")
-    facts = replace(FACTS, panel=GenePanel.from_names(names))
+    centres = {name: slide.grid[name].to_numpy() for name in ("x_px", "y_px")}
+    table = pa.table(centres | dict.fromkeys(names, slide.answer.prediction[:, 0]))
+    table = table.replace_schema_metadata({RECORD_KEY: slide.record.model_dump_json()})
+    pq.write_table(table, tmp_path / "table.parquet")
+    info, thumbnail = replace(INFO, panel=GenePanel.from_names(names)), np.full((384, 13, 3), 230, np.uint8)
+    predicted = PredictedSlide("", tmp_path / "table.parquet", info, thumbnail)
     sizes = []
-    for num_genes in (MOST_GENES, 100):
-        thumbnail = np.full((384, 13, 3), 230, np.uint8)
-        places = tmp_path / "map.png", tmp_path / "table.parquet"
-        draw_overview(*places, slide.record, facts, range(num_genes), thumbnail)
+    for num_genes in (MAX_GENES, 100):
+        draw_overview(tmp_path / "map.png", predicted, range(num_genes))
         sizes.append(Image.open(tmp_path / "map.png").size)
-    assert sizes[0][1] == pytest.approx(30_000, abs=1), "as many pixels as an edge may have"
-    assert sizes[1] == pytest.approx(sizes[0], abs=5), "a line more in the heading, and no map more"
+    assert sizes[0][1] == pytest.approx(30_000, abs=1), "the most pixels that an edge may have"
+    assert sizes[1] == pytest.approx(sizes[0], abs=5), "one more line in the heading, and no more maps"
 
 
 def test_paint_fills_boxes_and_means_where_they_overlap() -> None:

@@ -99,7 +99,7 @@ def test_tiles_are_cut_at_the_models_resolution_whatever_the_slides(slide, tmp_p
     record = inspect(slide, make_plan(tmp_path, mpp=4.0)).record
     assert record.scale == pytest.approx(2.0)
     assert record.tile_area_mm2 == pytest.approx(record.num_tiles * (TILE * 4.0 / 1000) ** 2)
-    with pytest.raises(SourceError, match=r"2 um/px and would be enlarged 2 times.*1 um/px \(allowed is 1\.5\)"):
+    with pytest.raises(SourceError, match=r"2 um/px and would be enlarged 2 times.*1 um/px \(1\.5 is allowed\)"):
         inspect(slide, make_plan(tmp_path, mpp=1.0))
     tiles = TilesConfig(size_px=TILE, min_tissue=0.5, allow_upsampling=True)
     assert inspect(slide, make_plan(tmp_path, mpp=1.0, tiles=tiles)).record.scale == pytest.approx(0.5)
@@ -112,19 +112,19 @@ def test_overlap(slide, tmp_path):
     assert len(set(read_grid(twice.staging)["spot_id"].to_pylist())) == twice.record.num_tiles
 
 
-def positions(*places, names=None):
-    x, y = zip(*places, strict=True)
-    names = names or [str(number) for number in range(len(places))]
+def positions(*centres, names=None):
+    x, y = zip(*centres, strict=True)
+    names = names or [str(number) for number in range(len(centres))]
     return {"a": pa.table([names, list(x), list(y)], schema=POSITION_SCHEMA)}
 
 
 def test_given_positions(slide, tmp_path):
-    """Tissue does not choose among them; those off the slide or across its edge are left out."""
+    """Tissue does not choose among them; those outside the slide or across its edge are left out."""
     given = positions((8.0, 8.0), (300.25, 200.5), (7.0, 8.0), (600.0, 50.0), (504.0, 504.0), names=list("abcde"))
     found = inspect(slide, make_plan(tmp_path, positions=given))
     table = read_grid(found.staging)
-    places = zip(*(table[name].to_pylist() for name in ("spot_id", "x_px", "y_px")), strict=True)
-    assert {name: (x, y) for name, x, y in places} == {"a": (8.0, 8.0), "b": (300.25, 200.5), "e": (504.0, 504.0)}
+    centres = zip(*(table[name].to_pylist() for name in ("spot_id", "x_px", "y_px")), strict=True)
+    assert {name: (x, y) for name, x, y in centres} == {"a": (8.0, 8.0), "b": (300.25, 200.5), "e": (504.0, 504.0)}
     assert table["array_row"].null_count == table["array_col"].null_count == found.record.num_tiles == 3
     assert found.record.left_out_positions == 2
     share = dict(zip(table["spot_id"].to_pylist(), table["tissue_fraction"].to_pylist(), strict=True))
@@ -133,11 +133,8 @@ def test_given_positions(slide, tmp_path):
 
 def test_positions_of_another_image_are_refused(slide, tmp_path):
     given = positions((8.0, 8.0), (7.0, 8.0), (600.0, 50.0), (50.0, 600.0))
-    with pytest.raises(SourceError, match=r"of 4 given positions 2 lie off .* tiles of 1 cross its edge"):
+    with pytest.raises(SourceError, match=r"of 4 given positions 2 are outside .* tiles of 1 cross its edge"):
         inspect(slide, make_plan(tmp_path, positions=given))
-
-
-# ---------------------------------------------------------------- resolution
 
 
 def test_a_slide_without_resolution_can_have_one_assumed(tmp_path):
@@ -149,9 +146,6 @@ def test_a_slide_without_resolution_can_have_one_assumed(tmp_path):
     assert (first.record.mpp, first.record.mpp_source) == (2.0, "assumed")
     assert second.record.mpp == 2.5
     assert first.staging != second.staging
-
-
-# ---------------------------------------------------------------- stain, emptiness, damage
 
 
 def test_an_image_without_h_and_e_is_refused_unless_allowed(tmp_path):
@@ -181,9 +175,6 @@ def test_a_damaged_slide_leaves_no_record(slide, tmp_path):
     assert not [uri for uri in storage.list_files(str(tmp_path / "out")) if uri.endswith(RECORD)]
 
 
-# ---------------------------------------------------------------- resuming
-
-
 def test_an_inspected_slide_is_read_back_and_not_opened(slide, tmp_path, monkeypatch):
     first = inspect(slide, make_plan(tmp_path))
     monkeypatch.setattr("mclstexp.prediction.inspect.open_slide", None)
@@ -201,7 +192,7 @@ def test_without_its_record_a_slide_is_inspected_again_to_the_same_bytes(slide, 
     assert {uri: storage.read(uri) for uri in storage.list_files(found.staging)} == before
 
 
-def test_a_record_of_another_version_is_made_anew(slide, tmp_path):
+def test_a_slide_with_a_record_of_another_version_is_inspected_again(slide, tmp_path):
     first = inspect(slide, make_plan(tmp_path))
     record = Path(first.staging, "slide.json")
     before = record.read_bytes()
@@ -213,7 +204,7 @@ def test_a_record_of_another_version_is_made_anew(slide, tmp_path):
     assert Path(first.staging, "grid.parquet").is_file()
 
 
-def test_a_slide_that_moved_keeps_its_staging_and_tells_its_new_place(slide, tmp_path):
+def test_a_slide_that_moved_keeps_its_staging_folder_and_gets_its_new_uri(slide, tmp_path):
     first = inspect(slide, make_plan(tmp_path))
     storage.write(storage.join(first.staging, PARTS, "00000.safetensors"), b"x")
     moved = replace(slide, image=str(tmp_path / "moved.tif"))
@@ -249,12 +240,9 @@ def test_a_key_is_of_everything_that_the_answer_depends_on(slide, tmp_path):
         replace(plan, allow_other_stains=True),
         replace(plan, tiles=upsampling),
     ]
-    same = [*allowed, replace(plan, num_readers=9), replace(plan, scratch="/x"), replace(plan, out="/y")]
+    same = [*allowed, replace(plan, scratch="/x"), replace(plan, out="/y")]
     assert {key(slide, "f", other) for other in same} == {base}
     assert len({attempt_key(slide, "f", other) for other in [plan, *allowed]}) == 4
-
-
-# ---------------------------------------------------------------- real slides
 
 
 @real_data
