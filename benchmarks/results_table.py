@@ -1,10 +1,10 @@
-"""Prints the Markdown tables of docs/results.md from the studies that results.sh leaves behind, finished folds alone.
+"""Prints the Markdown tables of docs/results.md from the finished folds of the studies that results.sh runs.
 
     python benchmarks/results_table.py OUT/studies
 
-A row is the mean over the sections of all folds that are there (as published) or, where patients are apart, over each
-patient's mean, as on score cards. Floors and probes stand in the same table, fitted on the same folds. `undefined` is
-the share of genes without a correlation, since they do not vary; correlations are means over the others.
+As on score cards, a row is the mean over the sections of all finished folds (as published) or, where whole patients are
+held out, over each patient's mean. Floors are in the same table, fitted on the same folds. `undefined` is the share of
+genes without a correlation because they do not vary; correlations are means over the others.
 """
 
 import json
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _recipe(study: Path) -> str:
-    """Returns which settings a study's folds share, of those that its table must name."""
+    """Returns the settings of a study that its table must name."""
     identity = json.loads((study / "study.json").read_text())["identity"]
     train, model, genes = (identity[name] for name in ("train", "model", "genes"))
     random_spots = train["batching"] == "random_spots"
@@ -56,7 +56,7 @@ def _rows(fold: Path) -> pd.DataFrame:
 
 
 def _tables(rows: pd.DataFrame) -> Iterator[str]:
-    """Yields for each target, the models' own first, a table by method and one of the model by section."""
+    """Yields two tables per target, the models' own target first: by method, and the model by section."""
     own = rows["own"].iloc[0]
     yield f"Sections {', '.join(sorted(rows['section_id'].unique()))} ({rows['fold'].nunique()} fold(s))"
     for target in sorted(rows["target"].unique(), key=lambda name: name != own):
@@ -69,7 +69,7 @@ def _tables(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row a method: means over patients where the protocol keeps them apart, else over sections."""
+    """Returns one row per method: means over patients if the protocol keeps them apart, else over sections."""
     unit = "patient_id" if (rows["protocol"] == "patient").all() else "section_id"
     order = rows.drop_duplicates("method").sort_values(
         "kind", key=lambda kinds: kinds.map(KIND_ORDER.index), kind="stable"

@@ -1,4 +1,4 @@
-"""Making of a report by its job, and its page taken apart."""
+"""Makes a report by its job and parses its page."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ SPOTS = 56
 
 
 class Page(HTMLParser):
-    """A page taken apart: every tag, the texts of tables' cells, what is visible, and the data in scripts."""
+    """A parsed page: every tag, the texts of tables' cells, visible text, and the data in scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 @dataclass(frozen=True)
 class Made:
-    """A report and the result that it is of."""
+    """A report and its result."""
 
     run: Path
     out: Path
@@ -84,7 +84,7 @@ class Made:
     page: Page
     printed: str
     headings: list[str]
-    """What stands above the pictures."""
+    """Headings of the pictures."""
 
 
 def run_job(*argv: object) -> str:

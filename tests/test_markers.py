@@ -30,9 +30,9 @@ def test_the_shipped_file_names_the_papers_genes() -> None:
 def test_genes_are_found_by_symbol_or_ensembl_id_and_missing_ones_are_named(tmp_path: Path) -> None:
     path = _file(tmp_path, "mine:\n  tumour: [KRT8, ENSG00000141736.14, NOPE]\n  none: [MUC1]\n")
     panel = GenePanel(("ENSG00000141736", "ENSG7", "KRT8"), ("ERBB2", "CD74", "KRT8"), ("ENSG00000141736", "ENSG7", ""))
-    columns, lacking = marker_columns(load_markers(path, "mine"), panel)
+    columns, missing = marker_columns(load_markers(path, "mine"), panel)
     assert {name: found.tolist() for name, found in columns.items()} == {"tumour": [2, 0], "none": []}
-    assert lacking == {"tumour": ["NOPE"], "none": ["MUC1"]}
+    assert missing == {"tumour": ["NOPE"], "none": ["MUC1"]}
 
 
 @pytest.mark.parametrize(

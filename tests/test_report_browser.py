@@ -154,7 +154,7 @@ def _browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Browser]:
 
 @pytest.fixture
 def browser(_browser: _Browser, run: Path) -> _Browser:
-    """The report, opened anew."""
+    """The report, freshly opened."""
     _browser.events.clear()
     _browser.open(run / "report" / "report.html")
     return _browser
@@ -283,7 +283,7 @@ def test_the_gene_table_sorts(browser: _Browser) -> None:
     assert click("gene") == names[::-1]
     for order, sign in (("highest first", -1), ("lowest first", 1)):
         cells = click("model")
-        assert cells[-1] == "–", "what has no value stands last"
+        assert cells[-1] == "–", "missing values come last"
         values = [float(cell.replace("−", "-")) for cell in cells[:-1]]
         assert values == sorted(values, key=lambda value: sign * value), order
     assert len(set(values)) > 3
