@@ -14,7 +14,7 @@ from mclstexp.training.step import make_optimizer
 GENES, SIZE = 6, 32
 
 
-def _trainee(optimizer: str, seed: int) -> tuple[TwoTowers, torch.optim.Optimizer]:
+def _model_and_optimizer(optimizer: str, seed: int) -> tuple[TwoTowers, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     config = ModelConfig(image_encoder="small_cnn", spot_width=16, spot_layers=1, spot_dropout=0, embedding_dim=8)
     model = TwoTowers(config, GENES, 0, SIZE).to(memory_format=torch.channels_last)
@@ -32,11 +32,11 @@ def _step(model: TwoTowers, optimizer: torch.optim.Optimizer, seed: int) -> None
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_steps_after_a_checkpoint_are_those_without_it(optimizer: str, tmp_path: Path) -> None:
-    calm = _trainee(optimizer, seed=0)
+    calm = _model_and_optimizer(optimizer, seed=0)
     for seed in range(3):
         _step(*calm, seed)
     save_checkpoint(str(tmp_path), *calm, TrainState({}, epoch=1, step=3, consumed=["A/0", 7]))
-    again = _trainee(optimizer, seed=1)
+    again = _model_and_optimizer(optimizer, seed=1)
     assert load_checkpoint(str(tmp_path), *again) == TrainState({}, epoch=1, step=3, consumed=["A/0", 7])
     for seed in range(3, 6):
         _step(*calm, seed)
@@ -46,12 +46,12 @@ def test_steps_after_a_checkpoint_are_those_without_it(optimizer: str, tmp_path:
 
 
 def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    trainee = _trainee("adam", seed=0)
-    _step(*trainee, seed=0)
-    save_checkpoint(str(tmp_path), *trainee, TrainState({}))
+    last = _model_and_optimizer("adam", seed=0)
+    _step(*last, seed=0)
+    save_checkpoint(str(tmp_path), *last, TrainState({}))
     (tmp_path / STATE).unlink()
-    with pytest.raises(RunError, match="no complete checkpoint"):
-        load_checkpoint(str(tmp_path), *trainee)
+    with pytest.raises(RunError, match="not a complete checkpoint"):
+        load_checkpoint(str(tmp_path), *last)
 
 
 def test_a_score_that_is_not_better_counts_as_worse() -> None:

@@ -1,8 +1,8 @@
 """Cross-validation: every fold holds out what it says, is run once, and fails alone."""
 
 import json
+import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -17,8 +17,20 @@ from mclstexp.errors import RunError, SplitError
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.evaluation.save import save_card
 from mclstexp.model.version import ModelVersion
+from mclstexp.training.run import former_digest
 from tuning import cross_validation
-from tuning.cross_validation import LEAK, Study, collect, is_scored, make_folds, open_study, run_folds, scored_folds
+from tuning.cross_validation import (
+    LEAK,
+    Study,
+    collect,
+    default_name,
+    is_scored,
+    make_folds,
+    open_study,
+    run_folds,
+    scored_folds,
+)
+from tuning.study import open_record
 
 SETTINGS = {
     "genes.num_genes": 20,
@@ -58,12 +70,14 @@ def test_what_cannot_be_folded_is_refused(tiles: str, tmp_path: Path) -> None:
 
 
 def _study(tiles: str, folder: Path, config: Config, protocol: str = "patient") -> Study:
-    start = partial(tracking.start_run, config, "study", {})
-    return open_study(tiles, f"{folder}/study", protocol, config, start)
+    return open_study(
+        tiles, f"{folder}/study", protocol, config, lambda recorded: tracking.start_run(config, "study", {}, recorded)
+    )
 
 
 @pytest.mark.ray
-def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path) -> None:
+def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path, mlflow_template: Path) -> None:
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     config = _config(tmp_path)
     assert _study(tiles, tmp_path, config) == _study(tiles, tmp_path, config)
     with pytest.raises(RunError, match="another protocol"):
@@ -73,10 +87,57 @@ def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path) -> None:
 
 
 def _cohort(*patients: str) -> Manifest:
-    """A manifest of one measured section a patient, with nothing in it."""
+    """A manifest of one measured section per patient, with nothing in it."""
     tiles = {"tile_size_px": 8, "mpp": 1.0, "encoding": "jpeg", "jpeg_quality": 90, "sentence_length": 2}
     genes = {"genes_file": "", "genes_sha256": "", "num_genes": 1}
     return Manifest(**tiles, **genes, sections=tuple(section_entry(f"{name}1", name) for name in patients))
+
+
+FREE: dict[str, object] = {
+    "cluster.wait_s": 60.0,
+    "tracking.uri": "http://mlflow:5000",
+    "train.num_workers": 2,
+    "train.max_failures": 0,
+}
+
+
+def _name(folder: Path, protocol: str = "patient", probe_weights: str | None = None, **changed: object) -> str:
+    return default_name(str(folder), _cohort("A", "B"), protocol, _config(folder, **changed), probe_weights)
+
+
+@pytest.mark.parametrize("setting", [*FREE, "all"])
+def test_a_study_without_a_name_goes_on_under_settings_that_its_results_do_not_depend_on(
+    tmp_path: Path, setting: str
+) -> None:
+    assert _name(tmp_path, **(FREE if setting == "all" else {setting: FREE[setting]})) == _name(tmp_path)
+
+
+def test_a_study_without_a_name_is_another_one_with_another_recipe_protocol_or_probe(tmp_path: Path) -> None:
+    others = [_name(tmp_path, "reference"), _name(tmp_path, probe_weights="imagenet")]
+    others += [_name(tmp_path, **{"train.seed": 1})]
+    assert len({_name(tmp_path), *others}) == 1 + len(others)
+
+
+def test_a_study_goes_on_under_the_default_name_of_earlier_versions(tmp_path: Path) -> None:
+    config, manifest = _config(tmp_path), _cohort("A", "B")
+    former = f"patient-{former_digest(config)}-{manifest.digest()[:6]}"
+    assert _name(tmp_path) != former
+    record = {**cross_validation._request(manifest, "patient", config, None, None), "mlflow_run_id": "run"}
+    (tmp_path / former).mkdir()
+    (tmp_path / former / cross_validation.RECORD).write_text(json.dumps(record))
+    assert _name(tmp_path) == former
+    assert _name(tmp_path, probe_weights="imagenet") != former, "it was made with another probe"
+
+
+def test_a_study_gets_another_mlflow_run_where_the_tracking_store_has_changed(tmp_path: Path) -> None:
+    def track(recorded: str | None) -> str:
+        return "first" if recorded is None else "second"
+
+    request = cross_validation._request(_cohort("A"), "patient", _config(tmp_path), None, None)
+    kind, file = cross_validation._Record, cross_validation.RECORD
+    assert open_record(kind, str(tmp_path), file, request, track).mlflow_run_id == "first"
+    assert open_record(kind, str(tmp_path), file, request, track).mlflow_run_id == "second"
+    assert open_record(kind, str(tmp_path), file, request, lambda recorded: str(recorded)).mlflow_run_id == "second"
 
 
 def test_a_fold_that_is_named_twice_is_made_once(tmp_path: Path) -> None:
@@ -100,7 +161,7 @@ def test_a_card_joins_all_scored_folds_whichever_were_asked_for_last(
     assert card.model_digest.endswith("(2 folds)")
 
 
-def test_a_leak_of_all_folds_stands_once(tmp_path: Path, make_result: Callable[..., Path]) -> None:
+def test_a_leak_of_all_folds_is_noted_once(tmp_path: Path, make_result: Callable[..., Path]) -> None:
     for name in ("A", "B"):
         folder = Path(tmp_path, name, "scores")
         folder.mkdir(parents=True)
@@ -118,7 +179,7 @@ def _assert_same_floors_without_the_cache(study: Study, tiles: str) -> None:
 
 
 @pytest.mark.ray
-def test_a_folds_board_lives_on_the_node_that_it_is_asked_for(ray_session: None) -> None:
+def test_the_board_of_a_fold_is_on_the_requested_node(ray_session: None) -> None:
     here = ray.get_runtime_context().get_node_id()
     board = cross_validation._make_board({"ray.io/node-id": here})
     assert ray.get(board.take.remote(), timeout=60) == []
@@ -130,16 +191,19 @@ def test_a_folds_board_lives_on_the_node_that_it_is_asked_for(ray_session: None)
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path) -> None:
+def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path, mlflow_template: Path) -> None:
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     config = _config(tmp_path)
     manifest = load_manifest(tiles)
     study, folds = _study(tiles, tmp_path, config), make_folds(manifest, config, "patient", ["P3", "P2"])
     broken = cross_validation.Fold("broken", override(folds[0].config, {"genes.panel": "none.txt"}))
-    ended: list[str] = []
-    failed = run_folds([*folds, broken], study, lambda fold, share: None, lambda: ended.append("one"))
+    shown: list[tuple[str, int, int]] = []
+    failed = run_folds([*folds, broken], study, lambda what, done, total, note="": shown.append((what, done, total)))
     assert list(failed) == ["broken"], failed
     assert f"genes.panel={Path.cwd()}/none.txt" in failed["broken"]
-    assert len(ended) == 3
+    assert shown[0] == ("folds", 0, 3)
+    assert shown[-1] == ("folds", 3, 3)
+    assert {("fold P2", 1, 1), ("fold P3", 1, 1)} <= set(shown)
     assert [is_scored(study, fold.name) for fold in (*folds, broken)] == [True, True, False]
     for fold in folds:
         record = json.loads(Path(study.uri, fold.name, "model", "model.json").read_text())["training"]
@@ -159,7 +223,8 @@ def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: 
     means = pd.read_csv(tmp_path / "gene_means.csv").query("target == @card.target and method == 'model'")
     first = card.per_gene.query("target == @card.target and method == 'model' and gene == @means['gene'].iloc[0]")
     assert means["mean"].iloc[0] == pytest.approx(first.groupby("patient_id")["pcc"].mean().mean(), nan_ok=True)
-    assert run_folds(folds, study, lambda fold, share: None, lambda: ended.append("again")) == {}
-    assert "again" not in ended
+    shown.clear()
+    assert run_folds(folds, study, lambda what, done, total, note="": shown.append((what, done, total))) == {}
+    assert shown == [("folds", 2, 2)], "scored folds ran again"
     with pytest.raises(RunError, match=r"1 of 3 fold\(s\) failed"):
         cross_validation.require_all(failed, [*folds, broken], study)

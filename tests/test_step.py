@@ -25,7 +25,7 @@ SETTINGS = {
 }
 
 
-def _trainee(**changes: object) -> RankState:
+def _rank_state(**changes: object) -> RankState:
     config = override(Config(), SETTINGS | {name.replace("__", "."): value for name, value in changes.items()})
     torch.manual_seed(0)
     model = build_network(config.model, GENES, 0, SIZE).to(memory_format=torch.channels_last)
@@ -70,8 +70,8 @@ def _batch(num_spots: int = SENTENCES * LENGTH) -> Batch:
     ids=["contrastive", "soft", "frozen", "regression", "random spots"],
 )
 def test_the_loss_of_a_batch_falls_as_it_is_repeated(changes: dict[str, object]) -> None:
-    trainee, batch = _trainee(**changes), _batch()
-    losses = [train_step(trainee, batch)[0].item() for _ in range(30)]
+    rank_state, batch = _rank_state(**changes), _batch()
+    losses = [train_step(rank_state, batch)[0].item() for _ in range(30)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -80,28 +80,28 @@ def test_what_stands_in_empty_slots_changes_nothing(predictor: str) -> None:
     clean, dirty = _batch(num_spots=11), _batch(num_spots=11)
     for name in ("image", "expression", "position"):
         dirty[name][~dirty["mask"]] = 99
-    losses = [train_step(_trainee(model__predictor=predictor), batch)[0].item() for batch in (clean, dirty)]
+    losses = [train_step(_rank_state(model__predictor=predictor), batch)[0].item() for batch in (clean, dirty)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_regression_is_the_mean_squared_error_of_the_valid_spots() -> None:
-    trainee, batch = _trainee(model__predictor="regression"), _batch(num_spots=11)
+    rank_state, batch = _rank_state(model__predictor="regression"), _batch(num_spots=11)
     images = torch.from_numpy(batch["image"][batch["mask"]]).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        predicted = trainee.model(images).numpy()
-    trainee = _trainee(model__predictor="regression")  # the forward above moved its batch statistics
+        predicted = rank_state.model(images).numpy()
+    rank_state = _rank_state(model__predictor="regression")  # the forward above moved its batch statistics
     expected = ((predicted - batch["expression"][batch["mask"]]) ** 2).mean()
-    loss, num_spots = train_step(trainee, batch)
+    loss, num_spots = train_step(rank_state, batch)
     assert num_spots == 11
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_spots", [0, 1])
 def test_a_step_without_a_batch_leaves_batch_statistics_alone(num_spots: int) -> None:
-    trainee = _trainee()
-    before = {name: value.clone() for name, value in trainee.model.named_buffers()}
-    train_step(trainee, _batch(num_spots))
-    assert all(torch.equal(value, before[name]) for name, value in trainee.model.named_buffers())
-    train_step(trainee, _batch())
-    changed = [name for name, value in trainee.model.named_buffers() if not torch.equal(value, before[name])]
+    rank_state = _rank_state()
+    before = {name: value.clone() for name, value in rank_state.model.named_buffers()}
+    train_step(rank_state, _batch(num_spots))
+    assert all(torch.equal(value, before[name]) for name, value in rank_state.model.named_buffers())
+    train_step(rank_state, _batch())
+    changed = [name for name, value in rank_state.model.named_buffers() if not torch.equal(value, before[name])]
     assert changed, "a full batch must move them again"

@@ -1,24 +1,38 @@
-"""Sweeps with real processes: bad trials stop early or fail alone, a killed sweep goes on, the champion is defended."""
+"""Sweeps: who validates, who is stopped when, and whole sweeps with real processes.
+
+Bad trials stop early or fail alone, a killed sweep goes on, and its best model challenges the champion.
+"""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
+from small_table import make_table
 from untrained import untrained_version
 
 from mclstexp import tracking
 from mclstexp.config import Config, load_config, override
-from tuning.sweep import FAILED, FINISHED, STOPPED
+from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.errors import SplitError
+from mclstexp.training.run import former_digest
+from mclstexp.training.validation import VALIDATION_PCC
+from tuning import sweep
+from tuning.space import Choice, Range, Space, digest
+from tuning.sweep import FAILED, FINISHED, STOPPED, Halving, default_name, halving, with_validation
+from tuning.trial import EPOCHS
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "genes.num_genes": 20,
@@ -55,9 +69,9 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen[str]:
 
 def _finish(command: list[str], folder: Path) -> str:
     job = _start(command, folder)
-    said, _ = job.communicate(timeout=TIMEOUT_S)
-    assert job.returncode == 0, said
-    return said
+    output, _ = job.communicate(timeout=TIMEOUT_S)
+    assert job.returncode == 0, output
+    return output
 
 
 def _kill_after_a_trial(job: subprocess.Popen[str], folder: Path) -> None:
@@ -91,16 +105,19 @@ def _register_champion(tiles: str, folder: Path) -> None:
     tracking.register(config.tracking, tracking.start_run(config, "champion", {}), str(folder / "champion"), {})
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_without_its_worse_trials_and_its_best_model_challenges_the_champion(
-    tiles: str, tmp_path: Path
+    tiles: str, tmp_path: Path, mlflow_template: Path
 ) -> None:
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     _register_champion(tiles, tmp_path)
     (tmp_path / "space.yaml").write_text("retrieval.k: [20, 30, 100000, 1]\n")
     command = _command(tiles, tmp_path, "first", "--search", "grid", "--promote", "--tune.max_concurrent", "1")
     folder = tmp_path / "first"
     _kill_after_a_trial(_start(command, tmp_path), folder)
     before = _first_trial(folder)
-    said = _finish(command, tmp_path)
+    output = _finish(command, tmp_path)
     assert before
     assert _first_trial(folder) == before, "a finished trial was repeated"
     table = pd.read_csv(folder / "trials.csv")
@@ -123,7 +140,7 @@ def test_a_killed_sweep_goes_on_without_its_worse_trials_and_its_best_model_chal
     assert interval, reason
     is_better = float(interval[1]) > 0
     alias = "challenger and champion" if is_better else "challenger only"
-    assert f"version 2 of mclstexp is {alias}: {reason}" in said
+    assert f"version 2 of mclstexp is {alias}: {reason}" in output
     aliases = client.get_registered_model("mclstexp").aliases
     expected = {"champion": "2" if is_better else "1", "challenger": "2"}
     assert {name: str(version) for name, version in aliases.items()} == expected
@@ -145,3 +162,142 @@ def _assert_tracked(folder: Path, table: pd.DataFrame) -> None:
         assert run.data.metrics["validation/model/mse"] > 0
         history = client.get_metric_history(run.info.run_id, "validation_pcc")
         assert len({metric.step for metric in history}) >= row["epochs"]
+
+
+def _manifest(folder: Path, patients: str) -> Manifest:
+    counts = np.ones((4, 8), np.int32)
+    return make_table(folder, {f"{patient}1": counts for patient in patients})
+
+
+def test_a_quarter_of_the_training_patients_validate_and_none_that_is_tested(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "ABCDEFGHI")
+    config = override(Config(), {"split.test_patients": ["I"]})
+    found = with_validation(manifest, config)
+    assert len(set(found.split.validation_patients) & set("ABCDEFGH")) == len(found.split.validation_patients) == 2
+    assert (found.train.validate_every, found.train.patience) == (1, 0)
+    named = override(config, {"split.validation_patients": ["C"]})
+    assert with_validation(manifest, named).split.validation_patients == ("C",)
+
+
+def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path: Path) -> None:
+    counts = np.ones((4, 8), np.int32)
+    manifest = make_table(tmp_path, dict.fromkeys(("A1", "A2", "B1", "C1"), counts))
+    config = override(Config(), {"split.protocol": "reference", "split.test_sections": ["A1"]})
+    assert len(with_validation(manifest, config).split.validation_patients) == 1
+    more = override(config, {"split.num_validation_patients": 3})
+    with pytest.raises(SplitError, match=r"beside the held-out ones there are 2 \(B, C\)"):
+        with_validation(manifest, more)
+
+
+@pytest.mark.parametrize(
+    ("status", "last", "has_ended"),
+    [
+        ("TERMINATED", {"epochs": 9}, True),
+        ("TERMINATED", {"epochs": 3, "done": True}, True),  # by the scheduler
+        ("TERMINATED", {"epochs": 3, "done": False}, False),  # by an interrupt
+        ("TERMINATED", None, False),
+        ("RUNNING", {"epochs": 3}, False),
+        ("ERROR", None, True),
+    ],
+)
+def test_an_interrupted_trial_has_not_ended(status: str, last: dict | None, has_ended: bool) -> None:
+    record = SimpleNamespace(status=status, last_result=last, ERROR="ERROR")
+    assert sweep._has_ended(record, 9) == has_ended
+
+
+def test_one_patient_is_not_enough(tmp_path: Path) -> None:
+    config = override(Config(), {"split.test_patients": ["B"]})
+    with pytest.raises(SplitError, match=r"num_validation_patients=1 leaves no patient.* there are 1 \(A\)"):
+        with_validation(_manifest(tmp_path, "AB"), config)
+
+
+SPACE: Space = {"model.temperature": Range(0.05, 2.0, log=True), "model.spot_layers": Choice((1, 2))}
+FREE: dict[str, object] = {
+    "cluster.wait_s": 60.0,
+    "tracking.uri": "http://mlflow:5000",
+    "train.num_workers": 2,
+    "train.max_failures": 0,
+    "tune.max_concurrent": 1,
+    "tune.retry_failed": True,
+}
+
+
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Gives the default name of a sweep with some settings changed."""
+    monkeypatch.setattr(sweep.cluster, "config_for_tasks", lambda config: config)
+    (tmp_path / "table").mkdir()
+    manifest = _manifest(tmp_path / "table", "ABC")
+
+    def name(space: Space = SPACE, search: str = "random", trials: int = 3, **changed: object) -> str:
+        config = override(Config(), {"train.batch_sentences": 2} | changed)
+        return default_name(str(tmp_path / "sweeps"), manifest, config, space, search, trials)
+
+    return name
+
+
+@pytest.mark.parametrize("setting", [*FREE, "all"])
+def test_a_sweep_without_a_name_goes_on_under_settings_that_its_results_do_not_depend_on(
+    named: Callable[..., str], setting: str
+) -> None:
+    assert named(**(FREE if setting == "all" else {setting: FREE[setting]})) == named()
+
+
+def test_a_sweep_without_a_name_is_another_one_with_another_space_search_length_or_setting(
+    named: Callable[..., str],
+) -> None:
+    others = [named({"retrieval.k": Choice((1, 2))}), named(search="optuna"), named(trials=4)]
+    others += [named(**{setting: 1}) for setting in ("train.seed", "tune.seed", "tune.grace_epochs")]
+    assert len({named(), *others}) == 1 + len(others)
+
+
+def test_a_sweep_goes_on_under_the_default_name_of_earlier_versions(named: Callable[..., str], tmp_path: Path) -> None:
+    config = override(Config(), {"train.batch_sentences": 2})
+    manifest = load_manifest(str(tmp_path / "table"))
+    former = f"sweep-{former_digest(config)}-{manifest.digest()[:6]}-{digest(SPACE)}-random3"
+    assert named() != former
+    record = {**sweep._request(manifest, config, SPACE, "random", 3), "mlflow_run_id": "run"}
+    (tmp_path / "sweeps" / former).mkdir(parents=True)
+    (tmp_path / "sweeps" / former / sweep.RECORD).write_text(json.dumps(record))
+    assert named() == former
+    assert named(**{"train.seed": 1}) != former
+
+
+STOP, CONTINUE = "STOP", "CONTINUE"
+
+
+def _scheduler(epochs: int, grace: int, reduction: int) -> Halving:
+    settings = {"train.epochs": epochs, "tune.grace_epochs": grace, "tune.reduction": reduction}
+    made = halving(override(Config(), settings))
+    made.set_search_properties(VALIDATION_PCC, "max")
+    return made
+
+
+def _report(scheduler: Halving, name: str, epoch: int, score: float) -> str:
+    trial = SimpleNamespace(trial_id=name)
+    if name not in scheduler._trial_info:
+        scheduler.on_trial_add(None, trial)
+    return scheduler.on_trial_result(None, trial, {EPOCHS: epoch, VALIDATION_PCC: score})
+
+
+def test_of_three_at_a_rung_the_best_goes_on() -> None:
+    scheduler = _scheduler(30, 4, 3)
+    assert scheduler.rungs() == {4, 12}
+    assert [_report(scheduler, name, 3, score) for name, score in (("a", 0.1), ("b", 0.0))] == [CONTINUE] * 2
+    decisions = [_report(scheduler, name, 4, score) for name, score in (("a", 0.3), ("b", 0.2), ("c", 0.1), ("d", 0.4))]
+    assert decisions == [CONTINUE, STOP, STOP, CONTINUE]
+    assert _report(scheduler, "a", 5, 0.0) == CONTINUE
+    assert [_report(scheduler, name, 12, score) for name, score in (("d", 0.5), ("a", 0.4))] == [CONTINUE, STOP]
+
+
+def test_trials_that_had_passed_their_rungs_before_a_resume_are_not_judged_there_again() -> None:
+    scheduler = _scheduler(30, 4, 3)
+    assert {_report(scheduler, name, 26, score) for name, score in (("a", 0.3), ("b", 0.2), ("c", 0.1))} == {CONTINUE}
+    assert _report(scheduler, "d", 12, 0.05) == CONTINUE, "the first to come to this rung"
+
+
+def test_no_trial_is_stopped_at_its_last_epoch() -> None:
+    scheduler = _scheduler(4, 1, 2)
+    assert 4 in scheduler.rungs()
+    assert {_report(scheduler, name, 4, score) for name, score in (("a", 0.3), ("b", 0.2), ("c", 0.1))} == {CONTINUE}
+    scheduler.on_trial_complete(None, SimpleNamespace(trial_id="a"), {EPOCHS: 4, VALIDATION_PCC: 0.3})

@@ -3,17 +3,24 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.numpy import load_file
+
+from mclstexp import tracking
+from mclstexp.config import Config, override
+from mclstexp.training.run import open_run
+from mclstexp.training.trainer import train_to_end
 
 ROOT = Path(__file__).parents[1]
 EVERY, EPOCHS, SENTENCES, STEPS_PER_EPOCH = 2, 5, 12, 6
@@ -33,10 +40,15 @@ SETTINGS = {
 }
 
 
-def _start(folder: Path, tiles: str, name: str, **changed: object) -> subprocess.Popen[str]:
-    settings = SETTINGS | {"tracking.uri": f"sqlite:///{folder}/mlflow.db"} | changed
+FIRST = {"tracking.uri": "sqlite:///mlflow.db"}
+RESUMED = {"tracking.uri": "sqlite:///other.db", "train.max_failures": 1, "cluster.wait_s": 5}
+"""Settings that no result depends on, changed when the killed run is started again."""
+
+
+def _start(folder: Path, tiles: str, changed: dict[str, object]) -> subprocess.Popen[str]:
+    settings = SETTINGS | changed
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", tiles, "--out", str(folder), "--name", name]
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", tiles, "--out", str(folder / "runs")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
     return subprocess.Popen(
         command + options,
@@ -49,17 +61,18 @@ def _start(folder: Path, tiles: str, name: str, **changed: object) -> subprocess
     )
 
 
-def _states(folder: Path, name: str) -> list[dict[str, object]]:
+def _states(folder: Path) -> list[dict[str, object]]:
+    """The states of all checkpoints of the only run."""
     states = []
-    for file in sorted((folder / name).glob("checkpoint_*/state.json")):
+    for file in sorted(folder.glob("runs/*/checkpoint_*/state.json")):
         with suppress(json.JSONDecodeError):  # it is being written
             states.append(json.loads(file.read_text()))
     return states
 
 
-def _wait_for_checkpoints(job: subprocess.Popen[str], folder: Path, name: str, count: int) -> None:
+def _wait_for_checkpoints(job: subprocess.Popen[str], folder: Path, count: int) -> None:
     deadline = time.monotonic() + 240
-    while len(_states(folder, name)) < count:
+    while len(_states(folder)) < count:
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint appeared in time"
         time.sleep(0.05)
@@ -88,29 +101,32 @@ def _holds_work(process: psutil.Process) -> bool:
 
 
 @pytest.fixture(scope="module")
-def killed_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose second worker was killed, then its driver, and that was then started again."""
+def killed_run(tiles: str, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a name whose second worker was killed, then its driver, and that was then started again."""
     folder = tmp_path_factory.mktemp("killed")
-    job = _start(folder, tiles, "killed")
-    _wait_for_checkpoints(job, folder, "killed", 3)
+    for database in ("mlflow.db", "other.db"):
+        shutil.copy(mlflow_template, folder / database)
+    job = _start(folder, tiles, FIRST)
+    _wait_for_checkpoints(job, folder, 3)
     _kill_a_training_worker(job)
-    before = len(_states(folder, "killed"))
-    _wait_for_checkpoints(job, folder, "killed", before + 3)
+    before = len(_states(folder))
+    _wait_for_checkpoints(job, folder, before + 3)
     orphans = _kill_the_driver(job)
-    assert _states(folder, "killed")[-1]["step"] < EPOCHS * STEPS_PER_EPOCH, "killed too late to prove anything"
+    assert _states(folder)[-1]["step"] < EPOCHS * STEPS_PER_EPOCH, "killed too late to prove anything"
     _, alive = psutil.wait_procs([process for process in orphans if _holds_work(process)], timeout=240)
     assert not alive, f"orphans: {alive}"
-    job = _start(folder, tiles, "killed")
+    job = _start(folder, tiles, RESUMED)
     output, _ = job.communicate(timeout=900)
     assert job.returncode == 0, output
     assert output.strip().splitlines()[-1] == "model version models:/mclstexp/1"
+    assert len(list((folder / "runs").iterdir())) == 1, "it was started anew under another name"
     return folder
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_no_sentence_is_skipped_or_repeated_along_the_surviving_checkpoints(killed_run: Path) -> None:
-    states = _states(killed_run, "killed")
+    states = _states(killed_run)
     survived = [state for state, later in zip(states, [*states[1:], None], strict=True) if _continues(state, later)]
     assert survived[-1]["epoch"] == EPOCHS - 1
     assert survived[-1]["step"] == EPOCHS * STEPS_PER_EPOCH
@@ -129,9 +145,11 @@ def _continues(state: dict[str, object], later: dict[str, object] | None) -> boo
 @pytest.mark.slow
 def test_steps_done_twice_are_at_most_one_checkpoint_interval(killed_run: Path) -> None:
     query = "select step from metrics where key = 'loss' order by timestamp, rowid"
-    with sqlite3.connect(killed_run / "mlflow.db") as database:
-        steps = [step for (step,) in database.execute(query)]
-    assert max(steps) == EPOCHS * STEPS_PER_EPOCH
+    steps = []
+    for name in ("mlflow.db", "other.db"):
+        with sqlite3.connect(killed_run / name) as database:
+            steps += [step for (step,) in database.execute(query)]
+    assert max(steps) == steps[-1] == EPOCHS * STEPS_PER_EPOCH
     again = [earlier - later for earlier, later in itertools.pairwise(steps) if later <= earlier]
     assert all(repeated < EVERY for repeated in again)
 
@@ -139,31 +157,31 @@ def test_steps_done_twice_are_at_most_one_checkpoint_interval(killed_run: Path) 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_a_calm_one(killed_run: Path, calm_run: Path) -> None:
-    killed, calm = (load_file(folder / "model" / "weights.safetensors") for folder in (killed_run / "killed", calm_run))
+    (run,) = (killed_run / "runs").iterdir()
+    killed, calm = (load_file(folder / "model" / "weights.safetensors") for folder in (run, calm_run))
     assert killed.keys() == calm.keys()
     for name, values in calm.items():
         assert killed[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
 
 
 @pytest.fixture(scope="module")
-def calm_run(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calm_run(tiles: str, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with the same settings, under the session's Ray."""
-    from mclstexp import tracking
-    from mclstexp.config import Config, override
-    from mclstexp.training import finish, trainer
-    from mclstexp.training.run import open_run
-
     folder = tmp_path_factory.mktemp("calm")
-    changed = SETTINGS | {"split.test_patients": ["P3"], "tracking.uri": f"sqlite:///{folder}/mlflow.db"}
-    config = override(Config(), changed)
-    run = open_run(tiles, str(folder), "calm", config, lambda full, name: tracking.start_run(full, name, {}))
-    finish.finish(run, trainer.fit(run, lambda step, metrics: None))
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    config = _config(**{"tracking.uri": f"sqlite:///{folder}/mlflow.db"})
+    run = open_run(tiles, str(folder), "calm", config, partial(tracking.start_run, tags={}))
+    train_to_end(run, lambda step, metrics: None)
     return folder / "calm"
+
+
+def _config(**changed: object) -> Config:
+    return override(Config(), SETTINGS | {"split.test_patients": ["P3"]} | changed)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_record_says_how_the_tables_tiles_were_cut(calm_run: Path) -> None:
+def test_the_record_has_the_settings_that_cut_the_tables_tiles(calm_run: Path) -> None:
     query = "select key, value from params where key in ('tiles.size_px', 'tiles.sentence_length')"
     with sqlite3.connect(calm_run.parent / "mlflow.db") as database:
         assert dict(database.execute(query)) == {"tiles.size_px": "32", "tiles.sentence_length": "16"}
@@ -171,21 +189,7 @@ def test_the_record_says_how_the_tables_tiles_were_cut(calm_run: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_finished_run_knows_how_alike_tiles_of_other_sections_are(calm_run: Path) -> None:
+def test_a_finished_run_knows_how_similar_tiles_of_other_sections_are(calm_run: Path) -> None:
     record = json.loads((calm_run / "model" / "model.json").read_text())
     assert len(record["training"]["sections"]) > 1
     assert -1 <= record["ood_similarity"] < 1
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_name_with_other_settings_is_refused(calm_run: Path, tiles: str) -> None:
-    from mclstexp.config import Config, override
-    from mclstexp.errors import RunError
-    from mclstexp.training.run import open_run
-
-    config = override(Config(), SETTINGS | {"split.test_patients": ["P3"], "train.tower_lr": 0.5})
-    with pytest.raises(RunError, match=r"train\.tower_lr: 0\.0001 -> 0\.5"):
-        open_run(tiles, str(calm_run.parent), "calm", config, lambda full, name: "none")
-    fewer = override(config, {"train.tower_lr": 1e-4, "train.num_workers": 1})
-    assert open_run(tiles, str(calm_run.parent), "calm", fewer, lambda full, name: "none").name == "calm"

@@ -35,37 +35,31 @@ REGRESSION = {"model.predictor": "regression"}
 @pytest.mark.parametrize("changes", [{}, REGRESSION], ids=["retrieval", "regression"])
 def test_the_score_is_that_of_the_finished_version(tiles: str, tmp_path: Path, changes: dict[str, object]) -> None:
     run = _open(tiles, tmp_path, changes)
-    trainee = _trainee(run)
-    found = validate(trainee, ValidationSet(run.reader, run.split.train, run.split.validation))
-    assert trainee.model.training, "training goes on where it was"
+    rank_state = _rank_state(run)
+    found = validate(rank_state, ValidationSet(run.reader, run.split.train, run.split.validation))
+    assert rank_state.model.training, "training goes on where it was"
     folder = tmp_path / "last"
     folder.mkdir()
-    save_checkpoint(str(folder), trainee.model, trainee.optimizer, trainee.state)
+    save_checkpoint(str(folder), rank_state.model, rank_state.optimizer, rank_state.state)
     finish.finish(run, str(folder))
-    assert found == pytest.approx(_score(run, ModelVersion.load(finish.model_uri(run))), abs=1e-5)
+    assert found == pytest.approx(_score(run, finish.load_model(run)), abs=1e-5)
 
 
-def test_training_that_gets_no_better_stops(tiles: str, tmp_path: Path) -> None:
-    frozen = {"train.tower_lr": 1e-30, "train.head_lr": 1e-30, "train.weight_decay": 0.0, "model.batch_norm": "frozen"}
-    run = _open(tiles, tmp_path, frozen | {"train.epochs": 9, "train.patience": 1, "train.num_workers": 2})
-    best, scores = _fit(run)
-    assert len(scores) == 2, "the first and as many as patience lasts"
-    assert len(set(scores)) == 1
-    assert trainer.fit(run, lambda step, metrics: None) == best, "a finished run trains no more"
-
-
-def test_the_model_is_the_best_checkpoint_though_it_is_not_the_newest(tiles: str, tmp_path: Path) -> None:
+def test_training_that_gets_no_better_stops_and_the_model_is_its_best_checkpoint(tiles: str, tmp_path: Path) -> None:
     wild = {"train.tower_lr": 0.1, "train.head_lr": 0.1, "train.schedule": "constant"}
     workers = {"train.num_workers": 2, "train.batch_sentences": 2}  # each with batch statistics of its own
-    run = _open(tiles, tmp_path, wild | workers | {"train.epochs": 4, "train.keep_checkpoints": 1})
-    best, scores = _fit(run)
-    place = int(np.argmax(scores))
-    assert place < len(scores) - 1, "chosen so that the last is not the best"
-    assert json.loads((Path(best) / STATE).read_text())["epoch"] == place
-    finish.finish(run, best)
-    model = ModelVersion.load(finish.model_uri(run))
-    assert model.training.epochs == place + 1
-    assert _score(run, model) == pytest.approx(scores[place], abs=1e-5)
+    patience = {"train.epochs": 9, "train.patience": 1, "train.keep_checkpoints": 1}
+    run = _open(tiles, tmp_path, wild | workers | patience)
+    checkpoint, scores = _fit(run)
+    best = int(np.argmax(scores))
+    assert best == len(scores) - 2, "the first score that is not better ends training"
+    assert len(scores) < 9, "chosen so that some score is not better"
+    assert json.loads((Path(checkpoint) / STATE).read_text())["epoch"] == best
+    assert trainer.fit(run, lambda step, metrics: None) == checkpoint, "a run without patience left trains no more"
+    finish.finish(run, checkpoint)
+    model = finish.load_model(run)
+    assert model.training.epochs == best + 1
+    assert _score(run, model) == pytest.approx(scores[best], abs=1e-5)
 
 
 @pytest.mark.parametrize(("every", "scored"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (5, [4]), (10, [4])])
@@ -76,7 +70,7 @@ def test_the_last_epoch_is_always_scored(every: int, scored: list[int]) -> None:
 
 def _open(tiles: str, folder: Path, changes: dict[str, object]) -> Run:
     config = override(Config(), SETTINGS | changes)
-    return open_run(tiles, str(folder), "run", config, lambda full, name: "untracked")
+    return open_run(tiles, str(folder), "run", config, lambda *_: "untracked")
 
 
 def _fit(run: Run) -> tuple[str, list[float]]:
@@ -86,7 +80,7 @@ def _fit(run: Run) -> tuple[str, list[float]]:
     return best, [metrics[VALIDATION_PCC] for metrics in posted if VALIDATION_PCC in metrics]
 
 
-def _trainee(run: Run) -> RankState:
+def _rank_state(run: Run) -> RankState:
     from mclstexp.model.towers import build_network
 
     model = build_network(run.config.model, len(run.panel), 0, run.manifest.tile_size_px)
@@ -101,9 +95,8 @@ def _score(run: Run, model: ModelVersion) -> float:
     embed = network_of(model).build(torch.device("cpu"))
     scores = []
     for name in ("P2S1", "P2S2"):
-        groups = range(len(run.manifest.section(name).row_groups))
-        parts = [run.reader.read(name, group) for group in groups]
+        parts = [run.reader.read(*sentence) for sentence in run.manifest.sentences([name])]
         truth = np.concatenate([part["payload"] for part in parts])
-        said = model.predict(np.concatenate([embed(part["image"]) for part in parts])).prediction
-        scores.append(np.nan_to_num(pearson_per_gene(truth, said)).mean())
+        predicted = model.predict(np.concatenate([embed(part["image"]) for part in parts])).prediction
+        scores.append(np.nan_to_num(pearson_per_gene(truth, predicted)).mean())
     return float(np.mean(scores))

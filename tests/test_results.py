@@ -1,24 +1,22 @@
-"""What a sweep comes to: which trial is best, whether its file trains as it is, and pictures of odd sweeps."""
+"""The results of a sweep: which trial is best, whether its file trains as it is, and pictures of odd sweeps."""
 
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from small_table import make_table
 
 from mclstexp import tracking
 from mclstexp.config import Config, load_config, override
-from mclstexp.data.schema import Manifest
-from mclstexp.errors import RunError, SplitError
-from tuning import pictures, sweep
+from mclstexp.errors import RunError
+from tuning import pictures
 from tuning.forecast import expected_epochs
 from tuning.results import best_config, best_trial, publish, trial_table
 from tuning.space import Choice, Range, Space
-from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial, with_validation
+from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial
 from tuning.trial import TrialPlan
 
 NAN = float("nan")
@@ -43,7 +41,8 @@ def test_the_table_has_every_trial_best_first_and_the_failed_last() -> None:
     assert table.loc[3, "reason"] == "out of memory"
 
 
-def test_a_sweep_without_a_winner_leaves_its_table(tmp_path: Path) -> None:
+def test_a_sweep_without_a_winner_leaves_its_table(tmp_path: Path, mlflow_template: Path) -> None:
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     run_id = tracking.start_run(config, "sweep", {})
     sweep = Sweep(TrialPlan("tiles", str(tmp_path), config, run_id), str(tmp_path), GRID, "grid", 2)
@@ -58,53 +57,6 @@ def test_the_best_settings_are_a_file_that_training_takes(tmp_path: Path) -> Non
     (tmp_path / "best.yaml").write_text(best_config(best_trial(TRIALS), config))
     loaded = load_config(tmp_path / "best.yaml")
     assert loaded == override(config, TRIALS[2].settings)
-
-
-def _manifest(folder: Path, patients: str) -> Manifest:
-    counts = np.ones((4, 8), np.int32)
-    return make_table(folder, {f"{patient}1": counts for patient in patients})
-
-
-def test_a_quarter_of_the_training_patients_validate_and_none_that_is_tested(tmp_path: Path) -> None:
-    manifest = _manifest(tmp_path, "ABCDEFGHI")
-    config = override(Config(), {"split.test_patients": ["I"]})
-    found = with_validation(manifest, config)
-    assert len(set(found.split.validation_patients) & set("ABCDEFGH")) == len(found.split.validation_patients) == 2
-    assert (found.train.validate_every, found.train.patience) == (1, 0)
-    named = override(config, {"split.validation_patients": ["C"]})
-    assert with_validation(manifest, named).split.validation_patients == ("C",)
-
-
-def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path: Path) -> None:
-    counts = np.ones((4, 8), np.int32)
-    manifest = make_table(tmp_path, dict.fromkeys(("A1", "A2", "B1", "C1"), counts))
-    config = override(Config(), {"split.protocol": "reference", "split.test_sections": ["A1"]})
-    assert len(with_validation(manifest, config).split.validation_patients) == 1
-    more = override(config, {"split.num_validation_patients": 3})
-    with pytest.raises(SplitError, match=r"beside the held-out ones there are 2 \(B, C\)"):
-        with_validation(manifest, more)
-
-
-@pytest.mark.parametrize(
-    ("status", "last", "has_ended"),
-    [
-        ("TERMINATED", {"epochs": 9}, True),
-        ("TERMINATED", {"epochs": 3, "done": True}, True),  # by the scheduler
-        ("TERMINATED", {"epochs": 3, "done": False}, False),  # by an interrupt
-        ("TERMINATED", None, False),
-        ("RUNNING", {"epochs": 3}, False),
-        ("ERROR", None, True),
-    ],
-)
-def test_an_interrupted_trial_has_not_ended(status: str, last: dict | None, has_ended: bool) -> None:
-    record = SimpleNamespace(status=status, last_result=last, ERROR="ERROR")
-    assert sweep._has_ended(record, 9) == has_ended
-
-
-def test_one_patient_is_not_enough(tmp_path: Path) -> None:
-    config = override(Config(), {"split.test_patients": ["B"]})
-    with pytest.raises(SplitError, match=r"num_validation_patients=1 leaves no patient.* there are 1 \(A\)"):
-        with_validation(_manifest(tmp_path, "AB"), config)
 
 
 def test_halving_spends_what_its_rungs_say() -> None:
@@ -132,8 +84,8 @@ def test_lists_of_mixed_kinds_are_drawn(tmp_path: Path) -> None:
     space: Space = {"retrieval.k": Choice((5, None)), "model.temperature": Choice((0.1, 1))}
     points = [(5, 0.1), (None, 1), (5, 1)]
     trials = [
-        Trial(str(k), {"retrieval.k": k, "model.temperature": warm}, FINISHED, 9, 0.1 * place, "")
-        for place, (k, warm) in enumerate(points)
+        Trial(str(k), {"retrieval.k": k, "model.temperature": warm}, FINISHED, 9, 0.1 * index, "")
+        for index, (k, warm) in enumerate(points)
     ]
     pictures.draw_parallel(tmp_path / "parallel.png", trial_table(trials), space, "heading")
     assert (tmp_path / "parallel.png").is_file()

@@ -1,0 +1,114 @@
+"""A run's name and record: which settings make another run, and which runs of earlier versions go on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_table import make_table
+
+from mclstexp import storage
+from mclstexp.config import Config, override
+from mclstexp.data.schema import MANIFEST
+from mclstexp.errors import RunError
+from mclstexp.training.run import RECORD, Run, former_digest, identity, name_of, open_run, recorded_tiles
+
+SETTINGS: dict[str, object] = {"genes.num_genes": 4, "train.batch_sentences": 2, "split.test_patients": ["C"]}
+FREE: dict[str, object] = {
+    "cluster.wait_s": 60.0,
+    "cluster.local_cpus": 8,
+    "tracking.uri": "http://mlflow:5000",
+    "train.num_workers": 2,
+    "train.max_failures": 0,
+    "train.checkpoint_every": 7,
+    "storage.endpoint_url": "http://minio:9000",
+    "tune.seed": 3,
+}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A tile table of three patients."""
+    counts = np.random.default_rng(0).integers(1, 9, (4, 8)).astype(np.int32)
+    (tmp_path / "table").mkdir()
+    manifest = make_table(tmp_path / "table", dict.fromkeys(("A1", "B1", "C1"), counts))
+    (tmp_path / "table" / MANIFEST).write_bytes(manifest.model_copy(update={"tile_size_px": 16}).encode())
+    return tmp_path / "table"
+
+
+def _open(table: Path, name: str | None = None, **changed: object) -> Run:
+    config = override(Config(), SETTINGS | changed)
+    return open_run(str(table), str(table.parent / "runs"), name, config, lambda *_: "untracked")
+
+
+@pytest.mark.parametrize("setting", [*FREE, "all"])
+def test_a_run_without_a_name_goes_on_under_settings_that_its_result_does_not_depend_on(
+    table: Path, setting: str
+) -> None:
+    changed = FREE if setting == "all" else {setting: FREE[setting]}
+    assert _open(table, **changed).name == _open(table).name
+
+
+@pytest.mark.parametrize(
+    "changed", [{"train.seed": 1}, {"model.temperature": 0.2}, {"retrieval.k": 3}, {"split.test_patients": ["B"]}]
+)
+def test_a_run_without_a_name_is_another_one_under_settings_that_its_result_depends_on(
+    table: Path, changed: dict[str, object]
+) -> None:
+    assert _open(table, **changed).name != _open(table).name
+
+
+def test_a_run_goes_on_under_the_default_name_of_earlier_versions(table: Path) -> None:
+    run = _open(table)
+    former = f"run-{former_digest(run.config)}-{run.manifest.digest()[:6]}"
+    assert former != run.name
+    Path(run.uri).rename(table.parent / "runs" / former)
+    assert _open(table).name == former
+    assert _open(table, **{"train.seed": 1}).name != former
+    assert _open(table).name == former, "another run may not hide it"
+
+
+def test_the_default_name_of_earlier_versions_is_not_taken_from_a_run_of_other_settings(table: Path) -> None:
+    run = _open(table)
+    former = f"run-{former_digest(run.config)}-{run.manifest.digest()[:6]}"
+    Path(run.uri).rename(table.parent / "runs" / former)
+    record = table.parent / "runs" / former / RECORD
+    tree = json.loads(record.read_text())
+    tree["identity"]["train"]["seed"] = 9
+    record.write_text(json.dumps(tree))
+    assert _open(table).name == run.name
+
+
+def test_a_run_name_with_other_settings_is_refused(table: Path) -> None:
+    _open(table, "first")
+    with pytest.raises(RunError, match=r"train\.tower_lr: 0\.0001 -> 0\.5"):
+        _open(table, "first", **{"train.tower_lr": 0.5})
+
+
+def test_a_run_gets_another_mlflow_run_where_the_tracking_store_has_changed(table: Path) -> None:
+    config, folder = override(Config(), SETTINGS), str(table.parent / "runs")
+    asked: list[str | None] = []
+
+    def track(config: Config, name: str, recorded: str | None) -> str:
+        asked.append(recorded)
+        return "first" if recorded is None else "second"
+
+    assert open_run(str(table), folder, "run", config, track).mlflow_run_id == "first"
+    assert open_run(str(table), folder, "run", config, track).mlflow_run_id == "second"
+    record = json.loads(storage.read(f"{folder}/run/{RECORD}"))
+    assert (record["mlflow_run_id"], asked) == ("second", [None, "first"])
+
+
+def test_a_name_depends_on_every_part_of_the_request(table: Path) -> None:
+    run = _open(table)
+    request = {"identity": identity(run.config), "manifest_digest": run.manifest.digest()}
+    assert name_of("run", request) == run.name
+    assert len({name_of("run", request | {"manifest_digest": other}) for other in ("a" * 12, "b" * 12)}) == 2
+
+
+def test_a_version_knows_how_the_tables_tiles_were_cut(table: Path) -> None:
+    run = _open(table, **{"tiles.size_px": 64})
+    tiles = run.config.tiles.model_dump()
+    assert {f"tiles.{name}": tiles[name] for name in tiles if f"tiles.{name}" in recorded_tiles(run.manifest)} == (
+        recorded_tiles(run.manifest)
+    )
