@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ingest.readers import read_preview
+from ingest.readers.files import read_preview
 from ingest.readers.spots import Gene, Preview
 from ingest.section import section_errors, section_mpp
 from mclstexp import storage

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
-from ingest.readers import read_expression
+from ingest.readers.files import read_expression
 from ingest.readers.labels import read_labels
 from ingest.readers.spots import Expression, Reject, Spots, require_positions
 from mclstexp import storage

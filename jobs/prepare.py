@@ -8,14 +8,13 @@ import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
 
 from ingest.readers import READERS
-from mclstexp.data.sheet import SLIDE
 
 if TYPE_CHECKING:
     from ingest.prepare import PrepareReport
 
 EXAMPLE = "python jobs/prepare.py --samples cohort/samples.csv --out s3://bucket/tiles --tiles.size_px 224"
 BLOCKS = ("storage", "cluster", "tiles")
-FORMATS = f"Formats of sections in the sample sheet: {', '.join(READERS)}, and {SLIDE} for a slide without counts."
+FORMATS = f"Formats of sections in the sample sheet: {', '.join(READERS)}, and slide for a slide without counts."
 
 
 class Arguments(JobArguments):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ingest.readers import read_expression
+from ingest.readers.files import read_expression
 from mclstexp.errors import SourceError
 
 COUNTS = {"10x20": [1, 0, 3], "11x20": [0, 2, 0], "10x21": [5, 6, 7], "12x20": [4, 4, 4]}

@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 from section_reading import COUNTS, PLACES, read, refused
 
-from ingest.readers import read_preview
+from ingest.readers.files import read_preview
 from mclstexp.data.sheet import SectionRow
 
 

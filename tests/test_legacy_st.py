@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from section_reading import COUNTS, PLACES, read, refused
 
-from ingest.readers import READERS, legacy_st, read_preview
+from ingest.readers import READERS, legacy_st
+from ingest.readers.files import read_preview
 from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import SourceError
 

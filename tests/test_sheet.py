@@ -111,8 +111,8 @@ def test_header_faults_come_with_the_nearest_name(folder):
     [
         (HEADER.encode() + b"\n", "no rows"),
         (b"", "column section_id is missing"),
-        (HEADER.encode() + b"\nC1,C,\xff.svs,slide\n", "no CSV file in UTF-8"),
-        (HEADER.encode() + b'\nC1,C,"c.svs,slide\n', "no CSV file"),
+        (HEADER.encode() + b"\nC1,C,\xff.svs,slide\n", "not a CSV file in UTF-8"),
+        (HEADER.encode() + b'\nC1,C,"c.svs,slide\n', "not a CSV file"),
         (HEADER.encode() + b"\nC1,C,c.svs,slide,,,,,,,too,many\n", "row 2 .* more cells"),
     ],
 )

@@ -56,5 +56,7 @@ def test_more_rows_than_published_are_refused(tmp_path: Path) -> None:
     most = {"A1": np.array([[65_535.9, 0.0], [1.0, 1.0]])}
     assert num_positions(_reader(tmp_path / "most", "pixel_table", most)) == 65_536
     beyond = PLACES | {"B1": np.array([[1.0, 65_536.0], [1.0, 1.0]])}
-    with pytest.raises(UserError, match=r"pixel_table needs coordinates from 0 to 65535; section B1 has 65536"):
+    with pytest.raises(
+        UserError, match=r"pixel_table needs coordinates from 0 to 65535; the largest of section B1 is 65536"
+    ):
         num_positions(_reader(tmp_path, "pixel_table", beyond))

@@ -29,7 +29,8 @@ from visium_folders import (
 from ingest.header import read_header
 from ingest.plan import source_digests
 from ingest.prepare import dry_run
-from ingest.readers import READERS, read_preview
+from ingest.readers import READERS
+from ingest.readers.files import read_preview
 from ingest.section import Recipe, cut_section
 from mclstexp import storage
 from mclstexp.config import Config, override

@@ -9,7 +9,8 @@ from PIL import Image
 from section_reading import read, refused
 from visium_folders import hd, positions, section, v1_h5, v1_mtx, zipped
 
-from ingest.readers import READERS, read_preview
+from ingest.readers import READERS
+from ingest.readers.files import read_preview
 from mclstexp.data.sheet import read_sheet
 from mclstexp.errors import SheetError, SourceError
 

@@ -31,14 +31,14 @@ Address = Annotated[str, AfterValidator(_without_password)]
 
 
 class StorageConfig(ConfigBlock):
-    """Where `s3://` URIs lead. Secrets come from the standard AWS environment variables or a named profile."""
+    """How `s3://` URIs are reached. Secrets come from the standard AWS environment variables or a named profile."""
 
     endpoint_url: Address | None = None
-    """URL of an S3-compatible server; default AWS_ENDPOINT_URL, else AWS itself."""
+    """URL of an S3-compatible server; empty: AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
-    """S3 region; default AWS_REGION or AWS_DEFAULT_REGION, else us-east-1."""
+    """S3 region; empty: AWS_REGION or AWS_DEFAULT_REGION, else us-east-1."""
     profile: str | None = None
-    """Profile of the AWS credentials file that every node has; default the environment's credentials."""
+    """Profile in the AWS credentials file, which every node must have; empty: the environment's credentials."""
     shared_paths: bool = False
     """Whether all nodes see the same local paths (a shared file system)."""
 
@@ -70,36 +70,37 @@ class TilesConfig(ConfigBlock):
     size_px: int = Field(224, ge=16, le=2048)
     """Edge of a tile in pixels."""
     mpp: float | None = Field(None, gt=0)
-    """Micrometres per tile pixel; default the sections' own where all agree within 2 %."""
+    """Micrometres per tile pixel; empty: the sections' own, if all agree within 2 %."""
     allow_upsampling: bool = False
     """Whether slides may be enlarged by more than 1.5 to reach `mpp`."""
     encoding: Literal["jpeg", "png"] = "jpeg"
-    """Encoding of a stored tile: jpeg (small, lossy) or png (exact)."""
+    """Encoding of stored tiles: jpeg (small, lossy) or png (exact)."""
     jpeg_quality: int = Field(90, ge=1, le=100)
-    """JPEG quality of a stored tile."""
+    """JPEG quality of stored tiles."""
     sentence_length: int = Field(128, ge=2, le=4096)
-    """Most spots in a sentence, the unit of reading and of attention."""
+    """Maximum number of spots in a sentence, the unit of reading and of attention."""
     min_tissue: float = Field(0.1, ge=0, le=1)
-    """Least share of tissue for a tile of an H&E-only slide, and for a measured spot not to be rejected."""
+    """Minimum share of tissue in a tile; tiles and measured spots with less are rejected."""
 
 
 class GenesConfig(ConfigBlock):
     """Which genes are predicted, and in which unit."""
 
     panel: str = "hvg"
-    """`hvg`: most variable over the training sections; `hvg_union`: within any (paper); or a file, a gene a line."""
+    """`hvg`: most variable over the training sections; `hvg_union`: within any of them (paper); or a text file with one
+    gene per line."""
     num_genes: int = Field(1000, ge=1)
-    """Genes in an `hvg` panel; genes that each section adds to an `hvg_union`."""
+    """Number of genes in an `hvg` panel; number that each section adds to an `hvg_union`."""
     min_spots: int = Field(0, ge=0)
-    """Fewest training spots in which a gene of an `hvg` or `hvg_union` panel has counts."""
+    """Minimum number of training spots with counts for a gene of an `hvg` or `hvg_union` panel."""
     missing: Literal["error", "drop"] = "error"
-    """What to do with genes of a panel file that the data lacks: refuse, or leave them out and say so."""
+    """What to do with genes of a panel file that the data does not have: refuse the file, or drop these genes."""
     input: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"
-    """Counts are divided by the spot's total over all genes, over the panel, or by the gene's total in its section."""
+    """Divisor of counts: the spot's total over all genes or over the panel, or the gene's total in the section."""
     target: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"
-    """The same for what is retrieved, predicted and scored."""
+    """Divisor of the counts that are retrieved, predicted and scored."""
     scale: float = Field(1e4, gt=0)
-    """Counts per spot (or gene) after division, before the logarithm."""
+    """Total of each spot (or gene) after division, before the logarithm."""
     log_base: Literal["e", "10"] = "e"
     """Base of log(1 + x)."""
 
@@ -108,7 +109,7 @@ class SplitConfig(ConfigBlock):
     """What is held out. Held-out data enters neither panel, normaliser, bank nor training."""
 
     protocol: Literal["patient", "reference"] = "patient"
-    """`patient`: no patient on both sides. `reference`: leave sections out as published; siblings may train."""
+    """`patient`: no patient is on both sides. `reference` (as published): other sections of a test patient train."""
     test_sections: tuple[str, ...] = ()
     """Held-out sections."""
     test_patients: tuple[str, ...] = ()
@@ -116,7 +117,7 @@ class SplitConfig(ConfigBlock):
     validation_patients: tuple[str, ...] = ()
     """Patients kept from training to choose the epoch, the retrieval's k and temperature, and settings in a sweep."""
     num_validation_patients: int = Field(0, ge=0)
-    """Validation patients to be drawn from those that no test holds, in cross-validation anew for each fold."""
+    """Number of validation patients to draw from the non-test patients; redrawn for each fold."""
 
 
 class ModelConfig(ConfigBlock):

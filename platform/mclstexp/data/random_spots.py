@@ -1,8 +1,8 @@
-"""The published batches: random spots of all sections, attending to each other.
+"""The published batches: random spots of all sections that attend to each other.
 
-All encoded rows are read once into the object store (HER2+'s 11,548 tiles are about 150 MB as JPEG, several times that
-as PNG) and permuted exactly each epoch. That costs memory that grows with the data set, so it is refused above
-`MAX_BYTES`; `batching: sentences` has no such limit.
+All encoded rows are read once into the object store (the 11,548 tiles of HER2+ are about 150 MB as JPEG and several
+times that as PNG) and fully permuted in each epoch. The memory grows with the data set, so data above `MAX_BYTES` is
+refused; `batching: sentences` has no such limit.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from mclstexp.cluster import MAX_RETRIES
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import Batch, SpotReader, decode_tiles, pad
 from mclstexp.errors import ConfigError
@@ -21,7 +22,7 @@ MAX_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class EncodedSpots:
-    """All rows of the training sections in stored order: tiles still encoded, expression and position ready."""
+    """All rows of the training sections in stored order: encoded tiles, expression and position."""
 
     tiles: pa.ChunkedArray
     expression: np.ndarray
@@ -32,14 +33,14 @@ def require_size(manifest: Manifest, section_ids: Sequence[str], batch_spots: in
     """Returns the number of spots of the sections.
 
     Raises:
-        ConfigError: their rows do not fit the object store of a worker node, or do not fill a batch.
+        ConfigError: their rows exceed `MAX_BYTES`, or do not fill a batch.
     """
-    groups = [group for name in section_ids for group in manifest.section(name).row_groups]
-    num_bytes, num_spots = sum(group.length for group in groups), sum(group.num_rows for group in groups)
+    num_spots = manifest.num_spots(section_ids)
+    num_bytes = sum(group.length for name in section_ids for group in manifest.section(name).row_groups)
     if num_bytes > MAX_BYTES:
         raise ConfigError(
-            f"train.batching=random_spots holds all training rows in memory: {num_bytes / 2**30:.1f} GiB, "
-            f"allowed {MAX_BYTES / 2**30:.0f} GiB; use train.batching=sentences"
+            f"train.batching=random_spots keeps all training rows in memory: {num_bytes / 2**30:.1f} GiB, at most "
+            f"{MAX_BYTES / 2**30:.0f} GiB are allowed; use train.batching=sentences"
         )
     if num_spots < batch_spots:
         raise ConfigError(f"train.batch_spots={batch_spots} exceeds the {num_spots} training spots; use at most those")
@@ -48,10 +49,9 @@ def require_size(manifest: Manifest, section_ids: Sequence[str], batch_spots: in
 
 def encode_spots(reader: SpotReader, section_ids: Sequence[str]) -> ray.ObjectRef:
     """Reads all rows of the sections with Ray tasks and returns a reference to their EncodedSpots."""
-    read = ray.remote(num_cpus=1, max_retries=2)(lambda reader, *place: reader.read_encoded(*place))
+    read = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(lambda reader, *sentence: reader.read_encoded(*sentence))
     shared = ray.put(reader)
-    groups = [(name, group) for name in section_ids for group in range(len(reader.manifest.section(name).row_groups))]
-    parts = ray.get([read.remote(shared, *place) for place in groups])
+    parts = ray.get([read.remote(shared, *sentence) for sentence in reader.manifest.sentences(section_ids)])
     return ray.put(
         EncodedSpots(
             tiles=pa.chunked_array([tiles for _, tiles in parts]),
@@ -69,7 +69,7 @@ def spot_order(num_spots: int, seed: int, epoch: int) -> np.ndarray:
 def rank_slice(order: np.ndarray, batch_spots: int, rank: int, world_size: int) -> list[dict[str, object]]:
     """Returns one rank's rows of the stream: its equal share of every batch, -1 where the last batch is short.
 
-    A short last batch is dealt evenly, so that every rank has spots in it wherever there are enough.
+    A short last batch is split evenly, so that every rank has spots in it if there are enough.
     """
     num_steps = -(-len(order) // batch_spots)
     share = batch_spots // world_size
@@ -82,18 +82,18 @@ def rank_slice(order: np.ndarray, batch_spots: int, rank: int, world_size: int) 
 
 @dataclass(frozen=True)
 class SpotLoader:
-    """The map function of the stream: one row of spot numbers in, their padded arrays out."""
+    """The map function of the stream: takes one row of spot numbers, returns their padded arrays."""
 
     encoded: ray.ObjectRef
     tile_size_px: int
     partner: np.ndarray | None
-    """For the shuffled-pairs control: the spot whose expression each image gets, int64 (num_spots,)."""
+    """For the shuffled-pairs control: the spot whose expression each image gets, int64 (num_spots,); else None."""
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
         """Returns spot (-1: none), image, expression, position and mask with leading shape (1, share)."""
         wanted = np.asarray(rows["spots"][0])
         real = wanted[wanted >= 0]
-        spots: EncodedSpots = ray.get(self.encoded)  # whose `take` would copy all tiles, and fail beyond 2 GiB
+        spots: EncodedSpots = ray.get(self.encoded)  # `tiles.take` would copy all tiles, and fail beyond 2 GiB
         source = real if self.partner is None else self.partner[real]
         arrays = {
             "image": decode_tiles([spots.tiles[spot] for spot in real.tolist()], self.tile_size_px),

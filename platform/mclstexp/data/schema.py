@@ -1,8 +1,8 @@
 """The tile table's contract: Arrow schema, manifest and gene table.
 
-A table is a folder (local or `s3://`): `manifest.json` is the commit point, and only files that it names exist for
-a reader. One Parquet file a section, one row group a sentence; the manifest holds each row group's byte range, so
-that a sentence costs one range request.
+A table is a folder (local or `s3://`): `manifest.json` is the commit point, and readers see only files that it names.
+There is one Parquet file per section and one row group per sentence. The manifest lists each row group's byte range, so
+that a sentence costs one range request; in return, it grows with the number of sentences.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mclstexp import storage
 from mclstexp.errors import TableError
+from mclstexp.messages import did_you_mean
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
@@ -25,7 +26,7 @@ TILE_SCHEMA = pa.schema(
         ("section_id", pa.string()),
         ("patient_id", pa.string()),
         ("spot_id", pa.string()),  # unique within its section
-        ("array_row", pa.int32()),  # null where the source has no array
+        ("array_row", pa.int32()),  # null if the source has no array
         ("array_col", pa.int32()),
         ("x_px", pa.float64()),  # tile centre, slide level 0
         ("y_px", pa.float64()),
@@ -33,7 +34,7 @@ TILE_SCHEMA = pa.schema(
         ("y_um", pa.float64()),
         ("image", pa.binary()),  # encoded tile
         ("tissue_fraction", pa.float32()),
-        ("label", pa.string()),  # a pathologist's; null where there is none
+        ("label", pa.string()),  # a pathologist's; null without one
         ("crc", pa.uint32()),  # zlib.crc32 of image
         ("gene_index", pa.list_(pa.int32())),  # null on H&E-only slides; rows of the gene table, ascending
         ("count", pa.list_(pa.int32())),
@@ -50,7 +51,7 @@ REJECT_SCHEMA = pa.schema(
 )
 GENE_SCHEMA = pa.schema([("gene_id", pa.string()), ("symbol", pa.string()), ("ensembl_id", pa.string())])
 NO_LABEL = frozenset({"", "na", "<na>", "nan"})
-"""What tables (R's and pandas' among them) write where a spot has no label, in lower case."""
+"""What tables (also R's and pandas') write for a spot without label, in lower case."""
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 
@@ -59,7 +60,7 @@ class _Record(BaseModel):
 
 
 class RowGroup(_Record):
-    """One sentence's place in its section file, in bytes and rows."""
+    """Byte range and number of rows of a sentence in its section file."""
 
     offset: int
     length: int
@@ -77,18 +78,18 @@ class SectionEntry(_Record):
     size_bytes: int
     sha256: str
     footer_offset: int
-    """First byte of the Parquet footer (which reaches to the end of the file)."""
+    """First byte of the Parquet footer, which extends to the end of the file."""
     row_groups: tuple[RowGroup, ...]
     num_spots: int
     measured: bool
     """Whether the section has counts."""
     max_array: int
-    """Largest array row or column; -1 where there is none."""
+    """Largest array row or column; -1 without an array."""
     source_mpp: float
     width_px: int
     height_px: int
     fingerprint: str
-    """Names the source files and all settings that the section's bytes depend on."""
+    """Digest of the source files and of all settings that the section's bytes depend on."""
     rejects_file: str
     rejected: dict[str, int]
     """Rejected spots by reason."""
@@ -97,7 +98,7 @@ class SectionEntry(_Record):
     thumbnail_file: str
     """A small JPEG of the whole slide."""
     thumbnail_scale: float
-    """Level-0 pixels along a pixel of the thumbnail."""
+    """Level-0 pixels along a thumbnail pixel."""
 
 
 class Manifest(_Record):
@@ -127,20 +128,20 @@ class Manifest(_Record):
         """Returns one section's entry.
 
         Raises:
-            TableError: there is no such section.
+            TableError: there is no such section; gives the nearest.
         """
         for entry in self.sections:
             if entry.section_id == section_id:
                 return entry
-        known = ", ".join(entry.section_id for entry in self.sections)
-        raise TableError(f"the tile table has no section {section_id}; it has {known}")
+        known = [entry.section_id for entry in self.sections]
+        raise TableError(f"the tile table has no section {section_id}; {did_you_mean(section_id, known)}")
 
     def num_spots(self, section_ids: Iterable[str]) -> int:
         """Returns the number of spots (tiles) of some sections."""
         return sum(self.section(name).num_spots for name in section_ids)
 
     def sentences(self, section_ids: Iterable[str]) -> list[tuple[str, int]]:
-        """Returns the sentences of some sections in stored order, as (section id, index of the row group)."""
+        """Returns the sentences of some sections in stored order, as (section id, row group)."""
         return [(name, group) for name in section_ids for group in range(len(self.section(name).row_groups))]
 
     def patients(self, section_ids: Iterable[str]) -> set[str]:
@@ -148,11 +149,11 @@ class Manifest(_Record):
         return {self.section(name).patient_id for name in section_ids}
 
     def encode(self) -> bytes:
-        """Returns the bytes of `manifest.json`: the same manifest always gives the same bytes."""
+        """Returns the bytes of `manifest.json`; equal manifests give equal bytes."""
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
     def digest(self) -> str:
-        """Returns 12 hex digits that name the table's content."""
+        """Returns the digest of the table's content, 12 hex digits."""
         return hashlib.sha256(self.encode()).hexdigest()[:12]
 
 
@@ -171,7 +172,9 @@ def load_manifest(root: str) -> Manifest:
         raise TableError(f"{uri} is damaged: {error}") from None
     found = tree.get("schema_version") if isinstance(tree, dict) else None
     if found != SCHEMA_VERSION:
-        raise TableError(f"{uri} has schema version {found}, this code reads {SCHEMA_VERSION}; prepare it again")
+        raise TableError(
+            f"{uri} has schema version {found}, this code reads {SCHEMA_VERSION}; prepare it again (jobs/prepare.py)"
+        )
     try:
         return Manifest.model_validate(tree)
     except ValidationError as error:
@@ -179,7 +182,11 @@ def load_manifest(root: str) -> Manifest:
 
 
 def load_genes(root: str, manifest: Manifest) -> pa.Table:
-    """Returns the table's genes (GENE_SCHEMA; row number = `gene_index`), verified against the manifest."""
+    """Returns the table's genes (GENE_SCHEMA; the row number is `gene_index`).
+
+    Raises:
+        TableError: the file is not the one that the manifest names.
+    """
     data = storage.read(storage.join(storage.absolute(root), manifest.genes_file))
     if hashlib.sha256(data).hexdigest() != manifest.genes_sha256:
         raise TableError(f"{manifest.genes_file} of {root} is not the file that the manifest names")
@@ -187,9 +194,9 @@ def load_genes(root: str, manifest: Manifest) -> pa.Table:
 
 
 def gene_names(name: str) -> tuple[str, str, str]:
-    """Returns (gene_id, symbol, ensembl_id) of a gene as a source names it.
+    """Returns (gene_id, symbol, ensembl_id) of a gene that a source names by Ensembl id or symbol.
 
-    Ensembl ids lose their version; gene_id is the Ensembl id where the source gives one, else the symbol.
+    An Ensembl id loses its version. The gene_id is the Ensembl id, else the symbol; the unknown one is empty.
     """
     match = _ENSEMBL.fullmatch(name)
     return (match[1], "", match[1]) if match else (name, name, "")

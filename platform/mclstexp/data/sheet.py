@@ -1,11 +1,10 @@
-"""The sample sheet: one CSV row a section, validated whole before any work starts.
+"""The sample sheet: one CSV row per section, validated as a whole before any work starts.
 
-All faults are listed at once with row and column, missing files included; that costs one look-up a file up front
-and saves a cohort's run that would end at row 300.
+All faults, also missing files, are listed at once with row and column. That costs one look-up per file up front, and
+saves a cohort's run from ending at row 300.
 """
 
 import csv
-import difflib
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,33 +16,33 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mclstexp import storage
 from mclstexp.errors import SheetError, SourceError, StorageError
-
-MAX_SHEET_BYTES = 64 * 2**20
-_IDENTIFIER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
-_LOOKUPS = 16
-FILE_COLUMNS = ("image", "expression", "positions", "labels")
-Fault = tuple[int, str]
-"""Line number and what is wrong there."""
-
+from mclstexp.messages import did_you_mean
 
 SLIDE = "slide"
 """Format of a section without counts; all others have readers."""
+FILE_COLUMNS = ("image", "expression", "positions", "labels")
+MAX_SHEET_BYTES = 64 * 2**20
+Fault = tuple[int, str]
+"""Line number and what is wrong there."""
+_REQUIRED_COLUMNS = ("section_id", "patient_id", "image", "format")
+_IDENTIFIER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
+_NUM_LOOKUPS = 16  # at once
 
 
 class Format(Protocol):
-    """What the sheet needs to know of a format with counts; `ingest.readers` holds them by name."""
+    """What the sheet needs to know about a format with counts (`ingest.readers.READERS`)."""
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Columns that must be filled beside the image, of `expression` and `positions`; the others must be empty."""
+        """Columns that must be filled, of `expression` and `positions`; the other must be empty."""
 
     @property
     def files(self) -> Callable[[Mapping[str, str]], Mapping[str, str]]:
-        """Maps those columns' URIs to the URIs of all files that are read; raises SourceError where one is missing."""
+        """Maps the URIs in these columns to the URIs of all files to read; raises SourceError if one is missing."""
 
 
 class SectionRow(BaseModel):
-    """One section as the sheet describes it; file URIs are absolute."""
+    """One section in the sheet; file URIs are absolute."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -53,7 +52,7 @@ class SectionRow(BaseModel):
     format: str
     """`slide`, or the name of a reader."""
     expression: str | None = None
-    """File of counts; a folder for `visium`."""
+    """File of counts, or a folder for `visium`."""
     positions: str | None = None
     mpp: float | None = Field(None, gt=0, le=100)
     """Micrometres per pixel of the image's full resolution."""
@@ -65,7 +64,7 @@ class SectionRow(BaseModel):
     @classmethod
     def _is_identifier(cls, value: str) -> str:
         if not _IDENTIFIER.fullmatch(value):
-            raise ValueError("use 1 to 128 of the characters A-Z a-z 0-9 . _ -, the first no dot")
+            raise ValueError("use 1 to 128 of the characters A-Z a-z 0-9 . _ -, and no dot first")
         return value
 
     @field_validator("site")
@@ -82,20 +81,20 @@ class SectionRow(BaseModel):
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that the section names, by column."""
+        """The section's files by column."""
         return {name: uri for name in FILE_COLUMNS if (uri := getattr(self, name)) is not None}
 
 
 def read_sheet(uri: str, formats: Mapping[str, Format] | None = None) -> list[SectionRow]:
-    """Returns the sections of a sample sheet (CSV, local or `s3://`), in its order.
+    """Returns the sections of a sample sheet (CSV, local or `s3://`) in its order.
 
     File paths may be absolute, `s3://` or relative to the sheet.
 
     Args:
         uri: the sheet.
         formats: all formats with counts; each row is then checked against its format, and all its files must exist.
-            None: only the images matter, whatever the format, and they may be missing: of ten thousand slides to
-            predict some are away, which must not hold up the others.
+            None: formats do not matter and images may be missing: of ten thousand slides to predict some always are,
+            which must not stop the others.
 
     Raises:
         SheetError: lists every fault of the sheet with row and column.
@@ -114,7 +113,7 @@ def read_sheet(uri: str, formats: Mapping[str, Format] | None = None) -> list[Se
         if formats is not None and (row.format == SLIDE or row.format in formats):
             faults += _column_faults(line, row, () if row.format == SLIDE else formats[row.format].needs)
     if not lines:
-        faults.append((1, "there are no rows below the header"))
+        faults.append((1, ": there are no rows below the header"))
     if faults:
         listed = "\n  ".join(f"row {line}{text}" for line, text in sorted(faults))
         raise SheetError(f"the sample sheet {uri} has {len(faults)} fault(s):\n  {listed}")
@@ -125,14 +124,14 @@ def _read_lines(uri: str) -> list[tuple[int, dict[str, str]]]:
     """Returns each row's line number and cells by column."""
     try:
         if storage.size(uri) > MAX_SHEET_BYTES:
-            raise SheetError(f"{uri} is larger than {MAX_SHEET_BYTES} bytes: it is no sample sheet")
+            raise SheetError(f"{uri} is larger than {MAX_SHEET_BYTES} bytes: it is not a sample sheet")
         reader = csv.DictReader(io.StringIO(storage.read(uri).decode("utf-8-sig"), newline=""), strict=True)
         _require_columns(uri, list(reader.fieldnames or []))
         return [(reader.line_num, _cells(uri, reader.line_num, cells)) for cells in reader]
     except FileNotFoundError:
         raise SheetError(f"there is no sample sheet {uri}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise SheetError(f"{uri} is no CSV file in UTF-8: {error}") from None
+        raise SheetError(f"{uri} is not a CSV file in UTF-8: {error}") from None
 
 
 def _require_columns(uri: str, columns: list[str]) -> None:
@@ -140,11 +139,8 @@ def _require_columns(uri: str, columns: list[str]) -> None:
     faults = [f"column {name} appears twice" for name in sorted({c for c in columns if columns.count(c) > 1})]
     for name in columns:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known ones: {', '.join(known)}"
-            faults.append(f"column {name!r} is unknown; {hint}")
-    needed = ("section_id", "patient_id", "image", "format")
-    faults += [f"column {name} is missing" for name in needed if name not in columns]
+            faults.append(f"column {name!r} is unknown; {did_you_mean(name, known)}")
+    faults += [f"column {name} is missing" for name in _REQUIRED_COLUMNS if name not in columns]
     if faults:
         listed = "\n  ".join(faults)
         raise SheetError(f"the header of the sample sheet {uri} has {len(faults)} fault(s):\n  {listed}")
@@ -157,7 +153,7 @@ def _cells(uri: str, line: int, cells: dict[str | None, str | None]) -> dict[str
 
 
 def _with_absolute_files(cells: dict[str, str], sheet_uri: str) -> dict[str, str]:
-    """Returns the filled cells; a path that cannot be resolved stays as it is and is among `_file_faults`."""
+    """Returns the filled cells; a path that cannot be resolved stays unchanged (`_file_fault` reports it)."""
     filled = {name: value for name, value in cells.items() if value}
     for name in filled.keys() & set(FILE_COLUMNS):
         with suppress(StorageError):
@@ -204,16 +200,16 @@ def _column_faults(line: int, row: SectionRow, needs: tuple[str, ...]) -> Iterat
 def _format_faults(
     lines: list[tuple[int, dict[str, str]]], sheet_uri: str, formats: Mapping[str, Format]
 ) -> list[Fault]:
-    """Returns what is wrong with rows' formats and files; files are looked up many at a time."""
+    """Returns the faults in formats and files; many files are looked up at once."""
 
     def faults(numbered: tuple[int, dict[str, str]]) -> list[Fault]:
         line, cells = numbered
         known, name = [*formats, SLIDE], cells.get("format", "")
         found = [(line, f", column format, got {name!r}: use one of {', '.join(known)}")] if name not in known else []
-        places = [(column, cells[column]) for column in FILE_COLUMNS if cells.get(column)]
-        return found + [fault for place in places if (fault := _file_fault(line, *place, sheet_uri, formats.get(name)))]
+        paths = [(column, cells[column]) for column in FILE_COLUMNS if cells.get(column)]
+        return found + [fault for path in paths if (fault := _file_fault(line, *path, sheet_uri, formats.get(name)))]
 
-    with ThreadPoolExecutor(_LOOKUPS) as pool:
+    with ThreadPoolExecutor(_NUM_LOOKUPS) as pool:
         return [fault for found in pool.map(faults, lines) for fault in found]
 
 

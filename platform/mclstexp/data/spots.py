@@ -1,7 +1,7 @@
 """From stored rows to the arrays that models take: decoded tiles, panel expression, positions.
 
-`SpotReader` is the one reader behind the training stream, the bank and the probes. It holds no images and no
-torch, so that decode tasks start fast; what it needs of a table travels with it.
+The training stream, the bank and the floors all read through `SpotReader`. It keeps no images and imports no torch, so
+that decode tasks start fast; the parts of a table that it needs travel with it.
 """
 
 import zlib
@@ -33,22 +33,22 @@ class SpotReader:
     root: str
     manifest: Manifest
     columns: np.ndarray
-    """Row of the gene table of each panel gene, int32 (G,); -1 where the table lacks it."""
+    """Row of each panel gene in the gene table, int32 (G,); -1 if the table has no such gene."""
     input: Normaliser
     target: Normaliser
     position: str
     """Kind of position, as `model.position`."""
     gene_totals: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per section, the panel genes' totals, float64 (G,), where a normaliser divides by them."""
+    """The panel genes' totals by section, float64 (G,); empty unless a normaliser divides by them."""
 
     def read(self, section_id: str, group: int, keep: np.ndarray | None = None) -> Batch:
-        """Returns one sentence's spots, or its `keep` rows.
+        """Returns one sentence's spots, or only its rows `keep`.
 
-        image uint8 (n, size, size, 3); position float32 (n, 2); row int32 (n,), the row in the section; and for
-        measured sections expression and payload float32 (n, G), in the input and the target normalisation.
+        The arrays are image uint8 (n, size, size, 3); position float32 (n, 2); row int32 (n,), the row in the section;
+        and for measured sections expression and payload float32 (n, G), in the input and the target normalisation.
 
         Raises:
-            TableError: the bytes are not those that the manifest names.
+            TableError: the file is missing or damaged.
         """
         spots, tiles = self.read_encoded(section_id, group)
         if keep is not None:
@@ -57,7 +57,7 @@ class SpotReader:
         return spots | {"image": decode_tiles(tiles, self.manifest.tile_size_px)}
 
     def read_encoded(self, section_id: str, group: int) -> tuple[Batch, pa.Array]:
-        """Returns the same arrays without `image`, and the encoded tiles beside them."""
+        """Returns the arrays of `read` without `image`, and the encoded tiles."""
         entry = self.manifest.section(section_id)
         table = read_sentence(self.root, entry, group)
         first = sum(part.num_rows for part in entry.row_groups[:group])
@@ -70,13 +70,13 @@ class SpotReader:
         return spots, table["image"].combine_chunks()
 
     def read_section(self, section_id: str) -> Batch:
-        """Returns a measured section's expression, payload and position, read without its images.
+        """Returns a measured section's expression, payload and position in stored order, without reading its images.
 
-        Beside them stand section_id, patient_id and spot_id, each of n strings, in stored order; positions are
-        those within each sentence.
+        They come with section_id, patient_id and spot_id, n strings each. Micrometre positions are relative to their
+        sentence.
         """
         entry = self.manifest.section(section_id)
-        table = read_columns(self.root, entry, ["spot_id", *place_columns(self.position), "gene_index", "count"])
+        table = read_columns(self.root, entry, ["spot_id", *position_columns(self.position), "gene_index", "count"])
         starts = np.cumsum([0, *(group.num_rows for group in entry.row_groups)])
         sentences = [table.slice(start, stop - start) for start, stop in pairwise(starts)]
         names = {"section_id": entry.section_id, "patient_id": entry.patient_id}
@@ -99,8 +99,8 @@ class SpotReader:
 def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
     """Returns n encoded tiles (an Arrow array or a list of its values) as uint8 (n, size_px, size_px, 3)."""
     images = np.empty((len(tiles), size_px, size_px, 3), np.uint8)
-    for place, tile in enumerate(tiles):
-        images[place] = decode_tile(tile.as_py())
+    for index, tile in enumerate(tiles):
+        images[index] = decode_tile(tile.as_py())
     return images
 
 
@@ -115,19 +115,19 @@ def make_reader(root: str, manifest: Manifest, panel: GenePanel, config: Config)
     return SpotReader(storage.absolute(root), manifest, columns, *both, config.model.position, totals)
 
 
-def place_columns(position: str) -> tuple[str, str]:
-    """Returns the columns of the tile table, (x, y), that a kind of position is made of."""
+def position_columns(position: str) -> tuple[str, str]:
+    """Returns the columns of the tile table, (x, y), from which a kind of position is made."""
     return _TABLE_COLUMNS.get(position, ("x_um", "y_um"))
 
 
 def positions(table: pa.Table, position: str) -> np.ndarray:
-    """Returns float32 (n, 2), (x, y): whole array or pixel (column, row), or micrometres from the rows' mean."""
-    place = np.stack([table[name].to_numpy() for name in place_columns(position)], axis=1)
-    return (np.floor(place) if position in _TABLE_COLUMNS else place - place.mean(axis=0)).astype(np.float32)
+    """Returns (x, y), float32 (n, 2): whole array or pixel (column, row), or micrometres from the rows' mean."""
+    xy = np.stack([table[name].to_numpy() for name in position_columns(position)], axis=1)
+    return (np.floor(xy) if position in _TABLE_COLUMNS else xy - xy.mean(axis=0)).astype(np.float32)
 
 
 def num_positions(reader: SpotReader) -> int:
-    """Returns the rows of learnt position tables: the measured data's largest coordinate + 1, 0 without tables.
+    """Returns the number of rows of learnt position tables, the largest measured coordinate + 1; 0 without tables.
 
     Raises:
         UserError: a section has no such coordinates, or they exceed 65,535.
@@ -140,8 +140,8 @@ def num_positions(reader: SpotReader) -> int:
     for name, coordinate in largest.items():
         if not 0 <= coordinate < MAX_TABLE_POSITIONS:
             raise UserError(
-                f"model.position={reader.position} needs coordinates from 0 to {MAX_TABLE_POSITIONS - 1}; section "
-                f"{name} has {coordinate} as its largest (-1: none); use sinusoidal or none"
+                f"model.position={reader.position} needs coordinates from 0 to {MAX_TABLE_POSITIONS - 1}; the largest "
+                f"of section {name} is {coordinate} (-1: none); use sinusoidal or none"
             )
     return 1 + max(largest.values())
 
@@ -149,7 +149,7 @@ def num_positions(reader: SpotReader) -> int:
 def _largest_coordinate(reader: SpotReader, entry: SectionEntry) -> int:
     if reader.position == "table":
         return entry.max_array
-    table = read_columns(reader.root, entry, place_columns(reader.position))
+    table = read_columns(reader.root, entry, position_columns(reader.position))
     return int(positions(table, reader.position).max())
 
 

@@ -1,9 +1,9 @@
-"""The training stream: shuffle the index of sentences, not the data.
+"""The training stream shuffles the index of sentences, not the data.
 
-An epoch is a permutation of sentence descriptors made from (seed, epoch) alone; Ray Data tasks then read, verify,
-decode and normalise one sentence a row. Each rank streams its own slice in exact order, so that the order does
-not depend on the world size and resume is "the index without what was consumed"; the price is that the ranks'
-executions do not know of each other and each must be given its share of the cluster (`docs/decisions.md`).
+An epoch is a permutation of sentence descriptors that depends only on (seed, epoch); Ray Data tasks then read, verify,
+decode and normalise one sentence per row. Each rank streams its own slice in exact order, so that the order does not
+depend on the world size and a resumed run continues with the rest of the index. In return, the ranks' executions do not
+know of each other, and each must get its share of the cluster (`docs/decisions.md`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +21,16 @@ from mclstexp.data.spots import Batch
 
 @dataclass(frozen=True)
 class Sentence:
-    """Where one sentence lies. `expression_of` differs from its own place only for the shuffled-pairs control."""
+    """One sentence of the table, by section and row group."""
 
     section_id: str
     group: int
     expression_of: tuple[str, int]
+    """The sentence whose expression is used: this one, or another one for the shuffled-pairs control."""
 
     @property
     def sentence_id(self) -> str:
-        """The sentence's name, stable over runs: section and row group; empty for the filler of a last step."""
+        """The sentence's name, the same in all runs; empty for the filler of a last step."""
         return f"{self.section_id}/{self.group}" if self.section_id else ""
 
 
@@ -38,43 +39,43 @@ _EMPTY = Sentence("", -1, ("", -1))
 
 @dataclass(frozen=True)
 class StreamShare:
-    """What one rank's stream may use."""
+    """The part of the cluster that one rank's stream may use."""
 
     cpus: int
     object_store_bytes: int
     pool: str | None
+    """Value of the node label `pool` of the nodes that decode; None: any node."""
 
 
 def sentence_index(manifest: Manifest, section_ids: Iterable[str]) -> list[Sentence]:
     """Returns the sentences of the given sections in stored order."""
-    places = [(name, group) for name in section_ids for group in range(len(manifest.section(name).row_groups))]
-    return [Sentence(*place, expression_of=place) for place in places]
+    return [Sentence(*sentence, expression_of=sentence) for sentence in manifest.sentences(section_ids)]
 
 
 def epoch_order(sentences: list[Sentence], seed: int, epoch: int) -> list[Sentence]:
-    """Returns one epoch's permutation: random within each section, sections spread evenly over the epoch.
+    """Returns one epoch's permutation: random within each section, with sections spread evenly over the epoch.
 
-    Sentence i of a section with n stands near (i + u) / n of the epoch, u uniform and the same for the section, so
-    that neighbours in the order, and so the sentences of a global batch, come from different sections.
+    Sentence i of n of a section comes at about (i + u) / n of the epoch, with u uniform and the same for the section.
+    Neighbours in the order, hence the sentences of a global batch, are therefore from different sections.
     """
     rng = np.random.default_rng([seed, epoch])
     keyed: list[tuple[float, int]] = []
     by_section: dict[str, list[int]] = {}
-    for place, sentence in enumerate(sentences):
-        by_section.setdefault(sentence.section_id, []).append(place)
-    for places in by_section.values():
-        shuffled = rng.permutation(places)
+    for index, sentence in enumerate(sentences):
+        by_section.setdefault(sentence.section_id, []).append(index)
+    for indices in by_section.values():
+        shuffled = rng.permutation(indices)
         offset = rng.random()
-        keyed += [((i + offset) / len(places), int(place)) for i, place in enumerate(shuffled)]
-    return [sentences[place] for _, place in sorted(keyed)]
+        keyed += [((i + offset) / len(indices), int(index)) for i, index in enumerate(shuffled)]
+    return [sentences[index] for _, index in sorted(keyed)]
 
 
 def mispaired(order: list[Sentence]) -> list[Sentence]:
     """Returns an epoch's order with each sentence's images paired with another sentence's expression.
 
-    It is the one half an epoch on: another one each epoch, because a small table's fixed wrong pairs share chance
-    patterns that can be learnt, and seldom one of the same batch, where a sentence's own expression would be a
-    negative and never the positive.
+    The partner is half an epoch away. It differs in each epoch, because fixed wrong pairs of a small table share chance
+    patterns that can be learnt. It is rarely in the same batch, where a sentence's own expression would be a negative
+    and never the positive.
     """
     partners = np.roll(np.arange(len(order)), -(len(order) // 2))
     return [replace(one, expression_of=order[two].expression_of) for one, two in zip(order, partners, strict=True)]
@@ -85,8 +86,8 @@ def rank_slice(
 ) -> list[dict[str, object]]:
     """Returns one rank's rows of the stream, the same number for every rank.
 
-    Global step s takes `batch_sentences` sentences from s * batch_sentences on; each rank takes an equal run of
-    them. The last step is filled with empty rows (group -1), which enter neither loss nor negatives.
+    Global step s takes `batch_sentences` sentences from s * batch_sentences on, and each rank an equal run of them. The
+    last step is filled with empty rows (group -1), which count neither in the loss nor as negatives.
     """
     num_steps = -(-len(order) // batch_sentences)
     rows = [_row(sentence, epoch) for sentence in order]
@@ -111,9 +112,9 @@ def _row(sentence: Sentence, epoch: int) -> dict[str, object]:
 def stream(
     rows: list[dict[str, object]], load: Callable[[dict[str, np.ndarray]], Batch], batch_size: int, share: StreamShare
 ) -> Iterator[Batch]:
-    """Yields batches of `batch_size` loaded rows in the order of `rows`, decoded ahead on Ray Data's CPU tasks.
+    """Yields batches of `batch_size` loaded rows in the order of `rows`, decoded ahead by Ray Data's CPU tasks.
 
-    The one place that chooses how a rank is fed (see `docs/decisions.md`): a Ray Dataset of its own over its slice.
+    Only this function decides how a rank is fed (see `docs/decisions.md`): by its own Ray Dataset over its slice.
     """
     if not rows:
         return

@@ -1,9 +1,9 @@
-"""Section files of a tile table: one Parquet file a section, one row group a sentence, read in exact byte ranges.
+"""Section files of a tile table: one Parquet file per section, one row group per sentence, read by exact byte ranges.
 
-A sentence costs one range request, since the manifest holds each row group's place and the footer is cached per
-process; in return files must be written by `write_section`, whose layout (chunks without gaps, page checksums, no
-embedded Arrow schema) readers verify. No stored type is ever looked up by name, so a crafted extension type does
-not run code.
+A sentence costs one range request, because the manifest lists each row group's byte range and each process caches the
+footer. In return, files must be written by `write_section`, whose layout (chunks without gaps, page checksums, no
+embedded Arrow schema) readers verify. Stored types are never looked up by name, so a crafted extension type cannot run
+code.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _MAGIC = b"PAR1"
 
 @dataclass(frozen=True)
 class SectionFile:
-    """What the manifest records of a written section file."""
+    """What the manifest records about a section file."""
 
     size_bytes: int
     sha256: str
@@ -45,7 +45,7 @@ class SectionFile:
 
 
 def write_section(path: str | Path, sentences: Iterable[pa.Table]) -> SectionFile:
-    """Writes a local section file from its sentences (TILE_SCHEMA each), one in memory at a time."""
+    """Writes a local section file from its sentences (TILE_SCHEMA each), with one in memory at a time."""
     with pq.ParquetWriter(
         path,
         TILE_SCHEMA,
@@ -62,19 +62,19 @@ def write_section(path: str | Path, sentences: Iterable[pa.Table]) -> SectionFil
         size = file.seek(-_TAIL.size, io.SEEK_END) + _TAIL.size
         footer_length, _ = _TAIL.unpack(file.read(_TAIL.size))
     metadata = pq.read_metadata(path)
-    groups = tuple(_place(metadata.row_group(i)) for i in range(metadata.num_row_groups))
+    groups = tuple(_byte_range(metadata.row_group(i)) for i in range(metadata.num_row_groups))
     footer_offset = size - _TAIL.size - footer_length
     _require_no_gaps(groups, footer_offset)
     return SectionFile(size, digest, footer_offset, groups)
 
 
 def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
-    """Returns one sentence (TILE_SCHEMA), verified down to each tile's checksum, with one range request.
+    """Returns one sentence (TILE_SCHEMA) by one range request, with each tile verified by its checksum.
 
-    The first sentence of a section in a process costs one more, for the footer.
+    The first sentence of a section in a process costs one more request, for the footer.
 
     Raises:
-        TableError: the file is missing, or its bytes are not those that were prepared; names section and spot.
+        TableError: the file is missing or damaged; names section and spot.
     """
     group = entry.row_groups[group_index]
     with _damage(entry, f"sentence {group_index}"):
@@ -87,10 +87,10 @@ def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
 
 
 def read_columns(root: str, entry: SectionEntry, columns: Iterable[str]) -> pa.Table:
-    """Returns some columns of a whole section in stored order, without touching the bytes of the others.
+    """Returns some columns of a whole section in stored order, without reading the bytes of the others.
 
     Raises:
-        TableError: the file is missing, or its bytes are not those that were prepared.
+        TableError: the file is missing or damaged.
     """
     names = list(columns)
     with _damage(entry, f"columns {', '.join(names)}"):
@@ -104,10 +104,13 @@ def read_columns(root: str, entry: SectionEntry, columns: Iterable[str]) -> pa.T
 def read_counts(root: str, entry: SectionEntry, num_genes: int | None = None) -> csr_array:
     """Returns a section's raw counts in stored order, int32 (num_spots, num_genes).
 
-    `num_genes` is the length of the table's gene table; left out, it is looked up in the manifest.
+    Args:
+        root: URI of the tile table.
+        entry: the section.
+        num_genes: length of the gene table; None: the manifest's.
 
     Raises:
-        TableError: the section is H&E-only, or its bytes are not those that were prepared.
+        TableError: the section is H&E-only, or its file is missing or damaged.
     """
     if not entry.measured:
         raise TableError(f"section {entry.section_id} of {root} has no counts: it was prepared as an H&E-only slide")
@@ -122,7 +125,7 @@ def read_counts(root: str, entry: SectionEntry, num_genes: int | None = None) ->
 
 
 def read_thumbnail(root: str, entry: SectionEntry) -> np.ndarray:
-    """Returns the small picture of a section's whole slide, uint8 (height, width, 3).
+    """Returns the thumbnail of a section's whole slide, uint8 (height, width, 3).
 
     Raises:
         TableError: the file is missing or damaged.
@@ -132,11 +135,11 @@ def read_thumbnail(root: str, entry: SectionEntry) -> np.ndarray:
 
 
 def tile_crc(image: bytes) -> int:
-    """Returns the checksum that is stored beside an encoded tile."""
+    """Returns the checksum that is stored with an encoded tile."""
     return zlib.crc32(image)
 
 
-def _place(group: pq.RowGroupMetaData) -> RowGroup:
+def _byte_range(group: pq.RowGroupMetaData) -> RowGroup:
     chunks = [_chunk_range(group.column(i)) for i in range(group.num_columns)]
     start = min(offset for offset, _ in chunks)
     return RowGroup(offset=start, length=sum(length for _, length in chunks), num_rows=group.num_rows)
@@ -162,7 +165,7 @@ def _uri(root: str, entry: SectionEntry) -> str:
 def _footer(root: str, entry: SectionEntry) -> pq.FileMetaData:
     footer = _read_footer(_uri(root, entry), entry.footer_offset, entry.size_bytes - entry.footer_offset)
     if footer.num_row_groups != len(entry.row_groups) or footer.num_rows != entry.num_spots:
-        raise TableError(f"its footer has {footer.num_rows} rows, the manifest {entry.num_spots}")
+        raise TableError(f"its footer has {footer.num_rows} rows and the manifest {entry.num_spots}")
     return footer
 
 
@@ -170,7 +173,7 @@ def _footer(root: str, entry: SectionEntry) -> pq.FileMetaData:
 def _read_footer(uri: str, offset: int, length: int) -> pq.FileMetaData:
     data = storage.read(uri, offset, length)
     if b"ARROW:" in data:
-        raise TableError("it embeds Arrow type metadata, which section files never have")
+        raise TableError("it embeds Arrow type metadata, which no section file has")
     return pq.read_metadata(pa.BufferReader(_MAGIC + data))
 
 
@@ -184,12 +187,12 @@ def _open(entry: SectionEntry, footer: pq.FileMetaData, parts: dict[int, bytes])
         arrow_extensions_enabled=False,
     )
     if not file.schema_arrow.equals(TILE_SCHEMA):
-        raise TableError(f"its columns are {file.schema_arrow.names} of other types or names than {TILE_SCHEMA.names}")
+        raise TableError(f"its columns {file.schema_arrow.names} differ in name or type from {TILE_SCHEMA.names}")
     return file
 
 
 class _Parts(io.RawIOBase):
-    """A file of which only some parts were fetched; reading anything else is an error."""
+    """A file of which only some parts were fetched; reading other bytes is an error."""
 
     def __init__(self, parts: dict[int, bytes], size: int) -> None:
         self._parts, self._size, self._at = parts, size, 0
@@ -218,7 +221,7 @@ class _Parts(io.RawIOBase):
 
 
 def _column_ranges(footer: pq.FileMetaData, names: set[str]) -> list[tuple[int, int]]:
-    """Returns (offset, length) of the chunks of the columns in all row groups, neighbours joined."""
+    """Returns (offset, length) of the columns' chunks in all row groups, with adjacent ones joined."""
     joined: list[tuple[int, int]] = []
     for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
         for chunk in (group.column(i) for i in range(group.num_columns)):
@@ -233,16 +236,16 @@ def _column_ranges(footer: pq.FileMetaData, names: set[str]) -> list[tuple[int, 
 
 def _fetch(uri: str, ranges: list[tuple[int, int]]) -> dict[int, bytes]:
     with ThreadPoolExecutor(_PARALLEL_RANGES) as pool:
-        parts = pool.map(lambda place: storage.read(uri, *place), ranges)
+        parts = pool.map(lambda byte_range: storage.read(uri, *byte_range), ranges)
         return {start: data for (start, _), data in zip(ranges, parts, strict=True)}
 
 
 def _verify_rows(entry: SectionEntry, table: pa.Table, num_rows: int) -> None:
     if table.num_rows != num_rows:
-        raise TableError(f"it has {table.num_rows} rows, the manifest {num_rows}")
+        raise TableError(f"it has {table.num_rows} rows and the manifest {num_rows}")
     found = set(table["section_id"].unique().to_pylist())
     if found - {entry.section_id}:
-        raise TableError(f"it holds rows of section {sorted(map(str, found))}")
+        raise TableError(f"it has rows of section {', '.join(sorted(map(str, found)))}")
 
 
 def _verify_tiles(entry: SectionEntry, table: pa.Table) -> None:
@@ -262,12 +265,12 @@ def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def _damage(entry: SectionEntry, part: str) -> Iterator[None]:
-    """Names section, file and part in whatever goes wrong while reading them."""
+    """Puts section, part and file into the message of any error while reading them."""
     where = f"section {entry.section_id}, {part} ({entry.file})"
     try:
         yield
     except FileNotFoundError:
-        raise TableError(f"{where} is missing: if the table was prepared again, load its manifest anew") from None
+        raise TableError(f"{where} is missing: if the table was prepared again, load its new manifest") from None
     except StorageError as error:
         raise TableError(f"{where} cannot be read: {error}") from error
     except (TableError, pa.ArrowException, OSError) as error:

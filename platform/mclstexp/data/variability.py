@@ -1,7 +1,7 @@
-"""Which genes vary most: two rules by which a panel is fitted on training sections.
+"""Which genes vary most: two rules that fit a panel on training sections.
 
 Sections are read one at a time, so that memory does not grow with the cohort; the union reads each of them twice,
-since its genes must be known before any section ranks them.
+because the genes in common must be known before a section ranks them.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,20 @@ NUM_BINS = 20
 
 @dataclass
 class _Seen:
-    """Where genes have counts, over the sections so far."""
+    """Which genes have counts in the sections so far."""
 
     everywhere: np.ndarray
     """bool (genes,): in every section."""
     num_spots: np.ndarray
-    """int64 (genes,): in how many spots."""
+    """int64 (genes,): number of spots with counts."""
 
     @classmethod
     def nothing(cls, num_genes: int) -> "_Seen":
+        """Returns the state before the first section."""
         return cls(np.ones(num_genes, bool), np.zeros(num_genes, np.int64))
 
     def add(self, counts: csr_array) -> None:
+        """Adds a section's counts, (spots, genes)."""
         num_spots = np.asarray((counts > 0).sum(axis=0)).ravel()
         self.everywhere &= num_spots > 0
         self.num_spots += num_spots
@@ -41,8 +43,8 @@ def most_variable(
 ) -> list[int]:
     """Returns the gene-table rows of an `hvg` panel, most variable first.
 
-    Genes with counts in all sections and in `min_spots` spots, by variance of ln(1 + scale * count / spot total) over
-    all spots; ties by gene id.
+    They have counts in all sections and in at least `min_spots` spots, and are ranked by the variance of
+    ln(1 + scale * count / spot total) over all spots; ties by gene id.
     """
     num_genes = manifest.num_genes
     first, second = np.zeros(num_genes), np.zeros(num_genes)
@@ -61,10 +63,10 @@ def most_variable(
 
 
 def most_variable_of_any(root: str, manifest: Manifest, section_ids: Sequence[str], config: GenesConfig) -> list[int]:
-    """Returns the gene-table rows of an `hvg_union` panel, ascending: the rule that mclSTExp states.
+    """Returns the gene-table rows of an `hvg_union` panel, ascending: the rule in mclSTExp's paper.
 
-    Of the genes with counts in all sections, those among the `num_genes` most variable ones of any section, less those
-    with counts in fewer than `min_spots` spots (2024, https://arxiv.org/abs/2407.08216).
+    Of the genes with counts in all sections and in at least `min_spots` spots, these are among the `num_genes` most
+    variable ones of any section (2024, https://arxiv.org/abs/2407.08216).
     """
     seen = _Seen.nothing(manifest.num_genes)
     for name in section_ids:
@@ -80,13 +82,13 @@ def most_variable_of_any(root: str, manifest: Manifest, section_ids: Sequence[st
 
 
 def normalised_dispersion(counts: csr_array) -> np.ndarray:
-    """Returns how variable each gene is for its level within one section, float64 (genes,); NaN where it is constant.
+    """Returns how variable each gene is for its level within one section, float64 (genes,); NaN for a constant gene.
 
-    scanpy's `normalize_total`, `log1p` and `highly_variable_genes` with their defaults (2018,
-    https://doi.org/10.1186/s13059-017-1382-0), after Satija et al. 2015 (https://doi.org/10.1038/nbt.3192): spots are
-    brought to the median of their totals; ln(variance / mean), less the mean over the standard deviation of the genes
-    in the same of 20 bins of ln(1 + mean). The logarithm is taken back before either is computed, so it is left out. A
-    gene that is alone in its bin has 1.
+    It equals scanpy's `normalize_total`, `log1p` and `highly_variable_genes` with their defaults (2018,
+    https://doi.org/10.1186/s13059-017-1382-0), after Satija et al. 2015 (https://doi.org/10.1038/nbt.3192). Spots are
+    scaled to the median of their totals. ln(variance / mean) is standardised within 20 bins of ln(1 + mean): the bin's
+    mean is subtracted and the result divided by its standard deviation; a gene alone in its bin gets 1. scanpy undoes
+    `log1p` before it computes mean and variance, so it is left out here.
 
     Args:
         counts: raw counts, (spots, genes), of genes that have some.
@@ -97,13 +99,13 @@ def normalised_dispersion(counts: csr_array) -> np.ndarray:
     squares = np.asarray(values.multiply(values).mean(axis=0)).ravel()
     num_spots = counts.shape[0]
     variance = (squares - mean**2) * num_spots / max(1, num_spots - 1)
-    variable = variance > 1e-12 * squares  # below is rounding
+    variable = variance > 1e-12 * squares  # less is rounding
     dispersion = np.log(variance / mean, out=np.full(len(mean), np.nan), where=variable)
     return _standardised(dispersion, _bins(np.log1p(mean)))
 
 
 def _scaled(counts: csr_array, total: float) -> csr_array:
-    """Returns counts with each spot brought to the same total, float64; a spot without counts keeps none."""
+    """Returns counts scaled to the same total in each spot, float64; a spot without counts stays empty."""
     totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
     factors = np.divide(total, totals, out=np.zeros_like(totals), where=totals > 0)
     return diags_array(factors).dot(counts.astype(np.float64)).tocsr()
@@ -116,7 +118,7 @@ def _bins(values: np.ndarray) -> np.ndarray:
 
 
 def _standardised(values: np.ndarray, bins: np.ndarray) -> np.ndarray:
-    """Returns values less their bin's mean, over its standard deviation; NaN stays and counts nowhere."""
+    """Returns (value - mean of its bin) / standard deviation of its bin; NaN stays NaN and is not counted."""
     result = np.full(len(values), np.nan)
     for each in np.unique(bins):
         members = (bins == each) & ~np.isnan(values)
@@ -129,6 +131,6 @@ def _standardised(values: np.ndarray, bins: np.ndarray) -> np.ndarray:
 
 
 def _highest(values: np.ndarray, number: int) -> np.ndarray:
-    """Returns which values reach the `number`-th highest, bool; ties are all in, NaN never."""
+    """Returns which values are at least the `number`-th highest, bool; all ties are, NaN never is."""
     known = np.sort(values[~np.isnan(values)])
     return values >= known[-min(number, len(known))] if len(known) else np.zeros(len(values), bool)

@@ -2,16 +2,16 @@
 
 The rule, on colours as stored (hue in degrees, saturation as in HSV):
 
-1. At least 30 % of the image is dim (brightest channel below 80 of 255), and the median saturation of what is not
-   black (40 or more) is above 0.6: light on black, as in fluorescence. H&E that was cut out onto black keeps the pale
-   colours of transmitted light.
-2. Less than half of the tissue's pixels are coloured (saturation of 0.06 or more): greyscale. Where the mask found no
-   stain, pixels below 80 % of the background's brightness stand in for tissue, if they are 5 % of the image.
-3. Less than 70 % of the coloured tissue has a hue from blue-violet over purple to pink (225 over 360 to 5), or at
+1. At least 30 % of the image is dim (brightest channel below 80 of 255), and the median saturation of pixels that are
+   not black (40 or more) is above 0.6: light on black, as in fluorescence. H&E that was cut out onto black keeps the
+   pale colours of transmitted light.
+2. Less than half of the tissue's pixels are coloured (saturation of 0.06 or more): greyscale. If the mask found no
+   stain, pixels below 80 % of the background's brightness replace the tissue, provided they are 5 % of the image.
+3. Less than 70 % of the coloured tissue has a hue from blue-violet through purple to pink (225 through 360 to 5), or at
    least 20 % of it is brown (5 to 60): another stain, such as immunohistochemistry with DAB, or an inverted image.
 
-It is made to raise no false alarm rather than to find all: an antibody that stained little, a nuclear counterstain
-alone, and stains as pink as eosin (PAS) pass. `benchmarks/stain_rule.py` prints what it measures.
+The rule avoids false alarms at the price of misses: an antibody that stained little, a nuclear counterstain alone, and
+stains as pink as eosin (PAS) pass. `benchmarks/stain_rule.py` prints its figures.
 """
 
 from dataclasses import dataclass
@@ -28,25 +28,26 @@ _BROWN_TO, _MAX_BROWN = 60.0, 0.2
 
 @dataclass(frozen=True)
 class StainFigures:
-    """What the rule measures; shares from 0 to 1."""
+    """The figures that the rule uses; shares from 0 to 1."""
 
     dim: float
-    """Pixels of the image with little light."""
+    """Share of the image's pixels with little light."""
     glow: float
     """Median saturation of pixels that are not black."""
     coloured: float
-    """Tissue pixels with a colour; 1 where there is neither tissue nor anything dark in its place."""
+    """Share of tissue pixels with a colour; 1 if there is neither tissue nor anything dark in its place."""
     brown: float
-    """Coloured tissue pixels with the hue of DAB; 0 where none has colour."""
+    """Share of coloured tissue pixels with the hue of DAB; 0 if none has colour."""
     h_and_e: float
-    """Coloured tissue pixels with a hue of H&E; 1 where none has colour."""
+    """Share of coloured tissue pixels with a hue of H&E; 1 if none has colour."""
 
 
 def not_h_and_e(thumbnail: np.ndarray, is_tissue: np.ndarray) -> str:
-    """Returns why an RGB thumbnail, uint8 (h, w, 3), shows no H&E stain, in words with numbers; empty where it may.
+    """Returns why a thumbnail shows no H&E stain, in words with numbers; empty if it may show one.
 
     Args:
-        is_tissue: bool (h, w), of `tissue_mask`; it may be empty.
+        thumbnail: RGB, uint8 (h, w, 3).
+        is_tissue: its `tissue_mask`, bool (h, w); may be empty.
     """
     found = stain_figures(thumbnail, is_tissue)
     if found.dim >= _MAX_DIM and found.glow > _MAX_GLOW:
@@ -65,7 +66,7 @@ def not_h_and_e(thumbnail: np.ndarray, is_tissue: np.ndarray) -> str:
 
 
 def stain_figures(thumbnail: np.ndarray, is_tissue: np.ndarray) -> StainFigures:
-    """Returns what the rule measures on a thumbnail, uint8 (h, w, 3), with its tissue, bool (h, w)."""
+    """Returns the rule's figures for a thumbnail, uint8 (h, w, 3), and its tissue, bool (h, w)."""
     brightest = thumbnail.max(axis=2)
     lit = brightest >= _LIT
     saturation = (brightest - thumbnail.min(axis=2)) / np.maximum(brightest, 1)
@@ -82,7 +83,7 @@ def stain_figures(thumbnail: np.ndarray, is_tissue: np.ndarray) -> StainFigures:
 
 
 def _shown(brightest: np.ndarray, lit: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-    """Returns the pixels to judge: the tissue, or what is dark where the mask found no stain."""
+    """Returns the pixels to judge: the tissue, or dark pixels if the mask found no stain."""
     background = np.percentile(brightest[lit], 95) if lit.any() else 0.0
     absorbing = lit & (brightest < _ABSORBING * background)
     unexplained = absorbing.mean() >= _MIN_ABSORBING and tissue.mean() < _MIN_ABSORBING * absorbing.mean()

@@ -1,8 +1,8 @@
-"""Geometry of tiles and sentences: pure functions, no files.
+"""Geometry of tiles and sentences, and small pictures of slides.
 
-At native resolution a tile is the exact crop around the floor of its centre; otherwise it is resampled, around the
-same point. Sentences are cut evenly from a Hilbert curve, which keeps neighbours together without a clustering
-step; its price is that a sentence's outline is ragged where the curve folds.
+At native resolution a tile is the exact crop around the floor of its centre; otherwise it is resampled around the same
+point. Sentences are cut evenly from a Hilbert curve, which keeps neighbours together without a clustering step; in
+return, a sentence's outline is ragged where the curve folds.
 """
 
 import numpy as np
@@ -15,34 +15,44 @@ from mclstexp.slides.slide import Slide
 NATIVE_RATIO = 1.02
 """Ratio of source and target resolution up to which tiles are exact crops."""
 MAX_UPSAMPLING = 1.5
+"""Largest enlargement without `allow_upsampling`."""
+THUMBNAIL_PX, THUMBNAIL_QUALITY = 1024, 85
+"""Longer edge of a slide's small picture, and its JPEG quality."""
 _CURVE_BITS = 16
+_TILE_COLOUR, _TISSUE_COLOUR = np.array([0, 160, 90]), np.array([0, 60, 30])  # green contrasts with H&E
+_TINT = 0.3
 
 
 def tile_scale(target_mpp: float, source_mpp: float) -> float:
-    """Returns the level-0 pixels along a tile pixel: exactly 1 where the resolutions agree within `NATIVE_RATIO`."""
+    """Returns the level-0 pixels along a tile pixel: exactly 1 if the resolutions agree within `NATIVE_RATIO`."""
     ratio = target_mpp / source_mpp
     return 1.0 if 1 / NATIVE_RATIO <= ratio <= NATIVE_RATIO else ratio
 
 
+def tile_corner(centre_px: np.ndarray, size_px: int, scale: float) -> np.ndarray:
+    """Returns the left (or top) edges of tiles around centres (n,), in level-0 pixels, float64 (n,)."""
+    return np.floor(centre_px) - (size_px // 2 if scale == 1 else size_px * scale / 2)
+
+
 def inside(left: np.ndarray, top: np.ndarray, edge_px: float, width: int, height: int) -> np.ndarray:
-    """Returns which square tiles lie wholly on a slide of width x height pixels, bool (n,)."""
+    """Returns which square tiles are entirely on a slide of width x height pixels, bool (n,)."""
     return (left >= 0) & (top >= 0) & (left + edge_px <= width) & (top + edge_px <= height)
 
 
 def grid(
     width: int, height: int, size_px: int, scale: float, overlap: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all whole tiles of a slide: column, row (int32) and centre x, y in level-0 pixels (n,).
+    """Returns all whole tiles of a slide: column, row (int32) and centre x, y in level-0 pixels, (n,) each.
 
-    Neighbours share `overlap` of their edge, 0 <= overlap < 1; 0 sets them edge to edge. They lie at least one pixel
+    Neighbours share `overlap` of their edge, 0 <= overlap < 1; with 0 they adjoin. Their centres are at least one pixel
     apart.
     """
     edge = size_px * scale
     step = edge if overlap == 0 else max(1.0, edge * (1 - overlap))
-    places = [np.arange(max(0, int((length - edge) // step) + 1), dtype=np.int32) for length in (width, height)]
-    column, row = (axis.ravel() for axis in np.meshgrid(*places))
+    indices = [np.arange(max(0, int((length - edge) // step) + 1), dtype=np.int32) for length in (width, height)]
+    column, row = (axis.ravel() for axis in np.meshgrid(*indices))
     half = size_px // 2 if scale == 1 else edge / 2
-    x, y = (np.ceil(place * step + half) for place in (column, row))
+    x, y = (np.ceil(index * step + half) for index in (column, row))
     whole = inside(tile_corner(x, size_px, scale), tile_corner(y, size_px, scale), edge, width, height)
     return column[whole], row[whole], x[whole], y[whole]
 
@@ -79,15 +89,9 @@ def hilbert_distance(x: np.ndarray, y: np.ndarray, bits: int = _CURVE_BITS) -> n
 
 
 def cut_evenly(order: np.ndarray, max_length: int) -> list[np.ndarray]:
-    """Returns `order` in the fewest runs of at most `max_length`, whose lengths differ by one at most."""
+    """Returns `order` in the fewest runs of at most `max_length`; run lengths differ by at most one."""
     num_runs = -(-len(order) // max_length)
     return np.array_split(order, num_runs) if num_runs else []
-
-
-THUMBNAIL_PX, THUMBNAIL_QUALITY = 1024, 85
-"""Longer edge of a slide's small picture, and its JPEG quality."""
-_TILES, _TISSUE = np.array([0, 160, 90]), np.array([0, 60, 30])  # green stands out from H&E
-_TINT = 0.3
 
 
 def small_picture(slide: Slide) -> tuple[np.ndarray, float]:
@@ -111,8 +115,11 @@ def preview(
     """Returns a small picture, uint8 (h, w, 3), with the tissue outlined and the tiles' area tinted.
 
     Args:
+        picture: the small picture.
+        scale: level-0 pixels along one of its pixels.
         is_tissue: the slide's tissue mask, bool of any resolution.
-        left, top: (n,) corners of the tiles in level-0 pixels; each covers `edge_px` along an edge.
+        left, top: (n,) corners of the tiles in level-0 pixels.
+        edge_px: edge of a tile in level-0 pixels.
     """
     size = picture.shape[1], picture.shape[0]
     area = Image.new("1", size)
@@ -120,11 +127,6 @@ def preview(
     for x, y in zip((left / scale).tolist(), (top / scale).tolist(), strict=True):
         draw.rectangle((x, y, x + edge_px / scale, y + edge_px / scale), fill=1)
     tissue = np.asarray(Image.fromarray(is_tissue).resize(size, Image.Resampling.NEAREST))
-    drawn = np.where(np.asarray(area)[..., None], (1 - _TINT) * picture + _TINT * _TILES, picture)
+    drawn = np.where(np.asarray(area)[..., None], (1 - _TINT) * picture + _TINT * _TILE_COLOUR, picture)
     outline = tissue & ~ndimage.binary_erosion(tissue, iterations=2)
-    return np.where(outline[..., None], _TISSUE, drawn).round().astype(np.uint8)
-
-
-def tile_corner(centre_px: np.ndarray, size_px: int, scale: float) -> np.ndarray:
-    """Returns the left (or top) edges of tiles around centres (n,), both in level-0 pixels, float64 (n,)."""
-    return np.floor(centre_px) - (size_px // 2 if scale == 1 else size_px * scale / 2)
+    return np.where(outline[..., None], _TISSUE_COLOUR, drawn).round().astype(np.uint8)

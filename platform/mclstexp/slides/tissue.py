@@ -1,9 +1,9 @@
 """Where the tissue is: a mask on a thumbnail, and each tile's share of it.
 
-Haematoxylin and eosin both absorb green more than either red or blue, so the difference of optical densities
-singles out stained tissue; grey shadows, pen in black and cut-out borders stay out. The threshold is Otsu's (1979,
-https://doi.org/10.1109/TSMC.1979.4310076), held within bounds so that an empty slide stays empty and a full one
-full. Pale adipose tissue counts where stained strands surround it; coloured pen is not told from tissue.
+Haematoxylin and eosin both absorb green more than red or blue, so the difference of optical densities marks stained
+tissue and excludes grey shadows, black pen and cut-out borders. The threshold is Otsu's (1979,
+https://doi.org/10.1109/TSMC.1979.4310076) within bounds, so that an empty slide stays empty and a full one full. Pale
+adipose tissue counts if stained strands surround it. The limit: coloured pen looks like tissue.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ PIXEL_UM = 8.0
 """Edge of a mask pixel in micrometres (larger on slides beyond `_MAX_MASK_PX`, never finer than the slide)."""
 _MAX_MASK_PX = 4096
 _SMOOTHING_UM = 10.0
-_CLOSING_UM = 80.0  # about an adipocyte: strands closer than twice this hold tissue between them
+_CLOSING_UM = 80.0  # about an adipocyte: between strands closer than twice this there is tissue
 _MIN_HOLE_UM2 = 500.0**2
 _MIN_OBJECT_UM2 = 100.0**2
 _THRESHOLD_BOUNDS = (0.02, 0.05)  # optical density
-_GREY_SPREAD = 6  # largest difference of channels where only compression made it
-_BLACK = 40  # brightest channel of what is no light at all: borders, cut-outs
+_GREY_SPREAD = 6  # largest difference of channels that compression alone causes
+_BLACK = 40  # brightest channel of pixels without light: borders, cut-outs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def find_tissue(slide: Slide, mpp: float) -> TissueMask:
 
 
 def find_tissue_on_thumbnail(slide: Slide, mpp: float) -> tuple[TissueMask, np.ndarray]:
-    """Returns what `find_tissue` does, and the thumbnail that it was found on, uint8 (h, w, 3).
+    """Returns the tissue mask as `find_tissue` does, and the thumbnail that it was found on, uint8 (h, w, 3).
 
     Raises:
         SourceError: the slide is damaged, or greyscale.
@@ -80,7 +80,7 @@ def tissue_mask(thumbnail: np.ndarray, pixel_um: float) -> np.ndarray:
 
 
 def _require_colour(thumbnail: np.ndarray) -> None:
-    """Refuses greyscale that is stored as colour, as some viewers do; an empty slide in pure white is none."""
+    """Refuses greyscale stored as colour, as some viewers do; a pure white, empty slide is not greyscale."""
     brightest = thumbnail.max(axis=2)
     if (brightest - thumbnail.min(axis=2)).max() <= _GREY_SPREAD < np.ptp(brightest):
         raise SourceError(
@@ -116,7 +116,7 @@ def _closed(mask: np.ndarray, radius: float) -> np.ndarray:
     if not mask.any():
         return mask
     margin = int(radius) + 2
-    padded = np.pad(mask, margin)  # so that closing does not stop short at the border
+    padded = np.pad(mask, margin)  # so that closing works at the border too
     grown = ndimage.distance_transform_edt(~padded) <= radius
     return (ndimage.distance_transform_edt(grown) > radius)[margin:-margin, margin:-margin] | mask
 
