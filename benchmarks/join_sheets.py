@@ -1,4 +1,4 @@
-"""Prints one sample sheet with the sections of several, paths made absolute: `join_sheets.py A.csv B.csv > ALL.csv`."""
+"""Prints one sample sheet with the sections of several and absolute paths: `join_sheets.py A.csv B.csv > ALL.csv`."""
 
 import csv
 import sys

@@ -1,8 +1,8 @@
-"""What the H&E rule measures on every image below a folder, and which it would flag.
+"""Prints the figures of the H&E rule for every image in a folder, and which images it would flag.
 
     python benchmarks/stain_rule.py ../shared/data --mpp 0.7
 
-On H&E images each line that ends in a reason is a false alarm. Images that say no resolution are taken at `--mpp`,
+For H&E images each line that ends with a reason is a false alarm. Images without a resolution are read at `--mpp`,
 which only sets how fine the tissue mask is.
 """
 
@@ -23,7 +23,7 @@ from mclstexp.slides.tissue import find_tissue_on_thumbnail  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--mpp", type=float, default=0.5, help="um per pixel of images that do not say it")
+    parser.add_argument("--mpp", type=float, default=0.5, help="um per pixel of images that do not state it")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower()[1:] in EXTENSIONS)
     reasons = [measure(path, arguments.mpp) for path in paths]

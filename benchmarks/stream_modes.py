@@ -1,9 +1,9 @@
-"""Two ways to feed training ranks, side by side on two node processes: one split stream, or a stream a rank.
+"""Two ways to feed training ranks, side by side on two node processes: one split stream, or one stream per rank.
 
     python benchmarks/stream_modes.py --sentences 5000 --ranks 4
 
-Prints for each mode the first batch of each epoch, sentences/s, peak object store, and what the other ranks saw
-when one was killed. The result and the choice are in docs/decisions.md.
+Prints for each mode the time to the first batch of each epoch, sentences/s, peak object store, and how many of the
+other ranks finish when one is killed. The result and the choice are in docs/decisions.md.
 """
 
 import argparse
@@ -36,15 +36,15 @@ SPOTS, SIZE, GENES, EPOCHS, STEP = 16, 64, 200, 3, 4
 def load(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Reads and decodes one sentence (a row group), as the training stream does."""
     tiles: list[bytes] = []
-    if rows["group"][0] >= 0:  # else the filler of a last step
+    if rows["group"][0] >= 0:  # not the filler of a last step
         tiles = pq.ParquetFile(str(rows["section_id"][0])).read_row_group(int(rows["group"][0]))["image"].to_pylist()
     images = np.array([decode_tile(tile) for tile in tiles], np.uint8).reshape(-1, SIZE, SIZE, 3)
-    spots = {"image": images, "expression": np.zeros((len(images), GENES), np.float32)}
-    return spots.pad(spots, SPOTS) | {"sentence_id": rows["sentence_id"]}
+    sentence = {"image": images, "expression": np.zeros((len(images), GENES), np.float32)}
+    return spots.pad(sentence, SPOTS) | {"sentence_id": rows["sentence_id"]}
 
 
 def write_tables(folder: str, num_sentences: int, num_files: int = 10) -> list[stream.Sentence]:
-    """Writes Parquet files with one row group a sentence of noise tiles and returns their index."""
+    """Writes Parquet files of noise tiles with one row group per sentence and returns their index."""
     rng, index = np.random.default_rng(0), []
     tile = encode_tile(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8), "jpeg", 85)
     table = pa.table({"image": pa.array([tile] * SPOTS, pa.binary())})
@@ -68,7 +68,7 @@ class Rank:
     def own(
         self, index: list[stream.Sentence], rank: int, world_size: int, share: stream.StreamShare
     ) -> dict[str, object]:
-        """Drains a dataset of its own over its slice of the index."""
+        """Drains its own dataset over its slice of the index."""
 
         def batches(epoch: int) -> Iterator[spots.Batch]:
             order = stream.epoch_order(index, 0, epoch)
@@ -116,7 +116,7 @@ def start(mode: str, index: list[stream.Sentence], num_ranks: int) -> tuple[list
 
 
 def measure(mode: str, index: list[stream.Sentence], num_ranks: int) -> str:
-    """Runs one mode to its end and describes it in a line."""
+    """Runs one mode to its end and describes it in one line."""
     stop, peak = threading.Event(), [0.0]
     sampler = threading.Thread(target=peak_store_mb, args=(stop, peak), daemon=True)
     sampler.start()
@@ -134,7 +134,7 @@ def measure(mode: str, index: list[stream.Sentence], num_ranks: int) -> str:
 
 
 def measure_death(mode: str, index: list[stream.Sentence], num_ranks: int, after_s: float, wait_s: float) -> str:
-    """Kills one rank in mid-epoch and tells how many of the others still finish."""
+    """Kills one rank in mid-epoch and returns how many of the others still finish."""
     ranks, references = start(mode, index, num_ranks)
     time.sleep(after_s)
     ray.kill(ranks[-1])

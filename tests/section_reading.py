@@ -1,4 +1,4 @@
-"""Reading of one section, and the counts and places that hand-written files of sections hold."""
+"""Reads one section; the counts and positions in hand-written files of sections."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from ingest.readers.files import read_expression
 from mclstexp.errors import SourceError
 
 COUNTS = {"10x20": [1, 0, 3], "11x20": [0, 2, 0], "10x21": [5, 6, 7], "12x20": [4, 4, 4]}
-PLACES = {(10, 20): (100.5, 200.25), (11, 20): (110, 200), (10, 21): (100, 210), (12, 20): (120, 200)}
+POSITIONS = {(10, 20): (100.5, 200.25), (11, 20): (110, 200), (10, 21): (100, 210), (12, 20): (120, 200)}
 
 
 def read(row, tmp_path):

@@ -1,4 +1,4 @@
-"""A real tile table of a few spots, written without slides or Ray; its tiles are no images."""
+"""A real tile table of a few spots, written without slides or Ray; its tiles are not images."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -9,7 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mclstexp import storage
-from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, TILE_SCHEMA, Manifest, SectionEntry, gene_names, load_manifest
+from mclstexp.data.schema import (
+    GENE_SCHEMA,
+    MANIFEST,
+    TILE_SCHEMA,
+    Manifest,
+    RowGroup,
+    SectionEntry,
+    gene_names,
+    load_manifest,
+)
 from mclstexp.data.table import tile_crc, write_section
 
 NAMES = ("TP53", "ENSG00000141510", "ACTB", "CD74", "GNAS", "FASN", "VIM", "MUC1")
@@ -21,9 +30,9 @@ def random_counts(num_spots: int, seed: int, num_genes: int = len(NAMES)) -> np.
     return rng.poisson(rng.gamma(1.0, 2.0, (num_spots, num_genes))).astype(np.int32)
 
 
-def make_sentence(section_id: str, counts: np.ndarray, places: np.ndarray | None = None) -> pa.Table:
-    """Returns one sentence (TILE_SCHEMA) of spots at `places`, (n, 2) pixels; array and micrometres are all 0."""
-    x_px, y_px = np.zeros((2, len(counts))) if places is None else places.T
+def make_sentence(section_id: str, counts: np.ndarray, xy_px: np.ndarray | None = None) -> pa.Table:
+    """Returns one sentence (TILE_SCHEMA) of spots at `xy_px`, (n, 2); array positions and micrometres are all 0."""
+    x_px, y_px = np.zeros((2, len(counts))) if xy_px is None else xy_px.T
     rows = range(len(counts))
     columns = {
         "section_id": [section_id] * len(counts),
@@ -43,7 +52,7 @@ def make_sentence(section_id: str, counts: np.ndarray, places: np.ndarray | None
 
 
 def section_entry(section_id: str, patient_id: str, **known: object) -> SectionEntry:
-    """Returns a manifest entry in which all that is not given is empty."""
+    """Returns a manifest entry whose other fields are empty."""
     empty = {
         "site": "",
         "file": "",
@@ -71,17 +80,17 @@ def make_table(
     root: Path,
     sections: dict[str, np.ndarray],
     names: Sequence[str] = NAMES,
-    places: Mapping[str, np.ndarray] | None = None,
+    xy_px: Mapping[str, np.ndarray] | None = None,
 ) -> Manifest:
-    """Writes a tile table of two sentences a section, from each section's counts (n, G), and returns its manifest."""
+    """Writes a tile table with two sentences per section from each section's counts (n, G); returns its manifest."""
     entries = []
     for section_id, counts in sections.items():
-        place = np.zeros((len(counts), 2)) if places is None else places[section_id]
-        halves = zip(np.array_split(counts, 2), np.array_split(place, 2), strict=True)
+        xy = np.zeros((len(counts), 2)) if xy_px is None else xy_px[section_id]
+        halves = zip(np.array_split(counts, 2), np.array_split(xy, 2), strict=True)
         sentences = [make_sentence(section_id, *half) for half in halves]
         written = write_section(root / f"{section_id}.parquet", sentences)
-        place_of = {"file": f"{section_id}.parquet", "num_spots": len(counts)} | written.__dict__
-        entries.append(section_entry(section_id, section_id[0], **place_of))
+        known = {"file": f"{section_id}.parquet", "num_spots": len(counts)} | written.__dict__
+        entries.append(section_entry(section_id, section_id[0], **known))
     columns = list(zip(*(gene_names(name) for name in names), strict=True))
     pq.write_table(pa.table([list(column) for column in columns], schema=GENE_SCHEMA), root / "genes.parquet")
     manifest = Manifest(
@@ -97,3 +106,22 @@ def make_table(
     )
     storage.publish(str(root / MANIFEST), manifest.encode(), None)
     return load_manifest(str(root))
+
+
+def manifest_of(groups: dict[str, int], spots: int = 10) -> Manifest:
+    """Returns a manifest of sections with so many sentences of `spots` spots and 100 bytes each; there are no files."""
+    entries = [
+        section_entry(
+            name,
+            name[0],
+            file=f"{name}.parquet",
+            row_groups=tuple(RowGroup(offset=0, length=100, num_rows=spots) for _ in range(count)),
+            num_spots=spots * count,
+            max_array=3,
+        )
+        for name, count in groups.items()
+    ]
+    genes = {"genes_file": "g", "genes_sha256": "", "num_genes": 3}
+    return Manifest(
+        tile_size_px=32, mpp=1.0, encoding="jpeg", jpeg_quality=90, sentence_length=16, sections=tuple(entries), **genes
+    )

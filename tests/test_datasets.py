@@ -29,11 +29,11 @@ def touch(path):
     path.touch()
 
 
-def write_selection(path, px_per_place, chequered=False):
+def write_selection(path, px_per_step, chequered=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected"]
     for x, y in ((x, y) for x in range(2, 10) for y in range(2, 8) if not chequered or (x + y) % 2 == 0):
-        lines.append(f"{x}\t{y}\t{x}\t{y}\t{x * px_per_place:.2f}\t{y * px_per_place:.2f}\t1")
+        lines.append(f"{x}\t{y}\t{x}\t{y}\t{x * px_per_step:.2f}\t{y * px_per_step:.2f}\t1")
     text = ("\n".join(lines) + "\n").encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 

@@ -26,7 +26,7 @@ def _split(**settings: object) -> Split:
     return make_split(MANIFEST, SplitConfig.model_validate(settings))
 
 
-def test_a_patient_is_held_out_whole() -> None:
+def test_all_sections_of_a_patient_are_held_out() -> None:
     split = _split(test_patients=("BELA",), validation_patients=("CARL",))
     assert split == Split(train=("ANNA1", "ANNA2"), validation=("CARL1", "CARL2"), test=("BELA1", "BELA2"))
 
@@ -37,7 +37,7 @@ def test_nothing_held_out_trains_on_all_measured_sections() -> None:
     assert split.validation == split.test == ()
 
 
-def test_all_sections_of_a_patient_by_name_are_no_leak() -> None:
+def test_naming_all_sections_of_a_patient_is_not_a_leak() -> None:
     assert _split(test_sections=("BELA2", "BELA1")) == _split(test_patients=("BELA",))
 
 
@@ -68,7 +68,7 @@ def test_a_validation_patient_is_never_tested(protocol: str, test: dict[str, obj
         ("test_patients", "DORA", "has no measured DORA; known: ANNA, BELA, CARL"),
     ],
 )
-def test_unknown_names_are_answered_with_the_nearest(setting: str, name: str, near: str) -> None:
+def test_unknown_names_get_the_nearest(setting: str, name: str, near: str) -> None:
     with pytest.raises(SplitError, match=near) as error:
         _split(**{setting: (name,)})
     assert str(error.value).startswith(f"split.{setting}: ")
@@ -94,7 +94,7 @@ def test_siblings_of_a_tested_section_train_but_do_not_validate() -> None:
     assert {name[:4] for name in split.validation} <= {"ANNA", "CARL"}
 
 
-def test_drawing_leaves_someone_to_train_on() -> None:
+def test_drawing_leaves_a_patient_to_train_on() -> None:
     with pytest.raises(
         SplitError, match=r"num_validation_patients=2 leaves no patient.* 2 are not held out \(ANNA, CARL\)"
     ):

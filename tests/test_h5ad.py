@@ -1,4 +1,4 @@
-"""Sections in AnnData files: where counts, genes and places are found, what is refused."""
+"""Sections in AnnData files: where counts, genes and positions come from, and what is refused."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from section_reading import COUNTS, PLACES, read, refused
+from section_reading import COUNTS, POSITIONS, read, refused
 
 from ingest.readers.files import read_preview
 from mclstexp.data.sheet import SectionRow
@@ -30,7 +30,7 @@ def make_anndata(values=None, **parts):
     values = np.array(list(COUNTS.values()), np.float32) if values is None else values
     obs = pd.DataFrame(index=[f"AAC{i}-1" for i in range(4)])
     data = anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=["GNAS", "FASN", "ERBB2"]), **parts)
-    data.obsm["spatial"] = np.array(list(PLACES.values()), float)
+    data.obsm["spatial"] = np.array(list(POSITIONS.values()), float)
     return data
 
 
@@ -82,7 +82,7 @@ def test_genes_without_a_symbol_get_none(h5ad, tmp_path):
     assert [gene.symbol for gene in read_preview(h5ad, str(tmp_path)).genes] == ["GNAS", "", "ERBB2"]
 
 
-def test_raw_counts_are_taken_from_where_they_are(h5ad, tmp_path):
+def test_raw_counts_are_found_in_layers_raw_or_x(h5ad, tmp_path):
     counts = np.array(list(COUNTS.values()), np.float32)
     data = make_anndata(np.log1p(counts))
     data.layers["counts"] = counts
@@ -100,7 +100,7 @@ def test_raw_counts_are_taken_from_where_they_are(h5ad, tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1, 1.5])
 @pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix])
-def test_h5ad_value_that_is_no_count_is_named(h5ad, tmp_path, value, kind):
+def test_h5ad_value_that_is_not_a_count_is_named(h5ad, tmp_path, value, kind):
     counts = np.array(list(COUNTS.values()), np.float32)
     counts[2, 1] = value
     make_anndata(kind(counts)).write_h5ad(h5ad.expression)

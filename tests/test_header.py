@@ -122,7 +122,7 @@ def test_a_symbol_alone_is_the_one_ensembl_gene_of_that_symbol(present: str) -> 
     ],
     ids=["two sources", "one source", "one names both", "the table holds both"],
 )
-def test_where_it_is_not_clear_genes_stay_apart(present: tuple[Gene, ...], sources: list[list[Gene]]) -> None:
+def test_ambiguous_symbols_stay_separate(present: tuple[Gene, ...], sources: list[list[Gene]]) -> None:
     table = merged_genes(present, sources)
     assert table[: len(present)] == present
     assert {named_gene("GNAS"), GNAS} <= set(table)
@@ -143,12 +143,12 @@ def _mixed(folder: Path, cohort: str) -> tuple[str, pd.DataFrame]:
     source = Path(cohort).parent
     legacy = 1 + pd.read_csv(source / row["expression"], sep="\t", index_col=0).iloc[:, :2]
     legacy.columns = ["FASN", "GNAS"]
-    places = pd.read_csv(source / row["positions"], sep="\t").set_index(["x", "y"])
-    place = [tuple(round(float(part)) for part in spot.split("x")) for spot in legacy.index]
+    selection = pd.read_csv(source / row["positions"], sep="\t").set_index(["x", "y"])
+    grid_xy = [tuple(round(float(part)) for part in spot.split("x")) for spot in legacy.index]
     (folder / "symbols.tsv.gz").write_bytes(gzip.compress(legacy.to_csv(sep="\t").encode()))
     var = pd.DataFrame({"gene_ids": [GNAS.ensembl_id, FASN.ensembl_id]}, index=["GNAS", "FASN"])
     data = anndata.AnnData(legacy[["GNAS", "FASN"]].to_numpy(np.float32), pd.DataFrame(index=legacy.index), var)
-    data.obsm["spatial"] = places.loc[place, ["pixel_x", "pixel_y"]].to_numpy()
+    data.obsm["spatial"] = selection.loc[grid_xy, ["pixel_x", "pixel_y"]].to_numpy()
     data.write_h5ad(folder / "both.h5ad")
     common = {"image": str(source / row["image"]), "mpp": row["mpp"]}
     rows = [

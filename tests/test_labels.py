@@ -1,4 +1,4 @@
-"""A pathologist's labels, joined by name or by place in the array."""
+"""A pathologist's labels, joined by name or by array position."""
 
 import gzip
 from pathlib import Path
@@ -29,7 +29,7 @@ SPOTS = Spots(
         "spot_id\tlabel\n9x14\tfat\n9x21\tcancer\n10x3\tnan\n",
     ],
 )
-def test_labels_are_joined_by_id_or_rounded_place(tmp_path: Path, text: str) -> None:
+def test_labels_are_joined_by_id_or_rounded_array_position(tmp_path: Path, text: str) -> None:
     path = tmp_path / "labels.tsv"
     path.write_text(text)
     assert read_labels(str(path), SPOTS).tolist() == ["cancer", "fat", None]

@@ -1,4 +1,4 @@
-"""Sections of legacy ST: what is joined, what is left out and named, what is refused."""
+"""Sections of legacy ST: what is joined, what is rejected with its reason, and what is refused."""
 
 import gzip
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from section_reading import COUNTS, PLACES, read, refused
+from section_reading import COUNTS, POSITIONS, read, refused
 
 from ingest.readers import READERS, legacy_st
 from ingest.readers.files import read_preview
@@ -26,9 +26,9 @@ def write_counts(path, counts=COUNTS, genes=GENES, corner=""):
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
 
-def write_positions(path, places=PLACES, selected=None):
+def write_positions(path, positions=POSITIONS, selected=None):
     rows = []
-    for (x, y), (pixel_x, pixel_y) in places.items():
+    for (x, y), (pixel_x, pixel_y) in positions.items():
         rows.append([x, y, x + 0.01, y - 0.02, pixel_x, pixel_y, (selected or {}).get((x, y), 1)])
     columns = ["x", "y", "new_x", "new_y", "pixel_x", "pixel_y", "selected"]
     pd.DataFrame(rows, columns=columns).to_csv(path, sep="\t", index=False)
@@ -75,7 +75,7 @@ def test_counts_files_of_all_kinds(st, tmp_path, name, corner):
     assert found.spots.counts.toarray().tolist() == list(COUNTS.values())
 
 
-def test_places_are_joined_after_rounding(st, tmp_path):
+def test_positions_are_joined_after_rounding(st, tmp_path):
     write_counts(tmp_path / "a.tsv.gz", {"10.02x19.98": [1, 0, 3], "11.4x20.4": [0, 2, 0]})
     write_positions(tmp_path / "a_sel.tsv", {(9.98, 20.3): (1, 2), (11, 20): (3, 4)})
     found = read(st, tmp_path)
@@ -83,11 +83,11 @@ def test_places_are_joined_after_rounding(st, tmp_path):
     assert found.spots.x_px.tolist() == [1, 3]
 
 
-def test_everyone_left_out_is_named_with_the_reason(st, tmp_path):
+def test_every_rejected_spot_is_listed_with_the_reason(st, tmp_path):
     counts = COUNTS | {"1x1": [1, 1, 1], "13x20": [0, 0, 0], "14x20": [1, 1, 1]}
-    places = PLACES | {(13, 20): (130, 200), (14, 20): (140, 200), (15, 20): (150, 200), (16, 20): (160, 200)}
+    positions = POSITIONS | {(13, 20): (130, 200), (14, 20): (140, 200), (15, 20): (150, 200), (16, 20): (160, 200)}
     write_counts(tmp_path / "a.tsv.gz", counts)
-    write_positions(tmp_path / "a_sel.tsv", places, {(14, 20): 0, (16, 20): 0})
+    write_positions(tmp_path / "a_sel.tsv", positions, {(14, 20): 0, (16, 20): 0})
     found = read(st, tmp_path)
     assert found.spots.spot_id.tolist() == list(COUNTS)
     reasons = {reject.spot_id: (reject.reason, reject.x_px) for reject in found.rejected}
@@ -116,7 +116,7 @@ def test_positions_without_selected_column_are_all_used(st, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1.5", "NA", "", "2147483648", "one"])
-def test_a_value_that_is_no_count_is_named(st, tmp_path, value):
+def test_a_value_that_is_not_a_count_is_named(st, tmp_path, value):
     write_counts(tmp_path / "a.tsv.gz", COUNTS | {"10x21": [5, value, 7]})
     text = refused(st, tmp_path)
     assert "gene FASN of spot 10x21" in text
@@ -144,15 +144,15 @@ def test_repeated_spots_are_named(st, tmp_path):
     write_counts(tmp_path / "a.tsv.gz", COUNTS | {"10.3x20": [1, 1, 1]})
     assert "spot appears more than once: 10x20" in refused(st, tmp_path)
     write_counts(tmp_path / "a.tsv.gz")
-    write_positions(tmp_path / "a_sel.tsv", PLACES | {(10.3, 20): (1, 1)})
+    write_positions(tmp_path / "a_sel.tsv", POSITIONS | {(10.3, 20): (1, 1)})
     assert "a_sel.tsv: spot appears more than once: 10x20" in refused(st, tmp_path)
 
 
-@pytest.mark.parametrize("place", [(-1, 20), (70_000, 20)])
-def test_array_places_out_of_range_are_named(st, tmp_path, place):
-    write_counts(tmp_path / "a.tsv.gz", COUNTS | {f"{place[0]}x{place[1]}": [1, 1, 1]})
-    write_positions(tmp_path / "a_sel.tsv", PLACES | {place: (1, 1)})
-    assert f"spot {place[0]}x{place[1]} has the array position" in refused(st, tmp_path)
+@pytest.mark.parametrize("xy", [(-1, 20), (70_000, 20)])
+def test_array_positions_out_of_range_are_named(st, tmp_path, xy):
+    write_counts(tmp_path / "a.tsv.gz", COUNTS | {f"{xy[0]}x{xy[1]}": [1, 1, 1]})
+    write_positions(tmp_path / "a_sel.tsv", POSITIONS | {xy: (1, 1)})
+    assert f"spot {xy[0]}x{xy[1]} has the array position" in refused(st, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +237,9 @@ LINES = "\tGNAS\tFASN\n10x20\t1\t2\n\n11x20\t3\t4\n"
 POSITION_LINES = "x\ty\tpixel_x\tpixel_y\n10\t20\t1\t2\n\n  \n11\t20\t3\t4\n"
 
 
-def _refused_lines(folder: Path, counts: str = LINES, places: str = POSITION_LINES) -> str:
+def _refused_lines(folder: Path, counts: str = LINES, positions: str = POSITION_LINES) -> str:
     (folder / "a.tsv").write_bytes(counts.encode())
-    (folder / "a_sel.tsv").write_bytes(places.encode())
+    (folder / "a_sel.tsv").write_bytes(positions.encode())
     with pytest.raises(SourceError) as caught:
         legacy_st.read({"expression": str(folder / "a.tsv"), "positions": str(folder / "a_sel.tsv")})
     return str(caught.value)
@@ -263,7 +263,7 @@ def test_faults_in_counts_name_the_line(tmp_path: Path, line: str, message: str,
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("row", ["12\t20\t5\t", "12\t20\t5\tinf", "\t\t\t"])
 def test_faults_in_positions_name_the_line(tmp_path: Path, row: str, end: str) -> None:
-    text = _refused_lines(tmp_path, places=(POSITION_LINES + row + "\n13\t20\t1\t1\n").replace("\n", end))
+    text = _refused_lines(tmp_path, positions=(POSITION_LINES + row + "\n13\t20\t1\t1\n").replace("\n", end))
     assert text.startswith("a_sel.tsv: line 6 has no position: ")
 
 

@@ -29,7 +29,7 @@ OF_V = OF_A[:, [2, 3, 0, 1]]
 
 def test_the_panel_is_the_most_variable_genes_of_the_training_sections(tmp_path: Path) -> None:
     sections = {"A1": random_counts(20, 0), "A2": random_counts(15, 1), "B1": random_counts(10, 2) * 50}
-    sections["A2"][:, 3] = 0  # a gene that one training section lacks
+    sections["A2"][:, 3] = 0  # a gene without counts in one training section
     sections["A1"][4] = 0  # a spot without counts
     manifest = make_table(tmp_path, sections)
     panel = fit_panel(str(tmp_path), manifest, ["A1", "A2"], GenesConfig(num_genes=5))
@@ -104,7 +104,7 @@ def test_unknown_genes_of_a_panel_file_are_named_or_dropped(tmp_path: Path) -> N
         fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=str(file)))
 
 
-def test_a_panel_file_may_lie_in_object_storage(tmp_path: Path, s3: str) -> None:
+def test_a_panel_file_may_be_in_object_storage(tmp_path: Path, s3: str) -> None:
     manifest = make_table(tmp_path, {"A1": random_counts(9, 0)})
     storage.write(f"{s3}/panel.txt", b"MUC1\r\nTP53\r\n")
     panel = fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/panel.txt"))
@@ -113,7 +113,7 @@ def test_a_panel_file_may_lie_in_object_storage(tmp_path: Path, s3: str) -> None
         fit_panel(str(tmp_path), manifest, ["A1"], GenesConfig(panel=f"{s3}/none.txt"))
 
 
-def test_a_panel_that_is_no_text_file_is_refused(tmp_path: Path) -> None:
+def test_a_panel_that_is_not_a_text_file_is_refused(tmp_path: Path) -> None:
     manifest = make_table(tmp_path, {"A1": random_counts(9, 0)})
     (tmp_path / "panel.xlsx").write_bytes(b"PK\xff\xfe")
     for path in (tmp_path, tmp_path / "panel.xlsx"):
@@ -167,7 +167,7 @@ def test_a_section_without_any_panel_gene_is_refused(tmp_path: Path) -> None:
     assert "(GNAS, FASN); the section names its genes ENSG00000087460, ENSG00000169710." in str(caught.value)
 
 
-def test_single_genes_without_counts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_single_genes_without_counts_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     silent = OF_A * [1, 0, 1, 1]
     manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "A2": silent.astype(np.int32)})
     with caplog.at_level(logging.WARNING):

@@ -44,12 +44,12 @@ def test_rows_are_the_selected_spots_with_their_counts(cohort, two, tmp_path):
     entry = manifest.section("P1S1")
     folder = Path(cohort).parent
     counts = pd.read_csv(folder / "P1S1.tsv.gz", sep="\t", index_col=0)
-    places = pd.read_csv(folder / "P1S1_selection.tsv", sep="\t").query("selected == 1")
-    places.index = places.x.astype(str) + "x" + places.y.astype(str)
+    selection = pd.read_csv(folder / "P1S1_selection.tsv", sep="\t").query("selected == 1")
+    selection.index = selection.x.astype(str) + "x" + selection.y.astype(str)
     table = read_columns(root, entry, ["spot_id", "patient_id", "array_row", "array_col", "x_px", "x_um"]).to_pandas()
-    assert sorted(table.spot_id) == sorted(places.index)
+    assert sorted(table.spot_id) == sorted(selection.index)
     assert set(table.patient_id) == {"P1"}
-    expected = places.loc[table.spot_id]
+    expected = selection.loc[table.spot_id]
     assert table.array_col.tolist() == expected.x.tolist()
     assert table.array_row.tolist() == expected.y.tolist()
     assert table.x_px.tolist() == expected.pixel_x.tolist()
@@ -104,8 +104,8 @@ def test_manifest_describes_the_table(tiles, cohort):
 
 
 def _blank_around(pixels, column, row):
-    """Tells whether a tile and half a tile around it show no stain: a mask is smooth over some micrometres."""
-    top, left = (max(0, 32 * place - 16) for place in (row, column))
+    """Returns whether a tile and half a tile around it show no stain: a mask is smooth over some micrometres."""
+    top, left = (max(0, 32 * index - 16) for index in (row, column))
     around = pixels[top : 32 * row + 48, left : 32 * column + 48].astype(int)
     return (around.max(axis=2) - around.min(axis=2)).max() <= 40
 
@@ -135,12 +135,12 @@ def test_slides_are_cut_into_a_grid_over_their_tissue(tiles, cohort):
 def test_rejects_are_listed_with_the_reason(cohort, tmp_path):
     sheet = copy_of(cohort, tmp_path / "cohort", ["P1S1"])
     path = tmp_path / "cohort" / "P1S1_selection.tsv"
-    places = pd.read_csv(path, sep="\t")
-    places.loc[0, ["pixel_x", "selected"]] = [-5, 1]
-    places.loc[1, ["pixel_x", "pixel_y", "selected"]] = [150, 3, 1]
-    places.loc[2, ["pixel_x", "pixel_y", "selected"]] = [17, 17, 1]
-    places.loc[3, "selected"] = 0
-    places.drop(index=4).to_csv(path, sep="\t", index=False)
+    selection = pd.read_csv(path, sep="\t")
+    selection.loc[0, ["pixel_x", "selected"]] = [-5, 1]
+    selection.loc[1, ["pixel_x", "pixel_y", "selected"]] = [150, 3, 1]
+    selection.loc[2, ["pixel_x", "pixel_y", "selected"]] = [17, 17, 1]
+    selection.loc[3, "selected"] = 0
+    selection.drop(index=4).to_csv(path, sep="\t", index=False)
     edit_counts(sheet, "P1S1", lambda table: table.drop(index="5x0"))
     root = str(tmp_path / "out")
     entry = run(sheet, root).manifest.sections[0]
@@ -172,7 +172,7 @@ def test_other_resolutions_come_from_the_level_that_has_them(cohort, two, tmp_pa
         np.testing.assert_array_equal(decode_tile(spot["image"]), expected)
 
 
-def test_a_blank_slide_has_no_spots_and_stops_nobody(cohort, tmp_path):
+def test_a_blank_slide_has_no_spots_and_stops_no_other(cohort, tmp_path):
     sheet = copy_of(cohort, tmp_path / "cohort", ["P1S1", "P4S1"])
     Image.new("RGB", (300, 300), "white").save(tmp_path / "cohort" / "P4S1.tif")
     entry = run(sheet, tmp_path / "out").manifest.section("P4S1")

@@ -49,8 +49,8 @@ def test_only_the_changed_section_is_redone(own_two, tmp_path, what):
     if what == "counts":
         edit_counts(own_two, "P2S1", add_count)
     elif what == "positions":
-        places = pd.read_csv(folder / "P2S1_selection.tsv", sep="\t")
-        places.assign(pixel_x=places.pixel_x + 1).to_csv(folder / "P2S1_selection.tsv", sep="\t", index=False)
+        selection = pd.read_csv(folder / "P2S1_selection.tsv", sep="\t")
+        selection.assign(pixel_x=selection.pixel_x + 1).to_csv(folder / "P2S1_selection.tsv", sep="\t", index=False)
     elif what == "image":
         shutil.copy(folder / "P1S1.tif", folder / "P2S1.tif")
     else:
@@ -152,9 +152,9 @@ def test_killed_midway_the_old_table_stays_and_the_next_run_completes(two, tmp_p
     assert not left_behind & set(out.glob("tiles/*.parquet"))
 
 
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_of_two_writers_one_wins(two, tmp_path, request, monkeypatch, place):
-    out = str(tmp_path / "out") if place == "local" else request.getfixturevalue("s3") + "/out"
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_of_two_writers_one_wins(two, tmp_path, request, monkeypatch, where):
+    out = str(tmp_path / "out") if where == "local" else request.getfixturevalue("s3") + "/out"
     run(two, out)
     both_ready, publish, outcomes = threading.Barrier(2, timeout=60), prepare_module._publish, {}
 

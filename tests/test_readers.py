@@ -20,21 +20,21 @@ def grid():
 
 @pytest.mark.parametrize("mirrored", [1, -1])
 @pytest.mark.parametrize("degrees", [0, 2, 90, 211])
-def test_resolution_of_an_array_however_it_lies(degrees, mirrored):
+def test_resolution_of_a_rotated_or_mirrored_array(degrees, mirrored):
     angle = np.deg2rad(degrees)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     pixel = (grid() * [mirrored, 1]) @ turn * 290 + [5000, 700]
     assert array_mpp(grid(), pixel, 200.0) == pytest.approx(200 / 290)
 
 
-def test_resolution_of_every_second_place():
-    """Arrays of 2,000 spots fill a chequerboard: neighbours are a diagonal apart."""
-    place = grid()[grid().sum(axis=1) % 2 == 0]
-    place = np.concatenate([place, place + np.array([6, 0])])
-    assert array_mpp(place, place * 176.9, 150.0) == pytest.approx(150 / (176.9 * np.sqrt(2)))
+def test_resolution_of_a_chequerboard():
+    """Arrays of 2,000 spots are chequerboards: neighbours are a diagonal apart."""
+    array_xy = grid()[grid().sum(axis=1) % 2 == 0]
+    array_xy = np.concatenate([array_xy, array_xy + np.array([6, 0])])
+    assert array_mpp(array_xy, array_xy * 176.9, 150.0) == pytest.approx(150 / (176.9 * np.sqrt(2)))
 
 
-def test_arrays_that_cannot_tell():
+def test_arrays_that_give_no_resolution():
     line = np.array([(x, 0) for x in range(30)], float)
     assert array_mpp(line, line * 290, 200.0) is None
     assert array_mpp(grid()[:15], grid()[:15] * 290, 200.0) is None

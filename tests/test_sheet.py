@@ -1,4 +1,4 @@
-"""The sample sheet is validated whole: every fault is listed with row and column."""
+"""The sample sheet is validated as a whole: every fault is listed with row and column."""
 
 import pytest
 
@@ -116,7 +116,7 @@ def test_header_faults_come_with_the_nearest_name(folder):
         (HEADER.encode() + b"\nC1,C,c.svs,slide,,,,,,,too,many\n", "row 2 .* more cells"),
     ],
 )
-def test_what_is_no_sheet_is_refused(folder, content, reason):
+def test_other_files_are_refused(folder, content, reason):
     path = folder / "samples.csv"
     path.write_bytes(content)
     with pytest.raises(SheetError, match=reason):

@@ -55,7 +55,7 @@ def sampled(left, top, size, scale):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.37, 2.0, 3.3, 4.0, 6.1])
-def test_resampled_tiles_lie_where_the_mpp_says(lossless, scale):
+def test_resampled_tiles_are_where_the_mpp_puts_them(lossless, scale):
     size = 64
     with open_slide(lossless) as slide:
         for left, top in [(0.0, 0.0), (100.25, 37.75), (900 - size * scale, 700 - size * scale)]:
@@ -86,7 +86,7 @@ def test_thumbnail_is_read_in_bounded_parts(lossless, monkeypatch):
     assert np.abs(whole.astype(int) - parts).max() <= 1
 
 
-def test_pixels_that_are_not_there_are_no_tissue_and_no_background(tmp_path):
+def test_missing_pixels_are_neither_tissue_nor_background(tmp_path):
     """OpenSlide paints missing tiles transparent; a tile over one is reported missing, not white."""
     path = tmp_path / "holes.tif"
     write_pyramid(path, texture(), num_levels=1)
@@ -212,13 +212,13 @@ def test_truncated_images_are_refused(tmp_path, name, share):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 500, b"%PDF-1.7 ...", b"GIF89a" + bytes(100)])
-def test_what_is_no_image_is_refused(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "a.svs").write_bytes(content)
     with pytest.raises(SourceError, match=r"image a\.svs"):
         open_slide(tmp_path / "a.svs")
 
 
-def test_pillows_limit_is_left_as_it_was(tmp_path):
+def test_pillows_limit_is_restored(tmp_path):
     before = Image.MAX_IMAGE_PIXELS
     write_plain(tmp_path / "a.png", texture(64, 64))
     with open_slide(tmp_path / "a.png") as slide:
@@ -271,7 +271,7 @@ def test_a_real_section_as_pyramid_and_as_jpeg_show_the_same():
             assert np.corrcoef(tiles[0].ravel(), tiles[1].ravel())[0, 1] > 0.97
 
 
-def test_a_lost_file_is_no_damaged_slide(tmp_path, monkeypatch):
+def test_a_lost_file_is_not_a_damaged_slide(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^gone\.svs$"):
         open_slide(tmp_path / "gone.svs")
 

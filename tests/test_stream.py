@@ -1,36 +1,14 @@
-"""The order of the training stream: every sentence once an epoch, whatever the world size or the restart."""
+"""The order of the training stream: every sentence once per epoch, whatever the world size or the restart."""
 
 import itertools
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from small_table import section_entry
+from small_table import manifest_of
 
-from mclstexp.data import random_spots, spots, stream
-from mclstexp.data.schema import Manifest, RowGroup
-from mclstexp.slides.codec import encode_tile
+from mclstexp.data import spots, stream
 
-
-def _manifest(groups: dict[str, int], spots: int = 10) -> Manifest:
-    entries = [
-        section_entry(
-            name,
-            name[0],
-            file=f"{name}.parquet",
-            row_groups=tuple(RowGroup(offset=0, length=100, num_rows=spots) for _ in range(count)),
-            num_spots=spots * count,
-            max_array=3,
-        )
-        for name, count in groups.items()
-    ]
-    genes = {"genes_file": "g", "genes_sha256": "", "num_genes": 3}
-    return Manifest(
-        tile_size_px=32, mpp=1.0, encoding="jpeg", jpeg_quality=90, sentence_length=16, sections=tuple(entries), **genes
-    )
-
-
-SENTENCES = stream.sentence_index(_manifest({"A1": 5, "A2": 5, "B1": 5, "C1": 8}), ["A1", "A2", "B1", "C1"])
+SENTENCES = stream.sentence_index(manifest_of({"A1": 5, "A2": 5, "B1": 5, "C1": 8}), ["A1", "A2", "B1", "C1"])
 
 
 def _ids(rows: list[dict[str, object]]) -> list[object]:
@@ -92,36 +70,3 @@ def test_padding_is_masked_zeros() -> None:
     assert padded["a"].shape == (1, 4, 3)
     assert padded["mask"].tolist() == [[True, True, False, False]]
     assert padded["a"][0, 2:].sum() == 0
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_random_spots_are_an_exact_permutation_in_equal_steps(world_size: int) -> None:
-    order = random_spots.spot_order(30, seed=0, epoch=1)
-    ranks = [random_spots.rank_slice(order, 8, rank, world_size) for rank in range(world_size)]
-    assert {len(rows) for rows in ranks} == {4}
-    for step in range(4):
-        spots = np.concatenate([rows[step]["spots"] for rows in ranks])
-        assert sorted(spots[spots >= 0]) == sorted(order[step * 8 : (step + 1) * 8])
-    assert all(len(row["spots"]) == 8 // world_size for rows in ranks for row in rows)
-
-
-def test_random_spots_are_loaded_from_wherever_they_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
-    encoded = pa.array([encode_tile(tile, "png", 90) for tile in tiles])
-    numbers = np.arange(7, dtype=np.float32)[:, None]
-    spots = random_spots.EncodedSpots(pa.chunked_array([encoded[:3], encoded[3:4], encoded[4:]]), numbers, -numbers)
-    monkeypatch.setattr(random_spots.ray, "get", lambda reference: reference)  # the store, which needs a cluster
-    loader = random_spots.SpotLoader(spots, 16, None)  # type: ignore[arg-type]
-    batch = loader({"spots": np.array([[6, 0, 3, -1]])})
-    assert np.array_equal(batch["image"][0, :3], tiles[[6, 0, 3]])
-    assert batch["expression"][0, :, 0].tolist() == [6, 0, 3, 0]
-    assert batch["position"][0, :3, 0].tolist() == [-6, 0, -3]
-    assert batch["mask"].tolist() == [[True, True, True, False]]
-
-
-def test_random_spots_refuse_data_that_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = _manifest({"A1": 5})
-    assert random_spots.require_size(manifest, ["A1"], 8) == 50
-    monkeypatch.setattr(random_spots, "MAX_BYTES", 499)
-    with pytest.raises(Exception, match=r"use train\.batching=sentences"):
-        random_spots.require_size(manifest, ["A1"], 8)

@@ -1,4 +1,4 @@
-"""The synthetic cohort: reproducible, readable, and told by texture alone."""
+"""The synthetic cohort: reproducible, readable, and predictable from texture alone."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_library_sizes_and_stains_vary(learnable: Path) -> None:
 
 
 @pytest.mark.parametrize(("jpeg_quality", "lowest", "highest"), [(95, -0.15, 0.15), (90, 0.3, 0.9)])
-def test_colour_tells_nothing_unless_jpeg_halves_it(
+def test_colour_predicts_nothing_unless_jpeg_halves_it(
     learnable: Path, jpeg_quality: int, lowest: float, highest: float
 ) -> None:
     """Halved colour resolution blurs fine textures more than coarse ones, and deviation tells them apart."""
@@ -61,8 +61,8 @@ def test_colour_tells_nothing_unless_jpeg_halves_it(
             patients.append(np.full(len(tiles), patient))
     x, y, patient = (np.concatenate(part) for part in (features, target, patients))
     train = np.isin(patient, TRAINING)
-    said = RidgeFloor(x[train], y[train], patient[train]).predict(x[~train])
-    assert lowest < np.nanmean(pearson_per_gene(y[~train], said)) < highest
+    predicted = RidgeFloor(x[train], y[train], patient[train]).predict(x[~train])
+    assert lowest < np.nanmean(pearson_per_gene(y[~train], predicted)) < highest
 
 
 def _tiles(folder: Path, section_id: str, jpeg_quality: int) -> tuple[np.ndarray, np.ndarray]:

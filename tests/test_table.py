@@ -1,4 +1,4 @@
-"""Section files: one range request a sentence, and what is read is what was written."""
+"""Section files: one range request per sentence, and what is read is what was written."""
 
 from functools import partial
 

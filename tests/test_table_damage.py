@@ -32,8 +32,8 @@ def test_flipped_bytes_are_found_or_harmless(make):
     made = make(sentences=[sentence(0, 3)])
     whole = storage.read(made.uri)
     outcomes = []
-    for place in range(made.entry.row_groups[0].offset, made.entry.footer_offset, 23):
-        storage.write(made.uri, whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+    for index in range(made.entry.row_groups[0].offset, made.entry.footer_offset, 23):
+        storage.write(made.uri, whole[:index] + bytes([whole[index] ^ 0x10]) + whole[index + 1 :])
         outcomes.append(outcome(made))
     found = [text for text in outcomes if text is not True]
     assert all("section S1, sentence 0" in str(text) for text in found)
@@ -57,8 +57,8 @@ def test_a_tile_that_does_not_match_its_checksum_names_the_spot(make):
     wrong = sentence(0, 4)
     images = wrong["image"].to_pylist()
     images[2] = images[1]
-    place = TILE_SCHEMA.get_field_index("image")
-    made = make(sentences=[wrong.set_column(place, TILE_SCHEMA.field("image"), pa.array(images, pa.binary()))])
+    column = TILE_SCHEMA.get_field_index("image")
+    made = make(sentences=[wrong.set_column(column, TILE_SCHEMA.field("image"), pa.array(images, pa.binary()))])
     with pytest.raises(TableError, match=r"section S1, sentence 0 .* the tile of spot spot2"):
         read_sentence(made.root, made.entry, 0)
 
@@ -88,7 +88,7 @@ def test_a_file_of_another_section_is_refused(make):
 
 
 def replaced(made, data):
-    """The same entry over other Parquet bytes, with a fitting place for each row group."""
+    """The same entry over other Parquet bytes, with the byte range of each row group."""
     storage.write(made.uri, data)
     metadata = pq.read_metadata(pa.BufferReader(data))
     footer_offset = len(data) - 8 - int.from_bytes(data[-8:-4], "little")

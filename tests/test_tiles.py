@@ -117,7 +117,7 @@ def test_neighbours_share_their_overlap(size, scale, overlap):
     assert height - (top.max() + edge) < step + 1
 
 
-def test_overlap_never_puts_two_tiles_on_one_place():
+def test_overlap_never_gives_two_tiles_one_position():
     _, _, x, y = grid(40, 40, 16, 1.0, 0.999)
     assert len({*zip(x.tolist(), y.tolist(), strict=True)}) == len(x) == 25**2
 

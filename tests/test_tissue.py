@@ -33,7 +33,7 @@ def test_both_stains_together_are_tissue():
 
 
 @pytest.mark.parametrize("colour", [PAPER, GREY, BLACK, (252, 253, 255)])
-def test_what_is_not_stained_is_no_tissue(colour):
+def test_unstained_areas_are_not_tissue(colour):
     assert tissue_mask(scene(((50, 150, 40, 120), colour)), 8.0).mean() < 0.01
 
 
@@ -50,13 +50,13 @@ def test_small_gaps_are_tissue_and_large_ones_are_not():
     assert mask[110:140, 110:140].mean() < 0.01
 
 
-def test_dust_is_no_tissue():
+def test_dust_is_not_tissue():
     mask = tissue_mask(scene(((20, 28, 20, 28), PURPLE), ((100, 180, 100, 180), PURPLE)), 8.0)
     assert not mask[10:40, 10:40].any()
     assert mask[110:170, 110:170].all()
 
 
-def test_background_of_a_small_slide_is_no_hole():
+def test_background_of_a_small_slide_is_not_a_hole():
     mask = tissue_mask(scene(((10, 26, 10, 26), PINK), size=36), 8.0)
     assert mask[14:22, 14:22].all()
     assert not mask[:5].any()

@@ -1,4 +1,4 @@
-"""Visium folders of every kind: what is joined, left out and named; their resolution, images and tiles."""
+"""Visium folders of every kind: what is joined and rejected; their resolution, images and tiles."""
 
 from collections import Counter
 from pathlib import Path
@@ -65,16 +65,16 @@ def test_layouts(tmp_path, layout):
     assert preview.array_mpp == found.array_mpp
 
 
-def test_everyone_left_out_is_named_with_the_reason(tmp_path, mtx):
+def test_every_rejected_spot_is_listed_with_the_reason(tmp_path, mtx):
     table = positions().drop(index=30)
     table.to_csv(mtx / "spatial/tissue_positions_list.csv", index=False, header=False)
     found = read(section(tmp_path, mtx), tmp_path)
     reasons = {reject.spot_id: reject.reason for reject in found.rejected}
     names = {5: "not_selected", 7: "no_counts", 9: "not_selected", 20: "no_counts", 30: "no_position"}
     assert reasons == {SECTION.barcode[i]: reason for i, reason in names.items()}
-    places = {reject.spot_id: (reject.x_px, reject.y_px) for reject in found.rejected}
-    assert places[SECTION.barcode[5]] == pytest.approx((SECTION.x[5], SECTION.y[5]))
-    assert np.isnan(places[SECTION.barcode[30]][0])
+    rejected = {reject.spot_id: (reject.x_px, reject.y_px) for reject in found.rejected}
+    assert rejected[SECTION.barcode[5]] == pytest.approx((SECTION.x[5], SECTION.y[5]))
+    assert np.isnan(rejected[SECTION.barcode[30]][0])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_deposited_matrices_without_kinds_or_ids(tmp_path, columns, features, ge
     assert found.spots.counts.toarray()[spot].tolist() == SECTION.counts[0].tolist()
 
 
-def test_a_header_is_told_by_its_content_whatever_the_files_name(tmp_path, mtx):
+def test_a_header_is_recognised_by_its_content_whatever_the_files_name(tmp_path, mtx):
     positions().to_csv(mtx / "spatial/tissue_positions_list.csv", index=False)
     assert len(read(section(tmp_path, mtx), tmp_path).spots) == len(SECTION.expected)
 

@@ -1,4 +1,4 @@
-"""Visium folders that are broken or lack something: what is refused, and how it is named."""
+"""Broken or incomplete Visium folders: what is refused, and how the message names it."""
 
 import csv
 
@@ -138,7 +138,7 @@ def test_broken_parquet_positions_are_named_with_the_row(tmp_path):
     assert "tissue_positions.parquet cannot be read" in refused(section(tmp_path, folder), tmp_path)
 
 
-def test_the_sheet_names_what_a_folder_lacks(tmp_path):
+def test_the_sheet_lists_the_missing_files_of_a_folder(tmp_path):
     v1_mtx(tmp_path / "S1")
     (tmp_path / "S1/spatial/scalefactors_json.json").unlink()
     (tmp_path / "S1/filtered_feature_bc_matrix/features.tsv.gz").unlink()

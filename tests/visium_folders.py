@@ -12,7 +12,7 @@ from PIL import Image
 from mclstexp.data.sheet import SectionRow
 
 MPP = 0.5
-HD_MPP = 0.4  # said by the file; by its array it would be MPP
+HD_MPP = 0.4  # as the file states it; the array gives MPP
 FEATURES = [
     ("ENSG00000087460.24", "GNAS", "Gene Expression"),
     ("ENSG00000169710", "FASN", "Gene Expression"),
@@ -34,9 +34,9 @@ class Section:
 
     def __init__(self):
         rng = np.random.default_rng(0)
-        places = [(row, 2 * step + row % 2) for row in range(8) for step in range(8)]
-        self.barcode = [f"AAC{row:02d}{column:02d}-1" for row, column in places]
-        self.row, self.column = np.array(places).T
+        array = [(row, 2 * step + row % 2) for row in range(8) for step in range(8)]
+        self.barcode = [f"AAC{row:02d}{column:02d}-1" for row, column in array]
+        self.row, self.column = np.array(array).T
         x_um, y_um = self.column * 50.0, self.row * 50.0 * math.sqrt(3)
         turn = math.radians(3)
         self.x = 300 + (x_um * math.cos(turn) - y_um * math.sin(turn)) / MPP
@@ -44,8 +44,8 @@ class Section:
         self.in_tissue = np.ones(64, int)
         self.in_tissue[[5, 9]] = 0
         self.counts = rng.poisson(2.0, (64, len(FEATURES))) + 1
-        self.counts[7, GENE_ROWS] = 0  # an antibody alone is no expression
-        self.counted = [i for i in range(64) if i not in (5, 20)]  # 9 is off the tissue and counted all the same
+        self.counts[7, GENE_ROWS] = 0  # an antibody alone is not expression
+        self.counted = [i for i in range(64) if i not in (5, 20)]  # 9 is off the tissue but has counts
 
     @property
     def expected(self):
