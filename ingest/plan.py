@@ -149,6 +149,44 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, plan.sources]).rstrip()
 
 
+def source_digests(
+    rows: Iterable[SectionRow], known: Mapping[str, FileStamp]
+) -> tuple[dict[str, str], dict[str, FileStamp]]:
+    """Returns the digest of each section's sources by section id, and the stamps of local files by path.
+
+    Args:
+        rows: the sections.
+        known: stamps of the last run.
+
+    Raises:
+        SourceError: a file is missing.
+    """
+    rows = list(rows)
+    with ThreadPoolExecutor(_NUM_LOOKUPS) as pool:
+        files = dict(zip((row.section_id for row in rows), pool.map(source_files, rows), strict=True))
+        uris = sorted({uri for parts in files.values() for uri in parts.values()})
+        found = dict(zip(uris, pool.map(lambda uri: _stamp(uri, known.get(uri)), uris), strict=True))
+    digests = {
+        row.section_id: _row_digest(row, {part: found[uri][2] for part, uri in files[row.section_id].items()})
+        for row in rows
+    }
+    return digests, {uri: stamp for uri, stamp in found.items() if not storage.is_s3(uri)}
+
+
+def load_stamps(root: str) -> dict[str, FileStamp]:
+    """Returns the stamps that the last run saved; empty if there are none."""
+    try:
+        tree = json.loads(storage.read(storage.join(root, _FILE_STAMPS)))
+        return {uri: (int(size), int(changed), str(digest)) for uri, (size, changed, digest) in tree.items()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def save_stamps(root: str, stamps: Mapping[str, FileStamp]) -> None:
+    """Saves the stamps of local files for the next run."""
+    storage.write(storage.join(root, _FILE_STAMPS), json.dumps(stamps, indent=1, sort_keys=True).encode())
+
+
 def _load_previous(root: str) -> Manifest:
     try:
         return load_manifest(root)
@@ -201,44 +239,6 @@ def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
 
 def _present_genes(root: str, previous: Manifest | None) -> list[Gene]:
     return [Gene(**gene) for gene in load_genes(root, previous).to_pylist()] if previous else []
-
-
-def source_digests(
-    rows: Iterable[SectionRow], known: Mapping[str, FileStamp]
-) -> tuple[dict[str, str], dict[str, FileStamp]]:
-    """Returns the digest of each section's sources by section id, and the stamps of local files by path.
-
-    Args:
-        rows: the sections.
-        known: stamps of the last run.
-
-    Raises:
-        SourceError: a file is missing.
-    """
-    rows = list(rows)
-    with ThreadPoolExecutor(_NUM_LOOKUPS) as pool:
-        files = dict(zip((row.section_id for row in rows), pool.map(source_files, rows), strict=True))
-        uris = sorted({uri for parts in files.values() for uri in parts.values()})
-        found = dict(zip(uris, pool.map(lambda uri: _stamp(uri, known.get(uri)), uris), strict=True))
-    digests = {
-        row.section_id: _row_digest(row, {part: found[uri][2] for part, uri in files[row.section_id].items()})
-        for row in rows
-    }
-    return digests, {uri: stamp for uri, stamp in found.items() if not storage.is_s3(uri)}
-
-
-def load_stamps(root: str) -> dict[str, FileStamp]:
-    """Returns the stamps that the last run saved; empty if there are none."""
-    try:
-        tree = json.loads(storage.read(storage.join(root, _FILE_STAMPS)))
-        return {uri: (int(size), int(changed), str(digest)) for uri, (size, changed, digest) in tree.items()}
-    except (FileNotFoundError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def save_stamps(root: str, stamps: Mapping[str, FileStamp]) -> None:
-    """Saves the stamps of local files for the next run."""
-    storage.write(storage.join(root, _FILE_STAMPS), json.dumps(stamps, indent=1, sort_keys=True).encode())
 
 
 def _stamp(uri: str, known: FileStamp | None) -> FileStamp:

@@ -154,11 +154,11 @@ class _Cut:
         Without expression, the spots are the whole tiles of a grid over the slide.
         """
         if expression is None:
-            return grid_spots(self.slide, self.tiles.size_px, self.scale), []
+            return _grid_spots(self.slide, self.tiles.size_px, self.scale), []
         diameter_um = self.row.spot_diameter_um
         if diameter_um is None and expression.spot_diameter_px is not None:
             diameter_um = expression.spot_diameter_px * self.mpp
-        require_pitch(expression.spots, diameter_um, self.mpp)
+        _require_pitch(expression.spots, diameter_um, self.mpp)
         return _over_table_genes(expression, gene_rows), list(expression.rejected)
 
     def screen(self, spots: Spots) -> tuple[Spots, np.ndarray, list[Reject]]:
@@ -230,7 +230,7 @@ class _Cut:
         return pa.table(columns, schema=TILE_SCHEMA)
 
 
-def grid_spots(slide: Slide, size_px: int, scale: float) -> Spots:
+def _grid_spots(slide: Slide, size_px: int, scale: float) -> Spots:
     """Returns all whole tiles of a slide as spots named `{column}x{row}`."""
     column, row, x, y = grid(slide.width, slide.height, size_px, scale)
     spots = Spots(tile_names(column, row), x, y, array_row=row.astype(np.float64), array_col=column.astype(np.float64))
@@ -238,7 +238,7 @@ def grid_spots(slide: Slide, size_px: int, scale: float) -> Spots:
     return spots
 
 
-def require_pitch(spots: Spots, diameter_um: float | None, mpp: float) -> None:
+def _require_pitch(spots: Spots, diameter_um: float | None, mpp: float) -> None:
     """Checks the distance of neighbouring spots against their diameter, which reveals a wrong resolution.
 
     Raises:

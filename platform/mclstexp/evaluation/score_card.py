@@ -38,7 +38,7 @@ class ScoreCard:
     notes: tuple[str, ...]
     """What else a reader must know: training sections, leaks that the protocol allows, how floors were fitted."""
     genes: list[str]
-    """The genes' unique labels (`gene_labels.unique_labels`)."""
+    """The genes' unique labels (`genes.unique_labels`)."""
     rows: pd.DataFrame
     """One row per section, target, method and gene set: section_id, patient_id, num_spots, target, method, kind, and
     the columns of `scores.set_table`."""
