@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import tune
 
 from mclstexp.config import Config
 from mclstexp.errors import ConfigError
-from tuning.space import Choice, Range, Space, load_space, num_trials, param_space, require_search
+from tuning.space import Choice, Range, Space, load_space, num_trials, param_space
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,6 +99,10 @@ def test_ranges_are_drawn_within_their_ends_and_whole_where_both_are() -> None:
 
 
 @pytest.mark.parametrize(("search", "trials"), [("best", "3"), ("random", "0"), ("random", "many")])
-def test_searches_and_trials_that_are_none_are_refused(search: str, trials: str) -> None:
-    with pytest.raises(ConfigError, match=r"--search best: use one of random, grid, optuna|--trials (0|many): give"):
-        require_search(search, trials)
+def test_an_unknown_search_or_number_of_trials_is_refused(
+    search: str, trials: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["tune.py", "--data", "none", "--space", "none.yaml", "--search", search, "--trials", trials]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(ConfigError, match=r"search='best': .*'random', 'grid' or 'optuna'|trials='(0|many)': "):
+        tune.main()
