@@ -89,7 +89,7 @@ def _print_sections(report: "PrepareReport") -> None:
         rejected = [str(entry.rejected.get(reason, 0)) for reason in reasons]
         counts = [str(entry.num_spots), str(entry.num_labelled), str(len(entry.row_groups)), *rejected]
         table.add_row(entry.section_id, entry.patient_id, "yes" if entry.measured else "no", *counts)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

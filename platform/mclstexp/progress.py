@@ -17,6 +17,7 @@ Metrics = dict[str, float]
 Log = Callable[[int, Metrics], None]
 """Takes the metrics of an optimiser step."""
 POLL_S = 0.5
+_BAR_WIDTH = 20  # characters; leaves room for notes on a terminal of 80
 LINE_EVERY_S = 10.0
 """How often a line is printed where no bar can be drawn (a log file, a submitted job)."""
 
@@ -47,9 +48,11 @@ def bars() -> Iterator[Show]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+    note_column = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1))
+    columns = (TextColumn("{task.description}"), BarColumn(_BAR_WIDTH), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), note_column, expand=True) as bar:
         tasks: dict[str, TaskID] = {}
         printed = time.monotonic()
 
