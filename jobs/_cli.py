@@ -106,12 +106,11 @@ def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequ
 
 
 def _add(group: argparse._ActionsContainer, option: str, name: str, field: FieldInfo) -> None:
-    default = "" if field.is_required() or field.default in (None, (), False) else f" [{field.default}]"
+    default = "" if field.default in (None, (), False) else f" [{field.default}]"
+    default = " (required)" if field.is_required() else default
     text = f"{field.description}{default}".replace("%", "%%")
     switch: dict[str, typing.Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-    group.add_argument(
-        f"--{option}", dest=name, help=text, metavar=_metavar(field.annotation), required=field.is_required(), **switch
-    )
+    group.add_argument(f"--{option}", dest=name, help=text, metavar=_metavar(field.annotation), **switch)
 
 
 def _option(name: str) -> str:

@@ -167,6 +167,18 @@ def test_help_needs_no_heavy_import(job: Path) -> None:
     assert subprocess.run(command, capture_output=True, timeout=240, check=False).returncode == 0
 
 
+def test_what_moved_to_another_job_says_where() -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--protocol", "patient", "--data", "tiles"]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr == ("error: protocol in the command line was removed; use jobs/cross_validate.py --protocol\n")
+
+
+def test_a_missing_argument_is_named() -> None:
+    with pytest.raises(ConfigError, match="invalid argument: --data is missing"):
+        parse(Arguments, "Does it.", "python jobs/x.py", ["train"], ["--out", "x", "--verbose"])
+
+
 def test_a_mistake_exits_with_code_2_and_no_traceback() -> None:
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", "nowhere", "--train.epoch", "1"]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

@@ -31,8 +31,11 @@ from mclstexp.settings import (
     TuneConfig,
 )
 
-REMOVED = {"predict.bank_shards": "a bank needs no shards: it is read by memory map where it does not fit into memory"}
-"""Settings of earlier versions, and why they are gone."""
+REMOVED = {
+    "predict.bank_shards": "leave it out: a bank is read by memory map if it does not fit into memory",
+    "protocol": "use jobs/cross_validate.py --protocol",
+}
+"""Settings and arguments of earlier versions, and what to do instead."""
 
 
 class Config(ConfigBlock):
@@ -190,7 +193,7 @@ def recorded_config(tree: Mapping[str, object], origin: str) -> Config:
 def unknown_setting(name: str, valid: list[str], origin: str) -> str:
     """Returns the message for an unknown setting, with the nearest valid name."""
     if name in REMOVED:
-        return f"{name} in {origin} was removed: {REMOVED[name]}; leave it out"
+        return f"{name} in {origin} was removed; {REMOVED[name]}"
     by_last = {key.rpartition(".")[2]: key for key in reversed(valid)}
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     near = near or [by_last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)]
@@ -200,12 +203,16 @@ def unknown_setting(name: str, valid: list[str], origin: str) -> str:
 
 def validation_faults(error: ValidationError, prefix: str = "", spelled: Callable[[str], str] = str) -> str:
     """Returns each fault of a validation in words, with `prefix` before the names of fields, which are `spelled`."""
-    return "; ".join(
-        f"{prefix}{spelled('.'.join(map(str, fault['loc'])))}={fault['input']!r}: {fault['msg']}"
-        if fault["loc"]
-        else fault["msg"].removeprefix("Value error, ")
-        for fault in error.errors()
-    )
+    faults = []
+    for fault in error.errors():
+        name = f"{prefix}{spelled('.'.join(map(str, fault['loc'])))}"
+        if not fault["loc"]:
+            faults.append(fault["msg"].removeprefix("Value error, "))
+        elif fault["type"] == "missing":
+            faults.append(f"{name} is missing")
+        else:
+            faults.append(f"{name}={fault['input']!r}: {fault['msg']}")
+    return "; ".join(faults)
 
 
 def _validated(tree: dict[str, object], origin: str) -> Config:
