@@ -4,8 +4,8 @@
 
 Slides are synthetic, from a few tiles to thousands, some truncated, blank or without resolution. Readers, embedders,
 any of Ray's workers, the raylet and the job itself are killed; a job that died is started again with the same command.
-With --s3 slides, model and outputs lie on an S3 server on this machine, which is killed and started again too. Ends
-with an error unless every slide came to what it must, every published file is the same to the byte and staging is
+With --s3 slides, model and outputs are on an S3 server on this machine, which is killed and started again too. Ends
+with an error unless every slide has the expected state, every published file is equal to the byte and staging is
 empty.
 """
 
@@ -30,22 +30,22 @@ from rich.table import Table  # noqa: E402
 
 from mclstexp import storage  # noqa: E402
 
-LEAST_SLIDES = 8
+MIN_SLIDES = 8
 STATES = ("done", "empty", "quarantined", "failed")
 WHEN = "finished"
-"""The ledger's only field that says when."""
+"""The ledger's only field that holds a time."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=int, default=50, help=f"slides, at least {LEAST_SLIDES}")
+    parser.add_argument("--slides", type=int, default=50, help=f"slides, at least {MIN_SLIDES}")
     parser.add_argument("--kills", type=int, default=12, help="processes that are killed, of each kind in turn")
     parser.add_argument("--seed", type=int, default=0, help="of slides, model, kills and their times")
     parser.add_argument("--s3", action="store_true", help="slides, model and outputs on an S3 server")
     parser.add_argument("--out", help="new folder for inputs, outputs and logs [a temporary one]")
     arguments = parser.parse_args()
-    if arguments.slides < LEAST_SLIDES:
-        parser.error(f"--slides {arguments.slides} holds no slide of each kind; give at least {LEAST_SLIDES}")
+    if arguments.slides < MIN_SLIDES:
+        parser.error(f"--slides {arguments.slides} holds no slide of each kind; give at least {MIN_SLIDES}")
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = Path(arguments.out or scratch).absolute()
         try:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def compare(folder: Path, place: Place, num_slides: int, num_kills: int, seed: int) -> None:
-    """Makes slides and a model, runs calmly and under kills, and checks and prints what came of it."""
+    """Makes slides and a model, runs calmly and under kills, checks the results and prints them."""
     expected = make_slides(folder, num_slides, seed)
     make_model(folder / "model", seed)
     place.take(folder, ("slides", "model"))
@@ -74,13 +74,13 @@ def compare(folder: Path, place: Place, num_slides: int, num_kills: int, seed: i
     hit = run_under_kills(command, folder / "killed.log", kills, lambda: settled(killed) == set(expected))
     require_ledger(killed, expected)
     num_files = require_same(calm, killed)
-    _say(calmly, hit, killed, num_files)
+    _print(calmly, hit, killed, num_files)
 
 
 def require_ledger(out: str, expected: dict[str, Expected]) -> None:
-    """Checks what became of each slide, and that nothing of it is left in staging."""
+    """Checks what became of each slide, and that nothing is left in staging."""
     found = entries(out)
-    faults = [f"there is no entry of {name}" for name in expected.keys() - found.keys()]
+    faults = [f"{name} has no entry" for name in expected.keys() - found.keys()]
     for name, entry in found.items():
         wanted = expected[name]
         if entry["state"] != wanted.state or wanted.reason not in entry["reason"]:
@@ -88,11 +88,11 @@ def require_ledger(out: str, expected: dict[str, Expected]) -> None:
     faults += [f"left in staging: {uri}" for uri in storage.list_files(storage.join(out, "staging"))]
     if faults:
         listed = "\n  ".join(faults)
-        raise ChaosError(f"{out} is not what it must be:\n  {listed}")
+        raise ChaosError(f"{out} is not as expected:\n  {listed}")
 
 
 def require_same(calm: str, killed: str) -> int:
-    """Checks that two outputs hold the same files, but for when slides were done; returns their number."""
+    """Checks that two outputs hold the same files, except for times; returns their number."""
     digests, others = _digests(calm), _digests(killed)
     differing = [name for name in sorted(digests.keys() | others.keys()) if digests.get(name) != others.get(name)]
     if differing:
@@ -123,7 +123,7 @@ def entries(out: str) -> dict[str, dict[str, str]]:
 
 
 def _digests(out: str) -> dict[str, str]:
-    """Returns a digest by file; ledger and summary without when. Locks and what a killed writer left are no results."""
+    """Returns a digest by file, of ledger and summary without times; without locks and leftovers of writers."""
     found = {}
     for uri in storage.list_files(out):
         name = uri.removeprefix(f"{out}/")
@@ -138,7 +138,7 @@ def _digests(out: str) -> dict[str, str]:
     return found
 
 
-def _say(calmly: Outcome, hit: Outcome, out: str, num_files: int) -> None:
+def _print(calmly: Outcome, hit: Outcome, out: str, num_files: int) -> None:
     states = Counter(entry["state"] for entry in entries(out).values())
     table = Table("", "calm run", "killed run", title="predict under kills")
     for kind in (*KINDS, STORE):

@@ -16,22 +16,22 @@ import numpy as np
 import psutil
 
 KINDS = ("reader", "embedder", "worker", "raylet", "driver")
-"""What is killed: an actor of either stage, any of Ray's workers, the node's own process, the job itself."""
+"""What is killed: an actor of either step, any of Ray's workers, the node's own process, the job itself."""
 STORE = "store"
 """The S3 server, where there is one: killed and started again."""
 FATAL = ("raylet", "driver")
 """After these the job must be started again."""
-_WORDS = {"reader": "_Read)", "embedder": "_Predict)", "worker": "ray::"}
-_LEAST_PAUSE_S = 1.0
+_WORDS = {"reader": "(Read)", "embedder": "(Answer)", "worker": "ray::"}
+_MIN_PAUSE_S = 1.0
 _POLL_S = 0.2
 _GONE_S = 300.0
-"""Most that a job without its raylet, and then all that it had started, may live on."""
+"""Time limit for a job without its raylet to end, and then for everything that it had started."""
 _STUCK_S = 1800.0
-"""Most that a start of the job may take."""
+"""Time limit for one start of the job."""
 
 
 class ChaosError(Exception):
-    """What must not happen under faults did."""
+    """Something happened under faults that must not happen."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Kills:
 
     kinds: tuple[str, ...]
     longest_pause_s: float
-    """Most that passes between two of them, while slides are read."""
+    """Longest pause between two kills, while slides are read."""
     rng: np.random.Generator
     restart_store: Callable[[], None] | None = None
 
 
 @dataclass
 class Outcome:
-    """How a command came to its end."""
+    """How a command ended."""
 
     starts: int = 0
     unfinished: int = 0
@@ -72,7 +72,7 @@ def run_under_kills(command: list[str], log: Path, kills: Kills, is_done: Callab
     while True:
         outcome.starts += 1
         if outcome.starts > most:
-            raise ChaosError(f"after {most} starts some slides are not settled; the job said in {log}:\n{_tail(log)}")
+            raise ChaosError(f"after {most} starts some slides are not settled; the end of {log}:\n{_tail(log)}")
         with _Job(command, log) as job:
             ended_itself = _kill_while_running(job, left, kills, outcome)
         if ended_itself and is_done():
@@ -85,9 +85,9 @@ def run_under_kills(command: list[str], log: Path, kills: Kills, is_done: Callab
 
 
 def _kill_while_running(job: "_Job", left: list[str], kills: Kills, outcome: Outcome) -> bool:
-    """Kills what is left to be killed, first in line first; tells whether the job ended by itself."""
+    """Kills one process after another in the order of `left`; returns whether the job ended by itself."""
     while job.wait_until(job.has_begun) and left:
-        due = time.monotonic() + kills.rng.uniform(_LEAST_PAUSE_S, max(_LEAST_PAUSE_S, kills.longest_pause_s))
+        due = time.monotonic() + kills.rng.uniform(_MIN_PAUSE_S, max(_MIN_PAUSE_S, kills.longest_pause_s))
         if not job.wait_until(lambda: time.monotonic() > due and _kill_one(job, left[0], kills)):  # noqa: B023
             return True
         kind = left.pop(0)
@@ -100,7 +100,7 @@ def _kill_while_running(job: "_Job", left: list[str], kills: Kills, outcome: Out
 
 
 def _kill_one(job: "_Job", kind: str, kills: Kills) -> bool:
-    """Kills a process of a kind; tells whether there was one."""
+    """Kills a process of a kind; returns whether there was one."""
     if kind != STORE or kills.restart_store is None:
         return job.kill_one(kind, kills.rng)
     kills.restart_store()
@@ -140,7 +140,7 @@ class _Job:
             raise ChaosError(f"{_GONE_S:.0f} s after the job there are still: {', '.join(names)}")
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Waits until a condition holds; tells whether it did before the job ended by itself."""
+        """Waits until a condition holds; returns whether it did before the job ended by itself."""
         while True:
             if time.monotonic() - self._started > _STUCK_S:
                 raise ChaosError(f"a start of the job took more than {_STUCK_S:.0f} s:\n{_tail(self._log)}")
@@ -152,12 +152,12 @@ class _Job:
             time.sleep(_POLL_S)
 
     def has_begun(self) -> bool:
-        """Tells whether slides are being read: earlier there is nothing to lose."""
+        """Returns whether slides are being read: earlier there is nothing to lose."""
         self._has_begun = self._has_begun or bool(self._targets("reader"))
         return self._has_begun
 
     def kill_one(self, kind: str, rng: np.random.Generator) -> bool:
-        """Kills a random process of a kind; tells whether there was one."""
+        """Kills a random process of a kind; returns whether there was one."""
         targets = self._targets(kind)
         if not targets:
             return False

@@ -28,7 +28,7 @@ from chaos_run import ChaosError, run_calmly  # noqa: E402
 from mclstexp import storage  # noqa: E402
 
 DONE_BEFORE_THE_KILL = 5
-MOST_STARTS = 3
+MAX_STARTS = 3
 _JOINED_S = 15.0
 """Within which a node is taken to have joined."""
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -64,7 +64,7 @@ def _predict_on_a_cluster(folder: Path, command: list[str], out: str, slides: se
     job = [*RAY, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT)]
     inside = ["python", "jobs/predict.py", *command[2 : command.index("--cluster.local_cpus")]]
     with _node(folder, "head", head), _node(folder, "second", [f"--address=127.0.0.1:{port}"]) as second:
-        for start in range(1, MOST_STARTS + 1):
+        for start in range(1, MAX_STARTS + 1):
             with open(folder / "submitted.log", "ab") as log:
                 running = subprocess.Popen([*job, "--", *inside], stdout=log, stderr=log)
             if start == 1:
@@ -78,7 +78,7 @@ def _predict_on_a_cluster(folder: Path, command: list[str], out: str, slides: se
                 running.wait(1800)
             if settled(out) == slides:
                 return start
-    raise ChaosError(f"after {MOST_STARTS} submissions some slides are not settled, see {folder}/submitted.log")
+    raise ChaosError(f"after {MAX_STARTS} submissions some slides are not settled, see {folder}/submitted.log")
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
     python benchmarks/prediction_memory.py --tiles 10000,100000
 
-Each slide is a pyramid of one repeated encoded tile of synthetic tissue, so that it is made in seconds. It goes through
-`jobs/predict.py` with an untrained model and a small random bank. `own` is memory of the processes themselves, `store`
-shared pages, which are Ray's object store; pages of files, which the system may drop, are left out.
+Each slide is a pyramid of one repeated encoded tile of synthetic tissue, so that it is made in seconds.
+`jobs/predict.py` predicts it with an untrained model and a small random bank. `own` is memory of the processes
+themselves, `store` shared pages, which are Ray's object store; pages of files, which the system may drop, are left out.
 """
 
 import argparse
@@ -45,16 +45,16 @@ MIB = 2**20
 def write_slide(path: Path, num_tiles: int) -> None:
     """Writes a square pyramid of about `num_tiles` tiles of tissue with a white border of one stored tile."""
     side = round((num_tiles / (STORED_PX / TILE_PX) ** 2) ** 0.5)
-    place = np.arange(side + 2)
-    inner = (place > 0) & (place <= side)
+    index = np.arange(side + 2)
+    inner = (index > 0) & (index <= side)
     is_tissue = (inner[:, None] & inner).ravel().tolist()
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         for shrink in SHRINKS:
             edge = STORED_PX // shrink
             tissue, white = (_encoded(tile, edge) for tile in (_tissue(), np.full((STORED_PX,) * 2 + (3,), 245, "u1")))
             file.write(
-                (tissue if here else white for here in is_tissue),
-                shape=(len(place) * edge, len(place) * edge, 3),
+                (tissue if inside else white for inside in is_tissue),
+                shape=(len(index) * edge, len(index) * edge, 3),
                 dtype=np.uint8,
                 tile=(edge, edge),
                 photometric="ycbcr",
@@ -95,7 +95,7 @@ class Sample:
 
 
 def sample(root: psutil.Process) -> Sample:
-    """Returns what a process and all below it hold now."""
+    """Returns the memory of a process and all its descendants now."""
     held, cpu_s = [], {}
     for process in [root, *root.children(recursive=True)]:
         with suppress(psutil.Error, OSError):  # it has just ended
@@ -114,7 +114,7 @@ def _title(process: psutil.Process) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What predicting one slide took."""
+    """Rate, CPU time and memory of predicting one slide."""
 
     num_tiles: int
     tiles_per_s: float
@@ -123,20 +123,20 @@ class Run:
 
 
 def run_job(folder: Path, slide: Path, store_mb: int, every_s: float) -> Run:
-    """Predicts a slide by the job, its process tree sampled all the while."""
+    """Predicts a slide by the job, and samples its process tree meanwhile."""
     command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", str(folder / "model")]
     command += ["--samples", str(slide.parent), "--out", str(slide.parent / "out"), "--genes", "GENE00,GENE01"]
     command += ["--tracking.uri", f"sqlite:///{folder}/mlflow.db", "--cluster.object_store_mb", str(store_mb)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with open(folder / "said.txt", "w+") as said:
-        job = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    with open(folder / "log.txt", "w+") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
         root, peak, cpu_s = psutil.Process(job.pid), Sample(0, 0, (), {}), {}
         while job.poll() is None:
             seen = sample(root)
             peak, cpu_s = max(peak, seen, key=lambda one: one.total), cpu_s | seen.cpu_s
             time.sleep(every_s)
-        said.seek(0)
-        text = said.read()
+        log.seek(0)
+        text = log.read()
     done = re.search(r"([\d,]+) tiles in \d+ s \(([\d.]+) tiles/s", text)
     if job.returncode or not done:
         raise SystemExit(f"the job ended with code {job.returncode}:\n{text}")

@@ -86,12 +86,12 @@ def compare(folder: Path, out: Path) -> None:
 def _prediction(path: Path, genes: tuple[str, ...], spots: list[str]) -> np.ndarray:
     """Returns a slide's prediction in the order of the measured spots, float32 (n, G)."""
     table = pq.read_table(path)
-    place = {spot: row for row, spot in enumerate(table["spot_id"].to_pylist())}
-    return np.stack([table[gene].to_numpy() for gene in genes], axis=1)[[place[spot] for spot in spots]]
+    row_of = {spot: row for row, spot in enumerate(table["spot_id"].to_pylist())}
+    return np.stack([table[gene].to_numpy() for gene in genes], axis=1)[[row_of[spot] for spot in spots]]
 
 
 def _crops(sheet: Path, spots: Path, way: str, size_px: int) -> np.ndarray:
-    """Returns the tiles that the spots should have, by Pillow or OpenSlide alone, uint8 (n, size_px, size_px, 3)."""
+    """Returns the tiles of the spots, cut by Pillow or OpenSlide alone, uint8 (n, size_px, size_px, 3)."""
     image = next(row["image"] for row in csv.DictReader(sheet.read_text().splitlines()) if row["section_id"] == way)
     rows = [row for row in csv.DictReader(spots.read_text().splitlines()) if row["section_id"] == way]
     corners = [tuple(int(float(row[axis])) - size_px // 2 for axis in ("x_px", "y_px")) for row in rows]

@@ -1,10 +1,10 @@
-"""What a tile of a slide costs each stage of prediction but the encoder: reading, retrieval, writing, in one thread.
+"""CPU time per tile of each stage of prediction except the encoder: reading, retrieval, writing, in one thread.
 
     python benchmarks/stage_rates.py SLIDE --size-px 224 --genes 1000 --keys 20000
 
-Each stage is the engine's own code on its own, without Ray, in tiles per CPU-second; the encoder's rate is
-`benchmarks/embedding_rate.py`'s. The bank is random, and so is what is written. Inspecting and publishing a slide has a
-part that does not grow with its tiles, so give slides of several sizes.
+Each stage runs the engine's own code alone, without Ray, in tiles per CPU-second; `benchmarks/embedding_rate.py`
+measures the encoder. Bank and answers are random. Inspecting and publishing a slide have a part that does not grow
+with its tiles, so give slides of several sizes. Publishing draws no pictures.
 """
 
 import argparse
@@ -27,35 +27,29 @@ from mclstexp.data.genes import GenePanel  # noqa: E402
 from mclstexp.model.bank import Bank  # noqa: E402
 from mclstexp.model.retrieval import regressed, resolve, retrieve  # noqa: E402
 from mclstexp.prediction.inspect import Inspection, corners, inspect  # noqa: E402
-from mclstexp.prediction.parts import (  # noqa: E402
-    PART_TILES,
-    num_parts,
-    write_part,
-)
-from mclstexp.prediction.pipeline import as_stored  # noqa: E402
+from mclstexp.prediction.parts import PART_TILES, encode_part, num_parts, read_grid, write_part  # noqa: E402
 from mclstexp.prediction.plan import CohortPlan, SlideSource  # noqa: E402
 from mclstexp.prediction.publish import publish_slide  # noqa: E402
-from mclstexp.prediction.writers.table import OutputInfo, read_grid  # noqa: E402
+from mclstexp.prediction.tile_reader import TileReader  # noqa: E402
+from mclstexp.prediction.writers.slide import OutputInfo  # noqa: E402
 from mclstexp.settings import RetrievalConfig, TilesConfig  # noqa: E402
-from mclstexp.slides.slide import open_slide  # noqa: E402
 
 WIDTH = 256
 
 
 def plan_for(out: str, size_px: int, mpp: float) -> CohortPlan:
     tiles = TilesConfig(size_px=size_px)
-    return CohortPlan(out, tiles, mpp, "none", scratch=out, scratch_budget_bytes=10**12, num_readers=1, assume_mpp=mpp)
+    return CohortPlan(out, tiles, mpp, "none", scratch=out, scratch_budget_bytes=10**12, assume_mpp=mpp)
 
 
 def read(path: Path, plan: CohortPlan, found: Inspection) -> int:
     """Reads all tiles of a slide as a reader does; returns their number."""
     grid = read_grid(found.staging, found.record.num_tiles)
     left, top = corners(grid, plan.tiles.size_px, found.record.scale)
-    with open_slide(path) as slide:
-        for x, y in zip(left.tolist(), top.tolist(), strict=True):
-            tile = slide.read_tile(x, y, plan.tiles.size_px, found.record.scale)
-            if tile is not None:
-                as_stored(tile, plan.tiles)
+    with TileReader(plan) as reader:
+        for start in range(0, len(left), PART_TILES):
+            rows = slice(start, start + PART_TILES)
+            reader.read(str(path), left[rows], top[rows], found.record.scale)
     return found.record.num_tiles
 
 
@@ -67,7 +61,7 @@ def random_bank(num_keys: int, num_genes: int) -> Bank:
 
 
 def timed(name: str, work: Callable[[], Any], num_tiles: int) -> Any:
-    """Prints the rate of a stage and returns what it gives."""
+    """Prints the rate of a stage and returns its result."""
     started = time.process_time()
     result = work()
     seconds = time.process_time() - started
@@ -98,16 +92,16 @@ def main() -> None:
         queries = rng.normal(size=(PART_TILES, WIDTH)).astype(np.float32)
         timed("retrieve", lambda: retrieve(queries, bank, config), PART_TILES)
         panel = GenePanel.from_names([f"GENE{gene}" for gene in range(arguments.genes)])
-        facts = OutputInfo(panel, "random", "none", arguments.size_px, arguments.mpp, None)
+        info = OutputInfo(panel, "random", "none", arguments.size_px, arguments.mpp, None)
         lengths = [min(PART_TILES, num_tiles - part * PART_TILES) for part in range(num_parts(num_tiles))]
         answers = [regressed(rng.random((length, arguments.genes), np.float32)) for length in lengths]
 
         def write_parts() -> None:
             for part, answer in enumerate(answers):
-                write_part(found.staging, part, answer, np.ones(len(answer.prediction), bool))
+                write_part(found.staging, part, encode_part(answer, np.ones(len(answer.prediction), bool)))
 
         timed("write", write_parts, num_tiles)
-        timed("publish", lambda: publish_slide(found.staging, f"{out}/published", facts, []), num_tiles)
+        timed("publish", lambda: publish_slide(found.staging, f"{out}/published", info), num_tiles)
 
 
 if __name__ == "__main__":

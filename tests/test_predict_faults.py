@@ -1,4 +1,7 @@
-"""Prediction while its processes are killed or its store fails: the files are those of a calm run."""
+"""Prediction while its processes are killed or its store fails: the files are those of a calm run.
+
+One kill of each kind: finishing task, reader, embedder, node, S3 server, driver.
+"""
 
 import os
 import shutil
@@ -15,15 +18,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from predicted_cohort import PredictedCohort, digests, job, ledger_entries, predict
+from predicted_cohort import GOOD, PredictedCohort, digests, job, ledger_entries, predict
 from s3_server import S3Server
 
 from mclstexp import storage
 from mclstexp.errors import StorageError
 from mclstexp.model.version import ModelVersion
-from mclstexp.prediction import ledger
+from mclstexp.prediction import ledger, publish, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+READER, EMBEDDER = "(Read)", "(Answer)"
+"""Words in the titles of their processes."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def _processes(word: str, of: psutil.Process | None = None) -> list[psutil.Proce
 
 
 def _when(condition: Callable[[], object], act: Callable[[], None]) -> threading.Thread:
-    """Does something as soon as a condition holds, meanwhile."""
+    """Does something in a thread, as soon as a condition holds."""
 
     def wait() -> None:
         deadline = time.monotonic() + 300
@@ -66,51 +71,67 @@ def _when(condition: Callable[[], object], act: Callable[[], None]) -> threading
     return thread
 
 
-def test_passing_faults_of_the_store_and_runs_with_other_settings_cost_no_slide(
+def test_faults_while_slides_are_finished_cost_no_slide(
     predicted: Path, model: ModelVersion, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run claims one slide while this one publishes it, and is done with another, with pictures of its own."""
-    names = ("big1", "small")
+    """Other runs claim one slide and are done with another, the store fails once, and a finishing task is killed."""
     (tmp_path / "slides").mkdir()
-    for name in names:
+    for name in GOOD:
         shutil.copy(slides / f"{name}.tif", tmp_path / "slides")
-    original, out, tries = ledger.commit, str(tmp_path / "out"), Counter()
+    attempts, finish_slide = tmp_path / "attempts", publish.finish_slide
+    attempts.mkdir()
 
-    def commit(out: str, new: ledger.Entry, claimed: str) -> None:
-        tries[new.slide_id] += 1
-        turn = new.slide_id, tries[new.slide_id]
-        if turn in (("big1", 1), ("small", 1)):
-            mine = ledger.entry(out, new.slide_id)
-            key = "theirs" if new.slide_id == "big1" else new.key
-            theirs = ledger.Entry(slide_id=new.slide_id, key=key, state="publishing", genes="G")
-            version = ledger.claim_slide(out, theirs, over=mine)
-            if new.slide_id == "small":
-                original(out, new.model_copy(update={"genes": "G"}), version)
-        if turn == ("big1", 2):
-            raise StorageError("the store said 503")
-        original(out, new, claimed)
+    def disturbed_commit(out: str, new: ledger.Entry, claimed: str) -> None:
+        name = new.slide_id
+        attempt = len(list(attempts.glob(f"{name}-*"))) + 1
+        (attempts / f"{name}-{attempt}").touch()
+        if (name, attempt) in (("big1", 1), ("small", 1)):
+            theirs = ledger.Entry(slide_id=name, key="theirs", state="publishing")
+            version = ledger.claim_slide(out, theirs, over=ledger.entry(out, name))
+            if name == "small":
+                storage.publish(f"{out}/ledger/small.json", _entry(theirs, state="done"), version)
+        if (name, attempt) == ("big1", 2):
+            raise StorageError("the store answered 503")
+        if (name, attempt) == ("big2", 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        storage.publish(f"{out}/ledger/{name}.json", _entry(new), claimed)
 
-    monkeypatch.setattr(ledger, "commit", commit)
-    report = predict(model, tmp_path / "slides", out, (model.panel.names()[2],))
-    assert (report.counts(), tries) == ({"done": 2}, {"big1": 3, "small": 2})
-    assert ledger_entries(tmp_path / "out") == {name: report.entries[name].model_dump() for name in names}
+    def _entry(entry: ledger.Entry, **changes: object) -> bytes:
+        return entry.model_copy(update=changes).model_dump_json(indent=1).encode()
+
+    def finish(*arguments: object) -> publish.Outcome:
+        with pytest.MonkeyPatch.context() as patch:  # in the task's process
+            patch.setattr(ledger, "commit", disturbed_commit)
+            return finish_slide(*arguments)
+
+    monkeypatch.setattr(run, "finish_slide", finish)
+    report = predict(model, tmp_path / "slides", tmp_path / "out")
+    assert report.counts() == {"done": 3}
+    tries = Counter(path.name.partition("-")[0] for path in attempts.iterdir())
+    assert tries == {"big1": 3, "small": 2, "big2": 2}
+    assert ledger_entries(tmp_path / "out") == {name: report.entries[name].model_dump() for name in GOOD}
     files, expected = digests(tmp_path / "out"), digests(predicted)
-    assert files == {path: digest for path, digest in expected.items() if path in files}
-    assert {"small.parquet", "overviews/small.png", "geojson/small.geojson"} < set(files)
+    assert files == {path: digest for path, digest in expected.items() if Path(path).stem in GOOD}
 
 
-def test_a_killed_embedder_changes_nothing(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
-    killed: list[int] = []
+def test_a_killed_reader_and_a_killed_embedder_change_nothing(
+    model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
+) -> None:
+    killed: list[str] = []
 
-    def kill() -> None:
-        for process in _processes("_Predict"):
+    def kill(step: str) -> None:
+        for process in _processes(step):
             process.kill()
-            killed.append(process.pid)
+            killed.append(step)
 
-    killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), kill)
-    report = predict(model, slides, tmp_path, (model.panel.names()[2],))
-    killer.join()
-    assert killed, "the fault must have hit"
+    killers = [
+        _when(lambda: _processes(READER) and list(tmp_path.rglob("grid.parquet")), lambda: kill(READER)),
+        _when(lambda: _processes(EMBEDDER) and list(tmp_path.rglob("*.safetensors")), lambda: kill(EMBEDDER)),
+    ]
+    report = predict(model, slides, tmp_path)
+    for killer in killers:
+        killer.join()
+    assert set(killed) == {READER, EMBEDDER}, "the faults must have hit"
     assert report.counts() == {"done": 3, "empty": 1, "quarantined": 1}
     assert digests(tmp_path) == digests(predicted)
 
@@ -152,15 +173,15 @@ def test_a_node_that_dies_changes_nothing(model: ModelVersion, slides: Path, pre
     with _second_node() as node:
 
         def is_at_work() -> bool:
-            lost[:] = [*_processes("_Read)", node), *_processes("_Predict)", node)]
+            lost[:] = [*_processes(READER, node), *_processes(EMBEDDER, node)]
             return bool(lost) and bool(list(tmp_path.rglob("grid.parquet")))
 
         killer = _when(is_at_work, lambda: _kill_node(node))
-        report = predict(model, slides, tmp_path, (model.panel.names()[2],))
+        report = predict(model, slides, tmp_path, num_cpus=5)  # two of each actor, spread over both nodes
         killer.join()
     assert lost, "the node must have been at work"
     if "failed" in report.counts():
-        report = predict(model, slides, tmp_path, (model.panel.names()[2],))
+        report = predict(model, slides, tmp_path)
     assert (set(report.faults()), digests(tmp_path)) == ({"broken"}, digests(predicted))
 
 
@@ -175,15 +196,14 @@ def test_an_s3_server_that_dies_and_comes_back_changes_nothing(
         s3_server.start()
 
     killer = _when(lambda: [uri for uri in storage.list_files(f"{s3}/staging") if "/parts/" in uri], restart)
-    genes = (model.panel.names()[2],)
     try:
-        report = predict(model, slides, s3, genes)
-    except StorageError:  # it says what could not be read or written
+        report = predict(model, slides, s3)
+    except StorageError:  # it states what could not be read or written
         killer.join()
-        report = predict(model, slides, s3, genes)
+        report = predict(model, slides, s3)
     killer.join()
     if "failed" in report.counts():
-        report = predict(model, slides, s3, genes)
+        report = predict(model, slides, s3)
     assert (under_way, set(report.faults())) == ([True], {"broken"})
     for uri in storage.list_files(s3):
         target = tmp_path / uri.removeprefix(f"{s3}/")
@@ -193,20 +213,20 @@ def test_an_s3_server_that_dies_and_comes_back_changes_nothing(
     assert not (tmp_path / "staging").exists()
 
 
-def test_a_killed_job_goes_on_even_where_two_go_on_at_once(
+def test_a_killed_job_can_be_resumed_even_by_two_at_once(
     model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path
 ) -> None:
-    command, options = job(tmp_path, model, slides, "--genes", model.panel.names()[2])
+    command, options = job(tmp_path, model, slides)
     first = subprocess.Popen(command, start_new_session=True, **options)
     killer = _when(lambda: list(tmp_path.rglob("*.safetensors")), lambda: os.killpg(first.pid, signal.SIGKILL))
     killer.join()
     first.wait()
     assert not (tmp_path / "out" / "ledger" / "big2.json").exists(), "it must have been killed midway"
     again = subprocess.Popen(command, **options)
-    report = predict(model, slides, tmp_path / "out", (model.panel.names()[2],))
-    said, _ = again.communicate(timeout=1500)
-    assert again.returncode == 2, said
-    assert "1 slide(s) could not be predicted" in said
-    assert "broken: " in said
+    report = predict(model, slides, tmp_path / "out")
+    printed, _ = again.communicate(timeout=1500)
+    assert again.returncode == 2, printed
+    assert "1 slide(s) could not be predicted" in printed
+    assert "broken: " in printed
     assert list(report.faults()) == ["broken"]
     assert digests(tmp_path / "out") == digests(predicted)

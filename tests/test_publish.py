@@ -17,9 +17,11 @@ from PIL import Image
 from staged_slides import CONFIDENCE, INFO, PANEL, Slide
 
 from mclstexp import storage
-from mclstexp.prediction import publish
-from mclstexp.prediction.publish import PICTURES, publish_slide
-from mclstexp.prediction.writers.slide import PredictedSlide, Writer
+from mclstexp.errors import StorageError
+from mclstexp.prediction import ledger, publish
+from mclstexp.prediction.parts import SlideRecord
+from mclstexp.prediction.publish import PICTURES, Outcome, finish_slide, publish_slide
+from mclstexp.prediction.writers.slide import OutputInfo, PredictedSlide, Writer
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +175,113 @@ def test_a_new_table_removes_the_pictures_of_the_old_one(slides: dict[str, Slide
     publish_slide(str(slides["A"].staging), str(tmp_path), INFO)
     assert {path for path in _files(tmp_path) if "A" in path} == {"A.parquet", "A.h5ad", "previews/A.jpg"}
     assert {path for path in _files(tmp_path) if "B" in path} == {path.format(slide_id="B") for path in PICTURES}
+
+
+@pytest.fixture
+def staging(slides: dict[str, Slide], tmp_path: Path) -> Path:
+    """A staging folder that finishing may remove."""
+    shutil.copytree(slides["A"].staging, tmp_path / "staging" / "A-key")
+    return tmp_path / "staging" / "A-key"
+
+
+def _finish(staging: Path, out: Path, *other_keys: str) -> Outcome:
+    return finish_slide("A", str(staging), str(out), INFO, ("key", *other_keys))
+
+
+def test_finishing_publishes_enters_the_answer_and_clears_staging(
+    slides: dict[str, Slide], staging: Path, out: Path, tmp_path: Path
+) -> None:
+    outcome = _finish(staging, tmp_path / "out")
+    record, entry = slides["A"].record, ledger.entry(str(tmp_path / "out"), "A")
+    assert outcome == Outcome("A", entry)
+    assert entry is not None
+    assert (entry.state, entry.key, entry.fingerprint) == ("done", "key", record.fingerprint)
+    assert (entry.num_tiles, entry.missing_tiles, entry.reason) == (600, 7, "")
+    assert not staging.exists()
+    expected = {name: data for name, data in _files(out).items() if Path(name).stem == "A"}
+    assert _published(tmp_path / "out") == expected
+
+
+def _published(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in _files(folder).items() if not name.startswith(("ledger/", "staging/"))}
+
+
+@pytest.mark.parametrize("step", ["claim_slide", "upload", "commit", "remove_staging"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_finishing_task_that_was_killed_can_be_repeated(
+    staging: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
+) -> None:
+    """As Ray repeats a task whose process died, before or after any step."""
+    module = {"upload": storage, "remove_staging": publish}.get(step, ledger)
+    original = getattr(module, step)
+
+    def killed(*arguments: object, **options: object) -> None:
+        if after:
+            original(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            _finish(staging, tmp_path / "out")
+    left = ledger.entry(str(tmp_path / "out"), "A")
+    outcome = _finish(staging, tmp_path / "out")
+    assert outcome == Outcome("A", ledger.entry(str(tmp_path / "out"), "A"))
+    if left is not None and left.state == "done":
+        assert outcome.entry == left, "the first answer stays"
+    expected = {name: data for name, data in _files(out).items() if Path(name).stem == "A"}
+    assert _published(tmp_path / "out") == expected
+
+
+def test_an_answer_that_another_run_gave_is_adopted_and_its_files_stay(staging: Path, tmp_path: Path) -> None:
+    assert _finish(staging, tmp_path / "first").entry is not None  # removes the staging folder: nothing else reads it
+    existing = ledger.Entry(slide_id="A", key="assumed", state="done", finished="earlier")
+    commit_as_another_run(tmp_path / "out", existing)
+    assert _finish(staging, tmp_path / "out", "assumed") == Outcome("A", existing)
+    assert _published(tmp_path / "out") == {}
+
+
+def commit_as_another_run(out: Path, entry: ledger.Entry) -> None:
+    claim = ledger.Entry(slide_id=entry.slide_id, key=entry.key, state="publishing")
+    version = ledger.claim_slide(str(out), claim, over=ledger.entry(str(out), entry.slide_id))
+    ledger.commit(str(out), entry, version)
+
+
+@pytest.mark.parametrize("key", ["theirs", "key"])
+def test_a_claim_that_is_lost_is_a_fault_unless_the_answer_is_the_same(
+    staging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    theirs, original = ledger.Entry(slide_id="A", key=key, state="done", finished="earlier"), publish.publish_slide
+
+    def publish_beside_another_run(staging: str, out: str, info: OutputInfo) -> SlideRecord:
+        record = original(staging, out, info)
+        commit_as_another_run(Path(out), theirs)
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "publish_slide", publish_beside_another_run)
+        outcome = _finish(staging, tmp_path / "out")
+    if key == "key":
+        assert outcome == Outcome("A", theirs)
+        return
+    assert (outcome.entry, outcome.has_claimed) == (None, True)
+    assert "another run was replacing its files" in outcome.fault
+    again = _finish(staging, tmp_path / "out")
+    assert again.entry is not None
+    assert ledger.entry(str(tmp_path / "out"), "A") == again.entry
+
+
+def test_faults_before_and_after_the_claim_are_told_apart(
+    staging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*arguments: object, **options: object) -> None:
+        raise StorageError("the store answered 503")
+
+    for step, has_claimed in (("read", False), ("upload", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, step, away)
+            outcome = _finish(staging, tmp_path / "out")
+        assert outcome == Outcome("A", fault="the store answered 503", has_claimed=has_claimed)
+    (staging / "parts" / "00001.safetensors").unlink()
+    missing = _finish(staging, tmp_path / "out")
+    assert (missing.has_claimed, "00001.safetensors is missing" in missing.fault) == (True, True)

@@ -240,21 +240,21 @@ class PredictConfig(ConfigBlock):
     overlap: float = Field(0.0, ge=0, lt=1)
     """Share of its edge that a tile has in common with its neighbour."""
     min_tissue: float = Field(0.1, ge=0, le=1)
-    """Least share of tissue for a tile to be predicted."""
+    """Smallest share of tissue for a tile to be predicted."""
     allow_upsampling: bool = False
     """Whether slides may be enlarged by more than 1.5 to reach the model's resolution."""
     other_stains: bool = False
-    """Whether images that do not look like H&E are predicted, with a flag, instead of being set aside."""
+    """Whether images that do not look like H&E are predicted, with a flag, instead of quarantined."""
     retry_quarantined: bool = False
-    """Whether slides that were set aside before are tried again."""
+    """Whether slides that an earlier run quarantined are tried again."""
     num_cpus: int | None = Field(None, ge=2)
-    """CPUs that read and, without GPUs, embed, but for one; empty: those that are there."""
+    """CPUs of the run: one inspects slides, the others read and, without GPUs, embed; empty: all of the cluster."""
     num_gpus: int | None = Field(None, ge=0)
-    """GPUs that embed; empty: those that are there. `cluster.wait_s` says how long to wait for either."""
+    """GPUs that embed; empty: all of the cluster. `cluster.wait_s` limits how long to wait for CPUs and GPUs."""
     scratch: str | None = None
     """Folder on every node for copies of remote slides; default in the system's temporary folder."""
     scratch_gb: float = Field(50.0, gt=0)
-    """Most that those copies take on a node, in GB."""
+    """Disk limit for these copies on each node, in GB."""
 
 
 class TuneConfig(ConfigBlock):
