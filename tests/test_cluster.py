@@ -119,8 +119,8 @@ def test_what_one_node_alone_can_see_is_refused(cluster: Cluster) -> None:
     job = cluster.submit("--", "python", TRAIN, "--config", TINY, "--data", "/data/tiles", "--out", "s3://bucket/runs")
     assert job.returncode != 0
     assert (
-        "error: the cluster has 2 nodes, and --data /data/tiles, tracking.uri=sqlite:///mlflow.db can be seen from one "
-        "only; use s3:// and an MLflow server, or storage.shared_paths=true"
+        "error: the cluster has 2 nodes, but only one node can see --data /data/tiles, "
+        "tracking.uri=sqlite:///mlflow.db; use s3:// and an MLflow server, or storage.shared_paths=true"
     ) in job.stdout
 
 

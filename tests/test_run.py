@@ -87,16 +87,16 @@ def test_a_run_name_with_other_settings_is_refused(table: Path) -> None:
 
 def test_a_run_gets_another_mlflow_run_where_the_tracking_store_has_changed(table: Path) -> None:
     config, folder = override(Config(), SETTINGS), str(table.parent / "runs")
-    asked: list[str | None] = []
+    recorded_ids: list[str | None] = []
 
     def track(config: Config, name: str, recorded: str | None) -> str:
-        asked.append(recorded)
+        recorded_ids.append(recorded)
         return "first" if recorded is None else "second"
 
     assert open_run(str(table), folder, "run", config, track).mlflow_run_id == "first"
     assert open_run(str(table), folder, "run", config, track).mlflow_run_id == "second"
     record = json.loads(storage.read(f"{folder}/run/{RECORD}"))
-    assert (record["mlflow_run_id"], asked) == ("second", [None, "first"])
+    assert (record["mlflow_run_id"], recorded_ids) == ("second", [None, "first"])
 
 
 def test_a_name_depends_on_every_part_of_the_request(table: Path) -> None:

@@ -1,4 +1,4 @@
-"""One optimiser step, on one rank: every kind of network learns what it is shown, and padding is no data."""
+"""One optimiser step on one rank: every kind of network learns, padding is no data; optimiser and learning rate."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.data.spots import Batch
-from mclstexp.model.towers import build_network
+from mclstexp.model.towers import TwoTowers, build_network
+from mclstexp.settings import ModelConfig, TrainConfig
 from mclstexp.training.checkpoint import TrainState
-from mclstexp.training.step import RankState, make_optimizer, train_step
+from mclstexp.training.step import RankState, learning_rate_factor, make_optimizer, train_step
 
 SENTENCES, LENGTH, GENES, SIZE = 2, 8, 5, 32
 SETTINGS = {
@@ -76,7 +77,7 @@ def test_the_loss_of_a_batch_falls_as_it_is_repeated(changes: dict[str, object])
 
 
 @pytest.mark.parametrize("predictor", ["retrieval", "regression"])
-def test_what_stands_in_empty_slots_changes_nothing(predictor: str) -> None:
+def test_the_content_of_empty_slots_changes_nothing(predictor: str) -> None:
     clean, dirty = _batch(num_spots=11), _batch(num_spots=11)
     for name in ("image", "expression", "position"):
         dirty[name][~dirty["mask"]] = 99
@@ -105,3 +106,29 @@ def test_a_step_without_a_batch_leaves_batch_statistics_alone(num_spots: int) ->
     train_step(rank_state, _batch())
     changed = [name for name, value in rank_state.model.named_buffers() if not torch.equal(value, before[name])]
     assert changed, "a full batch must move them again"
+
+
+def test_groups_have_their_rates_and_norms_no_decay() -> None:
+    model = TwoTowers(ModelConfig(image_encoder="small_cnn", spot_width=16), 8, 0, 32)
+    config = TrainConfig(tower_lr=1e-4, head_lr=1e-3, weight_decay=0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = make_optimizer(model, config).param_groups
+    settings = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert settings.keys() == set(names.values())
+    assert settings["log_scale"] == (1e-3, 0.0)
+    assert settings["image_head.project.weight"] == (1e-3, 0.05)
+    assert settings["spot_tower.blocks.0.ffn.0.weight"] == (1e-4, 0.05)
+    assert settings["spot_tower.blocks.0.ffn_norm.weight"] == (1e-4, 0.0)
+    published = make_optimizer(model, TrainConfig(optimizer="adam", weight_decay=1e-3)).param_groups
+    assert {group["weight_decay"] for group in published} == {1e-3}
+
+
+def test_the_rate_rises_then_falls_to_zero_or_stays() -> None:
+    cosine, constant = TrainConfig(warmup=0.1), TrainConfig(warmup=0.0, schedule="constant")
+    factors = [learning_rate_factor(step, 100, cosine) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[10] == 1.0
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0.0)
+    assert {learning_rate_factor(step, 100, constant) for step in range(100)} == {1.0}

@@ -57,8 +57,8 @@ def _command(tiles: str, folder: Path, name: str, *more: str) -> list[str]:
     settings = SETTINGS | {"cluster.object_store_mb": 256}  # and MLflow where it is by default, in the working folder
     texts = {key: ",".join(value) if isinstance(value, list) else str(value) for key, value in settings.items()}
     options = [part for key, value in texts.items() for part in (f"--{key}", value)]
-    places = ["--data", tiles, "--space", str(folder / "space.yaml"), "--out", str(folder), "--name", name]
-    return [sys.executable, str(ROOT / "jobs" / "tune.py"), *places, *options, *more]
+    paths = ["--data", tiles, "--space", str(folder / "space.yaml"), "--out", str(folder), "--name", name]
+    return [sys.executable, str(ROOT / "jobs" / "tune.py"), *paths, *options, *more]
 
 
 def _start(command: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -185,7 +185,7 @@ def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path:
     config = override(Config(), {"split.protocol": "reference", "split.test_sections": ["A1"]})
     assert len(with_validation(manifest, config).split.validation_patients) == 1
     more = override(config, {"split.num_validation_patients": 3})
-    with pytest.raises(SplitError, match=r"beside the held-out ones there are 2 \(B, C\)"):
+    with pytest.raises(SplitError, match=r"2 are not held out \(B, C\)"):
         with_validation(manifest, more)
 
 
@@ -207,7 +207,7 @@ def test_an_interrupted_trial_has_not_ended(status: str, last: dict | None, has_
 
 def test_one_patient_is_not_enough(tmp_path: Path) -> None:
     config = override(Config(), {"split.test_patients": ["B"]})
-    with pytest.raises(SplitError, match=r"num_validation_patients=1 leaves no patient.* there are 1 \(A\)"):
+    with pytest.raises(SplitError, match=r"num_validation_patients=1 leaves no patient.* 1 are not held out \(A\)"):
         with_validation(_manifest(tmp_path, "AB"), config)
 
 

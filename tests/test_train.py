@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -119,7 +118,7 @@ def killed_run(tiles: str, mlflow_template: Path, tmp_path_factory: pytest.TempP
     output, _ = job.communicate(timeout=900)
     assert job.returncode == 0, output
     assert output.strip().splitlines()[-1] == "model version models:/mclstexp/1"
-    assert len(list((folder / "runs").iterdir())) == 1, "it was started anew under another name"
+    assert len(list((folder / "runs").iterdir())) == 1, "it started again under another name"
     return folder
 
 
@@ -170,9 +169,13 @@ def calm_run(tiles: str, mlflow_template: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("calm")
     shutil.copy(mlflow_template, folder / "mlflow.db")
     config = _config(**{"tracking.uri": f"sqlite:///{folder}/mlflow.db"})
-    run = open_run(tiles, str(folder), "calm", config, partial(tracking.start_run, tags={}))
+    run = open_run(tiles, str(folder), "calm", config, _track)
     train_to_end(run, lambda step, metrics: None)
     return folder / "calm"
+
+
+def _track(config: Config, name: str, recorded: str | None) -> str:
+    return tracking.start_run(config, name, {}, recorded)
 
 
 def _config(**changed: object) -> Config:

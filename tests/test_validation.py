@@ -1,4 +1,7 @@
-"""The score of a model while it trains, which is that of its finished version, and early stopping."""
+"""The score of a model while it trains, the choice of k and temperature, and early stopping.
+
+The score of a model in training must be that of its finished version.
+"""
 
 import json
 from pathlib import Path
@@ -9,17 +12,18 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.evaluation.metrics import pearson_per_gene
+from mclstexp.model.bank import Bank
 from mclstexp.model.embed import network_of
+from mclstexp.model.retrieval import retrieve
 from mclstexp.model.version import ModelVersion
-from mclstexp.settings import TrainConfig
-from mclstexp.training import finish, trainer
+from mclstexp.settings import RetrievalConfig, TrainConfig
+from mclstexp.training import finish, trainer, validation
 from mclstexp.training.checkpoint import STATE, TrainState, save_checkpoint
 from mclstexp.training.run import Run, open_run
 from mclstexp.training.step import RankState, make_optimizer
-from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
+from mclstexp.training.validation import VALIDATION_PCC, ValidationSection, ValidationSet, validate
 from mclstexp.training.worker import is_validated
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {
     "genes.num_genes": 30,
     "split.test_patients": ["P3"],
@@ -32,6 +36,8 @@ SETTINGS = {
 REGRESSION = {"model.predictor": "regression"}
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, REGRESSION], ids=["retrieval", "regression"])
 def test_the_score_is_that_of_the_finished_version(tiles: str, tmp_path: Path, changes: dict[str, object]) -> None:
     run = _open(tiles, tmp_path, changes)
@@ -45,6 +51,8 @@ def test_the_score_is_that_of_the_finished_version(tiles: str, tmp_path: Path, c
     assert found == pytest.approx(_score(run, finish.load_model(run)), abs=1e-5)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_training_that_gets_no_better_stops_and_the_model_is_its_best_checkpoint(tiles: str, tmp_path: Path) -> None:
     wild = {"train.tower_lr": 0.1, "train.head_lr": 0.1, "train.schedule": "constant"}
     workers = {"train.num_workers": 2, "train.batch_sentences": 2}  # each with batch statistics of its own
@@ -100,3 +108,48 @@ def _score(run: Run, model: ModelVersion) -> float:
         predicted = model.predict(np.concatenate([embed(part["image"]) for part in parts])).prediction
         scores.append(np.nan_to_num(pearson_per_gene(truth, predicted)).mean())
     return float(np.mean(scores))
+
+
+def _bank(num_keys: int) -> Bank:
+    rng = np.random.default_rng(0)
+    names = np.array([str(i) for i in range(num_keys)], object)
+    keys, payload = (rng.normal(size=(num_keys, width)).astype(np.float32) for width in (8, 5))
+    return Bank.of(keys, payload, names, names, names)
+
+
+def test_choice_finds_the_settings_that_predict_best() -> None:
+    """The truth is the prediction with ten neighbours at temperature 0.5, which must win."""
+    rng = np.random.default_rng(3)
+    bank = _bank(500)
+    queries = rng.normal(size=(200, 8)).astype(np.float32)
+    truth = retrieve(queries, bank, RetrievalConfig(k=10, temperature=0.5)).prediction
+    sections = [ValidationSection("P", queries, truth)]
+    chosen = validation.choose(sections, bank, RetrievalConfig())
+    assert (chosen.k, chosen.temperature) == (10, 0.5)
+    assert validation.choose(sections, bank, RetrievalConfig(k=3)).k == 3
+
+
+def test_choice_scores_within_sections_and_weighs_patients_equally() -> None:
+    """A large section of P prefers few neighbours, two small ones of Q many; a section's own level must not matter."""
+    rng = np.random.default_rng(3)
+    bank = _bank(500)
+    preferences = [("P", 300, 10, 0.0), ("Q", 60, 400, 50.0), ("Q", 60, 400, 90.0), ("R", 60, 400, 0.0)]
+    sections = []
+    for patient, num, k, level in preferences:
+        queries = rng.normal(size=(num, 8)).astype(np.float32)
+        predicted = retrieve(queries, bank, RetrievalConfig(k=k, temperature=0.5)).prediction
+        sections.append(ValidationSection(patient, queries, predicted + level))
+    best = {}
+    for k in (10, 400):
+        config, of_patients = RetrievalConfig(k=k, temperature=0.5), {}
+        for section in sections:
+            predicted = retrieve(section.queries, bank, config).prediction
+            genes = np.argsort(-section.truth.mean(axis=0))[:50]
+            pcc = [np.corrcoef(section.truth[:, gene], predicted[:, gene])[0, 1] for gene in genes]
+            of_patients.setdefault(section.patient_id, []).append(np.mean(pcc))
+        best[k] = np.mean([np.mean(values) for values in of_patients.values()])
+    assert abs(best[10] - best[400]) > 0.02, "the two must differ clearly"
+    config = RetrievalConfig(temperature=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "TRIED_K", (10, 400))
+        assert validation.choose(sections, bank, config).k == max(best, key=best.__getitem__)
