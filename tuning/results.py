@@ -4,6 +4,7 @@ Every trial that did not fail is scored on the validation patients, stopped ones
 the price of a bank for each.
 """
 
+import logging
 import math
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from tuning.trial import EPOCHS, open_trial, tracked_run
 
 TABLE, BEST = "trials.csv", "best.yaml"
 _BLOCKS = {"genes", "split", "model", "train", "retrieval"}
+log = logging.getLogger(__name__)
 _STATUS = {FAILED: "FAILED", STOPPED: "KILLED"}
 
 
@@ -40,12 +42,11 @@ def score_trials(sweep: Sweep, trials: Sequence[Trial], show: Show = hidden) -> 
     what = "scores on the validation patients"
     show(what, 0, len(trials))
     for done, trial in enumerate(trials, start=1):
-        note = ""
         try:
             _settle(sweep, trial)
         except Exception as error:  # a fault of one trial costs no other trial, and not the sweep its table
-            note = f"trial {trial.name}: no score card ({error})"
-        show(what, done, len(trials), note)
+            log.warning("trial %s: no score card (%s)", trial.name, error)
+        show(what, done, len(trials))
 
 
 def publish(sweep: Sweep, trials: Sequence[Trial]) -> Trial:
