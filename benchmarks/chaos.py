@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import numpy as np  # noqa: E402
 from chaos_inputs import Expected, make_model, make_slides  # noqa: E402
-from chaos_places import Place, on_disk, on_s3  # noqa: E402
 from chaos_run import KINDS, STORE, ChaosError, Kills, Outcome, run_calmly, run_under_kills  # noqa: E402
+from chaos_store import Store, on_disk, on_s3  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -50,27 +50,27 @@ def main() -> None:
         folder = Path(arguments.out or scratch).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=not arguments.out)
-            with on_disk(folder) if not arguments.s3 else on_s3(folder) as place:
-                compare(folder, place, arguments.slides, arguments.kills, arguments.seed)
+            with on_disk(folder) if not arguments.s3 else on_s3(folder) as store:
+                compare(folder, store, arguments.slides, arguments.kills, arguments.seed)
         except (ChaosError, FileExistsError) as error:
             sys.exit(f"error: {error}")
 
 
-def compare(folder: Path, place: Place, num_slides: int, num_kills: int, seed: int) -> None:
+def compare(folder: Path, store: Store, num_slides: int, num_kills: int, seed: int) -> None:
     """Makes slides and a model, runs calmly and under kills, checks the results and prints them."""
     expected = make_slides(folder, num_slides, seed)
     make_model(folder / "model", seed)
-    place.take(folder, ("slides", "model"))
-    calm, killed = storage.join(place.root, "calm"), storage.join(place.root, "killed")
-    print(f"{num_slides} slides in {place.root}; a calm run", flush=True)
-    calmly = run_calmly(job_command(folder, place.root, calm), folder / "calm.log")
+    store.copy(folder, ("slides", "model"))
+    calm, killed = storage.join(store.root, "calm"), storage.join(store.root, "killed")
+    print(f"{num_slides} slides in {store.root}; a calm run", flush=True)
+    calmly = run_calmly(job_command(folder, store.root, calm), folder / "calm.log")
     require_ledger(calm, expected)
     print(f"{calmly.seconds:.0f} s; the same under {num_kills} kills", flush=True)
     rng = np.random.default_rng(seed)
-    every = (*KINDS, STORE) if place.restart else KINDS
+    every = (*KINDS, STORE) if store.restart else KINDS
     kinds = tuple(str(kind) for _ in range(0, num_kills, len(every)) for kind in rng.permutation(every))[:num_kills]
-    kills = Kills(kinds, calmly.seconds / max(1, num_kills), rng, place.restart)
-    command = job_command(folder, place.root, killed)
+    kills = Kills(kinds, calmly.seconds / max(1, num_kills), rng, store.restart)
+    command = job_command(folder, store.root, killed)
     hit = run_under_kills(command, folder / "killed.log", kills, lambda: settled(killed) == set(expected))
     require_ledger(killed, expected)
     num_files = require_same(calm, killed)

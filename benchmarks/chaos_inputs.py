@@ -85,9 +85,9 @@ def _write(path: Path, kind: str, edge_px: int, texture: np.ndarray, rng: np.ran
 
 
 def _tissue(texture: np.ndarray, edge_px: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the texture from a random place on, repeated, and a little brighter towards a corner: no tile repeats.
+    """Returns the texture from a random offset on, repeated, and a little brighter towards a corner: no tile repeats.
 
-    The place is drawn again until at least half of the image is tissue.
+    The offset is drawn again until at least half of the image is tissue.
     """
     times = -(-edge_px // len(texture))
     while True:

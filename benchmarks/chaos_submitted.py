@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 import psutil  # noqa: E402
 from chaos import entries, job_command, require_ledger, require_same, settled  # noqa: E402
 from chaos_inputs import make_model, make_slides  # noqa: E402
-from chaos_places import free_port, on_s3  # noqa: E402
 from chaos_run import ChaosError, run_calmly  # noqa: E402
+from chaos_store import free_port, on_s3  # noqa: E402
 
 from mclstexp import storage  # noqa: E402
 
@@ -43,14 +43,14 @@ def main() -> None:
     folder = arguments.out.absolute()
     folder.mkdir(parents=True)
     try:
-        with on_s3(folder) as place:
+        with on_s3(folder) as store:
             expected = make_slides(folder, arguments.slides, arguments.seed)
             make_model(folder / "model", arguments.seed)
-            place.take(folder, ("slides", "model"))
-            calm, submitted = (storage.join(place.root, name) for name in ("calm", "submitted"))
-            calmly = run_calmly(job_command(folder, place.root, calm), folder / "calm.log")
+            store.copy(folder, ("slides", "model"))
+            calm, submitted = (storage.join(store.root, name) for name in ("calm", "submitted"))
+            calmly = run_calmly(job_command(folder, store.root, calm), folder / "calm.log")
             print(f"{calmly.seconds:.0f} s on this machine", flush=True)
-            starts = _predict_on_a_cluster(folder, job_command(folder, place.root, submitted), submitted, set(expected))
+            starts = _predict_on_a_cluster(folder, job_command(folder, store.root, submitted), submitted, set(expected))
             require_ledger(submitted, expected)
             print(f"{starts} submission(s); {require_same(calm, submitted)} files, all the same")
     except ChaosError as error:

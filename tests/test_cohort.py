@@ -27,7 +27,7 @@ def test_a_sheet_gives_the_images_of_all_formats(tmp_path):
     assert (second.slide_id, second.mpp, second.image) == ("S2", None, str(tmp_path / "b.jpg"))
 
 
-def test_an_image_that_is_away_holds_up_no_sheet(tmp_path):
+def test_a_sheet_may_name_a_missing_image(tmp_path):
     (tmp_path / "slides.csv").write_text("section_id,patient_id,format,image\nA,P,slide,away.svs\n")
     assert [slide.image for slide in list_slides(str(tmp_path / "slides.csv"))] == [str(tmp_path / "away.svs")]
 
@@ -95,8 +95,8 @@ def test_all_faults_of_spots_are_listed_at_once(tmp_path):
     table = "section_id,spot_id,x_px,y_px\nS,a,1,2\nS,a,nan,2\n,b,1,here\nT,a,1,inf\nS,,1,2\n"
     with pytest.raises(SheetError) as error:
         read_positions(spots(tmp_path, table))
-    said = str(error.value)
-    assert "6 fault(s)" in said
+    message = str(error.value)
+    assert "6 fault(s)" in message
     for part in (
         "row 3, column x_px, got 'nan'",
         "row 3, column spot_id: 'a' is already",
@@ -105,7 +105,7 @@ def test_all_faults_of_spots_are_listed_at_once(tmp_path):
         "row 5, column y_px, got 'inf'",
         "row 6, column spot_id: it is empty",
     ):
-        assert part in said
+        assert part in message
 
 
 def test_many_faults_are_counted(tmp_path):
@@ -114,7 +114,7 @@ def test_many_faults_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("section_id,x_px\nS,1\n", "column y_px is missing"),
         ("section_id,x_px,y_px,z\nS,1,2,3\n", "column 'z' is unknown"),
@@ -123,12 +123,12 @@ def test_many_faults_are_counted(tmp_path):
         ("", "no CSV"),
     ],
 )
-def test_what_is_no_table_of_spots(tmp_path, text, said):
-    with pytest.raises(SheetError, match=said):
+def test_files_that_are_no_table_of_spots_are_refused(tmp_path, text, message):
+    with pytest.raises(SheetError, match=message):
         read_positions(spots(tmp_path, text))
 
 
-def test_spots_and_slides_name_each_other(tmp_path):
+def test_spots_and_slides_must_match(tmp_path):
     touch(tmp_path, "S1.svs", "S2.svs")
     slides = list_slides(str(tmp_path))
     require_positions(slides, {})
@@ -144,9 +144,9 @@ def test_a_fingerprint_sees_length_and_both_ends(tmp_path):
     content = bytearray(3 * 2**20)
     path.write_bytes(content)
     seen = {fingerprint(str(path))}
-    for place in (0, 2**20 - 1, 2 * 2**20, len(content) - 1):
+    for index in (0, 2**20 - 1, 2 * 2**20, len(content) - 1):
         changed = bytearray(content)
-        changed[place] = 1
+        changed[index] = 1
         path.write_bytes(changed)
         seen.add(fingerprint(str(path)))
     path.write_bytes(content + b"\0")

@@ -1,9 +1,12 @@
-"""The ledger's exchange of entries: claims, answers, and what a fault may replace."""
+"""The ledger: claims, answers, what a fault may replace, and entries of earlier versions."""
+
+import json
 
 import pytest
 
-from mclstexp.errors import ConflictError
-from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry, set_aside
+from mclstexp import storage
+from mclstexp.errors import ConflictError, PredictError
+from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry, set_aside, slides, summarise
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -20,14 +23,14 @@ def _done(key: str, image: str = "first") -> Entry:
     return Entry(slide_id="A", key=key, state="done", fingerprint=image)
 
 
-def test_an_answer_takes_the_place_of_its_claim(out: str) -> None:
+def test_an_answer_replaces_its_claim(out: str) -> None:
     commit(out, _done("k"), claim_slide(out, _claim("k"), over=None))
     assert entry(out, "A") == _done("k")
     commit(out, _done("other"), claim_slide(out, _claim("other"), over=_done("k")))
     assert entry(out, "A") == _done("other")
 
 
-def test_a_run_that_lost_its_claim_to_other_settings_cannot_vouch_for_the_files(out: str) -> None:
+def test_a_run_that_lost_its_claim_to_other_settings_cannot_commit_its_answer(out: str) -> None:
     ours = claim_slide(out, _claim("ours"), over=None)
     theirs = claim_slide(out, _claim("theirs"), over=_claim("ours"))
     with pytest.raises(ConflictError):
@@ -46,7 +49,7 @@ def test_runs_of_equal_settings_share_a_claim(out: str) -> None:
     assert entry(out, "A") == _done("k")
 
 
-def test_what_was_written_since_it_was_read_is_not_claimed(out: str) -> None:
+def test_an_entry_that_changed_since_it_was_read_is_not_claimed(out: str) -> None:
     commit(out, _done("k"), claim_slide(out, _claim("k"), over=None))
     with pytest.raises(ConflictError):
         claim_slide(out, _claim("other"), over=None)
@@ -62,7 +65,7 @@ def test_what_was_written_since_it_was_read_is_not_claimed(out: str) -> None:
         ("failed", "", True),
     ],
 )
-def test_a_prediction_outlives_faults_but_not_a_damaged_image_in_its_images_place(
+def test_a_prediction_outlives_faults_but_not_a_damaged_image_that_replaced_its_own(
     out: str, state: str, image: str, stays: bool
 ) -> None:
     commit(out, _done("k", "first"), claim_slide(out, _claim("k"), over=None))
@@ -71,8 +74,25 @@ def test_a_prediction_outlives_faults_but_not_a_damaged_image_in_its_images_plac
     assert entry(out, "A") == (_done("k", "first") if stays else fault)
 
 
-def test_a_fault_takes_the_place_of_a_dead_runs_claim(out: str) -> None:
+def test_a_fault_replaces_the_claim_of_a_dead_run(out: str) -> None:
     claim_slide(out, _claim("k"), over=None)
     fault = Entry(slide_id="A", key="attempt", state="failed", reason="broken")
     set_aside(out, fault)
     assert entry(out, "A") == fault
+
+
+@pytest.mark.parametrize(("state", "genes"), [("done", "GNAS,FASN"), ("publishing", "drawing GNAS"), ("empty", "")])
+def test_entries_with_genes_are_read_as_their_state_says(out: str, state: str, genes: str) -> None:
+    """Earlier versions wrote the genes of a slide's pictures into its entry."""
+    old = Entry(slide_id="A", key="k", state=state, fingerprint="first")
+    uri = storage.join(out, "ledger", "A.json")
+    storage.write(uri, json.dumps(old.model_dump() | {"genes": genes}).encode())
+    assert entry(out, "A") == old
+    assert slides(out) == ["A"]
+    commit(out, _done("k"), claim_slide(out, _claim("k"), over=old))
+    assert entry(out, "A") == _done("k")
+    assert "genes" not in json.loads(storage.read(uri))
+    assert "genes" not in storage.read(summarise(out, {"A": old})).decode()
+    storage.write(uri, json.dumps(old.model_dump() | {"other": ""}).encode())
+    with pytest.raises(PredictError, match="is no ledger entry of this version"):
+        entry(out, "A")

@@ -15,6 +15,7 @@ import pytest
 import round_slide
 import tifffile
 from PIL import Image
+from random_version import random_version
 from round_slide import MPP, SIZE, TILE, tissue_image
 
 from mclstexp import storage
@@ -33,7 +34,6 @@ from mclstexp.prediction.pipeline import (
     Read,
     Row,
     WorkerCounts,
-    part_tiles,
     worker_counts,
     write,
 )
@@ -94,9 +94,26 @@ def require_part(row, image):
     assert row["complete"].tolist() == [index < len(expected) for index in range(PART_TILES)]
 
 
+@pytest.fixture
+def pixels():
+    """In the place of the model: answers with a part's pixels themselves."""
+
+    class Pixels:
+        def __init__(self, *model):
+            pass
+
+        def __call__(self, batch):
+            row = Row.of(batch)
+            assert row.complete[: row.num_tiles].all()
+            assert not row.complete[row.num_tiles :].any()
+            return replace(row, pixels=None, complete=None, answer=row.pixels[: row.num_tiles].tobytes()).batch()
+
+    return Pixels
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_cohort_gives_one_row_per_part_and_per_fault(ray_session, tmp_path):
+def test_a_cohort_gives_one_row_per_part_and_per_fault(ray_session, tmp_path, monkeypatch, pixels):
     images = {name: tissue_image(seed) for seed, name in enumerate(("a", "b", "done"))}
     sources = {name: slide_of(tmp_path, name, image) for name, image in images.items()}
     sources["empty"] = slide_of(tmp_path, "empty", np.full((SIZE, SIZE, 3), 240, np.uint8))
@@ -111,8 +128,9 @@ def test_a_cohort_gives_one_row_per_part_and_per_fault(ray_session, tmp_path):
     for part in range(num_parts(done.record.num_tiles)):
         storage.write(storage.join(done.staging, part_name(part)), b"x")
 
-    batches = part_tiles(list(sources.values()), plan, 2).iter_batches(batch_size=1, batch_format="numpy")
-    rows = [flat(row) for row in batches]
+    monkeypatch.setattr(pipeline, "Answer", pixels)
+    stream = pipeline.pipeline(list(sources.values()), plan, random_version(), WorkerCounts(2, 1, False))
+    rows = [flat(row) for row in stream.iter_batches(batch_size=1, batch_format="numpy")]
 
     tiles = [row for row in rows if row["state"] == TILES]
     total = num_parts(half.record.num_tiles)
@@ -122,7 +140,10 @@ def test_a_cohort_gives_one_row_per_part_and_per_fault(ray_session, tmp_path):
     assert parts.pop("b") == [part for part in range(total) if part != 1]
     assert not any(parts.values())
     for row in tiles:
-        require_part(row, images[row["slide_id"]])
+        expected = expected_tiles(images[row["slide_id"]], row["staging"], row["part"])
+        assert storage.read(storage.join(row["staging"], part_name(row["part"]))) == expected.tobytes()
+        assert row["num_tiles"] == len(expected)
+        assert not {"pixels", "complete", "answer"} & set(row)
     others = {row["slide_id"]: row for row in rows if row["state"] != TILES}
     assert len(others) == len(rows) - len(tiles)
     assert {name: row["state"] for name, row in others.items()} == {
@@ -136,7 +157,7 @@ def test_a_cohort_gives_one_row_per_part_and_per_fault(ray_session, tmp_path):
     assert "cut.tif" in others["cut"]["reason"]
     assert others["done"]["staging"] == done.staging
     assert (others["done"]["num_left"], others["empty"]["num_left"]) == (0, 0)
-    assert all(row["num_tiles"] == 0 and row["part"] == -1 and not row["complete"].any() for row in others.values())
+    assert all((row["num_tiles"], row["part"]) == (0, -1) for row in others.values())
 
 
 def test_a_large_slide_is_cut_into_stretches(tmp_path):
@@ -269,7 +290,7 @@ def test_tasks_start_without_torch():
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_slide_that_kills_its_readers_does_not_stop_the_others(ray_session, tmp_path, monkeypatch):
+def test_a_slide_that_kills_its_readers_does_not_stop_the_others(ray_session, tmp_path, monkeypatch, pixels):
     class Deadly(Read):
         """A decoder that ends its process on one slide."""
 
@@ -279,10 +300,11 @@ def test_a_slide_that_kills_its_readers_does_not_stop_the_others(ray_session, tm
             return super().__call__(rows)
 
     monkeypatch.setattr(pipeline, "Read", Deadly)
+    monkeypatch.setattr(pipeline, "Answer", pixels)
     names = ("deadly", "a", "b")
     sources = [slide_of(tmp_path, name, tissue_image()) for name in names]
     plan = make_plan(tmp_path)
     total = num_parts(inspect(sources[1], plan).record.num_tiles)
     # One reader: the others wait for the one that dies.
-    rows = part_tiles(sources, plan, 1).select_columns(["slide_id", "part"]).take_all()
+    rows = pipeline.pipeline(sources, plan, random_version(), WorkerCounts(1, 1, False)).take_all()
     assert sorted((row["slide_id"], row["part"]) for row in rows) == [(n, p) for n in "ab" for p in range(total)]

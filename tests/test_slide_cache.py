@@ -1,4 +1,4 @@
-"""The scratch folder of remote slides: one download a node, a budget that holds, nothing cut short, no stale lock."""
+"""The scratch folder of remote slides: one download per node, a budget that holds, no partial copy, no stale lock."""
 
 import multiprocessing
 import os
@@ -70,7 +70,7 @@ def test_another_version_of_an_object_is_another_copy(s3, tmp_path):
         assert Path(path).read_bytes() == data
 
 
-def test_the_slide_used_longest_ago_makes_room(s3, tmp_path):
+def test_the_least_recently_used_slide_makes_room(s3, tmp_path):
     uris = [put(s3, f"{name}.svs")[0] for name in "abcd"]
     budget = 3 * MIB
     for uri in (*uris[:3], uris[0]):
@@ -137,14 +137,14 @@ def test_a_download_cut_short_never_shows(s3, tmp_path, monkeypatch):
         cut_short(uri, local)
         raise OSError(28, "No space left on device")
 
-    for fault, said in (
+    for fault, message in (
         (cut_short, f"expected {MIB} bytes, got {MIB // 2}"),
         (breaks_off, "reset"),
         (fills_the_disk, "No space"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(storage, "download", fault)
-            with pytest.raises(StorageError, match=said), staged(uri, str(tmp_path), MIB):
+            with pytest.raises(StorageError, match=message), staged(uri, str(tmp_path), MIB):
                 pass
         assert taken(tmp_path) == 0
     with staged(uri, str(tmp_path), MIB) as path:
@@ -174,7 +174,7 @@ def run(log, *calls):
 
 
 @pytest.mark.slow
-def test_processes_race_for_one_download_and_a_killed_one_holds_nothing(s3, tmp_path):
+def test_processes_share_one_download_and_a_killed_one_holds_nothing(s3, tmp_path):
     uri, _ = put(s3, "a.svs", 8 * MIB)
     folder, log = str(tmp_path / "scratch"), str(tmp_path / "log")
     for process in run(log, *[(uri, folder, 8 * MIB, 0.5)] * 3):
@@ -193,7 +193,7 @@ def test_processes_race_for_one_download_and_a_killed_one_holds_nothing(s3, tmp_
         assert whole(folder) == ["b.svs"]
 
 
-def test_what_a_killed_download_left_is_taken_over(s3, tmp_path):
+def test_the_rest_of_a_killed_download_is_replaced(s3, tmp_path):
     uri, data = put(s3, "a.svs")
     entry, _ = slide_cache._entry(uri, tmp_path)
     entry.mkdir()

@@ -13,7 +13,7 @@ again a few times; then its parts stay missing, and the caller sees it.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -51,6 +51,9 @@ STRETCH_PARTS = 16
 NO_PROGRESS_S = 6 * 3600.0
 """Without a row for so long, the run ends with an error."""
 _NO_PART = -1
+_TASK: dict[str, Any] = {"batch_size": 1, "max_retries": MAX_RETRIES}
+_ACTOR: dict[str, Any] = {"batch_size": 1, "max_restarts": -1, "max_task_retries": MAX_RETRIES}
+"""No other actor replaces a dead one, so it restarts without limit; the retries of its tasks are bounded."""
 
 
 @dataclass(frozen=True)
@@ -140,56 +143,38 @@ def pipeline(sources: Sequence[SlideSource], plan: CohortPlan, model: "ModelVers
         model: the version that answers.
         workers: actors of each step.
     """
-    from mclstexp.model.embed import network_of
-    from mclstexp.model.retrieval import resolve
-
-    bank = model.bank
-    config = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
-    answer_arguments = (ray.put(network_of(model)), ray.put(bank), config, workers.uses_gpu)
-    with one_row_per_block():
-        return (
-            part_tiles(sources, plan, workers.num_readers)
-            .map_batches(
-                Answer,
-                fn_constructor_args=answer_arguments,
-                batch_size=1,
-                compute=ActorPoolStrategy(min_size=1, max_size=workers.num_embedders),
-                num_gpus=1 if workers.uses_gpu else None,
-                num_cpus=0 if workers.uses_gpu else 1,
-                max_restarts=-1,  # as readers
-                max_task_retries=MAX_RETRIES,
-            )
-            .map_batches(
-                write,  # type: ignore[arg-type]
-                batch_size=1,
-                compute=TaskPoolStrategy(size=workers.num_embedders),
-                num_cpus=0,  # it waits for the store
-                max_retries=MAX_RETRIES,
-            )
-        )
-
-
-def part_tiles(sources: Sequence[SlideSource], plan: CohortPlan, num_readers: int) -> Dataset:
-    """Returns the first half of `pipeline`: rows of parts with their tiles, as stored in the model's tile tables."""
     rows = [asdict(source) | {"mpp": np.nan if source.mpp is None else source.mpp} for source in sources]
-    with one_row_per_block():
+    read_plan = replace(plan, positions={})  # only inspection needs all slides' positions
+    with _one_row_per_block():
         return (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             # Ray would fuse inspecting and reading into one task, were it not for their different retries.
-            .map_batches(Inspect(plan), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)  # type: ignore[arg-type]
+            .map_batches(Inspect(plan), num_cpus=1, **_TASK)  # type: ignore[arg-type]
             .map_batches(
                 Read,
-                fn_constructor_args=(replace(plan, positions={}),),  # only inspection needs all slides' positions
-                batch_size=1,
+                fn_constructor_args=(read_plan,),
                 compute=ActorPoolStrategy(
                     min_size=1,
-                    max_size=num_readers,
-                    initial_size=min(num_readers, len(rows)),
+                    max_size=workers.num_readers,
+                    initial_size=min(workers.num_readers, len(rows)),
                     max_tasks_in_flight_per_actor=1,  # a slide that kills its reader takes no waiting one with it
                 ),
                 num_cpus=1,
-                max_restarts=-1,  # no other actor replaces a dead one; the retries of its tasks are bounded
-                max_task_retries=MAX_RETRIES,
+                **_ACTOR,
+            )
+            .map_batches(
+                Answer,
+                fn_constructor_args=_answer_arguments(model, workers.uses_gpu),
+                compute=ActorPoolStrategy(min_size=1, max_size=workers.num_embedders),
+                num_gpus=1 if workers.uses_gpu else None,
+                num_cpus=0 if workers.uses_gpu else 1,
+                **_ACTOR,
+            )
+            .map_batches(
+                write,  # type: ignore[arg-type]
+                compute=TaskPoolStrategy(size=workers.num_embedders),
+                num_cpus=0,  # it waits for the store
+                **_TASK,
             )
         )
 
@@ -204,18 +189,6 @@ def embedding_device(uses_gpu: bool) -> "torch.device":
     import torch
 
     return torch.device("cuda" if uses_gpu and torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def one_row_per_block() -> Iterator[None]:
-    """Datasets made inside stream rows one by one in any order, and survive the loss of blocks."""
-    with ordered():
-        context = DataContext.get_current()
-        context.execution_options.preserve_order = False
-        context.target_max_block_size = 1  # byte: a block is closed after each row
-        context.max_errored_blocks = -1  # the caller sees which parts are missing
-        context.execution_no_progress_timeout_s = NO_PROGRESS_S
-        yield
 
 
 @dataclass(frozen=True)
@@ -336,6 +309,30 @@ def write(batch: Batch) -> Batch:
         return written.batch()
     except Exception as error:  # a full store, perhaps
         return _failed(written, error).batch()
+
+
+@contextmanager
+def _one_row_per_block() -> Iterator[None]:
+    """Datasets made inside stream rows one by one in any order, and survive the loss of blocks."""
+    with ordered():
+        context = DataContext.get_current()
+        context.execution_options.preserve_order = False
+        context.target_max_block_size = 1  # byte: a block is closed after each row
+        context.max_errored_blocks = -1  # the caller sees which parts are missing
+        context.execution_no_progress_timeout_s = NO_PROGRESS_S
+        yield
+
+
+def _answer_arguments(
+    model: "ModelVersion", uses_gpu: bool
+) -> tuple[ray.ObjectRef, ray.ObjectRef, RetrievalConfig, bool]:
+    """Returns the arguments of `Answer`, with network and bank in the object store once for all actors."""
+    from mclstexp.model.embed import network_of
+    from mclstexp.model.retrieval import resolve
+
+    bank = model.bank
+    config = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
+    return ray.put(network_of(model)), ray.put(bank), config, uses_gpu
 
 
 def _faulty(row: Row, error: Exception) -> Row:

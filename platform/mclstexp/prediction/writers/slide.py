@@ -1,4 +1,4 @@
-"""What a writer of predictions is given, and what all published files of a slide state alike.
+"""What a writer of predictions receives, and what all published files of a slide state.
 
 A writer makes one file from the slide's table, so that all files agree and each part is fetched once.
 """

@@ -1,4 +1,4 @@
-"""Where `chaos.py` keeps slides, model and outputs: a folder, or a bucket on an S3 server that may be killed too."""
+"""The store of `chaos.py` for slides, model and outputs: a folder, or a bucket on an S3 server that may be killed."""
 
 import os
 import secrets
@@ -19,30 +19,30 @@ BUCKET = "chaos"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where everything lies."""
+class Store:
+    """A folder or a bucket."""
 
     root: str
     """URI above slides, model and outputs."""
     restart: Callable[[], None] | None
-    """Kills what serves it and starts that again; None where nothing does."""
+    """Kills its server and starts it again; None for a folder."""
 
-    def take(self, folder: Path, names: tuple[str, ...]) -> None:
-        """Copies folders there, where they do not lie there already."""
+    def copy(self, folder: Path, names: tuple[str, ...]) -> None:
+        """Copies folders into it, unless it is their own folder."""
         if self.root != str(folder):
             for name in names:
                 storage.upload_folder(folder / name, storage.join(self.root, name), last="")
 
 
 @contextmanager
-def on_disk(folder: Path) -> Iterator[Place]:
+def on_disk(folder: Path) -> Iterator[Store]:
     """A folder as it is."""
-    yield Place(str(folder), None)
+    yield Store(str(folder), None)
 
 
 @contextmanager
-def on_s3(folder: Path) -> Iterator[Place]:
-    """A bucket on a server of this block's own, which this process and its children find in the environment."""
+def on_s3(folder: Path) -> Iterator[Store]:
+    """A bucket on a server of this block's own, which this process and its children find by the environment."""
     endpoint = f"http://127.0.0.1:{free_port()}"
     os.environ.update({"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"})
     os.environ.update({"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)})
@@ -56,6 +56,6 @@ def on_s3(folder: Path) -> Iterator[Place]:
     try:
         server.start()
         boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield Place(f"s3://{BUCKET}", restart)
+        yield Store(f"s3://{BUCKET}", restart)
     finally:
         server.kill()
