@@ -6,8 +6,6 @@ tree of settings, so that one YAML file describes a whole study.
 """
 
 import difflib
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
@@ -89,11 +87,6 @@ class Config(ConfigBlock):
                 f"genes.input; use genes.input={self.genes.target}"
             )
         return self
-
-    def digest(self) -> str:
-        """Returns 12 hex digits that name these settings, without those of prediction and of sweeps."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"predict", "tune"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def leaf_fields(section: type[ConfigBlock] = Config, prefix: str = "") -> dict[str, tuple[type[ConfigBlock], str]]:
