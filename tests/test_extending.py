@@ -89,10 +89,10 @@ def test_a_new_reader_is_known_to_the_sample_sheet(extended: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_a_new_score_is_in_the_verdicts_and_a_new_file_is_published(extended: Path, tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; import pandas as pd; from staged_slides import FACTS, stage\n"
+        "from pathlib import Path; import pandas as pd; from staged_slides import INFO, stage\n"
         "from mclstexp.evaluation.scores import SCORES; from mclstexp.prediction.publish import publish_slide\n"
         "slide = stage(Path('.'), 'S9', 5, 4)\n"
-        "publish_slide(str(slide.staging), str(Path('out').absolute()), FACTS)\n"
+        "publish_slide(str(slide.staging), str(Path('out').absolute()), INFO)\n"
         "print(len(pd.read_csv('out/positions/S9.csv')), sorted(path.name for path in Path('out').iterdir()))\n"
         "print([score.name for score in SCORES if score.compared][0])"
     )

@@ -37,7 +37,11 @@ class Gene(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A spot that gets no tile; its position is NaN if the source gives none."""
+    """A spot that gets no tile; its position is NaN if the source gives none.
+
+    Readers give the reasons `not_selected` (off the tissue, or left out by the source), `no_counts` and `no_position`;
+    `ingest.section` adds `outside_image`, `crosses_edge`, `no_tissue` and `missing_pixels`.
+    """
 
     spot_id: str
     x_px: float
