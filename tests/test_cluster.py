@@ -36,6 +36,14 @@ PREPARE, TRAIN, TUNE, PREDICT = (f"jobs/{verb}.py" for verb in ("prepare", "trai
 
 
 @dataclass(frozen=True)
+class Job:
+    """The end of a submitted job."""
+
+    succeeded: bool
+    output: str
+
+
+@dataclass(frozen=True)
 class Cluster:
     """How to reach the two nodes."""
 
@@ -44,24 +52,36 @@ class Cluster:
     dashboard: str
     environment: dict[str, str]
 
-    def submit(self, *job: str) -> subprocess.CompletedProcess[str]:
-        """Submits the checkout with an entry point and waits for its end."""
+    def submit(self, *job: str) -> Job:
+        """Submits the checkout with an entry point and waits for its end.
+
+        The end is polled for: the command itself waits some seconds more.
+        """
+        name = f"job-{secrets.token_hex(4)}"
         command = [self.pythons["head"], "-m", "ray.scripts.scripts", "job", "submit", "--address", self.dashboard]
-        return subprocess.run(
-            [*command, "--working-dir", str(ROOT), *job],
+        submitted = subprocess.run(
+            [*command, "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), *job],
             env=self.environment,
             cwd=self.environment["HOME"],
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=900,
+            timeout=300,
         )
+        assert submitted.returncode == 0, submitted.stdout
+        deadline = time.monotonic() + 900
+        while (status := self._get(f"jobs/{name}")["status"]) in ("PENDING", "RUNNING"):
+            assert time.monotonic() < deadline, self._get(f"jobs/{name}/logs")["logs"]
+            time.sleep(0.3)
+        return Job(status == "SUCCEEDED", self._get(f"jobs/{name}/logs")["logs"])
+
+    def _get(self, path: str) -> dict:
+        with _open(f"{self.dashboard}/api/{path}", self.environment["RAY_AUTH_TOKEN"]) as answer:
+            return json.load(answer)
 
     def listed(self, kind: str) -> list[dict]:
         """Returns what Ray's state API lists: `nodes` or `actors`."""
-        url = f"{self.dashboard}/api/v0/{kind}?limit=1000&detail=true"
-        with _open(url, self.environment["RAY_AUTH_TOKEN"]) as answer:
-            return json.load(answer)["data"]["result"]["result"]
+        return self._get(f"v0/{kind}?limit=1000&detail=true")["data"]["result"]["result"]
 
 
 @pytest.fixture(scope="module")
@@ -117,28 +137,28 @@ def test_the_nodes_do_not_know_the_checkout(cluster: Cluster, node: str, message
 
 def test_what_one_node_alone_can_see_is_refused(cluster: Cluster) -> None:
     job = cluster.submit("--", "python", TRAIN, "--config", TINY, "--data", "/data/tiles", "--out", "s3://bucket/runs")
-    assert job.returncode != 0
+    assert not job.succeeded
     assert (
         "error: the cluster has 2 nodes, but only one node can see --data /data/tiles, "
         "tracking.uri=sqlite:///mlflow.db; use s3:// and an MLflow server, or storage.shared_paths=true"
-    ) in job.stdout
+    ) in job.output
 
 
 def test_prepare_train_tune_and_predict_on_s3(cluster: Cluster, s3: str, cohort: str, mlflow_server: str) -> None:
     for file in Path(cohort).parent.iterdir():
         storage.upload(file, f"{s3}/cohort/{file.name}")
-    places = ["--tracking.uri", mlflow_server, "--tracking.artifacts", f"{s3}/artifacts"]
+    tracking = ["--tracking.uri", mlflow_server, "--tracking.artifacts", f"{s3}/artifacts"]
     prepared = cluster.submit(
         "--", "python", PREPARE, "--config", TINY, "--samples", f"{s3}/cohort/samples.csv", "--out", f"{s3}/tiles"
     )
-    assert prepared.returncode == 0, prepared.stdout
+    assert prepared.succeeded, prepared.output
     assert len(load_manifest(f"{s3}/tiles").sections) == 7
 
     workers = ["--train.num_workers", "2", "--train.cpus_per_worker", "2"]  # three CPUs a node: one worker on each
     data = ["--data", f"{s3}/tiles", "--out", f"{s3}/runs", "--name", "first"]
-    trained = cluster.submit("--", TRAIN, "--config", TINY, *data, *workers, *places)  # the short form: no "python"
-    assert trained.returncode == 0, trained.stdout
-    assert "model version models:/mclstexp/1" in trained.stdout
+    trained = cluster.submit("--", TRAIN, "--config", TINY, *data, *workers, *tracking)  # the short form: no "python"
+    assert trained.succeeded, trained.output
+    assert "model version models:/mclstexp/1" in trained.output
     assert storage.exists(f"{s3}/runs/first/model/files.json")
     workers_at = [actor["node_id"] for actor in cluster.listed("actors") if "RayTrainWorker" in actor["class_name"]]
     assert len(workers_at) == len(set(workers_at)) == 2
@@ -146,20 +166,20 @@ def test_prepare_train_tune_and_predict_on_s3(cluster: Cluster, s3: str, cohort:
     searched = ["--space", "tests/tiny_space.yaml", "--search", "optuna", "--trials", "1"]
     searched += ["--split.validation_patients", "P2"]
     data = ["--data", f"{s3}/tiles", "--out", f"{s3}/sweeps", "--name", "first", "--train.epochs", "1"]
-    tuned = cluster.submit("--", TUNE, "--config", TINY, *data, *searched, *places)
-    assert tuned.returncode == 0, tuned.stdout
-    assert f"best settings {s3}/sweeps/first/best.yaml" in tuned.stdout
+    tuned = cluster.submit("--", TUNE, "--config", TINY, *data, *searched, *tracking)
+    assert tuned.succeeded, tuned.output
+    assert f"best settings {s3}/sweeps/first/best.yaml" in tuned.output
     rows = storage.read(f"{s3}/sweeps/first/trials.csv").decode().splitlines()[1:]
     assert sorted(row.split(",")[1:3] for row in rows) == [["finished", "1"]]
 
     arguments = ["--model", "models:/mclstexp@champion", "--samples", f"{s3}/cohort", "--out", f"{s3}/predictions"]
-    predicted = cluster.submit("--", "python", PREDICT, *arguments, *places)
-    assert predicted.returncode == 0, predicted.stdout
+    predicted = cluster.submit("--", "python", PREDICT, *arguments, *tracking)
+    assert predicted.succeeded, predicted.output
     ledger = [json.loads(storage.read(uri)) for uri in storage.list_files(f"{s3}/predictions/ledger")]
     assert [entry["state"] for entry in ledger] == ["done"] * 7
     assert all(storage.exists(f"{s3}/predictions/{entry['slide_id']}.parquet") for entry in ledger)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
-    assert all(secret not in job.stdout for job in (prepared, trained, tuned, predicted))
+    assert all(secret not in job.output for job in (prepared, trained, tuned, predicted))
 
 
 def _interpreter(folder: Path, installed: Sequence[str]) -> str:

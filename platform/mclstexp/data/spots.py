@@ -195,6 +195,23 @@ class SentenceLoader:
         }
 
 
+@dataclass(frozen=True)
+class TileLoader:
+    """The map function of embedding: one descriptor row in, the tiles of one padded sentence out.
+
+    It is defined here and not in `model`, so that tasks that decode import no torch.
+    """
+
+    root: str
+    manifest: Manifest
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+        """Returns one padded sentence: image uint8 (1, L, size, size, 3) and mask (1, L)."""
+        entry = self.manifest.section(str(rows["section_id"][0]))
+        table = read_sentence(self.root, entry, int(rows["group"][0]))
+        return pad({"image": decode_tiles(table["image"], self.manifest.tile_size_px)}, self.manifest.sentence_length)
+
+
 def kept_spots(num_spots: int, drop_spots: float, seed: int, epoch: int, sentence_id: str) -> np.ndarray:
     """Returns the ascending rows of a sentence that an epoch keeps: a random share up to `drop_spots` is left out."""
     rng = np.random.default_rng([seed, epoch, zlib.crc32(sentence_id.encode())])

@@ -21,8 +21,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from mclstexp.cluster import MAX_RETRIES, ordered
 from mclstexp.data.schema import Manifest
-from mclstexp.data.spots import Batch, decode_tiles, pad
-from mclstexp.data.table import read_sentence
+from mclstexp.data.spots import Batch, TileLoader, pad
 from mclstexp.errors import ResourceError
 from mclstexp.model.towers import ImageTower, ProjectionHead, plain_tensors, uses_bf16
 from mclstexp.model.version import ModelVersion
@@ -206,7 +205,7 @@ def _pipeline(
     with ordered():
         dataset = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(cast(Any, _Read(root, manifest)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
+            .map_batches(cast(Any, TileLoader(root, manifest)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
             .map_batches(
                 _Embed,
                 fn_constructor_args=(ray.put(network),),
@@ -219,20 +218,6 @@ def _pipeline(
             )
         )
     yield from cast(Iterable[Batch], dataset.iter_batches(batch_size=1, batch_format="numpy"))
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Reads and decodes one sentence."""
-
-    root: str
-    manifest: Manifest
-
-    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        entry = self.manifest.section(str(rows["section_id"][0]))
-        table = read_sentence(self.root, entry, int(rows["group"][0]))
-        tiles = decode_tiles(table["image"], self.manifest.tile_size_px)
-        return pad({"image": tiles}, self.manifest.sentence_length)
 
 
 class _Embed:
