@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import _launch
@@ -50,19 +50,37 @@ def _module_paths() -> dict[str, Path]:
 PATHS = _module_paths()
 
 
-def _imported(text: str, known: Collection[str]) -> set[str]:
-    """Returns the known modules that a source text imports, at its top or anywhere else.
+def _imported(module: str, texts: Mapping[str, str]) -> set[str]:
+    """Returns the modules of `texts` that one of them imports, at its top or anywhere else.
 
-    Jobs import `_cli` and `_launch` by their bare names.
+    Jobs import `_cli` and `_launch` by their bare names; the registry of readers names modules in its entries.
     """
     names = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse(texts[module])):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             members = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= (members & set(known)) or {node.module}
-    return {f"jobs.{name}" if name.startswith("_") else name for name in names} & set(known)
+            names |= (members & set(texts)) or {node.module}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_reader":
+            names |= {f"{module}.{value.value}" for value in node.args if isinstance(value, ast.Constant)}
+    return {f"jobs.{name}" if name.startswith("_") else name for name in names} & set(texts)
+
+
+def _run(module: str, texts: Mapping[str, str]) -> set[str]:
+    """Returns the modules that run because of a module: what it imports, and the packages that hold those.
+
+    Packages that hold the module itself have begun to run before it.
+    """
+    imported = _imported(module, texts)
+    packages = {package for other in imported for package in _packages(other)}
+    return imported | (packages & set(texts)) - _packages(module)
+
+
+def _packages(module: str) -> set[str]:
+    """Returns the names of all packages that hold a module."""
+    parts = module.split(".")
+    return {".".join(parts[:depth]) for depth in range(1, len(parts))}
 
 
 def _room(module: str) -> str:
@@ -76,15 +94,15 @@ def _backward_arrows(texts: Mapping[str, str]) -> list[str]:
     """Returns imports of a room that is not before the importer's own."""
     return [
         f"{module} -> {other}"
-        for module, text in texts.items()
-        for other in sorted(_imported(text, texts))
+        for module in texts
+        for other in sorted(_imported(module, texts))
         if _room(other) != _room(module) and _room(other) not in ROOMS_BEFORE[_room(module)]
     ]
 
 
 def _circles(texts: Mapping[str, str]) -> list[str]:
     """Returns the modules that import themselves by way of others."""
-    reached = {module: _imported(text, texts) - {module} for module, text in texts.items()}
+    reached = {module: _run(module, texts) - {module} for module in texts}
     for _ in texts:
         longer = {module: found.union(*(reached[other] for other in found)) for module, found in reached.items()}
         if longer == reached:
@@ -129,6 +147,23 @@ def test_a_circle_is_found_even_inside_a_function() -> None:
     assert {"mclstexp.data.schema", "mclstexp.data.table"} <= set(found)
 
 
+def test_readers_count_as_imported_by_their_registry() -> None:
+    readers = {"legacy_st", "visium", "h5ad"}
+    assert {f"ingest.readers.{name}" for name in readers} <= _imported("ingest.readers", TEXTS)
+    planted = "from ingest.readers import READERS\n"
+    found = _circles(TEXTS | {"ingest.readers.h5ad": TEXTS["ingest.readers.h5ad"] + planted})
+    assert {"ingest.readers", "ingest.readers.h5ad"} <= set(found)
+
+
+def test_a_circle_by_way_of_a_package_is_found() -> None:
+    package, module = "mclstexp.prediction.writers", "mclstexp.prediction.forecast"
+    texts = TEXTS | {
+        package: f"from {module} import Rates\n",
+        module: f"{TEXTS[module]}\nfrom {package}.slide import PredictedSlide\n",
+    }
+    assert {package, module} <= set(_circles(texts))
+
+
 def test_only_tracking_and_the_registered_model_import_mlflow() -> None:
     pattern = re.compile(r"^\s*(?:from|import) mlflow\b", re.MULTILINE)
     assert {path.name for path in SOURCES if pattern.search(path.read_text())} == MAY_IMPORT_MLFLOW
@@ -146,9 +181,20 @@ def test_what_ships_to_a_cluster_is_what_a_wheel_holds() -> None:
     assert tuple(wheel["packages"]) == _launch.PACKAGES
 
 
-def test_decode_tasks_start_without_torch() -> None:
-    script = "import sys, mclstexp.data.spots, mclstexp.data.random_spots; sys.exit('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
+@pytest.mark.parametrize(
+    "module",
+    [
+        "ingest.header",
+        "ingest.section",
+        "mclstexp.data.random_spots",
+        "mclstexp.data.spots",
+        "mclstexp.prediction.inspect",
+        "mclstexp.prediction.tile_reader",
+    ],
+)
+def test_tasks_that_read_slides_or_decode_tiles_start_without_torch(module: str) -> None:
+    script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
