@@ -43,7 +43,7 @@ class Plan:
     root: str
     recipe: Recipe
     todo: dict[str, SectionRow]
-    """Sections to cut, by their fingerprint."""
+    """Sections to cut, by the digest of their sources and settings."""
     kept: tuple[SectionEntry, ...]
     """Sections of the table that need no work."""
     removed: tuple[str, ...]
@@ -100,14 +100,14 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
     _require_no_upsampling(recipe, mpp)
 
     # Sections are done if both sources and settings are those of their entry.
-    fingerprints = {row.section_id: f"{sources[row.section_id]}-{_settings_digest(recipe)}" for row in rows}
-    done = {name for name, entry in entries.items() if entry.fingerprint == fingerprints.get(name)}
+    digests = {row.section_id: f"{sources[row.section_id]}-{_settings_digest(recipe)}" for row in rows}
+    done = {name for name, entry in entries.items() if entry.fingerprint == digests.get(name)}
     return Plan(
         root,
         recipe,
-        todo={fingerprints[row.section_id]: row for row in rows if row.section_id not in done},
+        todo={digests[row.section_id]: row for row in rows if row.section_id not in done},
         kept=tuple(entries[row.section_id] for row in rows if row.section_id in done),
-        removed=tuple(name for name in entries if name not in fingerprints),
+        removed=tuple(name for name in entries if name not in digests),
         mpp=mpp,
         genes=merged_genes(_present_genes(root, previous), [header.preview.genes for header in headers.values()]),
         previous=previous,
@@ -120,7 +120,7 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
 def last_versions(plan: Plan, section_ids: Iterable[str]) -> list[SectionEntry]:
     """Returns the present entries of sections that could not be cut again, if they were cut with the same settings.
 
-    They keep their old fingerprint, so that the next run tries again.
+    They keep their old digest, so that the next run tries again.
     """
     present = {entry.section_id: entry for entry in plan.previous.sections} if plan.previous else {}
     found = [present[name] for name in section_ids if name in present]

@@ -107,7 +107,7 @@ def _cut_all(plan: Plan, show: Show) -> tuple[list[SectionEntry], list[str]]:
     """Cuts the plan's sections with Ray tasks; returns the entries, and the faults of the others, sorted."""
     rows = list(plan.todo.values())
     shared = (ray.put(plan.recipe), ray.put(gene_rows(plan.genes))) if rows else ()
-    calls = [(row, *shared, plan.root, fingerprint) for fingerprint, row in plan.todo.items()]
+    calls = [(row, *shared, plan.root, digest) for digest, row in plan.todo.items()]
     entries: list[SectionEntry] = []
     failures: list[str] = []
     for _, result in _run(cut_section, calls, rows, show, "prepare: sections"):

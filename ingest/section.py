@@ -58,9 +58,7 @@ class Recipe:
     """Micrometres per tile pixel; `tiles.mpp` resolved."""
 
 
-def cut_section(
-    row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], root: str, fingerprint: str
-) -> SectionEntry:
+def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], root: str, digest: str) -> SectionEntry:
     """Writes one section's tiles, rejects and thumbnail under `root` and returns its manifest entry.
 
     Args:
@@ -68,7 +66,7 @@ def cut_section(
         recipe: how it is cut.
         gene_rows: row in the gene table by what a source may call the gene, see `header.gene_rows`.
         root: URI of the tile table.
-        fingerprint: digest of its sources and settings, for the manifest.
+        digest: of its sources and settings, for the manifest's `fingerprint`.
 
     Raises:
         SourceError: a source is damaged or contradicts another; names the section.
@@ -107,7 +105,7 @@ def cut_section(
         source_mpp=mpp,
         width_px=slide.width,
         height_px=slide.height,
-        fingerprint=fingerprint,
+        fingerprint=digest,
         rejects_file=f"rejects/{name}",
         rejected=dict(sorted(Counter(reject.reason for reject in rejected).items())),
         num_labelled=num_labelled,
@@ -252,7 +250,7 @@ def _require_pitch(spots: Spots, diameter_um: float | None, mpp: float) -> None:
     if not low * diameter_um <= pitch_um <= high * diameter_um:
         raise SourceError(
             f"its spots are {pitch_um:.3g} um apart at {mpp:.4g} um/px but {diameter_um:.4g} um wide (allowed are "
-            f"{low} to {high} diameters): correct mpp or spot_diameter_um, or give positions in full-resolution pixels"
+            f"{low} to {high} diameters): fix mpp or spot_diameter_um, or give positions in full-resolution pixels"
         )
 
 

@@ -161,8 +161,8 @@ def _mixed(folder: Path, cohort: str) -> tuple[str, pd.DataFrame]:
 
 
 def _cut(plan: Plan, section_id: str) -> SectionEntry:
-    fingerprint, row = next((name, row) for name, row in plan.todo.items() if row.section_id == section_id)
-    return cut_section(row, plan.recipe, gene_rows(plan.genes), plan.root, fingerprint)
+    digest, row = next((name, row) for name, row in plan.todo.items() if row.section_id == section_id)
+    return cut_section(row, plan.recipe, gene_rows(plan.genes), plan.root, digest)
 
 
 def test_sections_of_both_ways_of_naming_share_their_genes(cohort: str, tmp_path: Path) -> None:
