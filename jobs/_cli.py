@@ -9,7 +9,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 from _launch import hide_logs_of_ray
@@ -24,6 +24,8 @@ from mclstexp.settings import ConfigBlock
 class JobArguments(ConfigBlock):
     """Base of each job's own arguments: what to work on, while settings say how. `--page-mb` is the field `page_mb`."""
 
+    former: typing.ClassVar[Mapping[str, str]] = {}
+    """Options of earlier versions, and what to do instead."""
     dry_run: bool = False
     """Print the settings and the plan, and start nothing."""
     verbose: bool = False
@@ -51,8 +53,11 @@ def parse(
     settings = [name for name in leaf_fields() if name.partition(".")[0] in blocks]
     known, unknown = _parser(kind, purpose, example, settings).parse_known_args(argv)
     if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        if name in kind.former:
+            raise ConfigError(f"--{name} is no option any more; {kind.former[name]}")
         valid = [_option(name) for name in kind.model_fields] + ["config", *settings]
-        raise ConfigError(unknown_setting(unknown[0].lstrip("-").partition("=")[0], valid, "the command line"))
+        raise ConfigError(unknown_setting(name, valid, "the command line"))
     given = {name: text for name, text in vars(known).items() if text is not None and name != "config"}
     fields = {**kind.model_fields, **{name: _setting(name) for name in settings}}
     values = {name: _value(fields[name], text) for name, text in given.items()}
@@ -106,7 +111,8 @@ def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequ
 
 
 def _add(group: argparse._ActionsContainer, option: str, name: str, field: FieldInfo) -> None:
-    default = "" if field.default in (None, (), False) else f" [{field.default}]"
+    is_plain = field.default is None or field.default is False or field.default == ()
+    default = "" if is_plain else f" [{field.default}]"
     default = " (required)" if field.is_required() else default
     text = f"{field.description}{default}".replace("%", "%%")
     switch: dict[str, typing.Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}

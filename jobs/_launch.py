@@ -6,6 +6,7 @@ that name; the working copy always wins over an installed wheel.
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def hide_logs_of_ray() -> None:
     own: what a dying process writes last (a crash of the core, a traceback) still gets through.
     """
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "Progress bars disabled"
+    if shutil.which("grep") is None:
+        return
     command = ["grep", "--line-buffered", "--invert-match", "--extended-regexp", _CORE_LINE]
     terminal = os.dup(2)
     # In a session of its own, so that Ctrl-C does not end it before what it filters.
@@ -38,7 +41,8 @@ def hide_logs_of_ray() -> None:
     assert passing.stdin is not None
     os.dup2(passing.stdin.fileno(), 2)
     passing.stdin.close()
-    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    # Encoded as Python encodes the standard error: an undecodable file name must not hide the message that names it.
+    sys.stderr = os.fdopen(terminal, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
 
 def connect(config: Config, min_cpus: int = 2) -> None:

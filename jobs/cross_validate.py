@@ -54,8 +54,7 @@ def main() -> None:
     from mclstexp.model.losses import require_loss
     from tuning import cross_validation as folds_of
 
-    for weights in (config.model.image_weights, arguments.probe_weights or "random"):
-        require_encoder(config.model.image_encoder, weights)
+    require_encoder(config.model.image_encoder)
     require_loss(config)
     marker_sets = markers(arguments.cohort, arguments.markers)
     manifest, protocol, probe = load_manifest(arguments.data), arguments.protocol, arguments.probe_weights
@@ -69,6 +68,8 @@ def main() -> None:
         print(f"each fold: {cluster.plan(config)}")
         return
 
+    for weights in (config.model.image_weights, arguments.probe_weights or "random"):
+        require_encoder(config.model.image_encoder, weights)
     _launch.connect(config)
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
     cluster.require(config)

@@ -12,16 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, parse, run
 
-from ingest.readers import READERS
-from ingest.synthetic import CohortSpec, make_cohort
-from mclstexp import storage
-from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import UserError
+
+if TYPE_CHECKING:
+    from mclstexp.data.sheet import SectionRow
 
 EXAMPLE = "python jobs/demo.py --samples samples.csv --weights densenet121.pth"
 JOBS = Path(__file__).parent
@@ -43,19 +44,29 @@ class DemoArguments(JobArguments):
 def main() -> None:
     """Parses the command line and runs the steps."""
     arguments, _ = parse(DemoArguments, __doc__ or "", EXAMPLE, ())
+    from ingest.readers import READERS
+    from ingest.synthetic import CohortSpec, make_cohort
+    from mclstexp.data.sheet import read_sheet
+
     out = Path(arguments.out or default_folder(arguments)).absolute()
-    if arguments.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            Steps(out, arguments).run_all(arguments.samples or make_cohort(scratch, CohortSpec.tiny()))
-        return
-    out.mkdir(parents=True, exist_ok=True)
     steps = Steps(out, arguments)
     steps.say("1/6 cohort")
-    steps.run_all(arguments.samples or make_cohort(out / "cohort", CohortSpec.demo()))
+    if arguments.samples:
+        steps.run_all(arguments.samples, read_sheet(arguments.samples, READERS))
+    elif arguments.dry_run:
+        smaller = replace(CohortSpec.tiny(), num_patients=CohortSpec.demo().num_patients)
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = read_sheet(make_cohort(scratch, smaller), READERS)
+        steps.run_all(f"{out}/cohort/samples.csv", rows)
+    else:
+        sheet = make_cohort(out / "cohort", CohortSpec.demo())
+        steps.run_all(sheet, read_sheet(sheet, READERS))
 
 
 def default_folder(arguments: DemoArguments) -> str:
     """Returns a folder for these inputs alone, so that demos of several cohorts or weights do not mix."""
+    from mclstexp import storage
+
     inputs = (arguments.samples, arguments.weights, arguments.test_patient)
     if not any(inputs):
         return "demo"
@@ -70,11 +81,12 @@ class Steps:
     def __init__(self, out: Path, arguments: DemoArguments) -> None:
         self._out, self._arguments, self._started = out, arguments, time.monotonic()
 
-    def run_all(self, sheet: str) -> None:
+    def run_all(self, sheet: str, rows: list["SectionRow"]) -> None:
         """Runs all steps on the sections of a sheet and prints where the results are."""
+        from mclstexp import storage
+
         out, weights = self._out, self._arguments.weights
         tracking = ["--tracking.uri", f"sqlite:///{out}/mlflow.db"]
-        rows = read_sheet(sheet, READERS)
         patient = self._arguments.test_patient or last_patient(rows)
         name = "demo_real.yaml" if self._arguments.samples else "demo.yaml"
         config = ["--config", str(JOBS / "configs" / name)]
@@ -113,7 +125,7 @@ class Steps:
             raise UserError(f"step {title} failed with exit code {code}; see above")
 
 
-def last_patient(rows: list[SectionRow]) -> str:
+def last_patient(rows: list["SectionRow"]) -> str:
     """Returns the patient of the sheet's last section with counts."""
     measured = [row.patient_id for row in rows if row.measured]
     if len(set(measured)) < 2:
@@ -123,7 +135,7 @@ def last_patient(rows: list[SectionRow]) -> str:
     return measured[-1]
 
 
-def write_slide_sheet(path: Path, rows: list[SectionRow], test_patient: str) -> str:
+def write_slide_sheet(path: Path, rows: list["SectionRow"], test_patient: str) -> str:
     """Writes a sheet of the H&E-only slides or, if there are none, of the held-out sections without their counts."""
     chosen = [row for row in rows if not row.measured] or [row for row in rows if row.patient_id == test_patient]
     with open(path, "w", newline="") as file:

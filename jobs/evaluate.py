@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Scores a model version on its held-out sections, beside floors."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
@@ -19,6 +19,7 @@ BLOCKS = ("storage", "cluster", "tracking")
 class EvaluateArguments(JobArguments):
     """What to score, and where the results go."""
 
+    former: ClassVar = {"protocol": "use jobs/cross_validate.py --protocol"}
     model: str
     """Model version: models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder."""
     data: str
@@ -51,13 +52,13 @@ def main() -> None:
     marker_sets = markers(arguments.cohort, arguments.markers)
     model = _fetch(arguments.model, config)
     names = held_out(model, load_manifest(arguments.data), arguments.sections)
-    require_encoder(model.config.model.image_encoder, arguments.probe_weights or "random")
     out = arguments.out or f"runs/scores/{model.digest}"
     if arguments.dry_run:
         print(describe(config, BLOCKS))
         print(f"would score {', '.join(names)} under the protocol {model.training.protocol} into {out}")
         return
 
+    require_encoder(model.config.model.image_encoder, arguments.probe_weights or "random")
     _launch.connect(config)
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {out}"])
     with progress.bars() as show:

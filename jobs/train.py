@@ -34,13 +34,14 @@ def main() -> None:
     from mclstexp.model.encoders import require_encoder
     from mclstexp.model.losses import require_loss
 
-    require_encoder(config.model.image_encoder, config.model.image_weights)
+    require_encoder(config.model.image_encoder)
     require_loss(config)
     if arguments.dry_run:
         print(describe(config, BLOCKS))
         print(_plan(arguments.data, config))
         return
 
+    require_encoder(config.model.image_encoder, config.model.image_weights)
     _launch.connect(config)
     from mclstexp import cluster, progress, tracking
     from mclstexp.training.finish import is_finished

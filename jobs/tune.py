@@ -49,7 +49,7 @@ def main() -> None:
     from tuning.space import load_space, num_trials
     from tuning.sweep import default_name, with_validation
 
-    require_encoder(config.model.image_encoder, config.model.image_weights)
+    require_encoder(config.model.image_encoder)
     require_loss(config)
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
@@ -64,6 +64,7 @@ def main() -> None:
         print(plan(manifest, config, space, search, trials))
         print(f"would go into {uri}")
         return
+    require_encoder(config.model.image_encoder, config.model.image_weights)
     _run(arguments, config, space, trials, uri)
 
 

@@ -1,5 +1,6 @@
 """The command line: made from the settings, and helpful when one is wrong."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from mclstexp.config import Config, leaf_fields, load_config
 from mclstexp.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-JOBS = sorted(path for path in (ROOT / "jobs").glob("[!_]*.py") if path.name != "demo.py")
+JOBS = sorted(path for path in (ROOT / "jobs").glob("[!_]*.py"))
 
 
 class Arguments(JobArguments):
@@ -148,7 +149,10 @@ def test_help_explains_every_setting_at_once(job: Path) -> None:
     )
     flat = " ".join(shown.stdout.split())
     sections = {line.rstrip(":") for line in shown.stdout.splitlines() if line.rstrip(":") in Config.model_fields}
-    assert sections
+    assert bool(sections) == (job.name != "demo.py")  # the demo has no settings of its own
+    assert "--dry-run [true|false]" in flat
+    if "train" in sections:
+        assert "dropout and initial weights. [0]" in flat
     for name, (section, field) in leaf_fields().items():
         if name.partition(".")[0] in sections:
             assert f"--{name}" in flat
@@ -167,11 +171,26 @@ def test_help_needs_no_heavy_import(job: Path) -> None:
     assert subprocess.run(command, capture_output=True, timeout=240, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("job", ["train.py", "cross_validate.py"])
+def test_a_dry_run_fetches_no_weights(job: str, tiles: str, tmp_path: Path) -> None:
+    """The cache of weights is empty and a proxy that does not exist stands before the network."""
+    nowhere = {"TORCH_HOME": str(tmp_path / "torch"), "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    protocol = ["--protocol", "patient"] if job == "cross_validate.py" else ["--split.test_patients", "P3"]
+    command = [sys.executable, str(ROOT / "jobs" / job), "--data", tiles, "--out", str(tmp_path / "out"), *protocol]
+    settings = ["--model.image_encoder", "densenet121", "--model.image_weights", "imagenet", "--dry-run"]
+    done = subprocess.run(
+        [*command, *settings], capture_output=True, text=True, timeout=240, check=False, env=os.environ | nowhere
+    )
+    assert done.returncode == 0, done.stderr
+    assert "image_weights: imagenet" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_moved_to_another_job_says_where() -> None:
     command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--protocol", "patient", "--data", "tiles"]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert failed.returncode == 2
-    assert failed.stderr == ("error: protocol in the command line was removed; use jobs/cross_validate.py --protocol\n")
+    assert failed.stderr == ("error: --protocol is no option any more; use jobs/cross_validate.py --protocol\n")
 
 
 def test_a_missing_argument_is_named() -> None:

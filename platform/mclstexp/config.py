@@ -1,6 +1,6 @@
 """One typed configuration for YAML files, the command line, sweeps, checkpoints and resume.
 
-The sections (`settings.py`) are frozen pydantic models with defaults that run. `override` is the only way to
+The blocks (`settings.py`) are frozen pydantic models with defaults that run. `override` is the only way to
 change settings: dotted names to values, with the nearest valid name in the error. The trade-off: all jobs share one
 tree of settings, so that one YAML file describes a whole study.
 """
@@ -31,9 +31,8 @@ from mclstexp.settings import (
 
 REMOVED = {
     "predict.bank_shards": "leave it out: a bank is read by memory map if it does not fit into memory",
-    "protocol": "use jobs/cross_validate.py --protocol",
 }
-"""Settings and arguments of earlier versions, and what to do instead."""
+"""Settings of earlier versions, and what to do instead."""
 
 
 class Config(ConfigBlock):
@@ -72,12 +71,12 @@ class Config(ConfigBlock):
         if train.batching == "random_spots" and model.position == "sinusoidal":
             raise ValueError(
                 "model.position=sinusoidal measures from the centre of a neighbourhood, which "
-                "train.batching=random_spots has not; use table, pixel_table or none"
+                "train.batching=random_spots does not have; use table, pixel_table or none"
             )
         if train.positives == "soft" and model.l2_normalise:
             raise ValueError(
                 "train.positives=soft needs model.l2_normalise=false: similarities of unit vectors make a target that "
-                "is all but uniform, which collapsed embeddings meet best"
+                "is nearly uniform, which collapsed embeddings match best"
             )
         if self.retrieval.weighting == "softmax" and not model.l2_normalise:
             raise ValueError("retrieval.weighting=softmax needs model.l2_normalise=true; use inverse_square or mean")
@@ -89,14 +88,14 @@ class Config(ConfigBlock):
         return self
 
 
-def leaf_fields(section: type[ConfigBlock] = Config, prefix: str = "") -> dict[str, tuple[type[ConfigBlock], str]]:
-    """Returns every setting's dotted name with its section class and field name, in order of declaration."""
+def leaf_fields(block: type[ConfigBlock] = Config, prefix: str = "") -> dict[str, tuple[type[ConfigBlock], str]]:
+    """Returns every setting's dotted name with its block's class and field name, in order of declaration."""
     leaves: dict[str, tuple[type[ConfigBlock], str]] = {}
-    for name, field in section.model_fields.items():
+    for name, field in block.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, ConfigBlock):
             leaves |= leaf_fields(field.annotation, f"{prefix}{name}.")
         else:
-            leaves[prefix + name] = (section, name)
+            leaves[prefix + name] = (block, name)
     return leaves
 
 
@@ -110,18 +109,18 @@ def override(config: Config, settings: dict[str, object], origin: str = "setting
     for dotted, value in settings.items():
         if dotted not in leaf_fields():
             raise ConfigError(unknown_setting(dotted, list(leaf_fields()), origin))
-        section, _, field = dotted.rpartition(".")
-        tree[section][field] = value
+        block, _, field = dotted.rpartition(".")
+        tree[block][field] = value
     return _validated(tree, origin)
 
 
 def load_config(path: str | Path | None) -> Config:
-    """Returns the settings of a YAML file over those of its `base`, over the defaults; the defaults where it is None.
+    """Returns the settings of a YAML file over those of its `base`, over the defaults; the defaults if it is None.
 
-    `base: FILE` beside the sections names another such file, relative to the one that names it.
+    `base: FILE` beside the blocks names another such file, relative to the one that names it.
 
     Raises:
-        ConfigError: a file is missing, is no mapping, is its own base, or holds an unknown or invalid setting.
+        ConfigError: a file is missing, is not a mapping, is its own base, or has an unknown or invalid setting.
     """
     return Config() if path is None else _load(Path(path), ())
 
@@ -132,7 +131,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Config:
     if base is None:
         return config_from(tree, str(path))
     if not isinstance(base, str):
-        raise ConfigError(f"base={base!r} in {path} is no file name; give one YAML file, relative to {path.parent}")
+        raise ConfigError(f"base={base!r} in {path} is not a file name; give one YAML file, relative to {path.parent}")
     if (path.parent / base).resolve() in chain:
         raise ConfigError(f"base={base} in {path} leads back to itself; take `base` out of one of the files")
     under = _load(path.parent / base, chain).model_dump(mode="json")
@@ -149,7 +148,7 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of sections; see jobs/configs/")
+        raise ConfigError(f"{path} contains {type(tree).__name__}, not a mapping of blocks; see jobs/configs/")
     return tree
 
 
@@ -157,14 +156,14 @@ def config_from(tree: dict[str, object], origin: str = "settings") -> Config:
     """Returns the Config of a nested plain dict (a YAML file, a checkpoint's or a model version's record).
 
     Raises:
-        ConfigError: an unknown section or setting, or an invalid value.
+        ConfigError: an unknown block or setting, or an invalid value.
     """
-    for section, fields in tree.items():
-        if section not in Config.model_fields:
-            raise ConfigError(unknown_setting(section, list(Config.model_fields), origin))
+    for block, fields in tree.items():
+        if block not in Config.model_fields:
+            raise ConfigError(unknown_setting(block, list(Config.model_fields), origin))
         for field in fields if isinstance(fields, dict) else ():
-            if f"{section}.{field}" not in leaf_fields():
-                raise ConfigError(unknown_setting(f"{section}.{field}", list(leaf_fields()), origin))
+            if f"{block}.{field}" not in leaf_fields():
+                raise ConfigError(unknown_setting(f"{block}.{field}", list(leaf_fields()), origin))
     return _validated(tree, origin)
 
 
@@ -175,10 +174,10 @@ def recorded_config(tree: Mapping[str, object], origin: str) -> Config:
         ConfigError: as `config_from`.
     """
     known = {
-        section: {field: value for field, value in fields.items() if f"{section}.{field}" not in REMOVED}
+        block: {field: value for field, value in fields.items() if f"{block}.{field}" not in REMOVED}
         if isinstance(fields, dict)
         else fields
-        for section, fields in tree.items()
+        for block, fields in tree.items()
     }
     return config_from(known, origin)
 
