@@ -7,6 +7,7 @@ def test_the_nearest_names_are_offered_whatever_their_case() -> None:
     assert did_you_mean("epohcs", ["epochs", "seed"]) == "did you mean epochs?"
     assert did_you_mean("erbb2", ["ERBB2", "ERBB3", "GNAS"], 2) == "did you mean ERBB2 or ERBB3?"
     assert did_you_mean("zzz", ["A", "B"]) == "known: A, B"
+    assert did_you_mean("A", []) == "there are none"
 
 
 def test_long_lists_name_the_first_and_count_the_others() -> None:

@@ -124,9 +124,9 @@ def test_choice_finds_the_settings_that_predict_best() -> None:
     queries = rng.normal(size=(200, 8)).astype(np.float32)
     truth = retrieve(queries, bank, RetrievalConfig(k=10, temperature=0.5)).prediction
     sections = [ValidationSection("P", queries, truth)]
-    chosen = validation.choose(sections, bank, RetrievalConfig())
+    chosen = validation.choose_retrieval(sections, bank, RetrievalConfig())
     assert (chosen.k, chosen.temperature) == (10, 0.5)
-    assert validation.choose(sections, bank, RetrievalConfig(k=3)).k == 3
+    assert validation.choose_retrieval(sections, bank, RetrievalConfig(k=3)).k == 3
 
 
 def test_choice_scores_within_sections_and_weighs_patients_equally() -> None:
@@ -152,4 +152,4 @@ def test_choice_scores_within_sections_and_weighs_patients_equally() -> None:
     config = RetrievalConfig(temperature=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "TRIED_K", (10, 400))
-        assert validation.choose(sections, bank, config).k == max(best, key=best.__getitem__)
+        assert validation.choose_retrieval(sections, bank, config).k == max(best, key=best.__getitem__)

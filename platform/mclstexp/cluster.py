@@ -24,8 +24,12 @@ from mclstexp.config import Config, override
 from mclstexp.errors import ResourceError, StorageError, UserError
 from mclstexp.settings import FITTED_PANELS
 
+MAX_RETRIES = 2
+"""Restarts of a task or actor whose process died."""
 _POLL_S = 1.0
 _ROUNDING = 1e-9
+_SQLITE = "sqlite:///"
+Result = TypeVar("Result")
 Node = dict[str, Any]
 """An entry of `ray.nodes()`."""
 _Bundles = Sequence[tuple[dict[str, float], dict[str, str]]]
@@ -131,8 +135,6 @@ def require_shared(config: Config, uris: Iterable[str], uses_tracking: bool = Tr
 
 
 def _alive_nodes() -> list[Node]:
-    import ray
-
     return [node for node in ray.nodes() if node["Alive"]]
 
 
@@ -225,11 +227,8 @@ def _slots(config: Config, node: Node, data_cpus: int = 0) -> int:
     slots = _has(node, "CPU") // (config.train.cpus_per_worker + data_cpus)
     if not config.train.use_gpu:
         return slots
-    each = int(1 / config.train.gpus_per_worker + _ROUNDING)  # a worker's share lies on one GPU
+    each = int(1 / config.train.gpus_per_worker + _ROUNDING)  # one GPU serves each worker
     return min(slots, _has(node, "GPU") * each)
-
-
-_SQLITE = "sqlite:///"
 
 
 def config_for_tasks(config: Config) -> Config:
@@ -262,11 +261,6 @@ def _absolute_weights(weights: str) -> str:
 
 def _ships_working_folder() -> bool:
     return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
-
-
-MAX_RETRIES = 2
-"""Restarts of a task or actor whose process died."""
-Result = TypeVar("Result")
 
 
 def guarded(function: Callable[..., Result], *arguments: object) -> Result | UserError:

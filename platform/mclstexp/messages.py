@@ -13,6 +13,8 @@ def did_you_mean(name: str, known: Iterable[str], num_nearest: int = 1) -> str:
     Upper and lower case count as equal.
     """
     known = list(known)
+    if not known:
+        return "there are none"
     folded = {other.lower(): other for other in known}
     nearest = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=num_nearest)]
     return f"did you mean {' or '.join(nearest)}?" if nearest else f"known: {some_of(known)}"

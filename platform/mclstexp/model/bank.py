@@ -83,6 +83,8 @@ class Bank:
     def load(cls, folder: str | Path) -> "Bank":
         """Returns the bank that `save` wrote; its arrays are read-only memory maps.
 
+        On a local Linux disk the folder may be deleted once it is loaded: the maps keep the file alive.
+
         Directions are not compared with the keys: both are in one file, whose checksum the model version verifies.
         Banks of model schemas 1 to 3 store no directions; theirs are computed.
 

@@ -24,7 +24,7 @@ from mclstexp.progress import Show, hidden
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import STATE, WEIGHTS
 from mclstexp.training.run import Run, last_checkpoint
-from mclstexp.training.validation import ValidationSection, choose
+from mclstexp.training.validation import ValidationSection, choose_retrieval
 
 FOLDER = "model"
 
@@ -135,4 +135,4 @@ def _retrieval(run: Run, queries: Mapping[str, np.ndarray], bank: Bank) -> Retri
         ValidationSection(run.manifest.section(name).patient_id, embedding, run.reader.read_section(name)["payload"])
         for name, embedding in queries.items()
     ]
-    return choose(sections, bank, run.config.retrieval)
+    return choose_retrieval(sections, bank, run.config.retrieval)

@@ -1,4 +1,6 @@
-"""The score of a model on validation patients while it trains, by the same retrieval that predicts.
+"""The score of a model on validation patients by the same retrieval that predicts, and the choice of that retrieval.
+
+`score` runs after epochs of training; `choose_retrieval` runs once, at the end, and picks k and the temperature.
 
 The ranks share the embedding of images; rank 0 makes the bank's keys and scores while the others wait for it. That
 suits validation sets of minutes, not of hours (the group's time limit is five minutes).
@@ -65,7 +67,7 @@ def validate(rank_state: RankState, data: ValidationSet) -> float:
     return scores[0]
 
 
-def choose(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> RetrievalConfig:
+def choose_retrieval(sections: Sequence[ValidationSection], bank: Bank, config: RetrievalConfig) -> RetrievalConfig:
     """Returns the settings with the `k` and `temperature` of the highest mean PCC over the 50 highest genes.
 
     As on the score card, correlations are taken within a section over its own highest genes, and averaged by patient.
