@@ -64,8 +64,8 @@ def test_a_validation_patient_is_never_tested(protocol: str, test: dict[str, obj
         ("test_patients", "BELLA", "did you mean BELA"),
         ("test_sections", "ANNA3", "did you mean ANNA"),
         ("validation_patients", "carl", "did you mean CARL"),
-        ("test_sections", "SLIDE", "has no measured SLIDE"),
-        ("test_patients", "DORA", "has no measured DORA; known: ANNA, BELA, CARL"),
+        ("test_sections", "SLIDE", "has no measured section SLIDE"),
+        ("test_patients", "DORA", "has no measured patient DORA; known: ANNA, BELA, CARL"),
     ],
 )
 def test_unknown_names_get_the_nearest(setting: str, name: str, near: str) -> None:

@@ -82,6 +82,11 @@ def test_all_faults_at_once_with_row_and_column(folder):
     assert "has 9 fault(s)" in text
 
 
+def test_an_empty_format_is_one_fault(folder):
+    text = faults(write(folder, "C1,C,c.svs,,,,,,,"))
+    assert "has 1 fault(s):\n  row 2, column format: it is empty" in text
+
+
 @pytest.mark.parametrize(
     "name",
     ["../x", "..", ".hidden", "a/b", "a\\b", "%2e%2e", "/abs", "a b", "=1+1", "é", "А1", "x" * 129, "", "a#b", "a\tb"],

@@ -11,6 +11,7 @@ from visium_folders import hd, positions, section, v1_h5, v1_mtx, zipped
 
 from ingest.readers import READERS
 from ingest.readers.files import read_preview
+from mclstexp import storage
 from mclstexp.data.sheet import read_sheet
 from mclstexp.errors import SheetError, SourceError
 
@@ -162,3 +163,14 @@ def test_the_sheet_lists_the_missing_files_of_a_folder(tmp_path):
     assert "row 3, column expression, got 'empty':" in text
     assert "has neither filtered_feature_bc_matrix.h5 nor matrix.mtx.gz" in text
     assert "row 4: format visium needs expression; format visium takes no positions" in text
+
+
+def test_the_sheet_looks_up_each_file_of_a_folder_once(tmp_path, monkeypatch):
+    folder, exists, looked_up = v1_mtx(tmp_path / "S1"), storage.exists, []
+    monkeypatch.setattr(storage, "exists", lambda uri: looked_up.append(uri) or exists(uri))
+    Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
+    sheet = "section_id,patient_id,image,format,expression\nS1,P1,i.png,visium,S1\n"
+    (tmp_path / "samples.csv").write_text(sheet)
+    read_sheet(str(tmp_path / "samples.csv"), READERS)
+    assert str(folder / MATRIX / "matrix.mtx.gz") in looked_up
+    assert len(looked_up) == len(set(looked_up))

@@ -33,9 +33,9 @@ def make_split(manifest: Manifest, config: SplitConfig) -> Split:
     """
     patient_of = {entry.section_id: entry.patient_id for entry in manifest.sections if entry.measured}
     patients = set(patient_of.values())
-    _require_known(config.test_sections, patient_of, "split.test_sections")
-    _require_known(config.test_patients, patients, "split.test_patients")
-    _require_known(config.validation_patients, patients, "split.validation_patients")
+    _require_known(config.test_sections, patient_of, "section", "split.test_sections")
+    _require_known(config.test_patients, patients, "patient", "split.test_patients")
+    _require_known(config.validation_patients, patients, "patient", "split.validation_patients")
     if config.validation_patients and config.num_validation_patients:
         raise SplitError("set split.validation_patients or split.num_validation_patients, not both")
     test = {name for name, patient in patient_of.items() if patient in config.test_patients}
@@ -49,11 +49,11 @@ def make_split(manifest: Manifest, config: SplitConfig) -> Split:
     return Split(*(tuple(sorted(side)) for side in (train, validation, test)))
 
 
-def _require_known(names: Iterable[str], known: Iterable[str], setting: str) -> None:
+def _require_known(names: Iterable[str], known: Iterable[str], what: str, setting: str) -> None:
     known = sorted(known)
     for name in names:
         if name not in known:
-            raise SplitError(f"{setting}: the tile table has no measured {name}; {did_you_mean(name, known)}")
+            raise SplitError(f"{setting}: the tile table has no measured {what} {name}; {did_you_mean(name, known)}")
 
 
 def _drawn(config: SplitConfig, patients: set[str]) -> set[str]:

@@ -38,7 +38,10 @@ class Format(Protocol):
 
     @property
     def files(self) -> Callable[[Mapping[str, str]], Mapping[str, str]]:
-        """Maps the URIs in these columns to the URIs of all files to read; raises SourceError if one is missing."""
+        """Maps the URIs in these columns to the URIs of all files to read, by part.
+
+        Raises SourceError if a file that no column names is missing.
+        """
 
 
 class SectionRow(BaseModel):
@@ -205,7 +208,8 @@ def _format_faults(
     def faults(numbered: tuple[int, dict[str, str]]) -> list[Fault]:
         line, cells = numbered
         known, name = [*formats, SLIDE], cells.get("format", "")
-        found = [(line, f", column format, got {name!r}: use one of {', '.join(known)}")] if name not in known else []
+        unknown = name and name not in known  # `_row_faults` reports an empty one
+        found = [(line, f", column format, got {name!r}: use one of {', '.join(known)}")] if unknown else []
         paths = [(column, cells[column]) for column in FILE_COLUMNS if cells.get(column)]
         return found + [fault for path in paths if (fault := _file_fault(line, *path, sheet_uri, formats.get(name)))]
 
@@ -216,10 +220,8 @@ def _format_faults(
 def _file_fault(line: int, column: str, path: str, sheet_uri: str, reader: Format | None) -> Fault | None:
     try:
         uri = _resolve(path, sheet_uri)
-        if reader is not None and column in reader.needs:
-            missing = [part for part in reader.files({column: uri}).values() if not storage.exists(part)]
-        else:
-            missing = [] if storage.exists(uri) else [uri]
+        uris = reader.files({column: uri}) if reader is not None and column in reader.needs else {column: uri}
+        exists = uri not in uris.values() or storage.exists(uri)  # the reader has looked up all other files
     except (StorageError, SourceError) as error:
         return line, f", column {column}, got {path!r}: {error}"
-    return (line, f", column {column}: there is no file {path}") if missing else None
+    return None if exists else (line, f", column {column}: there is no file {path}")
