@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,6 +89,24 @@ def test_a_table_without_errors_has_none() -> None:
     (row,) = set_table(genes, {"all": np.arange(2)}).to_dict("records")
     assert (row["pcc"], row["undefined"], row["pcc_density_free"]) == (0.5, 1, pytest.approx(0.2))
     assert np.isnan([row["mse"], row["rmse"], row["mae"]]).all()
+    (row,) = set_table(genes[["pcc"]], {"all": np.arange(2)}).to_dict("records")
+    assert np.isnan(row["pcc_density_free"])
+    assert (row["undefined"], row["undefined_density_free"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({}, "give by_gene or from_others"),
+        ({"by_gene": len, "from_others": len}, "give by_gene or from_others"),
+        ({"by_gene": len, "of_sets": True, "compared": ("immune",)}, r"compared has \['immune'\], allowed: all, heg50"),
+        ({"by_gene": len, "compared": ("hvg50",)}, "set of_sets=True"),
+        ({"by_gene": len, "printed": ("all", "heg50")}, "set of_sets=True"),
+    ],
+)
+def test_a_score_that_contradicts_itself_is_refused(fields: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValueError, match=f"score mine: .*{fault}"):
+        scores.Score("mine", "Mine", **fields)
 
 
 def _rows(values: dict[str, float]) -> pd.DataFrame:

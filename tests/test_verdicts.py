@@ -1,10 +1,14 @@
 """Verdicts: who wins on which score, with the interval of the difference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.stats
 from random_card import GENES, random_card, row_of
 
+from mclstexp.evaluation import scores, verdicts
 from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
 
@@ -80,6 +84,21 @@ def test_a_verdict_has_the_interval_of_the_paired_difference() -> None:
 def test_a_model_without_correlations_loses_them() -> None:
     (verdict,) = _with_scores({MODEL: (NAN, NAN, NAN, 1.0, 1.0), "ridge on RGB": (0.1, 0.1, 0.1, 2.0, 2.0)}).verdicts()
     assert "the ridge on RGB WINS on the rest, the model stands at PCC all undefined" in verdict
+
+
+@pytest.mark.parametrize(("gene_set", "column"), [("heg50", "truth_mean"), ("hvg50", "truth_variance")])
+def test_a_set_of_genes_is_compared_over_its_own_genes(
+    monkeypatch: pytest.MonkeyPatch, gene_set: str, column: str
+) -> None:
+    monkeypatch.setattr(verdicts, "NUM_HIGHEST", 3)
+    monkeypatch.setattr(scores, "SCORES", (replace(scores.SCORES[0], compared=(gene_set,)),))
+    genes = (card := _half_silent()).per_gene
+    expected = {
+        method: np.nan_to_num(rows.nlargest(3, column)["pcc"]).mean() for method, rows in genes.groupby("method")
+    }
+    words = f"PCC {gene_set.upper()} {expected[MODEL] - expected['ridge on RGB']:+.3f}"
+    (verdict,) = card.verdicts()
+    assert verdict.endswith(words), (verdict, words)
 
 
 def test_an_undefined_correlation_counts_as_zero_in_verdicts() -> None:

@@ -24,6 +24,10 @@ def pearson_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
 def density_free_pearson(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Returns each gene's correlation given the spots' library size, float64 (G,): Pearson's partial correlation.
 
+    Library size follows tissue density, which any image encoder sees, also an untrained one, and most genes follow
+    library size. The price: biology that goes along with density is removed too (Bhuva et al. 2024,
+    https://doi.org/10.1186/s13059-024-03241-7), so state this score beside the plain one, never alone.
+
     It is the correlation over spots of the residuals of truth and of prediction (Yule 1907,
     https://doi.org/10.1098/rspa.1907.0028), see `density_residuals`. NaN if nothing is left of one side: a constant
     prediction, one that is linear in the log total (the library-size oracle), or fewer than three spots.

@@ -40,7 +40,11 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """One score: how it is computed, and where people see it. Exactly one of `by_gene` and `from_others` is given."""
+    """One score: how it is computed, and where people see it.
+
+    Raises ValueError unless exactly one of `by_gene` and `from_others` is given, if `compared` has another set than
+    those of `SET_TITLES`, and if a score that is not `of_sets` names a set other than all genes.
+    """
 
     name: str
     """Its column in every table, and its name in MLflow."""
@@ -63,6 +67,14 @@ class Score:
     """The same, in the other targets."""
     compared: tuple[str, ...] = (ALL,)
     """Sets of genes over which verdicts compare model and floor."""
+
+    def __post_init__(self) -> None:
+        if (self.by_gene is None) == (self.from_others is None):
+            raise ValueError(f"score {self.name}: give by_gene or from_others")
+        if unknown := set(self.compared) - set(SET_TITLES):
+            raise ValueError(f"score {self.name}: compared has {sorted(unknown)}, allowed: {', '.join(SET_TITLES)}")
+        if not self.of_sets and {*self.printed, *self.printed_in_others, *self.compared} - {ALL}:
+            raise ValueError(f"score {self.name}: to show it over sets of genes, set of_sets=True")
 
 
 SCORES: tuple[Score, ...] = (
@@ -207,7 +219,7 @@ def mean_intervals(rows: pd.DataFrame, value: str, by: Sequence[str], unit: str)
 def _set_row(genes: pd.DataFrame) -> dict[str, float]:
     row: dict[str, float] = {"num_genes": len(genes)}
     for score in SCORES:
-        values = genes.get(score.name, pd.Series(dtype=np.float64))
+        values = genes[score.name] if score.name in genes else pd.Series(np.nan, genes.index)
         row[score.name] = score.from_others(row) if score.from_others else values.mean()
         if score.undefined:
             row[score.undefined] = values.isna().sum()

@@ -16,7 +16,10 @@ import pandas as pd
 
 from mclstexp.evaluation import scores
 from mclstexp.evaluation.metrics import NUM_HIGHEST
-from mclstexp.evaluation.scores import HEG, ScoredSet, mean_intervals
+from mclstexp.evaluation.scores import HEG, HVG, ScoredSet, mean_intervals
+
+_HIGHEST_IN = {HEG: "truth_mean", HVG: "truth_variance"}
+"""The column whose largest values select a set of genes."""
 
 
 def verdict(rows: pd.DataFrame, per_gene: pd.DataFrame, model: str, floor: str, unit: str) -> str:
@@ -94,8 +97,8 @@ def _where_genes_vary(per_gene: pd.DataFrame, method: str, compared: ScoredSet) 
     NaN where the method has none in any section.
     """
     genes = per_gene[per_gene["method"] == method]
-    if compared.gene_set == HEG:
-        ordered = genes.sort_values("truth_mean", ascending=False, kind="stable")
+    if compared.gene_set in _HIGHEST_IN:
+        ordered = genes.sort_values(_HIGHEST_IN[compared.gene_set], ascending=False, kind="stable")
         genes = ordered.groupby("section_id", sort=False).head(NUM_HIGHEST)
     genes = genes[genes["truth_variance"] > 0]
     values = genes[compared.score.name]
