@@ -70,7 +70,7 @@ def test_a_large_picture_of_a_slide_is_shrunk_and_spots_stay_on_it(
 
 
 def test_a_folder_without_a_result_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match=rf"{tmp_path} has no score_card\.json.*python jobs/evaluate\.py .*--out"):
+    with pytest.raises(ResultError, match=rf"no score_card\.json.* or jobs/cross_validate\.py and --out {tmp_path}"):
         run_job("--run", tmp_path)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -208,34 +209,46 @@ def test_a_bank_that_is_not_listed_is_refused(folder: Path) -> None:
         ModelVersion.load(folder)
 
 
-def test_a_bank_of_schema_2_loads_without_a_note_of_what_it_was_made_for(folder: Path) -> None:
-    bank = ModelVersion.load(folder).bank
-    bank.save(folder, {})
-    _update_checksums(folder)
-    assert np.array_equal(ModelVersion.load(folder).bank.keys, bank.keys)
-
-
 def test_another_schema_is_refused(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
     _rewrite_record(folder, record | {"schema_version": 99, "new_field": 1})
-    with pytest.raises(ModelError, match="model schema 99, this code reads 1, 2, 3, 4"):
+    with pytest.raises(ModelError, match=r"model schema 99, this code reads 1, 2, 3, 4; .*jobs/train\.py"):
         ModelVersion.load(folder)
 
 
-def test_a_version_of_schema_3_stores_no_directions_and_answers_equally(folder: Path) -> None:
-    """As the code before schema 4 wrote it: a setting that is gone, and a bank of keys and payload only."""
-    queries = np.random.default_rng(1).normal(size=(40, 256)).astype(np.float32)
-    expected = ModelVersion.load(folder).predict(queries)
+def _write_as_schema(schema: int, folder: Path) -> None:
+    """Rewrites a version as the code of an earlier schema did."""
     with safe_open(folder / "bank.safetensors", "numpy") as file:
         notes, arrays = file.metadata(), {name: file.get_tensor(name) for name in ("keys", "payload")}
-    save_file(arrays, folder / "bank.safetensors", notes)
+    save_file(arrays, folder / "bank.safetensors", notes if schema == 3 else None)
     record = json.loads((folder / "model.json").read_text())
+    assert (record.pop("schema_version"), record["ood_similarity"]) == (4, 0.25)
     record["config"]["predict"]["bank_shards"] = 2
-    _rewrite_record(folder, record | {"schema_version": 3})
+    del record["training"]["validation_patients"]
+    if schema == 1:
+        del record["ood_similarity"], record["config"]["predict"]
+    _rewrite_record(folder, record | {"schema_version": schema})
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_a_version_of_an_earlier_schema_loads_and_answers_equally(folder: Path, schema: int) -> None:
+    queries = np.random.default_rng(1).normal(size=(40, 256)).astype(np.float32)
+    expected = ModelVersion.load(folder).predict(queries)
+    _write_as_schema(schema, folder)
     loaded = ModelVersion.load(folder)
     assert loaded.config == random_version().config
+    assert loaded.ood_similarity == (None if schema == 1 else 0.25)
     for name, values in vars(loaded.predict(queries)).items():
         assert np.array_equal(values, getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_a_bank_says_what_it_was_made_for_from_schema_3_on(folder: Path, schema: int) -> None:
+    _write_as_schema(schema, folder)
+    record = json.loads((folder / "model.json").read_text())
+    _rewrite_record(folder, record | {"mpp": 0.25})
+    with pytest.raises(ModelError, match="made for tiles") if schema == 3 else nullcontext():
+        ModelVersion.load(folder)
 
 
 def test_a_recorded_setting_that_never_was_is_refused(folder: Path) -> None:
@@ -244,12 +257,3 @@ def test_a_recorded_setting_that_never_was_is_refused(folder: Path) -> None:
     _rewrite_record(folder, record)
     with pytest.raises(ConfigError, match=r"unknown setting predict\.bank_shard in .*version"):
         ModelVersion.load(folder)
-
-
-def test_a_version_of_schema_1_loads_without_threshold(folder: Path) -> None:
-    record = json.loads((folder / "model.json").read_text())
-    assert (record["schema_version"], record.pop("ood_similarity")) == (4, 0.25)
-    _rewrite_record(folder, record | {"schema_version": 1})
-    loaded = ModelVersion.load(folder)
-    assert loaded.ood_similarity is None
-    assert np.array_equal(loaded.bank.keys, random_version().bank.keys)

@@ -31,6 +31,7 @@ from mclstexp.settings import TilesConfig
 
 MODEL_SCHEMA = 4
 _READ_SCHEMAS = (1, 2, 3, MODEL_SCHEMA)
+_FIX = "use the code that wrote it, or train it again with jobs/train.py"
 FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
 MPP_TOLERANCE = 0.02
 """Largest relative difference between the resolutions of a model's tiles and a table's."""
@@ -135,12 +136,14 @@ class ModelVersion:
             tree = json.loads((folder / MODEL).read_text())
             if tree["schema_version"] not in _READ_SCHEMAS:
                 readable = ", ".join(map(str, _READ_SCHEMAS))
-                raise ModelError(f"{folder} has model schema {tree['schema_version']}, this code reads {readable}")
+                raise ModelError(
+                    f"{folder} has model schema {tree['schema_version']}, this code reads {readable}; {_FIX}"
+                )
             record = _ModelFile.model_validate(tree)
             weights = load_file(folder / WEIGHTS)
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
-            raise ModelError(f"{folder} is no model version that this code reads: {error}") from error
+            raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error
         version = cls(
             config=recorded_config(record.config, str(folder)),
             panel=GenePanel.from_json(record.panel),
@@ -218,7 +221,7 @@ def _verify(folder: Path) -> None:
         files = json.loads((folder / FILES).read_text())
         unlisted = {MODEL, WEIGHTS, *(name for name in (ARRAYS, DONORS) if (folder / name).exists())} - files.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder} is no model version: {FILES} cannot be read ({error})") from error
+        raise ModelError(f"{folder} is not a model version: {FILES} cannot be read ({error})") from error
     if unlisted:
         raise ModelError(f"{FILES} of the model version {folder} does not list {', '.join(sorted(unlisted))}")
     for name, expected in files.items():

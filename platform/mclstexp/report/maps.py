@@ -97,6 +97,10 @@ def draw_gene_maps(
 ) -> None:
     """Writes a PNG with one row of maps per gene, without a display or matplotlib's global state.
 
+    Measured and predicted share a gene's colour scale, so that a prediction that varies less than the truth looks
+    flatter. The scale spans 98 % of the values, so that one spot of few counts does not take it all; the arrows of its
+    bar mark the rest.
+
     Args:
         path: local file to write.
         xy_px: float (N, 2), spot centres in level-0 pixels.

@@ -30,7 +30,7 @@ from mclstexp.evaluation.scores import read_table
 from mclstexp.evaluation.sections import MEASURED
 
 _THUMBNAIL_PX = 900
-_EVALUATE = "python jobs/evaluate.py --model MODEL --data TILES --out"
+_WRITE = "with jobs/evaluate.py or jobs/cross_validate.py and --out"  # its URI follows
 Row = dict[str, Any]
 """One row of a table of scores; None for an undefined score."""
 
@@ -161,8 +161,8 @@ class Result:
         except (OSError, KeyError) as error:
             uri = storage.join(self.uri, self.record.predictions[name])
             raise ResultError(
-                f"the prediction of section {name}, {uri}, is damaged or incomplete: {error}; write it again: "
-                f"{_EVALUATE} {self.uri}"
+                f"the prediction of section {name}, {uri}, is damaged or incomplete: {error}; write it again "
+                f"{_WRITE} {self.uri}"
             ) from error
 
 
@@ -195,7 +195,7 @@ def read_record(uri: str) -> ScoreRecord:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ResultError(
-            f"{RECORD} of {uri} is damaged or of an older version ({faults}); write it again: {_EVALUATE} {uri}"
+            f"{RECORD} of {uri} is damaged or of an older version ({faults}); write it again {_WRITE} {uri}"
         ) from None
 
 
@@ -209,7 +209,8 @@ def _read(uri: str, name: str) -> bytes:
         return storage.read(storage.join(uri, name))
     except FileNotFoundError:
         raise ResultError(
-            f"--run {uri} has no {name}: give a folder that jobs/evaluate.py wrote, or make one: {_EVALUATE} {uri}"
+            f"--run {uri} has no {name}: give the folder of an evaluation or a cross-validation, or write one {_WRITE} "
+            f"{uri}"
         ) from None
 
 
@@ -227,7 +228,7 @@ def _fetch(uri: str, file: str, scratch: str | Path) -> Path:
             storage.download(source, local)
         storage.size(str(local))
     except FileNotFoundError:
-        raise ResultError(f"{uri} has no {file}, which its {RECORD} names; write it again: {_EVALUATE} {uri}") from None
+        raise ResultError(f"{uri} has no {file}, which its {RECORD} names; write it again {_WRITE} {uri}") from None
     return local
 
 
