@@ -50,7 +50,7 @@ def main() -> None:
 
     out = Path(arguments.out or default_folder(arguments)).absolute()
     steps = Steps(out, arguments)
-    steps.say("1/6 cohort")
+    steps.say("1/7 cohort")
     if arguments.samples:
         steps.run_all(arguments.samples, read_sheet(arguments.samples, READERS))
     elif arguments.dry_run:
@@ -92,22 +92,23 @@ class Steps:
         config = ["--config", str(JOBS / "configs" / name)]
         changed = ["--split.test_patients", patient]
         changed += ["--model.image_weights", str(Path(weights).absolute())] if weights else []
-        self._run("2/6 tiles", "prepare.py", *config, "--samples", storage.absolute(sheet), "--out", f"{out}/tiles")
+        self._run("2/7 tiles", "prepare.py", *config, "--samples", storage.absolute(sheet), "--out", f"{out}/tiles")
         data = ["--data", f"{out}/tiles"]
         runs = ["--out", f"{out}/runs", "--name", "demo"]
-        self._run("3/6 training", "train.py", *config, *changed, *data, *runs, *tracking)
+        self._run("3/7 training", "train.py", *config, *changed, *data, *runs, *tracking)
         model = ["--model", "models:/mclstexp@champion"]  # the first version of a name is its champion
-        self._run("4/6 score card", "evaluate.py", *model, *data, "--out", f"{out}/scores", *tracking)
-        self._run("5/6 report", "report.py", "--run", f"{out}/scores", *tracking)
+        self._run("4/7 score card", "evaluate.py", *model, *data, "--out", f"{out}/scores", *tracking)
+        self._run("5/7 report", "report.py", "--run", f"{out}/scores", *tracking)
         slides = out / "slides.csv"
         if not self._arguments.dry_run:
             write_slide_sheet(slides, rows, patient)
         predictions = ["--samples", str(slides), "--out", f"{out}/predictions"]
-        self._run("6/6 prediction of H&E slides", "predict.py", *model, *predictions, *tracking)
+        self._run("6/7 prediction of H&E slides", "predict.py", *model, *predictions, *tracking)
+        self._run("7/7 pictures", "draw.py", "--predictions", f"{out}/predictions")
         self.say("done")
         print(f"tiles        {out}/tiles\ncheckpoints  {out}/runs\nreport       {out}/scores/report/report.html")
         print(f"runs         mlflow ui --backend-store-uri sqlite:///{out}/mlflow.db")
-        print(f"predictions  {out}/predictions")
+        print(f"predictions  {out}/predictions\npictures     {out}/predictions/overviews")
 
     def say(self, title: str) -> None:
         """Prints a step's title with the seconds since the start."""

@@ -47,8 +47,8 @@ def test_the_model_beats_every_floor_that_saw_no_training_of_the_encoder(demo: t
 
 
 def test_the_paths_printed_last_exist(demo: tuple[Path, str]) -> None:
-    last = dict(line.split(maxsplit=1) for line in demo[1].rstrip().splitlines()[-5:])
-    for name in ("tiles", "checkpoints", "report", "predictions"):
+    last = dict(line.split(maxsplit=1) for line in demo[1].rstrip().splitlines()[-6:])
+    for name in ("tiles", "checkpoints", "report", "predictions", "pictures"):
         assert Path(last[name]).exists(), name
     assert last["runs"].startswith("mlflow ui --backend-store-uri sqlite:///")
 
@@ -57,3 +57,4 @@ def test_the_slide_without_counts_is_predicted(demo: tuple[Path, str]) -> None:
     predicted = anndata.read_h5ad(demo[0] / "predictions" / "P7S1.h5ad")
     assert predicted.shape == (165, 140)
     assert np.isfinite(predicted.X).all()
+    assert (demo[0] / "predictions" / "overviews" / "P7S1.png").stat().st_size > 10_000

@@ -57,6 +57,6 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(
     assert commands[0][commands[0].index("--samples") + 1] == str(tmp_path / "demo" / "cohort" / "samples.csv")
     assert commands[1][commands[1].index("--split.test_patients") + 1] == f"P{CohortSpec.demo().num_patients}"
     assert [command[2] for command in commands] == [
-        f"jobs/{job}.py" for job in ("prepare", "train", "evaluate", "report", "predict")
+        f"jobs/{job}.py" for job in ("prepare", "train", "evaluate", "report", "predict", "draw")
     ]
     assert list(tmp_path.iterdir()) == []
