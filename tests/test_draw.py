@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -195,6 +196,11 @@ def _without_metadata(folder: Path) -> None:
     pq.write_table(pq.read_table(folder / "A.parquet").replace_schema_metadata(None), folder / "A.parquet")
 
 
+def _without_thumbnail(folder: Path) -> None:
+    with h5py.File(folder / "A.h5ad", "a") as file:
+        del file["uns"]["spatial"]
+
+
 def _not_done(folder: Path) -> None:
     set_aside(str(folder), Entry(slide_id="A", key="k", state="failed", reason="no disk"), also_predictions=True)
 
@@ -207,6 +213,15 @@ FAULTS = [
     pytest.param(lambda folder: (folder / "A.parquet").unlink(), FileNotFoundError, r"A\.parquet", id="no table"),
     pytest.param(lambda folder: (folder / "A.parquet").write_bytes(b"x"), StorageError, r"A\.parquet", id="damaged"),
     pytest.param(lambda folder: (folder / "A.h5ad").unlink(), FileNotFoundError, r"A\.h5ad", id="no h5ad"),
+    pytest.param(
+        lambda folder: (folder / "A.h5ad").write_bytes((folder / "A.h5ad").read_bytes()[:1000]),
+        StorageError,
+        r"A\.h5ad is damaged.*remove .*ledger/A\.json and run jobs/predict.py",
+        id="damaged h5ad",
+    ),
+    pytest.param(
+        _without_thumbnail, StorageError, r"A\.h5ad is damaged.*run jobs/predict.py", id="h5ad without a thumbnail"
+    ),
 ]
 
 
@@ -242,8 +257,9 @@ def test_slides_that_are_done_are_drawn_or_those_that_are_named(own: Path, tmp_p
     assert slides_to_draw(str(own), ["A", "C"]) == ["A", "C"]
     with pytest.raises(PredictError, match=r"no prediction of slide AA; did you mean A\?"):
         slides_to_draw(str(own), ["AA", "B"])
-    with pytest.raises(PredictError, match="holds no predicted slide"):
-        slides_to_draw(str(tmp_path / "empty"))
+    for named in ([], ["A"]):
+        with pytest.raises(PredictError, match=r"holds no predicted slide; give the --out of jobs/predict\.py"):
+            slides_to_draw(str(tmp_path / "empty"), named)
 
 
 def test_genes_are_checked_before_anything_is_drawn(own: Path) -> None:

@@ -7,21 +7,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from staged_slides import CONFIDENCE, INFO, PANEL, Slide
 
 from mclstexp import storage
 from mclstexp.errors import StorageError
-from mclstexp.prediction import ledger, publish
+from mclstexp.prediction import ledger, publish, run
+from mclstexp.prediction.cohort import Cohort
 from mclstexp.prediction.parts import SlideRecord
+from mclstexp.prediction.pipeline import NOTHING_LEFT, WorkerCounts
+from mclstexp.prediction.plan import CohortPlan, SlideSource
 from mclstexp.prediction.publish import PICTURES, Outcome, finish_slide, publish_slide
 from mclstexp.prediction.writers.slide import OutputInfo, PredictedSlide, Writer
+from mclstexp.settings import TilesConfig
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,7 @@ def test_a_slide_without_tiles_has_a_preview_and_nothing_of_an_earlier_image(
     assert len(_files(folder)) == 6
     empty = slides["C"].record.model_copy(update={"num_tiles": 0})
     (staging / "slide.json").write_text(empty.model_dump_json())
+    (staging / "thumbnail.jpg").unlink()  # a slide without tiles needs none
     assert publish_slide(str(staging), str(folder), INFO) == empty
     assert list(_files(folder)) == ["previews/C.jpg"]
 
@@ -285,3 +292,41 @@ def test_faults_before_and_after_the_claim_are_told_apart(
     (staging / "parts" / "00001.safetensors").unlink()
     missing = _finish(staging, tmp_path / "out")
     assert (missing.has_claimed, "00001.safetensors is missing" in missing.fault) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("left", "stays"),
+    [
+        (None, False),
+        (ledger.Entry(slide_id="A", key="earlier", state="done").model_dump_json(), True),
+        (ledger.Entry(slide_id="A", key="ours", state="publishing").model_dump_json(), False),
+    ],
+    ids=["nothing", "prediction", "claim"],
+)
+def test_an_earlier_prediction_stays_if_finishing_tasks_die_before_the_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str | None, stays: bool
+) -> None:
+    out, image, entry = str(tmp_path / "out"), tmp_path / "slide.svs", tmp_path / "out" / "ledger" / "A.json"
+    image.write_bytes(b"x")
+    entry.parent.mkdir(parents=True)
+    if left is not None:
+        entry.write_text(left)
+    plan = CohortPlan(out, TilesConfig(), 0.5, "model", str(tmp_path), 0)
+    cohort = Cohort([SlideSource("A", "P", "", str(image), None)], plan)
+    row = {"slide_id": "A", "state": NOTHING_LEFT, "staging": f"{out}/staging/A-key"}
+
+    def dead(reference: object) -> None:
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(run, "pipeline", lambda *arguments: SimpleNamespace(iter_rows=lambda: iter([row])))
+    monkeypatch.setattr(run, "_MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(ray, "get", dead)
+    report = run.Report()
+    context = run.RunContext(None, cohort, out, INFO, WorkerCounts(1, 1, False))
+    cohort_run = run.CohortRun(context, report, lambda: None)
+    cohort_run._finish = SimpleNamespace(remote=lambda *arguments: object())
+    cohort_run.run(["A"])
+    assert report.entries["A"].state == "failed"
+    assert "publishing it failed" in report.entries["A"].reason
+    assert (entry.read_text() == left) is stays

@@ -52,12 +52,12 @@ class Cohort:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprint of each image that can be read, by slide."""
+        """The fingerprint of each image that can be reached, by slide."""
         return {name: found for name, found in self._looked_up.items() if isinstance(found, str)}
 
     @cached_property
-    def unreadable(self) -> dict[str, str]:
-        """Slides whose image is missing or cannot be reached, with the reason."""
+    def unreachable(self) -> dict[str, str]:
+        """Slides whose image is missing or whose store does not answer, with the reason; they fail."""
         return {name: str(found) for name, found in self._looked_up.items() if not isinstance(found, str)}
 
     @property
@@ -80,12 +80,12 @@ class Cohort:
     def answer_keys(self, slide_id: str) -> tuple[str, ...]:
         """Returns the keys of an answer that equals this run's: with the slide's own resolution, and the assumed one.
 
-        There is none if the image cannot be read.
+        Empty if the image cannot be reached.
         """
         return self._answer_keys.get(slide_id, ())
 
     def attempt_key(self, slide_id: str) -> str:
-        """Returns the key of an attempt that would end as this run's; empty if the image cannot be read."""
+        """Returns the key of an attempt that would end as this run's; empty if the image cannot be reached."""
         return self._attempt_keys.get(slide_id, "")
 
     def is_answer(self, entry: Entry) -> bool:
@@ -166,7 +166,7 @@ def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
 
     In a folder, at any depth, every file with one of `EXTENSIONS` is a slide; its id is the file's name without
     extension, with `_` for characters outside A-Z a-z 0-9 . _ -. Hidden files are left out, as is everything below
-    `out`: pictures of an earlier run are no slides.
+    `out`: pictures of an earlier run are not slides.
 
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.
@@ -223,7 +223,7 @@ def require_positions(sources: Iterable[SlideSource], positions: Mapping[str, ob
     slides = {source.slide_id for source in sources}
     for what, names in (
         ("slides have no row in the table of spots", slides - set(positions)),
-        ("sections of the table of spots are no slide of this run", set(positions) - slides),
+        ("sections of the table of spots are not slides of this run", set(positions) - slides),
     ):
         if positions and names:
             raise SheetError(f"{len(names)} {what}: {some_of(sorted(names), _MAX_NAMED)}")
@@ -255,7 +255,7 @@ def _read_csv(uri: str) -> pd.DataFrame:
     except FileNotFoundError:
         raise SheetError(f"there is no table of spots {uri}") from None
     except (UnicodeDecodeError, ValueError) as error:
-        raise SheetError(f"{uri} is no CSV file in UTF-8: {error}") from None
+        raise SheetError(f"{uri} is not a CSV file in UTF-8: {error}") from None
     return table.apply(lambda column: column.str.strip())
 
 

@@ -21,7 +21,7 @@ from mclstexp.data.genes import find_genes
 from mclstexp.errors import ConflictError, PredictError, StorageError, UserError
 from mclstexp.messages import did_you_mean
 from mclstexp.prediction import ledger
-from mclstexp.prediction.publish import PICTURES
+from mclstexp.prediction.publish import GEOJSON, OVERVIEW, PICTURE_RECORD
 from mclstexp.prediction.writers import H5AD, TABLE
 from mclstexp.prediction.writers.geojson import write_geojson
 from mclstexp.prediction.writers.h5ad import published_thumbnail
@@ -32,7 +32,6 @@ from mclstexp.progress import Show
 
 NUM_FIRST_GENES = 4
 """Genes of an overview if none are chosen: the first of the panel."""
-RECORD_PATH, OVERVIEW_PATH, GEOJSON_PATH = PICTURES
 _TRIES = 3
 
 
@@ -65,11 +64,11 @@ def slides_to_draw(out: str, slide_ids: Sequence[str] = ()) -> list[str]:
     """Returns the slides that are done, or those named.
 
     Raises:
-        PredictError: there is none, or one of those named has no prediction.
+        PredictError: no slide is predicted, or one of those named has no prediction.
     """
     known = ledger.slides(out)
     unknown = [name for name in slide_ids if name not in known]
-    if unknown:
+    if known and unknown:
         raise PredictError(f"{out} has no prediction of slide {unknown[0]}; {did_you_mean(unknown[0], known)}")
     entries = ledger.entries(out, slide_ids or known)
     if not slide_ids:
@@ -162,8 +161,7 @@ def draw_slide(out: str, slide_id: str, genes: Sequence[str]) -> bool:
 
 def _draw(out: str, slide_id: str, genes: Sequence[str]) -> bool:
     table_uri, h5ad_uri, record_uri, overview_uri, geojson_uri = (
-        storage.join(out, path.format(slide_id=slide_id))
-        for path in (TABLE, H5AD, RECORD_PATH, OVERVIEW_PATH, GEOJSON_PATH)
+        storage.join(out, path.format(slide_id=slide_id)) for path in (TABLE, H5AD, PICTURE_RECORD, OVERVIEW, GEOJSON)
     )
     version = storage.version(table_uri)  # before the table is read: a later one makes the pictures out of date
     if version is None:
@@ -183,7 +181,11 @@ def _draw(out: str, slide_id: str, genes: Sequence[str]) -> bool:
         table, data, overview, geojson = (Path(scratch, name) for name in ("table", "h5ad", "overview.png", "geojson"))
         storage.download(table_uri, table)
         storage.download(h5ad_uri, data)
-        slide = PredictedSlide("", table, info, published_thumbnail(data, slide_id))
+        try:
+            thumbnail = published_thumbnail(data, slide_id)
+        except (OSError, KeyError, ValueError) as error:
+            raise StorageError(f"{h5ad_uri} is damaged: {error}; {_how_to_predict_again(out, slide_id)}") from None
+        slide = PredictedSlide("", table, info, thumbnail)
         draw_overview(overview, slide, columns)
         if genes:
             write_geojson(geojson, slide, columns)
@@ -210,11 +212,13 @@ def _published_info(out: str, slide_id: str) -> OutputInfo:
         record_of(schema.metadata)
         return info_of(schema)
     except StorageError as error:
-        entry = storage.join(out, ledger.FOLDER, f"{slide_id}.json")
-        raise StorageError(
-            f"{uri} is of an earlier version: {error}; remove {entry} and run jobs/predict.py again with --out {out}, "
-            "which predicts the slide again"
-        ) from None
+        fix = _how_to_predict_again(out, slide_id)
+        raise StorageError(f"{uri} is of an earlier version: {error}; {fix}") from None
+
+
+def _how_to_predict_again(out: str, slide_id: str) -> str:
+    entry = storage.join(out, ledger.FOLDER, f"{slide_id}.json")
+    return f"remove {entry} and run jobs/predict.py again with --out {out}, which predicts the slide again"
 
 
 def _read_record(uri: str) -> PictureRecord | None:

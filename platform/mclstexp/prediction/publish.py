@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from mclstexp import storage
 from mclstexp.cluster import guarded
 from mclstexp.errors import ConflictError, UserError
@@ -21,8 +23,12 @@ from mclstexp.prediction.parts import SlideRecord, key_of_staging, read_record, 
 from mclstexp.prediction.writers import WRITERS
 from mclstexp.prediction.writers.slide import OutputInfo, PredictedSlide
 
-PICTURES = ("overviews/{slide_id}.json", "overviews/{slide_id}.png", "geojson/{slide_id}.geojson")
+PICTURE_RECORD = "overviews/{slide_id}.json"
+OVERVIEW = "overviews/{slide_id}.png"
+GEOJSON = "geojson/{slide_id}.geojson"
+PICTURES = (PICTURE_RECORD, OVERVIEW, GEOJSON)
 """What `draw` makes of a published table: its record, which is removed first and written last, and the pictures."""
+_NO_PICTURE = np.zeros((0, 0, 3), np.uint8)
 _RECORDED = ("fingerprint", "num_tiles", "missing_tiles", "left_out_positions", "tile_area_mm2", "tissue_area_mm2")
 
 
@@ -90,7 +96,8 @@ def publish_slide(staging: str, out: str, info: OutputInfo) -> SlideRecord:
     with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         files = {writer.path: Path(scratch, f"file{index}") for index, writer in enumerate(WRITERS)}
         table = files[WRITERS[0].path]
-        slide = PredictedSlide(staging, table, info, read_thumbnail(staging))
+        thumbnail = read_thumbnail(staging) if record.num_tiles else _NO_PICTURE
+        slide = PredictedSlide(staging, table, info, thumbnail)
         written = [writer for writer in WRITERS if record.num_tiles or writer.without_tissue]
         for writer in written:
             writer.write(files[writer.path], slide)

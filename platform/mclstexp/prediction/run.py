@@ -18,8 +18,8 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError
 
 from mclstexp import storage
-from mclstexp.cluster import MAX_RETRIES
-from mclstexp.errors import ConflictError, StorageError
+from mclstexp.cluster import MAX_RETRIES, guarded
+from mclstexp.errors import ConflictError, StorageError, UserError
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction import ledger
 from mclstexp.prediction.cohort import Cohort
@@ -112,12 +112,12 @@ def predict_cohort(model: ModelVersion, cohort: Cohort, out: str, show: Show, co
     again = config.retry_quarantined
     report = Report(skipped={name: entry for name, entry in existing.items() if cohort.is_settled(entry, again)})
     left = [name for name in cohort.fingerprints if name not in report.skipped]
-    total = len(left) + len(cohort.unreadable)
+    total = len(left) + len(cohort.unreachable)
     context = RunContext(model, cohort, out, OutputInfo.of_model(model), workers)
     run = CohortRun(
         context, report, lambda: show("predict slides", len(report.entries), total, f"{report.num_tiles:,} tiles")
     )
-    for name, reason in cohort.unreadable.items():
+    for name, reason in cohort.unreachable.items():
         run.fail(name, reason)
     run.run(left)
     report.summary = ledger.summarise(out, report.slides())
@@ -210,8 +210,13 @@ class CohortRun:
             try:
                 outcome: Outcome = ray.get(reference)
             except ray.exceptions.RayError as error:
-                outcome = Outcome(name, fault=f"publishing it failed: {error}", has_claimed=True)
+                outcome = Outcome(name, fault=f"publishing it failed: {error}", has_claimed=self._may_be_claimed(name))
             self._settle(outcome)
+
+    def _may_be_claimed(self, name: str) -> bool:
+        """Returns whether a finishing task that died may have begun to replace the slide's files."""
+        existing = guarded(ledger.entry, self._context.out, name)
+        return isinstance(existing, UserError) or (existing is not None and existing.state == "publishing")
 
     def _settle(self, outcome: Outcome) -> None:
         if outcome.entry is not None:
