@@ -35,6 +35,7 @@ _TIMED_TILES = 32
 _BYTES_PER_VALUE = 8  # float32 in Parquet and in .h5ad, before compression
 _STAGED_BYTES_PER_VALUE = 4
 _PARTS_IN_FLIGHT = 4  # for each reader: Ray stops one that is two ahead, others are on their way
+_ANSWERS_IN_FLIGHT = 2  # for each embedder: one is written while the next is made
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def _in_words(
     bank_bytes = 0 if model.bank is None else model.bank.keys.nbytes * 2 + model.bank.payload.nbytes
     staged_bytes = max(tiles) * len(model.panel) * _STAGED_BYTES_PER_VALUE * workers.num_readers
     in_flight = part_bytes * (_PARTS_IN_FLIGHT * workers.num_readers + 2 * workers.num_embedders)
+    in_flight += PART_TILES * len(model.panel) * _STAGED_BYTES_PER_VALUE * _ANSWERS_IN_FLIGHT * workers.num_embedders
     inspected = f"{len(found) + len(faults)} of them inspected"
     lines = [
         f"slides     {len(cohort.sources)} slides, {inspected}: {len(faults)} cannot be predicted",
