@@ -92,9 +92,12 @@ def attempt_key(source: SlideSource, fingerprint: str, plan: CohortPlan) -> str:
 
 
 def fingerprint(image: str) -> str:
-    """Returns a token that changes with the content of a local or `s3://` image.
+    """Returns a token of a local or `s3://` image that changes with its content, within limits.
 
-    It is made of the length and the ETag in object storage, of the length and both ends (1 MiB each) on disk.
+    Slides are gigabytes, so none is read whole. On disk the token is the length and the SHA-256 of the first and last
+    MiB, which hold headers and directories: an edit in between that keeps the length goes unseen. In object storage it
+    is the length and the ETag: a copy that was uploaded in other parts counts as another file, which costs a new
+    prediction. Companion files (the folder of an .mrxs, the parts of a .vms) are not looked at.
 
     Raises:
         FileNotFoundError: there is no such image.
