@@ -164,7 +164,7 @@ def test_a_circle_by_way_of_a_package_is_found() -> None:
     assert {package, module} <= set(_circles(texts))
 
 
-def test_only_tracking_and_the_registered_model_import_mlflow() -> None:
+def test_only_tracking_and_pyfunc_import_mlflow() -> None:
     pattern = re.compile(r"^\s*(?:from|import) mlflow\b", re.MULTILINE)
     assert {path.name for path in SOURCES if pattern.search(path.read_text())} == MAY_IMPORT_MLFLOW
 

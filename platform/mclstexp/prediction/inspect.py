@@ -84,7 +84,7 @@ def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection 
         except ValidationError:  # written by another version of this project: inspect again
             remove_staging(staging)
             continue
-        if record.image != source.image:  # moved since: the output must not name the old place
+        if record.image != source.image:  # moved since: the output must not name the old URI
             record = record.model_copy(update={"image": source.image})
             _write_record(record, staging)
         return Inspection(record, staging)

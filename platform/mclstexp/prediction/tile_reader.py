@@ -22,7 +22,7 @@ class TileReader:
 
     def __init__(self, plan: CohortPlan) -> None:
         self._plan = plan
-        self._held = ExitStack()
+        self._resources = ExitStack()
         self._image: str | None = None
         self._slide: Slide | None = None
 
@@ -52,14 +52,14 @@ class TileReader:
         """Returns the open slide of a URI, after copying a remote one to this node."""
         if self._slide is None or self._image != image:
             self.release()
-            path = self._held.enter_context(staged(image, self._plan.scratch, self._plan.scratch_budget_bytes))
-            self._slide, self._image = self._held.enter_context(open_slide(path)), image
+            path = self._resources.enter_context(staged(image, self._plan.scratch, self._plan.scratch_budget_bytes))
+            self._slide, self._image = self._resources.enter_context(open_slide(path)), image
         return self._slide
 
     def release(self) -> None:
         """Closes the open slide, if any, and frees the copy of a remote one."""
         self._slide = None
-        self._held.close()
+        self._resources.close()
 
     def _tile(self, image: str, left: float, top: float, scale: float) -> np.ndarray | None:
         size_px = self._plan.tiles.size_px

@@ -63,7 +63,7 @@ class PredictedSlide:
         """The slide as its table describes it: with the number of missing tiles, without the image's URI.
 
         Raises:
-            StorageError: the file is no table that `write_table` wrote.
+            StorageError: the file is not a table that `write_table` wrote.
         """
         return record_of(pq.read_metadata(self.table).metadata)
 
@@ -77,14 +77,14 @@ class Writer:
     write: Callable[[Path, PredictedSlide], None]
     """Writes it to a local path."""
     without_tissue: bool = False
-    """Whether slides without tissue have this file too; its writer gets no table then."""
+    """Whether slides without tissue have this file too; its writer gets neither table nor thumbnail then."""
 
 
 def record_of(metadata: dict[bytes, bytes] | None) -> SlideRecord:
     """Returns a slide's record from the metadata of its table.
 
     Raises:
-        StorageError: there is none.
+        StorageError: the metadata has no valid record.
     """
     try:
         return SlideRecord.model_validate_json((metadata or {})[RECORD_KEY.encode()])

@@ -90,7 +90,7 @@ def info_of(schema: pa.Schema) -> OutputInfo:
     """Returns what the schema of a table that `write_table` wrote states about its model.
 
     Raises:
-        StorageError: it lacks something.
+        StorageError: a key is missing or has no valid value.
     """
     facts = {name.decode(): value.decode() for name, value in (schema.metadata or {}).items()}
     genes = tuple(schema.names[len(SPOT_SCHEMA) :])
