@@ -1,8 +1,8 @@
 """The readers of sections with counts, by the name of their format.
 
-A new format is a module with the functions `files`, `preview` and `read` and one line in `READERS`; the sample sheet,
-`prepare` and its --help follow from that line. A reader's module is imported when it is first used, so that --help does
-not wait for pandas and AnnData.
+A new format is a module with the functions `preview` and `read` and one line in `READERS`; the sample sheet, `prepare`
+and its --help follow from that line. A reader's module is imported when it is first used, so that --help does not wait
+for pandas and AnnData.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,24 +26,31 @@ class Reader:
     needs: tuple[str, ...]
     """Columns of the sheet that must be filled, of `expression` and `positions`; the other must be empty."""
     files: Callable[[Files], Files]
-    """Maps the URIs in some of these columns to the URIs of all files to read; raises SourceError if one is missing."""
+    """Maps the URIs in some of these columns to the URIs of all files to read.
+
+    Raises SourceError if a file that no column names is missing; the sheet looks up the others.
+    """
     preview: "Callable[[Files], Preview]"
     """Reads the genes and more from local copies of all files but `LARGE_PARTS`."""
     read: "Callable[[Files], Expression]"
     """Reads spots, counts and genes from local copies of all files."""
 
 
-def _reader(module: str, needs: tuple[str, ...]) -> Reader:
-    """Returns the reader in a module of this package, which is imported at the first call."""
+def _reader(module: str, needs: tuple[str, ...], *, in_folder: bool = False) -> Reader:
+    """Returns the reader in a module of this package, which is imported at the first call.
+
+    With `in_folder` the sheet names a folder, and the module's function `files` returns the files in it; else the files
+    are those that the sheet names.
+    """
 
     def call(function: str) -> Callable:
         return lambda files: getattr(import_module(f"ingest.readers.{module}"), function)(files)
 
-    return Reader(needs, call("files"), call("preview"), call("read"))
+    return Reader(needs, call("files") if in_folder else dict, call("preview"), call("read"))
 
 
 READERS: dict[str, Reader] = {
     "legacy_st": _reader("legacy_st", needs=("expression", "positions")),
-    "visium": _reader("visium", needs=("expression",)),
+    "visium": _reader("visium", needs=("expression",), in_folder=True),
     "h5ad": _reader("h5ad", needs=("expression",)),
 }

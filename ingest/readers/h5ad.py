@@ -33,11 +33,6 @@ _ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl")
 _SYMBOL_COLUMNS = ("gene_symbols", "gene_symbol", "symbol", "gene_name", "feature_name")
 
 
-def files(columns: Mapping[str, str]) -> Mapping[str, str]:
-    """Returns the URIs of the files to read, which are those in the sheet's columns."""
-    return columns
-
-
 def preview(paths: Mapping[str, str]) -> Preview:
     """Returns the genes of the local AnnData file `expression`."""
     with _opened(paths["expression"]) as file:

@@ -53,11 +53,6 @@ class _Positions:
     selected: dict[GridXY, bool]
 
 
-def files(columns: Mapping[str, str]) -> Mapping[str, str]:
-    """Returns the URIs of the files to read, which are those in the sheet's columns."""
-    return columns
-
-
 def preview(paths: Mapping[str, str]) -> Preview:
     """Returns the genes in the header of a local counts file, `expression`."""
     with _opened(paths["expression"]) as file:
