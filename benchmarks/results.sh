@@ -16,7 +16,7 @@ study() { # arguments: name, tiles, protocol, config, settings...
     local name=$1 tiles=$2 protocol=$3 config=$4
     shift 4
     python "$jobs/cross_validate.py" --protocol "$protocol" --data "$out/$tiles" --out "$out/studies" --name "$name" \
-        --config "$jobs/configs/$config.yaml" --model.image_weights "$weights" --probe-weights "$weights" \
+        --config "$jobs/configs/$config.yaml" --model.image_weights "$weights" --floor-weights "$weights" \
         --cohort her2st "${one_worker[@]}" "${tracking[@]}" "$@"
     python "$jobs/report.py" --run "$out/studies/$name" --cohort her2st "${tracking[@]}"
 }

@@ -55,7 +55,7 @@ def parse(
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         if name in kind.former:
-            raise ConfigError(f"--{name} is no option any more; {kind.former[name]}")
+            raise ConfigError(f"--{name} is not an option any more; {kind.former[name]}")
         valid = [_option(name) for name in kind.model_fields] + ["config", *settings]
         raise ConfigError(unknown_setting(name, valid, "the command line"))
     given = {name: text for name, text in vars(known).items() if text is not None and name != "config"}

@@ -2,10 +2,10 @@
 """Cross-validates a recipe: trains and scores one model for each fold, beside floors, and joins the score cards.
 
 `--protocol patient` holds out one patient after the other, `--protocol reference` one section after the other, as
-published. Run the same command again and it goes on: no scored fold is repeated.
+published. Run the same command again and it resumes: no scored fold is repeated.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
@@ -23,6 +23,7 @@ BLOCKS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval",
 class CrossValidateArguments(JobArguments):
     """What to cross-validate, and where the results go."""
 
+    former: ClassVar = {"probe-weights": "use --floor-weights"}
     protocol: Literal["patient", "reference"]
     """Held out in turn: each patient, or each section while its siblings may train (as published)."""
     data: str
@@ -30,10 +31,10 @@ class CrossValidateArguments(JobArguments):
     out: str = "runs/cross_validation"
     """Folder of the cross-validations: folds, models and results."""
     name: str | None = None
-    """Name of the cross-validation; the same name goes on where it stopped. Default made from settings and data."""
+    """Name of the cross-validation; the same name resumes it. Default made from settings and data."""
     folds: tuple[str, ...] = ()
     """Patients or sections to hold out in turn now; default all."""
-    probe_weights: str | None = None
+    floor_weights: str | None = None
     """`imagenet` or a file: adds a ridge on that encoder's features as a floor."""
     cohort: str | None = None
     """Cohort whose sets of marker genes, from the markers file, are scored too."""
@@ -57,9 +58,9 @@ def main() -> None:
     require_encoder(config.model.image_encoder)
     require_loss(config)
     marker_sets = markers(arguments.cohort, arguments.markers)
-    manifest, protocol, probe = load_manifest(arguments.data), arguments.protocol, arguments.probe_weights
+    manifest, protocol, floor = load_manifest(arguments.data), arguments.protocol, arguments.floor_weights
     folds = folds_of.make_folds(manifest, config, protocol, arguments.folds)
-    name = arguments.name or folds_of.default_name(arguments.out, manifest, protocol, config, probe, marker_sets)
+    name = arguments.name or folds_of.default_name(arguments.out, manifest, protocol, config, floor, marker_sets)
     uri = storage.join(storage.absolute(arguments.out), name)
     named = ", ".join(fold.name for fold in folds)
     print(f"{len(folds)} folds ({named}) of protocol {protocol}, into {uri}", flush=True)
@@ -68,7 +69,7 @@ def main() -> None:
         print(f"each fold: {cluster.plan(config)}")
         return
 
-    for weights in (config.model.image_weights, arguments.probe_weights or "random"):
+    for weights in (config.model.image_weights, floor or "random"):
         require_encoder(config.model.image_encoder, weights)
     _launch.connect(config)
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
@@ -77,7 +78,7 @@ def main() -> None:
     def track(recorded: str | None) -> str:
         return tracking.start_run(config, name, {"protocol": protocol}, recorded)
 
-    study = folds_of.open_study(arguments.data, uri, protocol, config, track, probe, marker_sets)
+    study = folds_of.open_study(arguments.data, uri, protocol, config, track, floor, marker_sets)
     with progress.bars() as show:
         failed = folds_of.run_folds(folds, study, show)
     folds_of.require_all(failed, folds, study)

@@ -19,7 +19,7 @@ BLOCKS = ("storage", "cluster", "tracking")
 class EvaluateArguments(JobArguments):
     """What to score, and where the results go."""
 
-    former: ClassVar = {"protocol": "use jobs/cross_validate.py --protocol"}
+    former: ClassVar = {"protocol": "use jobs/cross_validate.py --protocol", "probe-weights": "use --floor-weights"}
     model: str
     """Model version: models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder."""
     data: str
@@ -28,7 +28,7 @@ class EvaluateArguments(JobArguments):
     """Folder for the results; default runs/scores/MODEL_DIGEST."""
     sections: tuple[str, ...] = ()
     """Sections to score; default those that the model held out."""
-    probe_weights: str | None = None
+    floor_weights: str | None = None
     """`imagenet` or a file: adds a ridge on that encoder's features as a floor."""
     cohort: str | None = None
     """Cohort whose sets of marker genes, from the markers file, are scored too."""
@@ -58,11 +58,11 @@ def main() -> None:
         print(f"would score {', '.join(names)} under the protocol {model.training.protocol} into {out}")
         return
 
-    require_encoder(model.config.model.image_encoder, arguments.probe_weights or "random")
+    require_encoder(model.config.model.image_encoder, arguments.floor_weights or "random")
     _launch.connect(config)
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {out}"])
     with progress.bars() as show:
-        card = evaluate(model, arguments.data, show, names, arguments.probe_weights, marker_sets)
+        card = evaluate(model, arguments.data, show, names, arguments.floor_weights, marker_sets)
     Console(width=120).print(card_tables(card))
     _publish(card, arguments.model, out, config)
     print(f"score card {storage.join(storage.absolute(out), RECORD)}")

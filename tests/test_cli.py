@@ -89,7 +89,7 @@ def test_mistakes_are_answered_with_what_to_do(argv: list[str], message: str) ->
     [
         ("trian: {epochs: 1}", "unknown setting trian in"),
         ("train: {epoch: 1}", "did you mean train.epochs?"),
-        ("- a", "not a mapping"),
+        ("- a", "contains list, not a mapping of blocks"),
         ("train: [", "cannot read"),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_file_stands_on_its_base(tmp_path: Path) -> None:
     ("base", "top", "message"),
     [
         ("train: {epochs: 1}", "base: none.yaml", "cannot read the configuration"),
-        ("train: {epochs: 1}", "base: [base.yaml]", "is no file name"),
+        ("train: {epochs: 1}", "base: [base.yaml]", "is not a file name"),
         ("train: {epochs: 1}", "base: top.yaml", "leads back to itself"),
         ("base: top.yaml", "base: base.yaml", "leads back to itself"),
         ("train: {epoch: 1}", "base: base.yaml", "unknown setting train.epoch in"),
@@ -148,15 +148,15 @@ def test_help_explains_every_setting_at_once(job: Path) -> None:
         [sys.executable, str(job), "--help"], capture_output=True, text=True, timeout=240, check=True
     )
     flat = " ".join(shown.stdout.split())
-    sections = {line.rstrip(":") for line in shown.stdout.splitlines() if line.rstrip(":") in Config.model_fields}
-    assert bool(sections) == (job.name != "demo.py")  # the demo has no settings of its own
+    blocks = {line.rstrip(":") for line in shown.stdout.splitlines() if line.rstrip(":") in Config.model_fields}
+    assert bool(blocks) == (job.name != "demo.py")  # the demo has no settings of its own
     assert "--dry-run [true|false]" in flat
-    if "train" in sections:
+    if "train" in blocks:
         assert "dropout and initial weights. [0]" in flat
-    for name, (section, field) in leaf_fields().items():
-        if name.partition(".")[0] in sections:
+    for name, (block, field) in leaf_fields().items():
+        if name.partition(".")[0] in blocks:
             assert f"--{name}" in flat
-            assert " ".join((section.model_fields[field].description or "?").split()[:4]) in flat
+            assert " ".join((block.model_fields[field].description or "?").split()[:4]) in flat
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)
@@ -190,7 +190,15 @@ def test_what_moved_to_another_job_says_where() -> None:
     command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--protocol", "patient", "--data", "tiles"]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert failed.returncode == 2
-    assert failed.stderr == ("error: --protocol is no option any more; use jobs/cross_validate.py --protocol\n")
+    assert failed.stderr == ("error: --protocol is not an option any more; use jobs/cross_validate.py --protocol\n")
+
+
+@pytest.mark.parametrize("job", ["evaluate.py", "cross_validate.py"])
+def test_the_former_name_of_an_option_says_the_new_one(job: str) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / job), "--data", "tiles", "--probe-weights=imagenet"]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr == "error: --probe-weights is not an option any more; use --floor-weights\n"
 
 
 def test_a_missing_argument_is_named() -> None:

@@ -106,8 +106,8 @@ FREE: dict[str, object] = {
 }
 
 
-def _name(folder: Path, protocol: str = "patient", probe_weights: str | None = None, **changed: object) -> str:
-    return default_name(str(folder), _cohort("A", "B"), protocol, _config(folder, **changed), probe_weights)
+def _name(folder: Path, protocol: str = "patient", floor_weights: str | None = None, **changed: object) -> str:
+    return default_name(str(folder), _cohort("A", "B"), protocol, _config(folder, **changed), floor_weights)
 
 
 @pytest.mark.parametrize("setting", [*FREE, "all"])
@@ -117,8 +117,8 @@ def test_a_study_without_a_name_goes_on_under_settings_that_its_results_do_not_d
     assert _name(tmp_path, **(FREE if setting == "all" else {setting: FREE[setting]})) == _name(tmp_path)
 
 
-def test_a_study_without_a_name_is_another_one_with_another_recipe_protocol_or_probe(tmp_path: Path) -> None:
-    others = [_name(tmp_path, "reference"), _name(tmp_path, probe_weights="imagenet")]
+def test_a_study_without_a_name_is_another_one_with_another_recipe_protocol_or_floor(tmp_path: Path) -> None:
+    others = [_name(tmp_path, "reference"), _name(tmp_path, floor_weights="imagenet")]
     others += [_name(tmp_path, **{"train.seed": 1})]
     assert len({_name(tmp_path), *others}) == 1 + len(others)
 
@@ -128,10 +128,12 @@ def test_a_study_goes_on_under_the_default_name_of_earlier_versions(tmp_path: Pa
     former = f"patient-{former_digest(config)}-{manifest.digest()[:6]}"
     assert _name(tmp_path) != former
     record = {**cross_validation._request(manifest, "patient", config, None, None), "mlflow_run_id": "run"}
+    fields = {"identity", "manifest_digest", "protocol", "probe_weights", "markers", "mlflow_run_id"}
+    assert record.keys() == fields, "the names in the record of earlier versions"
     (tmp_path / former).mkdir()
     (tmp_path / former / cross_validation.RECORD).write_text(json.dumps(record))
     assert _name(tmp_path) == former
-    assert _name(tmp_path, probe_weights="imagenet") != former, "it was made with another probe"
+    assert _name(tmp_path, floor_weights="imagenet") != former, "it was made with another floor"
 
 
 def test_a_study_gets_another_mlflow_run_where_the_tracking_store_has_changed(tmp_path: Path) -> None:

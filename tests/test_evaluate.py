@@ -67,7 +67,7 @@ class Scored:
 
 @pytest.fixture(scope="module")
 def scored(tiles: str, version: ModelVersion, tmp_path_factory: pytest.TempPathFactory) -> Scored:
-    """The job's own main on a model folder, in this session's Ray, with a probe on given weights."""
+    """The job's own main on a model folder, in this session's Ray, with a floor on given weights."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "model").mkdir()
     version.save(folder / "model")
@@ -78,7 +78,7 @@ def scored(tiles: str, version: ModelVersion, tmp_path_factory: pytest.TempPathF
         "--model": folder / "model",
         "--data": tiles,
         "--out": folder / "scores",
-        "--probe-weights": folder / "encoder.pth",
+        "--floor-weights": folder / "encoder.pth",
         "--markers": folder / "markers.yaml",
         "--cohort": "tiny",
         "--tracking.uri": f"sqlite:///{folder}/mlflow.db",
@@ -191,7 +191,7 @@ def test_the_job_reports_what_it_scored_and_where_it_wrote(version: ModelVersion
         *("pcc", "pcc_density_free", "mse", "mae"),
     ]
     assert list(scored.rows["gene_set"].unique()) == ["all", "heg50", "hvg50", "two"]
-    assert "two: the panel lacks ABSENT1" in scored.record["notes"]
+    assert "genes of two that are not in the panel: ABSENT1" in scored.record["notes"]
     assert scored.record["notes"][0] == "LEAK that this protocol allows: other sections of patients P3 trained"
     assert set(scored.rows["section_id"]) == {TEST}
     for expected in ("protocol reference", "ridge on RGB", *scored.record["verdicts"]):

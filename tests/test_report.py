@@ -76,7 +76,7 @@ def test_every_gene_of_the_panel_can_be_chosen_with_sets_first(made: Made) -> No
     choice = made.page.data["choice"]
     assert sorted(choice["genes"]) == sorted(NAMES.values())
     assert choice["sets"] == [["chosen", ["ENSG4"]], ["two", [NAMES["ENSG3"]]], ["one", ["GNAS"]]]
-    assert "Set two: the panel lacks ABSENT." in made.page.text
+    assert "Genes of two that are not in the panel: ABSENT." in made.page.text
     assert "All 8 genes are in this page." in made.page.text
 
 

@@ -44,9 +44,9 @@ def test_tasks_of_a_job_that_brings_its_folder_along_find_relative_names(job: di
     assert weights_for_tasks("weights.pth") == "weights.pth"
 
 
-def test_a_fold_gets_absolute_names_those_of_the_probe_too(job: dict[str, object], tmp_path: Path) -> None:
-    study = Study("/tiles", "/out", "patient", "run", "probe.pth", {})
+def test_a_fold_gets_absolute_names_those_of_a_floor_too(job: dict[str, object], tmp_path: Path) -> None:
+    study = Study("/tiles", "/out", "patient", "run", "floor.pth", {})
     (fold,), told = _for_tasks([Fold("P1", override(Config(), ASKED))], study)
     assert (fold.name, _files(fold.config)) == ("P1", _expected(tmp_path))
-    assert told.probe_weights == f"{tmp_path}/probe.pth"
+    assert told.floor_weights == f"{tmp_path}/floor.pth"
     assert [weights_for_tasks(name) for name in (None, "imagenet")] == [None, "imagenet"]

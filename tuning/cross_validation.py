@@ -54,13 +54,13 @@ class Study:
     uri: str
     protocol: str
     mlflow_run_id: str
-    probe_weights: str | None
+    floor_weights: str | None
     markers: dict[str, GenePanel]
 
 
 class _Record(TrackedRecord):
     protocol: str
-    probe_weights: str | None
+    probe_weights: str | None  # `floor_weights`, under the name of earlier versions
     markers: dict[str, list[str]]
 
 
@@ -69,11 +69,11 @@ def default_name(
     manifest: Manifest,
     protocol: str,
     config: Config,
-    probe_weights: str | None = None,
+    floor_weights: str | None = None,
     markers: Mapping[str, GenePanel] | None = None,
 ) -> str:
     """Returns the name of a cross-validation that was given none; arguments as `open_study`, `out` is its parent."""
-    request = _request(manifest, protocol, config, probe_weights, markers)
+    request = _request(manifest, protocol, config, floor_weights, markers)
     former = f"{protocol}-{former_digest(config)}-{manifest.digest()[:6]}"
     return study_name(out, RECORD, protocol, request, former)
 
@@ -84,7 +84,7 @@ def open_study(
     protocol: str,
     config: Config,
     track: Track,
-    probe_weights: str | None = None,
+    floor_weights: str | None = None,
     markers: Mapping[str, GenePanel] | None = None,
 ) -> Study:
     """Returns the study at `uri`: a new one, or an earlier one as it was left.
@@ -95,15 +95,15 @@ def open_study(
         protocol: `reference` or `patient`.
         config: the recipe; it holds out nothing itself.
         track: returns the study's MLflow run.
-        probe_weights: as `evaluate` takes them.
+        floor_weights: as `evaluate` takes them.
         markers: as `evaluate` takes them.
 
     Raises:
-        RunError: the folder holds a study of other settings, data, protocol, probe or markers.
+        RunError: the folder holds a study of other settings, data, protocol, floor weights or markers.
     """
-    request = _request(load_manifest(data), protocol, config, probe_weights, markers)
+    request = _request(load_manifest(data), protocol, config, floor_weights, markers)
     record = open_record(_Record, uri, RECORD, request, track)
-    return Study(storage.absolute(data), uri, protocol, record.mlflow_run_id, probe_weights, dict(markers or {}))
+    return Study(storage.absolute(data), uri, protocol, record.mlflow_run_id, floor_weights, dict(markers or {}))
 
 
 def make_folds(manifest: Manifest, config: Config, protocol: str, only: Sequence[str] = ()) -> list[Fold]:
@@ -174,7 +174,7 @@ def require_all(failed: dict[str, str], folds: Sequence[Fold], study: Study) -> 
     if failed:
         listed = "\n  ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise RunError(
-            f"{len(failed)} of {len(folds)} fold(s) failed, the others are kept in {study.uri}; mend it and run the "
+            f"{len(failed)} of {len(folds)} fold(s) failed, the others are kept in {study.uri}; fix it and run the "
             f"same command again:\n  {listed}"
         )
 
@@ -212,14 +212,14 @@ def _request(
     manifest: Manifest,
     protocol: str,
     config: Config,
-    probe_weights: str | None,
+    floor_weights: str | None,
     markers: Mapping[str, GenePanel] | None,
 ) -> dict[str, object]:
     return {
         "identity": identity(config),
         "manifest_digest": manifest.digest(),
         "protocol": protocol,
-        "probe_weights": probe_weights,
+        "probe_weights": floor_weights,
         "markers": {name: panel.names() for name, panel in (markers or {}).items()},
     }
 
@@ -232,7 +232,7 @@ def _fold_names(manifest: Manifest, protocol: str) -> list[str]:
 def _for_tasks(folds: Sequence[Fold], study: Study) -> tuple[list[Fold], Study]:
     """Returns both with local files named as tasks find them."""
     named = [replace(fold, config=cluster.config_for_tasks(fold.config)) for fold in folds]
-    return named, replace(study, probe_weights=cluster.weights_for_tasks(study.probe_weights))
+    return named, replace(study, floor_weights=cluster.weights_for_tasks(study.floor_weights))
 
 
 def _make_board(node: dict[str, str]) -> ray.actor.ActorHandle:
@@ -277,7 +277,7 @@ def _log_to(metrics: MetricLog, board: ray.actor.ActorHandle) -> Log:
 def _score(run: Run, model: ModelVersion, study: Study, metrics: MetricLog) -> None:
     cache = storage.join(study.uri, FEATURES)
     card = evaluate(
-        model, study.data, hidden, probe_weights=study.probe_weights, markers=study.markers, feature_cache=cache
+        model, study.data, hidden, floor_weights=study.floor_weights, markers=study.markers, feature_cache=cache
     )
     card = replace(card, training_runs={run.name: run.mlflow_run_id})
     metrics.log(0, card.metrics())

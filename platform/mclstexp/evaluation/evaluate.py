@@ -45,7 +45,7 @@ def evaluate(
     tiles: str,
     show: Show = hidden,
     sections: Sequence[str] = (),
-    probe_weights: str | None = None,
+    floor_weights: str | None = None,
     markers: Mapping[str, GenePanel] | None = None,
     feature_cache: str | None = None,
     on_validation: bool = False,
@@ -57,7 +57,7 @@ def evaluate(
         tiles: the tile table.
         show: takes progress.
         sections: what to score; default: what the model held out.
-        probe_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
+        floor_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
         markers: sets of genes to score by name, see `markers.load_markers`.
         feature_cache: as in `floor_features`.
         on_validation: scores the model's validation sections instead, to compare models before one is chosen.
@@ -66,7 +66,7 @@ def evaluate(
         SplitError, TableError, ModelError: as `held_out`; or the table does not have all genes of the panel, or its
             training spots are not those of the model's bank.
         ConfigError: a section names the panel's genes differently.
-        ConfigError, ModelError: the probe's weights cannot be loaded or do not fit.
+        ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
     # What is scored, in which units
     root = storage.absolute(tiles)
@@ -84,7 +84,7 @@ def evaluate(
     # Every tile through every network
     embedded = embed_sections(root, manifest, names, network_of(model), show, "tiles through model")
     queries = {name: arrays["embedding"] for name, arrays in embedded}
-    features = floor_features(model, reader, [*model.training.sections, *names], probe_weights, show, feature_cache)
+    features = floor_features(model, reader, [*model.training.sections, *names], floor_weights, show, feature_cache)
 
     # Every section in every target
     labels = unique_labels(model.panel.names(), model.panel.gene_id, GenePanel.from_table(all_genes).names())
@@ -266,7 +266,9 @@ def _notes(
             notes.insert(0, f"LEAK that this protocol allows: other sections of patients {patients} {saw}")
     if manifest.digest() != record.manifest_digest:
         notes.append(f"scored on tile table {manifest.digest()}, trained on tile table {record.manifest_digest}")
-    notes += [f"{name}: the panel lacks {', '.join(genes)}" for name, genes in missing.items() if genes]
+    notes += [
+        f"genes of {name} that are not in the panel: {', '.join(genes)}" for name, genes in missing.items() if genes
+    ]
     if model.bank is None:
         notes.append("a direct regression predicts in its own target alone: in others it has correlations only")
     return notes

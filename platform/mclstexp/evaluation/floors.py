@@ -32,6 +32,8 @@ from mclstexp.progress import Show
 
 SEED = 0
 MAX_RIDGE_SPOTS = 20_000
+"""Spots that a ridge is fitted on, drawn at random: more cost memory and gain nothing, because it has at most some
+thousand weights per gene."""
 ALPHAS = tuple(10.0**power for power in range(-1, 7))
 NUM_SPLITS = 10
 """Random halvings over which the noise ceiling averages, so that it depends less on the seed."""
@@ -135,7 +137,7 @@ def floor_features(
     model: ModelVersion,
     reader: SpotReader,
     section_ids: Sequence[str],
-    probe_weights: str | None,
+    floor_weights: str | None,
     show: Show,
     feature_cache: str | None,
 ) -> Features:
@@ -145,17 +147,17 @@ def floor_features(
         model: the version to score.
         reader: of the tile table.
         section_ids: all sections whose features are needed.
-        probe_weights: `imagenet`, or a file: adds the pretrained encoder's features.
+        floor_weights: `imagenet`, or a file: adds the pretrained encoder's features.
         show: takes progress.
         feature_cache: folder (local or s3://) for the features of encoders that were not trained here, because they
             are the same for all models of one encoder and tile. None: nothing is kept.
 
     Raises:
-        ConfigError, ModelError: the probe's weights cannot be loaded or do not fit.
+        ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
     networks = {"random": encoder_network(model, "random", SEED)}
-    if probe_weights:
-        networks["pretrained"] = encoder_network(model, probe_weights, SEED)
+    if floor_weights:
+        networks["pretrained"] = encoder_network(model, floor_weights, SEED)
     networks["trained"] = replace(network_of(model), head=None)
     features: Features = {}
     for word, network in networks.items():
@@ -208,6 +210,11 @@ def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, se
     noise-free truth correlates with one measurement by sqrt(rho) (attenuation, Spearman 1904,
     https://doi.org/10.2307/1412159), so that this, not rho, is the ceiling of a correlation: the library-size oracle
     does exceed rho. Both formulas hold for additive noise, which counting noise under a logarithm is nearly.
+
+    Counting noise is the only noise that one measurement shows: spill between spots and differences between sections
+    are not in the ceiling, so a real model stays below it. Its errors are upwards: a negative estimate counts as 0, and
+    under the logarithm halves of few counts resemble each other too much. In simulated sections it is within 0.02 of
+    the best possible prediction from ten counts per spot and gene, and up to 0.09 above it at one to three.
 
     Args:
         counts: raw counts of the panel's genes in all spots of one section, whole numbers (M, G).
