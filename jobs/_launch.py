@@ -28,8 +28,8 @@ _CORE_LINE = r"^\[[^]]* [IWE] [0-9]+ [0-9]+\] [a-z_]+\.cc:"
 def hide_logs_of_ray() -> None:
     """Hides log lines of Ray that a user cannot act on: notices of its Python loggers, and lines of its C++ core.
 
-    The core writes to file descriptor 2 past Python's logging, so that a `grep` stands between. It is a process of its
-    own: what a dying process writes last (a crash of the core, a traceback) still gets through.
+    The core writes to file descriptor 2 past Python's logging, so a `grep` filters that. It is a process of its own:
+    what a dying process writes last (a crash of the core, a traceback) still gets through.
     """
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "Progress bars disabled"
     if shutil.which("grep") is None:

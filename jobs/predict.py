@@ -108,7 +108,7 @@ def _explain(arguments: Arguments, model: "ModelVersion", cohort: "Cohort") -> N
     except ValueError:
         raise ConfigError(f"--explain {arguments.explain} is not SLIDE,X,Y with level-0 pixels") from None
     spot_id, votes = explain_tile(cohort, model, slide_id, x_px, y_px, arguments.genes)
-    table = Table(*votes.columns, title=f"{slide_id}, tile {spot_id}: the 20 votes of most weight of {len(votes)}")
+    table = Table(*votes.columns, title=f"{slide_id}, tile {spot_id}: the 20 largest of {len(votes)} votes")
     for row in votes.head(20).itertuples(index=False):
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     Console(width=120).print(table)

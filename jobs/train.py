@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains the two towers on a tile table and registers the model version with its bank.
 
-Run the same command again and it goes on where it stopped.
+Run the same command again and it resumes where it stopped.
 """
 
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ class TrainArguments(JobArguments):
     out: str = "runs"
     """Folder of the runs: checkpoints and models."""
     name: str | None = None
-    """Name of the run; the same name goes on where it stopped. Default made from settings and data."""
+    """Name of the run; the same name resumes it. Default made from settings and data."""
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     from mclstexp import cluster, progress, tracking
     from mclstexp.training.finish import is_finished
     from mclstexp.training.run import open_run
-    from mclstexp.training.trainer import train_to_end
+    from mclstexp.training.trainer import train_and_finish
 
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
     cluster.require(config)
@@ -60,9 +60,11 @@ def main() -> None:
         print("the run is finished already; give another --name to repeat it")
     else:
         metrics = tracking.metric_log(config.tracking, opened.mlflow_run_id)
-        with progress.bars() as show:
-            train_to_end(opened, metrics.log, show)
-        metrics.close()
+        try:
+            with progress.bars() as show:
+                train_and_finish(opened, metrics.log, show)
+        finally:
+            metrics.close()
     _register(opened)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Searches settings: many trainings under Ray Tune, scored after every epoch on patients that none of them trains on.
 
-Run the same command again and it goes on: no finished trial is repeated. Test patients (--split.test_*) are never seen.
+Run the same command again and it resumes: no finished trial is repeated. Test patients (--split.test_*) are never seen.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +33,7 @@ class TuneArguments(JobArguments):
     out: str = "runs/sweeps"
     """Folder of the sweeps: trials and results."""
     name: str | None = None
-    """Name of the sweep; the same name goes on where it stopped. Default made from settings, space and data."""
+    """Name of the sweep; the same name resumes it. Default made from settings, space and data."""
     promote: bool = False
     """Register the best model as challenger, and as champion if it is better."""
 

@@ -94,5 +94,5 @@ def test_entries_with_genes_are_read_as_their_state_says(out: str, state: str, g
     assert "genes" not in json.loads(storage.read(uri))
     assert "genes" not in storage.read(summarise(out, {"A": old})).decode()
     storage.write(uri, json.dumps(old.model_dump() | {"other": ""}).encode())
-    with pytest.raises(PredictError, match="is no ledger entry of this version"):
+    with pytest.raises(PredictError, match="is not a ledger entry of this version"):
         entry(out, "A")

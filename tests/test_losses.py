@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mclstexp.config import Config, override
 from mclstexp.errors import ConfigError
-from mclstexp.model.losses import LOSSES, gather, pairs_loss, regression_loss, require_loss, soft_loss
+from mclstexp.model.losses import LOSSES, REGRESSION, gather, pairs_loss, regression_loss, require_loss, soft_loss
 from mclstexp.model.towers import TwoTowers
-from mclstexp.settings import ModelConfig
+from mclstexp.settings import ModelConfig, TrainConfig
 
 SENTENCES, LENGTH, GENES, SIZE = 4, 6, 5, 16
 MODEL = ModelConfig(
@@ -103,12 +103,17 @@ def test_the_settings_choose_the_loss(settings: dict[str, object], loss: object)
     assert require_loss(override(Config(), settings)) is loss
 
 
+def test_help_names_every_loss_between_images_and_spots() -> None:
+    text = TrainConfig.model_fields["positives"].description or ""
+    assert [name for name in LOSSES.keys() - {REGRESSION} if f"`{name}`" not in text] == []
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("pair", "did you mean pairs"), ("regression", "known: pairs, soft"), ("x", "known: pairs, soft")],
 )
 def test_an_unknown_loss_is_refused_with_the_known_ones(name: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=rf"train\.positives={name} is no loss; {hint}"):
+    with pytest.raises(ConfigError, match=rf"train\.positives={name} is not a loss; {hint}"):
         require_loss(override(Config(), {"train.positives": name}))
 
 

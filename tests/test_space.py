@@ -74,7 +74,7 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
         "train.tower_lr",
         "model.spot_heads: 8 is neither",
         "model.image_encoder=resnet9 is neither",
-        "train.positives=sift is no loss; did you mean soft?",
+        "train.positives=sift is not a loss; did you mean soft?",
     ):
         assert part in text, part
 

@@ -268,7 +268,7 @@ def test_an_unknown_model_is_a_users_error(tracked: tuple[Config, Path], uri: st
 
 @pytest.mark.parametrize("setting", ["tracking.uri", "storage.endpoint_url"])
 def test_a_password_in_an_address_is_refused_and_not_repeated(setting: str) -> None:
-    with pytest.raises(ConfigError, match="holds a password") as refused:
+    with pytest.raises(ConfigError, match="contains a password") as refused:
         override(Config(), {setting: "https://me:hunter2@server.example"})
     assert "hunter2" not in str(refused.value)
     assert override(Config(), {"tracking.uri": "https://server.example:5000"}).tracking.uri.endswith(":5000")

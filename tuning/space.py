@@ -91,7 +91,7 @@ def load_space(path: str | Path, config: Config) -> Space:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the search space {path}: {error}") from error
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{path} holds no mapping of settings to values; see jobs/configs/sweep.yaml")
+        raise ConfigError(f"{path} is not a mapping of settings to values; see jobs/configs/sweep.yaml")
     space, faults = {}, []
     for name, values in tree.items():
         try:
@@ -176,11 +176,12 @@ def _number(value: object) -> Any:
 
 
 def _require_allowed(name: str, value: object, config: Config) -> None:
-    section, _, field = name.partition(".")
+    block, _, field = name.partition(".")
+    settings = getattr(config, block)
     try:
-        block = getattr(config, section).model_validate(getattr(config, section).model_dump() | {field: value})
+        changed_block = type(settings).model_validate(settings.model_dump() | {field: value})
     except ValidationError as error:
         raise ConfigError(f"{name}={value!r}: {error.errors()[0]['msg']}") from None
-    changed = config.model_copy(update={section: block})
+    changed = config.model_copy(update={block: changed_block})
     require_encoder(changed.model.image_encoder)
     require_loss(changed)

@@ -85,7 +85,7 @@ def require_to_predict(config: Config) -> None:
     """Checks that the cluster has the CPUs and GPUs that the settings of prediction name.
 
     Raises:
-        ResourceError: it has not, even after `cluster.wait_s`; states the numbers and the settings to change.
+        ResourceError: it does not, even after `cluster.wait_s`; states the numbers and the settings to change.
     """
     requested = {"CPU": config.predict.num_cpus or 0, "GPU": config.predict.num_gpus or 0}
     bundles: _Bundles = [({kind: 1.0}, {}) for kind, number in requested.items() for _ in range(number)]

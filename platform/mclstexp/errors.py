@@ -1,12 +1,12 @@
-"""Every mistake a user can make and mend, as an exception of its own.
+"""Every mistake that a user can make and fix, as an exception of its own.
 
 All are raised on the driver before workers start wherever that is possible. A message says what is wrong,
-where, what was found, what is allowed and how to mend it.
+where, what was found, what is allowed and how to fix it.
 """
 
 
 class UserError(Exception):
-    """Base of all errors that a user can mend; jobs print it without a traceback and exit with code 2."""
+    """Base of all errors that a user can fix; jobs print it without a traceback and exit with code 2."""
 
 
 class ConfigError(UserError):

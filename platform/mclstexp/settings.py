@@ -1,4 +1,4 @@
-"""The sections of the configuration: every setting with its default, bounds and the text that `--help` shows."""
+"""The blocks of the configuration: every setting with its default, bounds and the text that `--help` shows."""
 
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -9,23 +9,23 @@ from mclstexp.errors import ConfigError
 
 
 class ConfigBlock(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no NaN, field docstrings as descriptions."""
+    """Base of all blocks: frozen, no unknown keys, no NaN, field docstrings as descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _without_password(uri: str) -> str:
-    """Returns a URI that holds no password: settings are logged, stored and shown."""
+    """Returns a URI without a password: settings are logged, stored and shown."""
     if urlsplit(uri).password:
         raise ConfigError(
-            "an address among the settings holds a password; give it in the environment (MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            "an address among the settings contains a password; give it in the environment (MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
     return uri
 
 
 FITTED_PANELS = ("hvg", "hvg_union")
-"""Values of `genes.panel` that are no file."""
+"""Values of `genes.panel` that do not name a file."""
 
 Address = Annotated[str, AfterValidator(_without_password)]
 

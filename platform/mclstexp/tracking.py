@@ -244,7 +244,7 @@ def _reachable(config: TrackingConfig) -> Iterator[None]:
         yield
     except (MlflowException, BotoCoreError, Boto3Error, ClientError, OSError) as error:
         raise UserError(
-            f"tracking.uri={config.uri} cannot be used: {error}; correct it and run the same command again"
+            f"tracking.uri={config.uri} cannot be used: {error}; fix it and run the same command again"
         ) from error
 
 

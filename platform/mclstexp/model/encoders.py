@@ -209,7 +209,7 @@ def _read_state(uri: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch and safetensors raise their own types, none of them public
         raise ModelError(f"model.image_weights={uri} cannot be read as weights: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"model.image_weights={uri} holds no state dict of tensors")
+        raise ModelError(f"model.image_weights={uri} does not contain a state dict of tensors")
     return state
 
 

@@ -85,7 +85,7 @@ def require_loss(config: Config) -> Loss:
     """
     known, name = LOSSES.keys() - {REGRESSION}, config.train.positives
     if name not in known:
-        raise ConfigError(f"train.positives={name} is no loss; {did_you_mean(name, sorted(known))}")
+        raise ConfigError(f"train.positives={name} is not a loss; {did_you_mean(name, sorted(known))}")
     return LOSSES[REGRESSION if config.model.predictor == "regression" else name]
 
 

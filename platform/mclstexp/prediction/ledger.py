@@ -126,7 +126,7 @@ def entry(out: str, slide_id: str) -> Entry | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise PredictError(f"{_uri(out, slide_id)} is no ledger entry of this version: {error}; remove it") from None
+        raise PredictError(f"{_uri(out, slide_id)} is not a ledger entry of this version: {error}; remove it") from None
 
 
 def claim_slide(out: str, new: Entry, over: Entry | None) -> str:

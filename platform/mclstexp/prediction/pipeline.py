@@ -133,7 +133,7 @@ def worker_counts(num_cpus: int, num_gpus: int) -> WorkerCounts:
 
 
 def pipeline(sources: Sequence[SlideSource], plan: CohortPlan, model: "ModelVersion", workers: WorkerCounts) -> Dataset:
-    """Returns a lazy stream with one `Row` per part that the slides' staging folders lack, after the part is written.
+    """Returns a lazy stream with one `Row` per part missing in the slides' staging folders, after the part is written.
 
     Rows of another state than `tiles` report a slide. Ray must be connected.
 

@@ -25,7 +25,7 @@ def stated_mpp(values: list[float]) -> float | None:
     if not values:
         return None
     if not all(math.isfinite(value) and value > 0 for value in values):
-        raise SourceError(f"its resolution is {values} micrometres per pixel; mend the file")
+        raise SourceError(f"its resolution is {values} micrometres per pixel; fix the file")
     if max(values) > _MAX_ASPECT * min(values):
         raise SourceError(f"its pixels are not square: {values} micrometres along x and y")
     mpp = sum(values) / len(values)
@@ -52,6 +52,6 @@ def resolve_mpp(stated: Mapping[str, float | None], assumed: float | None = None
         )
     if max(known.values()) > _MAX_DISAGREEMENT * min(known.values()):
         listed = " and ".join(f"{mpp:.4g} in the {source}" for source, mpp in known.items())
-        raise SourceError(f"mpp is {listed}: correct the sheet, or give the image that belongs to it")
+        raise SourceError(f"mpp is {listed}: fix the sheet, or give the image that belongs to it")
     source, mpp = next(iter(known.items()))
     return mpp, source
