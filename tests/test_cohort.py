@@ -120,7 +120,7 @@ def test_many_faults_are_counted(tmp_path):
         ("section_id,x_px,y_px,z\nS,1,2,3\n", "column 'z' is unknown"),
         ("section_id,x_px,y_px\n", "no rows"),
         ("section_id,x_px,y_px\nS,1,2,3,4\nS,1\n", "spots.csv"),
-        ("", "no CSV"),
+        ("", "not a CSV"),
     ],
 )
 def test_files_that_are_no_table_of_spots_are_refused(tmp_path, text, message):
@@ -135,7 +135,7 @@ def test_spots_and_slides_must_match(tmp_path):
     require_positions(slides, {"S1": 0, "S2": 0})
     with pytest.raises(SheetError, match=r"1 slides have no row.*: S2"):
         require_positions(slides, {"S1": 0})
-    with pytest.raises(SheetError, match=r"1 sections .* no slide.*: S3"):
+    with pytest.raises(SheetError, match=r"1 sections .* not slides of this run: S3"):
         require_positions(slides, {"S1": 0, "S2": 0, "S3": 0})
 
 
