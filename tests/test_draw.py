@@ -258,7 +258,7 @@ def test_slides_that_are_done_are_drawn_or_those_that_are_named(own: Path, tmp_p
     with pytest.raises(PredictError, match=r"no prediction of slide AA; did you mean A\?"):
         slides_to_draw(str(own), ["AA", "B"])
     for named in ([], ["A"]):
-        with pytest.raises(PredictError, match=r"holds no predicted slide; give the --out of jobs/predict\.py"):
+        with pytest.raises(PredictError, match=r"contains no predicted slides; give the --out of jobs/predict\.py"):
             slides_to_draw(str(tmp_path / "empty"), named)
 
 

@@ -327,6 +327,6 @@ def test_a_truncated_packed_image_is_refused(noise: Image.Image, tmp_path: Path,
 def test_other_packed_files_are_refused_with_what_to_do(noise: Image.Image, tmp_path: Path) -> None:
     noise.save(tmp_path / "a.tif")
     with pytest.raises(
-        SourceError, match=r"image a\.tif\.gz: it is compressed by gzip and holds no JPEG or PNG; decompress"
+        SourceError, match=r"image a\.tif\.gz: it is compressed by gzip and contains no JPEG or PNG; decompress"
     ):
         open_slide(packed(tmp_path / "a.tif"))

@@ -74,7 +74,7 @@ def slides_to_draw(out: str, slide_ids: Sequence[str] = ()) -> list[str]:
     if not slide_ids:
         entries = {name: entry for name, entry in entries.items() if entry.state == "done"}
     if not entries:
-        raise PredictError(f"{out} holds no predicted slide; give the --out of jobs/predict.py")
+        raise PredictError(f"{out} contains no predicted slides; give the --out of jobs/predict.py")
     return list(entries)
 
 

@@ -254,7 +254,7 @@ def _open_image(file: IO[bytes] | str) -> Image.Image:
     try:
         return Image.open(file, formats=["JPEG", "PNG"])
     except UnidentifiedImageError:
-        raise SourceError("it is compressed by gzip and holds no JPEG or PNG; decompress it with gunzip") from None
+        raise SourceError("it is compressed by gzip and contains no JPEG or PNG; decompress it with gunzip") from None
 
 
 def _require_plain(image: Image.Image) -> None:
