@@ -58,6 +58,11 @@ def test_a_run_without_a_name_is_another_one_under_settings_that_its_result_depe
     assert _open(table, **changed).name != _open(table).name
 
 
+def test_former_names_are_those_of_earlier_versions() -> None:
+    assert former_digest(Config()) == "f4089b4ff354"
+    assert former_digest(override(Config(), SETTINGS)) == "ae31a08a9ff3"
+
+
 def test_a_run_goes_on_under_the_default_name_of_earlier_versions(table: Path) -> None:
     run = _open(table)
     former = f"run-{former_digest(run.config)}-{run.manifest.digest()[:6]}"
@@ -103,7 +108,8 @@ def test_a_name_depends_on_every_part_of_the_request(table: Path) -> None:
     run = _open(table)
     request = {"identity": identity(run.config), "manifest_digest": run.manifest.digest()}
     assert name_of("run", request) == run.name
-    assert len({name_of("run", request | {"manifest_digest": other}) for other in ("a" * 12, "b" * 12)}) == 2
+    others = [{"manifest_digest": "a" * 12}, {"manifest_digest": "b" * 12}, {"identity": {"train": {"seed": 1}}}]
+    assert len({name_of("run", request | other) for other in ({}, *others)}) == 4
 
 
 def test_a_version_knows_how_the_tables_tiles_were_cut(table: Path) -> None:

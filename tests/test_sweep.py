@@ -5,6 +5,7 @@ Bad trials stop early or fail alone, a killed sweep goes on, and its best model 
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -26,12 +27,22 @@ from mclstexp import tracking
 from mclstexp.config import Config, load_config, override
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import SplitError
-from mclstexp.training.run import former_digest
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning import sweep
-from tuning.space import Choice, Range, Space, digest
-from tuning.sweep import FAILED, FINISHED, STOPPED, Halving, default_name, halving, with_validation
-from tuning.trial import EPOCHS
+from tuning.space import Choice, Range, Space
+from tuning.sweep import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    Halving,
+    ReleaseStopped,
+    ShowTrials,
+    Sweep,
+    default_name,
+    halving,
+    with_validation,
+)
+from tuning.trial import EPOCHS, TrialPlan
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -254,13 +265,34 @@ def test_a_sweep_without_a_name_is_another_one_with_another_space_search_length_
 def test_a_sweep_goes_on_under_the_default_name_of_earlier_versions(named: Callable[..., str], tmp_path: Path) -> None:
     config = override(Config(), {"train.batch_sentences": 2})
     manifest = load_manifest(str(tmp_path / "table"))
-    former = f"sweep-{former_digest(config)}-{manifest.digest()[:6]}-{digest(SPACE)}-random3"
+    former = f"sweep-fd59f790e3aa-{manifest.digest()[:6]}-df4c18-random3"
     assert named() != former
     record = {**sweep._request(manifest, config, SPACE, "random", 3), "mlflow_run_id": "run"}
     (tmp_path / "sweeps" / former).mkdir(parents=True)
     (tmp_path / "sweeps" / former / sweep.RECORD).write_text(json.dumps(record))
     assert named() == former
     assert named(**{"train.seed": 1}) != former
+
+
+@pytest.mark.parametrize(
+    ("former", "today"),
+    [
+        (b"ctuning.halving\nHalving\n.", Halving),
+        (b"ctuning.progress\nShowTrials\n.", ShowTrials),
+        (b"ctuning.release\nReleaseStopped\n.", ReleaseStopped),
+    ],
+)
+def test_what_earlier_versions_pickled_for_a_resume_is_found_in_todays_module(
+    former: bytes, today: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in ("tuning.halving", "tuning.progress", "tuning.release"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sweep, "_has_begun", lambda sweep: True)
+    monkeypatch.setattr(sweep, "at_once", lambda config: 1)
+    monkeypatch.setattr(sweep.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(sweep.tune.Tuner, "restore", lambda *_, **__: pickle.loads(former))
+    plan = TrialPlan("table", str(tmp_path), Config(), "run")
+    assert sweep._tuner(Sweep(plan, str(tmp_path), SPACE, "random", 3)) is today
 
 
 STOP, CONTINUE = "STOP", "CONTINUE"

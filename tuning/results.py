@@ -33,8 +33,8 @@ from tuning.trial import EPOCHS, open_trial, tracked_run
 
 TABLE, BEST = "trials.csv", "best.yaml"
 _BLOCKS = {"genes", "split", "model", "train", "retrieval"}
-log = logging.getLogger(__name__)
 _STATUS = {FAILED: "FAILED", STOPPED: "KILLED"}
+log = logging.getLogger(__name__)
 
 
 def score_trials(sweep: Sweep, trials: Sequence[Trial], show: Show = hidden) -> None:

@@ -11,6 +11,7 @@ which bounds the trials that run at once; two sweeps from one node take turns.
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,7 +194,10 @@ class Halving(ASHAScheduler):
 class ReleaseStopped(tune.Callback):
     """Removes the placement group of each trial that has ended, once its process is gone.
 
-    Not before: its training would take the loss of its workers for a fault and start others.
+    Ray Tune stops a trial by ending its process. The training's actors end with it, its placement group does not: Ray
+    Train's own cleaner asks Ray's dashboard, which a local Ray may not have, and which it does not find where two
+    clusters run on one machine. Not before the process is gone: the training would take the loss of its workers for a
+    fault and start others.
     """
 
     def __init__(self) -> None:
@@ -283,6 +287,9 @@ def _tuner(sweep: Sweep) -> tune.Tuner:
     filesystem, root = storage.filesystem(sweep.uri)
     state = f"{root}/{STATE}"
     if _has_begun(sweep):
+        # Earlier versions had scheduler and callbacks in modules of their own, by whose names Ray Tune pickled them.
+        for former in ("halving", "progress", "release"):
+            sys.modules.setdefault(f"tuning.{former}", sys.modules[__name__])
         retry = sweep.plan.config.tune.retry_failed
         return tune.Tuner.restore(state, trainable, resume_errored=retry, storage_filesystem=filesystem)
     return tune.Tuner(

@@ -164,7 +164,10 @@ def known_name(out: str, file: str, request: Mapping[str, object], names: list[s
 
 
 def former_digest(config: Config) -> str:
-    """Returns the 12 hex digits that named a run's settings in earlier versions: of nearly all settings."""
+    """Returns the 12 hex digits that named a run's settings in earlier versions: of nearly all settings.
+
+    A setting that earlier versions did not have must be excluded here, for it would change every former name.
+    """
     text = json.dumps(config.model_dump(mode="json", exclude={"predict", "tune"}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -37,7 +37,13 @@ One arena, because Ray Train calls the worker in a thread, and the arenas of thr
 
 
 def train_to_end(run: Run, log: Log, show: Show = hidden, limits: ExecutionResources | None = None) -> ModelVersion:
-    """Returns the run's model version, after training and finishing what is left to do.
+    """Returns the run's model version, after training and finishing what is left to do (see `train_and_finish`)."""
+    train_and_finish(run, log, show, limits)
+    return load_model(run)
+
+
+def train_and_finish(run: Run, log: Log, show: Show = hidden, limits: ExecutionResources | None = None) -> None:
+    """Trains the run and publishes its model version, as far as that is left to do.
 
     Args:
         run: as `open_run` returns it.
@@ -52,7 +58,6 @@ def train_to_end(run: Run, log: Log, show: Show = hidden, limits: ExecutionResou
         checkpoint = fit(run, log, show)
         with cluster.ordered(limits):
             finish(run, checkpoint, show)
-    return load_model(run)
 
 
 def fit(
@@ -74,7 +79,7 @@ def fit(
         board_name: name of an actor that lives as long as the caller or the training does.
 
     Raises:
-        UserError: an error of the workers that a user can mend.
+        UserError: an error of the workers that a user can fix.
         RunError: the workers failed more often than train.max_failures allows.
         ModelError: retrieval.k exceeds the training spots.
         ConfigError: train.positives names no loss.
@@ -159,7 +164,7 @@ def _best(result: ray.train.Result) -> ray.train.Checkpoint:
 
 
 def _cause(error: ray.train.TrainingFailedError, max_failures: int) -> UserError:
-    """Returns the error of a worker that a user can mend, else one that counts the restarts."""
+    """Returns the error of a worker that a user can fix, else one that counts the restarts."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "cause", None) or failure
         if isinstance(cause, UserError):

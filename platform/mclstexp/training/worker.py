@@ -138,9 +138,8 @@ def checkpoint(rank_state: RankState, loss: torch.Tensor, scores: Metrics) -> No
     rank_state.state.consumed += _all_ids(rank_state)
     group = ray.util.get_current_placement_group()
     state = {"step": rank_state.state.step, "epoch": rank_state.state.epoch}
-    unscored = (
-        {VALIDATION_PCC: float("nan")} if rank_state.config.train.patience else {}
-    )  # Ray orders checkpoints by it
+    # With early stopping Ray orders the checkpoints by their scores, so that each needs one.
+    unscored = {VALIDATION_PCC: float("nan")} if rank_state.config.train.patience else {}
     metrics = {"loss": loss.item(), **state, **unscored, **scores, PLACEMENT_GROUP: group.id.hex() if group else ""}
     if rank_state.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
