@@ -32,8 +32,12 @@ def test_the_last_words_of_a_crash_pass() -> None:
 
 
 def test_an_interrupt_does_not_end_the_filter_first() -> None:
-    script = "import signal; os.killpg(os.getpgrp(), signal.SIGINT)"
-    whole = f"import os, sys; sys.path.insert(0, {str(JOBS)!r}); import _launch; _launch.hide_logs_of_ray()\n{script}"
+    # A shell's background jobs ignore SIGINT, and what they start inherits that.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    whole = (
+        f"{heeds}\nimport os, sys; sys.path.insert(0, {str(JOBS)!r}); import _launch; _launch.hide_logs_of_ray()\n"
+        "os.killpg(os.getpgrp(), signal.SIGINT)"
+    )
     started = subprocess.Popen([sys.executable, "-c", whole], stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert started.communicate(timeout=60)[1].rstrip().endswith("KeyboardInterrupt")
 
