@@ -30,7 +30,7 @@ from mclstexp.settings import (
 )
 
 REMOVED = {
-    "predict.bank_shards": "leave it out: a bank is read by memory map if it does not fit into memory",
+    "predict.bank_shards": "leave it out: each node keeps one copy of the bank; cluster.object_store_mb gives it room",
 }
 """Settings of earlier versions, and what to do instead."""
 
