@@ -23,7 +23,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not gpu and not ray"
 
-# Whole jobs, as a new user runs them.
+# Whole jobs, as a new user runs them: the demo, and jobs submitted to a cluster whose nodes have only dependencies.
 accept: $(STAMP)
 	$(PYTEST) -ra tests/accept_*.py
 
