@@ -156,6 +156,7 @@ def test_pictures_of_an_older_table_or_without_a_record_are_drawn_again(
         assert draw_slide(str(own), "A", GENES)
 
 
+@pytest.mark.slow
 def test_two_drawings_at_once_end_with_pictures_and_record_of_one(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process draws the slide between this one's pictures and its record."""
     expected, published, others = _files(own), storage.publish, [["DUP"], ["ENSG05"]]

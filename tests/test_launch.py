@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 JOBS = Path(__file__).parents[1] / "jobs"
 CORE = "[2026-11-28 21:34:47,990 E 3034 3034] core_worker.cc:2465: Actor with class name: 'A' and ID: '1' has ..."
 
@@ -42,6 +44,8 @@ def test_an_interrupt_does_not_end_the_filter_first() -> None:
     assert started.communicate(timeout=60)[1].rstrip().endswith("KeyboardInterrupt")
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_local_ray_says_nothing_of_tokens_and_bars() -> None:
     script = (
         "from _launch import connect; from mclstexp.config import Config; from mclstexp.cluster import ordered\n"

@@ -41,6 +41,7 @@ def test_a_gradient_shows_at_its_position_in_the_overview(tmp_path: Path) -> Non
         assert pictures["seen"][round(y), round(x)] == pytest.approx(expected, abs=2), (row[tile], column[tile])
 
 
+@pytest.mark.slow
 def test_of_a_hundred_genes_over_a_long_slide_the_first_are_drawn(tmp_path: Path) -> None:
     slide = stage(tmp_path, "L", 2, 60)
     names = [f"GENE{number}" for number in range(100)]

@@ -99,6 +99,7 @@ def test_a_leak_is_named_on_the_page_and_on_every_picture(made: Made) -> None:
         assert "LEAK that this protocol allows" in " ".join(heading.split())
 
 
+@pytest.mark.slow
 def test_a_result_without_a_leak_does_not_mention_one(make_result: Callable[..., Path], tmp_path: Path) -> None:
     honest = make_report(make_result(tmp_path, "patient"))
     assert "protocol patient" in honest.page.text

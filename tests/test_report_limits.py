@@ -17,6 +17,7 @@ from mclstexp.report.result import open_result
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow
 
 
+@pytest.mark.slow
 def test_without_mlflow_there_is_a_page_that_says_why(make_result: Callable[..., Path], tmp_path: Path) -> None:
     alone = make_report(make_result(tmp_path, "patient", {"fold": "abc"}))
     assert "No training curves: there is no run abc: tracking.uri=" in alone.page.text
@@ -43,6 +44,7 @@ def test_a_page_names_what_it_leaves_out_to_stay_within_its_size(
     assert len(some.html.encode()) < 1.1 * room
 
 
+@pytest.mark.slow
 def test_gene_maps_are_the_first_pictures_to_be_left_out(
     make_result: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

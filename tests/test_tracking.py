@@ -153,6 +153,7 @@ def test_a_metric_that_the_server_refuses_does_not_delay_others(
     assert "1 metric value(s) did not reach MLflow" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_driver_killed_before_the_alias_was_set_gets_it_when_run_again(
     tracked: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
