@@ -13,7 +13,7 @@ EXAMPLE = "python jobs/draw.py --predictions s3://bucket/predictions --genes ERB
 BLOCKS = ("storage", "cluster")
 
 
-class Arguments(JobArguments):
+class DrawArguments(JobArguments):
     """What to draw."""
 
     predictions: str
@@ -26,7 +26,7 @@ class Arguments(JobArguments):
 
 def main() -> None:
     """Parses, checks slides and genes, and draws."""
-    arguments, config = parse(Arguments, __doc__ or "", EXAMPLE, BLOCKS)
+    arguments, config = parse(DrawArguments, __doc__ or "", EXAMPLE, BLOCKS)
     from mclstexp import cluster, storage
     from mclstexp.messages import some_of
     from mclstexp.prediction.draw import NUM_FIRST_GENES, draw_slides, require_genes, slides_to_draw

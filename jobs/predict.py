@@ -25,7 +25,7 @@ BLOCKS = ("storage", "cluster", "predict", "tracking")
 MIN_CPUS = 3
 
 
-class Arguments(JobArguments):
+class PredictArguments(JobArguments):
     """What to predict."""
 
     model: str
@@ -46,7 +46,7 @@ class Arguments(JobArguments):
 
 def main() -> None:
     """Parses, fetches the version, and plans, explains or predicts."""
-    arguments, config = parse(Arguments, __doc__ or "", EXAMPLE, BLOCKS)
+    arguments, config = parse(PredictArguments, __doc__ or "", EXAMPLE, BLOCKS)
     import tempfile
 
     from mclstexp import tracking
@@ -90,7 +90,7 @@ def _plan(model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
     print(forecast(cohort, model, worker_counts(predict.num_cpus or local_cpus, num_gpus)))
 
 
-def _explain(arguments: Arguments, model: "ModelVersion", cohort: "Cohort") -> None:
+def _explain(arguments: PredictArguments, model: "ModelVersion", cohort: "Cohort") -> None:
     """Prints the strongest votes for one tile, and writes all of them."""
     from rich.console import Console
     from rich.table import Table
@@ -117,7 +117,7 @@ def _explain(arguments: Arguments, model: "ModelVersion", cohort: "Cohort") -> N
     print(f"all votes {target}")
 
 
-def _predict(arguments: Arguments, model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
+def _predict(arguments: PredictArguments, model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
     """Predicts the cohort and draws it."""
     import time
 
@@ -143,7 +143,7 @@ def _predict(arguments: Arguments, model: "ModelVersion", cohort: "Cohort", conf
     _print(report, drawn, seconds, arguments)
 
 
-def _print(report: "Report", drawn: "DrawReport", seconds: float, arguments: Arguments) -> None:
+def _print(report: "Report", drawn: "DrawReport", seconds: float, arguments: PredictArguments) -> None:
     """Prints what was done; ends with an error if slides have no prediction or picture."""
     counts = report.counts()
     words = ", ".join(f"{counts[state]} {state}" for state in ("done", "empty", "skipped", "quarantined", "failed"))

@@ -17,7 +17,7 @@ BLOCKS = ("storage", "cluster", "tiles")
 FORMATS = f"Formats of sections in the sample sheet: {', '.join(READERS)}, and slide for a slide without counts."
 
 
-class Arguments(JobArguments):
+class PrepareArguments(JobArguments):
     """The sections, and where their tiles go."""
 
     samples: str | None = None
@@ -32,7 +32,7 @@ class Arguments(JobArguments):
 
 def main() -> None:
     """Prepares, or prints the plan, and prints the result."""
-    arguments, config = parse(Arguments, f"{__doc__}\n\n{FORMATS}", EXAMPLE, BLOCKS)
+    arguments, config = parse(PrepareArguments, f"{__doc__}\n\n{FORMATS}", EXAMPLE, BLOCKS)
     _require_one_sheet(arguments)
     from ingest.prepare import dry_run, prepare
 
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"tile table {report.root}")
 
 
-def _require_one_sheet(arguments: Arguments) -> None:
+def _require_one_sheet(arguments: PrepareArguments) -> None:
     from mclstexp.errors import ConfigError
 
     if (arguments.samples is None) == (arguments.dataset is None):
@@ -64,7 +64,7 @@ def _require_one_sheet(arguments: Arguments) -> None:
         raise ConfigError("--dataset NAME and --source DIR go together: the source is the data set's published folder")
 
 
-def _sample_sheet(arguments: Arguments, folder: str) -> str:
+def _sample_sheet(arguments: PrepareArguments, folder: str) -> str:
     """Returns the sample sheet's URI; the sheet of a data set is written to `folder`."""
     if arguments.samples is not None:
         return arguments.samples

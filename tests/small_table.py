@@ -24,6 +24,21 @@ from mclstexp.data.table import tile_crc, write_section
 NAMES = ("TP53", "ENSG00000141510", "ACTB", "CD74", "GNAS", "FASN", "VIM", "MUC1")
 
 
+def empty_manifest(mpp: float = 0.5) -> Manifest:
+    """Returns the manifest of a table without sections, with JPEG tiles of 32 px."""
+    return Manifest(
+        tile_size_px=32,
+        mpp=mpp,
+        encoding="jpeg",
+        jpeg_quality=90,
+        sentence_length=16,
+        genes_file="",
+        genes_sha256="",
+        num_genes=0,
+        sections=(),
+    )
+
+
 def random_counts(num_spots: int, seed: int, num_genes: int = len(NAMES)) -> np.ndarray:
     """Returns overdispersed counts, int32 (num_spots, num_genes)."""
     rng = np.random.default_rng(seed)

@@ -11,10 +11,11 @@ import pytest
 import ray
 import torch
 from ray.data import ExecutionResources
+from small_table import empty_manifest
 
 from mclstexp.cluster import ordered
 from mclstexp.config import Config
-from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ResourceError
 from mclstexp.model.embed import ImageNetwork, embed_sections, encoder_network
 from mclstexp.model.towers import TwoTowers
@@ -116,17 +117,7 @@ def test_an_encoder_loads_its_weights_before_it_is_built(tmp_path: Path) -> None
 def test_a_cluster_without_a_cpu_for_decoding_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    empty = Manifest(
-        tile_size_px=32,
-        mpp=0.5,
-        encoding="jpeg",
-        jpeg_quality=90,
-        sentence_length=16,
-        genes_file="",
-        genes_sha256="",
-        num_genes=0,
-        sections=(),
-    )
+    empty = empty_manifest()
     network = _network(_config())
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     with pytest.raises(ResourceError, match=r"needs 2 CPU\(s\), the cluster has 1; raise cluster\.local_cpus"):

@@ -12,10 +12,10 @@ import torch
 from random_version import GENES, random_version
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from small_table import empty_manifest
 
 from mclstexp.config import override
 from mclstexp.data.genes import GenePanel
-from mclstexp.data.schema import Manifest
 from mclstexp.errors import ConfigError, ModelError
 from mclstexp.model.embed import network_of
 from mclstexp.model.towers import build_network
@@ -111,17 +111,7 @@ def test_a_list_of_files_that_leaves_one_out_is_refused(folder: Path) -> None:
 
 def test_a_table_with_other_tiles_is_refused_with_both_values(folder: Path) -> None:
     model = ModelVersion.load(folder)
-    manifest = Manifest(
-        tile_size_px=32,
-        mpp=0.509,
-        encoding="jpeg",
-        jpeg_quality=90,
-        sentence_length=16,
-        genes_file="",
-        genes_sha256="",
-        num_genes=0,
-        sections=(),
-    )
+    manifest = empty_manifest(mpp=0.509)
     model.require_table(manifest)
     with pytest.raises(ModelError, match=r"takes tiles of 0\.5 um/px, the table has 0\.511"):
         model.require_table(manifest.model_copy(update={"mpp": 0.511}))

@@ -33,6 +33,8 @@ from mclstexp.progress import Show
 NUM_FIRST_GENES = 4
 """Genes of an overview if none are chosen: the first of the panel."""
 _TRIES = 3
+_POLL_S = 1.0
+"""All slides that ended are collected this often: a wait for each would look at every slide for every slide."""
 
 
 class PictureRecord(BaseModel):
@@ -109,17 +111,18 @@ def draw_slides(out: str, slide_ids: Sequence[str], genes: Sequence[str], show: 
     drawing = {draw.remote(draw_slide, out, name, tuple(genes)): name for name in slide_ids}
     while drawing:
         show("draw slides", len(slide_ids) - len(drawing), len(slide_ids))
-        (reference,), _ = ray.wait(list(drawing), num_returns=1)
-        name = drawing.pop(reference)
-        try:
-            outcome: bool | UserError = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            outcome = UserError(str(error))
-        if isinstance(outcome, UserError):
-            report.faults[name] = str(outcome)
-        else:
-            report.num_drawn += outcome
-            report.num_up_to_date += not outcome
+        ended, _ = ray.wait(list(drawing), num_returns=len(drawing), timeout=_POLL_S)
+        for reference in ended:
+            name = drawing.pop(reference)
+            try:
+                outcome: bool | UserError = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                outcome = UserError(str(error))
+            if isinstance(outcome, UserError):
+                report.faults[name] = str(outcome)
+            else:
+                report.num_drawn += outcome
+                report.num_up_to_date += not outcome
     show("draw slides", len(slide_ids), len(slide_ids))
     report.faults = dict(sorted(report.faults.items()))
     return report
