@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ingest.readers.legacy_st import read_array_mpp
+from ingest.layout import layout_mpp
+from ingest.readers.legacy_st import read_layout
 from ingest.readers.visium import find_files
 from mclstexp import storage
 from mclstexp.data.sheet import SectionRow
@@ -106,7 +107,7 @@ def _array_cells(row: Row, dataset: _Dataset) -> Row:
         tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch,
         storage.local_copy(row["positions"], scratch) as path,
     ):
-        mpp = read_array_mpp(path, dataset.pitch_um)
+        mpp = layout_mpp(read_layout(path), dataset.pitch_um)
     return {"spot_diameter_um": f"{dataset.diameter_um:g}"} | ({} if mpp is None else {"mpp": f"{mpp:.4g}"})
 
 

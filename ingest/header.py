@@ -39,9 +39,9 @@ def read_header(row: SectionRow) -> Header:
     with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         preview = read_preview(row, scratch)
         if row.mpp is not None and storage.is_s3(row.image):
-            return Header(*section_mpp(row, None, preview.array_mpp), preview)
+            return Header(*section_mpp(row, None, preview.layout), preview)
         with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
-            return Header(*section_mpp(row, slide.mpp, preview.array_mpp), preview)
+            return Header(*section_mpp(row, slide.mpp, preview.layout), preview)
 
 
 def merged_genes(present: Sequence[Gene], sources: Iterable[Sequence[Gene]]) -> tuple[Gene, ...]:

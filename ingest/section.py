@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
+from ingest.layout import layout_mpp
 from ingest.readers.files import read_expression
 from ingest.readers.labels import read_labels
-from ingest.readers.spots import Expression, Reject, Spots, require_positions
+from ingest.readers.spots import Expression, Layout, Reject, Spots, require_positions
 from mclstexp import storage
 from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry
 from mclstexp.data.sheet import SectionRow
@@ -76,7 +77,7 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
         local = Path(scratch) / name
         expression = read_expression(row, scratch) if row.measured else None
         with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
-            mpp, _ = section_mpp(row, slide.mpp, expression.array_mpp if expression else None)
+            mpp, _ = section_mpp(row, slide.mpp, expression.layout if expression else Layout())
             cut = _Cut(row, recipe.tiles, slide, mpp, tile_scale(recipe.mpp, mpp))
             spots, rejected = cut.read_spots(expression, gene_rows)
             spots, tissue_fraction, unfit = cut.screen(spots)
@@ -114,13 +115,13 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
     )
 
 
-def section_mpp(row: SectionRow, image_mpp: float | None, array_mpp: float | None) -> tuple[float, str]:
+def section_mpp(row: SectionRow, image_mpp: float | None, layout: Layout) -> tuple[float, str]:
     """Returns the micrometres per level-0 pixel and its source: `sheet`, else `image`, else `array of spots`.
 
     Raises:
         SourceError: no source states it, or they disagree by more than 5 %.
     """
-    return resolve_mpp({"sheet": row.mpp, "image": image_mpp, "array of spots": array_mpp})
+    return resolve_mpp({"sheet": row.mpp, "image": image_mpp, "array of spots": layout_mpp(layout, row.pitch_um)})
 
 
 @contextmanager
@@ -154,8 +155,8 @@ class _Cut:
         if expression is None:
             return _grid_spots(self.slide, self.tiles.size_px, self.scale), []
         diameter_um = self.row.spot_diameter_um
-        if diameter_um is None and expression.spot_diameter_px is not None:
-            diameter_um = expression.spot_diameter_px * self.mpp
+        if diameter_um is None and expression.layout.spot_diameter_px is not None:
+            diameter_um = expression.layout.spot_diameter_px * self.mpp
         _require_pitch(expression.spots, diameter_um, self.mpp)
         return _over_table_genes(expression, gene_rows), list(expression.rejected)
 

@@ -240,8 +240,10 @@ POSITION_LINES = "x\ty\tpixel_x\tpixel_y\n10\t20\t1\t2\n\n  \n11\t20\t3\t4\n"
 def _refused_lines(folder: Path, counts: str = LINES, positions: str = POSITION_LINES) -> str:
     (folder / "a.tsv").write_bytes(counts.encode())
     (folder / "a_sel.tsv").write_bytes(positions.encode())
+    files = {"expression": str(folder / "a.tsv"), "positions": str(folder / "a_sel.tsv")}
+    row = SectionRow(section_id="a", patient_id="A", image="a.png", format="legacy_st", **files)
     with pytest.raises(SourceError) as caught:
-        legacy_st.read({"expression": str(folder / "a.tsv"), "positions": str(folder / "a_sel.tsv")})
+        legacy_st.read(files, row)
     return str(caught.value)
 
 

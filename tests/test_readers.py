@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ingest.readers.spots import array_mpp, named_gene
+from ingest.layout import array_mpp
+from ingest.readers.spots import named_gene
 
 
 def test_the_stated_mapping_of_names():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ingest.readers.spots import Expression, Preview
+    from mclstexp.data.sheet import SectionRow
 
 Files = Mapping[str, str]
 """A section's files by part: the sheet's columns, or the parts of a folder."""
@@ -30,10 +31,10 @@ class Reader:
 
     Raises SourceError if a file that no column names is missing; the sheet looks up the others.
     """
-    preview: "Callable[[Files], Preview]"
-    """Reads the genes and more from local copies of all files but `LARGE_PARTS`."""
-    read: "Callable[[Files], Expression]"
-    """Reads spots, counts and genes from local copies of all files."""
+    preview: "Callable[[Files, SectionRow], Preview]"
+    """Reads the genes and more of a row of the sheet from local copies of all its files but `LARGE_PARTS`."""
+    read: "Callable[[Files, SectionRow], Expression]"
+    """Reads spots, counts and genes of a row of the sheet from local copies of all its files."""
 
 
 def _reader(module: str, needs: tuple[str, ...], *, in_folder: bool = False) -> Reader:
@@ -44,7 +45,7 @@ def _reader(module: str, needs: tuple[str, ...], *, in_folder: bool = False) -> 
     """
 
     def call(function: str) -> Callable:
-        return lambda files: getattr(import_module(f"ingest.readers.{module}"), function)(files)
+        return lambda *inputs: getattr(import_module(f"ingest.readers.{module}"), function)(*inputs)
 
     return Reader(needs, call("files") if in_folder else dict, call("preview"), call("read"))
 

@@ -31,7 +31,7 @@ def read_expression(row: SectionRow, scratch: str) -> Expression:
         SourceError: a file is missing or damaged, or holds values that are not counts; names file, gene and spot.
     """
     with _local_copies(row, scratch, without=()) as files:
-        return READERS[row.format].read(files)
+        return READERS[row.format].read(files, row)
 
 
 def read_preview(row: SectionRow, scratch: str) -> Preview:
@@ -43,7 +43,7 @@ def read_preview(row: SectionRow, scratch: str) -> Preview:
     if not row.measured:
         return Preview()
     with _local_copies(row, scratch, without=LARGE_PARTS) as files:
-        return READERS[row.format].preview(files)
+        return READERS[row.format].preview(files, row)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from ingest.readers.spots import (
     Expression,
     Gene,
+    Layout,
     Preview,
     Spots,
     checked_counts,
@@ -27,19 +28,21 @@ from ingest.readers.spots import (
     require_unique,
     split_usable,
 )
+from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 
 _ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl")
 _SYMBOL_COLUMNS = ("gene_symbols", "gene_symbol", "symbol", "gene_name", "feature_name")
 
 
-def preview(paths: Mapping[str, str]) -> Preview:
-    """Returns the genes of the local AnnData file `expression`."""
+def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
+    """Returns genes and layout of the local AnnData file `expression`."""
     with _opened(paths["expression"]) as file:
-        return Preview(_genes(file))
+        obs: pd.DataFrame = _part(file, "obs")
+        return Preview(_genes(file), layout=_layout(file, obs))
 
 
-def read(paths: Mapping[str, str]) -> Expression:
+def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
     """Returns a section from the local AnnData file `expression`.
 
     Raises:
@@ -59,7 +62,7 @@ def read(paths: Mapping[str, str]) -> Expression:
             else np.ones(len(spots), bool)
         )
         usable, rejected = split_usable(spots, selected)
-        return Expression(usable, genes, tuple(sorted(rejected)))
+        return Expression(usable, genes, tuple(sorted(rejected)), _layout(file, obs))
 
 
 def _counts_at(file: h5py.File) -> tuple[str, str]:
@@ -107,6 +110,13 @@ def _array(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         return np.full(len(obs), np.nan), np.full(len(obs), np.nan)
     row, column = (np.rint(pd.to_numeric(obs[name], errors="coerce").to_numpy(np.float64)) for name in names)
     return row, column
+
+
+def _layout(file: h5py.File, obs: pd.DataFrame) -> Layout:
+    array_row, array_col = _array(obs)
+    xy_px = np.stack(_pixels(file, [str(name) for name in obs.index]), axis=1)
+    known = np.isfinite(xy_px).all(axis=1)
+    return Layout(np.stack([array_col, array_row], axis=1)[known], xy_px[known])
 
 
 def _part(file: h5py.File, where: str) -> Any:

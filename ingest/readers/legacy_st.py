@@ -20,10 +20,10 @@ from scipy.sparse import csr_array
 from ingest.readers.spots import (
     Expression,
     Gene,
+    Layout,
     Preview,
     Reject,
     Spots,
-    array_mpp,
     checked_counts,
     file_errors,
     named_gene,
@@ -31,6 +31,7 @@ from ingest.readers.spots import (
     require_unique,
     split_usable,
 )
+from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 from mclstexp.slides.slide import open_unpacked
 
@@ -53,14 +54,15 @@ class _Positions:
     selected: dict[GridXY, bool]
 
 
-def preview(paths: Mapping[str, str]) -> Preview:
-    """Returns the genes in the header of a local counts file, `expression`."""
+def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
+    """Returns the genes in the header of a local counts file, `expression`, and the layout in `positions`."""
     with _opened(paths["expression"]) as file:
         header = _fields(_next_line(file))
-        return Preview(_genes(header, _fields(_next_line(file))))
+        genes = _genes(header, _fields(_next_line(file)))
+    return Preview(genes, layout=read_layout(paths["positions"]))
 
 
-def read(paths: Mapping[str, str]) -> Expression:
+def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
     """Returns a section from its local files `expression` and `positions` (tab-separated, plain or gzip).
 
     Raises:
@@ -78,19 +80,19 @@ def read(paths: Mapping[str, str]) -> Expression:
     for xy in positions.xy_px.keys() - set(counted):
         reason = "no_counts" if positions.selected[xy] else "not_selected"
         rejected.append(Reject(_name(xy), *positions.xy_px[xy], reason))
-    return Expression(usable, genes, tuple(sorted(rejected)))
+    return Expression(usable, genes, tuple(sorted(rejected)), _layout(positions))
 
 
-def read_array_mpp(positions_path: str, pitch_um: float) -> float | None:
-    """Returns the micrometres per pixel of a local selection file, or None if there are too few spots to tell.
+def read_layout(positions_path: str) -> Layout:
+    """Returns where the spots of a local selection file are."""
+    return _layout(_read_positions(positions_path))
 
-    Args:
-        positions_path: the selection file.
-        pitch_um: distance of neighbouring spots in micrometres.
-    """
-    positions = _read_positions(positions_path).xy_px
-    grid_xy, xy_px = (np.array(list(axis), np.float64).reshape(-1, 2) for axis in (positions, positions.values()))
-    return array_mpp(grid_xy, xy_px, pitch_um)
+
+def _layout(positions: _Positions) -> Layout:
+    array_xy, xy_px = (
+        np.array(list(axis), np.float64).reshape(-1, 2) for axis in (positions.xy_px, positions.xy_px.values())
+    )
+    return Layout(array_xy, xy_px)
 
 
 def _read_counts(path: str) -> tuple[list[GridXY], tuple[Gene, ...], csr_array]:

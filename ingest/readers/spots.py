@@ -4,7 +4,6 @@ Counts are checked here for all readers. A value that is not a count stops the s
 whatever made it (a logarithm, a scaling, a broken export) has changed its neighbours as well.
 """
 
-import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from scipy.sparse import csr_array
-from scipy.spatial import cKDTree
 
 from mclstexp.data.schema import gene_names
 from mclstexp.errors import SourceError
@@ -25,7 +23,6 @@ MAX_ARRAY = 65_535
 """Largest array row or column."""
 _MAX_COUNT = 2**31 - 1
 _MAX_LOG = 20.0  # log1p of five hundred million: data with a smaller maximum may be logarithms
-_MIN_SPOTS_FOR_MPP = 16
 
 
 class Gene(NamedTuple):
@@ -79,6 +76,36 @@ class Spots:
         return [Reject(str(spot_id), x, y, reason) for spot_id, x, y in spots]
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where a section's spots are as its files state it, selected or not, m of them; `ingest.layout` checks it.
+
+    Readers give what their files have and judge nothing: all that can be checked is checked for every format alike.
+    """
+
+    array_xy: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    """Array column and row of each spot with a pixel position, float64 (m, 2); NaN without an array."""
+    xy_px: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    """The same spots' centres in pixels of the image, float64 (m, 2)."""
+    mpp: float | None = None
+    """Micrometres per full-resolution pixel as the files state it (Visium HD)."""
+    spot_diameter_px: float | None = None
+    """Diameter of a spot in full-resolution pixels."""
+    pictures: tuple["Picture", ...] = ()
+    """Downscaled pictures of the same image beside the positions."""
+
+
+class Picture(NamedTuple):
+    """A downscaled picture of a section's image; its size over its scale is that of the full image."""
+
+    name: str
+    """What the source calls it, such as `tissue_hires_image.png`."""
+    width: int
+    height: int
+    scale: float
+    """Pixels of the picture along a full-resolution pixel, such as `tissue_hires_scalef`."""
+
+
 @dataclass(frozen=True)
 class Expression:
     """A measured section: its usable spots and the rejected ones."""
@@ -87,10 +114,7 @@ class Expression:
     genes: tuple[Gene, ...]
     """Columns of `spots.counts`."""
     rejected: tuple[Reject, ...]
-    array_mpp: float | None = None
-    """Micrometres per full-resolution pixel from the known pitch of the array, if the format has one."""
-    spot_diameter_px: float | None = None
-    """Diameter of a spot in full-resolution pixels, if the source states it."""
+    layout: Layout = field(default_factory=Layout)
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class Preview:
     genes: tuple[Gene, ...] = ()
     other_features: Mapping[str, int] = field(default_factory=dict)
     """Number of features that are left out because they are not genes, by kind."""
-    array_mpp: float | None = None
+    layout: Layout = field(default_factory=Layout)
     """As in `Expression`."""
 
 
@@ -193,19 +217,3 @@ def split_usable(spots: Spots, selected: np.ndarray) -> tuple[Spots, list[Reject
     empty = spots.counts.sum(axis=1) == 0
     rejected = spots.rejects(~selected, "not_selected") + spots.rejects(selected & empty, "no_counts")
     return spots.take(selected & ~empty), rejected
-
-
-def array_mpp(array_xy: np.ndarray, xy_px: np.ndarray, pitch_um: float) -> float | None:
-    """Returns the micrometres per pixel, or None if there are fewer than 16 spots or all are on a line.
-
-    Args:
-        array_xy: positions on the array, float64 (n, 2), in any unit in which neighbours are equally far apart.
-        xy_px: the same spots on the image, float64 (n, 2), in pixels; the array may be rotated or mirrored.
-        pitch_um: distance of neighbouring spots in micrometres.
-    """
-    if len(array_xy) < _MIN_SPOTS_FOR_MPP:
-        return None
-    px_per_unit = np.linalg.lstsq(array_xy - array_xy.mean(axis=0), xy_px - xy_px.mean(axis=0))[0]
-    area = abs(float(np.linalg.det(px_per_unit)))
-    neighbour = float(np.median(cKDTree(array_xy).query(array_xy, k=2)[0][:, 1]))
-    return pitch_um / (neighbour * math.sqrt(area)) if area > 0 and neighbour > 0 else None

@@ -1,7 +1,7 @@
 """Reader of 10x Visium sections as Space Ranger writes them (v1, v2, HD bins), and of deposits in that shape.
 
 Only gene expression is read; antibodies and other features are left out and counted. The resolution comes from the
-array, whose spots are 100 um apart (HD states its own). `spot_diameter_fullres` is not used for it: Space Ranger writes
+array (HD states its own). `spot_diameter_fullres` is not used for it: Space Ranger writes
 it for a theoretical spot of 65 um and older versions for others, while a spot on the glass has 55 um.
 """
 
@@ -23,10 +23,10 @@ from scipy.sparse import csr_array
 from ingest.readers.spots import (
     Expression,
     Gene,
+    Layout,
     Preview,
     Reject,
     Spots,
-    array_mpp,
     checked_counts,
     file_errors,
     named_gene,
@@ -35,10 +35,9 @@ from ingest.readers.spots import (
     split_usable,
 )
 from mclstexp import storage
+from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 
-_PITCH_UM = 100.0
-_PITCHES_PER_STEP = (0.5, math.sqrt(3) / 2)  # along array_col and array_row: columns count half pitches
 _GENE = "Gene Expression"
 _MAX_TEXT_CHARS = 512 * 2**20
 _NUMBERS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
@@ -82,18 +81,18 @@ def files(columns: Mapping[str, str]) -> dict[str, str]:
     return find_files(columns["expression"])
 
 
-def preview(paths: Mapping[str, str]) -> Preview:
+def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
     """Returns what a section's local files (all but `matrix` and `barcodes`) state before its counts are read."""
     if "h5" in paths:
         with file_errors(paths["h5"], "count matrix of Space Ranger"), h5py.File(paths["h5"], "r") as file:
             features = _h5_features(file["matrix/features"])
     else:
         features = _read_features(paths["features"])
-    mpp = _array_mpp(_read_positions(paths["positions"]), _read_scale(paths["scalefactors"]))
-    return Preview(features.genes, features.others, mpp)
+    layout = _layout(_read_positions(paths["positions"]), _read_scale(paths["scalefactors"]))
+    return Preview(features.genes, features.others, layout)
 
 
-def read(paths: Mapping[str, str]) -> Expression:
+def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
     """Returns a section from its local files by part, as `find_files` names them.
 
     Raises:
@@ -103,7 +102,7 @@ def read(paths: Mapping[str, str]) -> Expression:
     barcodes, genes, counts = _read_h5(paths["h5"]) if "h5" in paths else _read_mtx(paths)
     positions, scale = _read_positions(paths["positions"]), _read_scale(paths["scalefactors"])
     usable, rejected = _joined(barcodes, counts, positions)
-    return Expression(usable, genes, tuple(sorted(rejected)), _array_mpp(positions, scale), scale.spot_diameter_px)
+    return Expression(usable, genes, tuple(sorted(rejected)), _layout(positions, scale))
 
 
 def find_files(folder: str) -> dict[str, str]:
@@ -169,12 +168,10 @@ def _joined(barcodes: list[str], counts: csr_array, positions: pd.DataFrame) -> 
     return usable, rejected
 
 
-def _array_mpp(positions: pd.DataFrame, scale: _Scale) -> float | None:
-    if scale.mpp is not None:
-        return scale.mpp
-    array_xy = positions[["array_col", "array_row"]].to_numpy() * _PITCHES_PER_STEP
+def _layout(positions: pd.DataFrame, scale: _Scale) -> Layout:
+    array_xy = positions[["array_col", "array_row"]].to_numpy()
     xy_px = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
-    return array_mpp(array_xy, xy_px, _PITCH_UM)
+    return Layout(array_xy, xy_px, scale.mpp, scale.spot_diameter_px)
 
 
 def _spots(positions: pd.DataFrame, counts: csr_array | None = None) -> Spots:

@@ -62,6 +62,12 @@ class SectionRow(BaseModel):
     spot_diameter_um: float | None = Field(None, gt=0, le=1000)
     labels: str | None = None
     site: str = Field("", max_length=128)
+    pitch_um: float | None = Field(None, gt=0, le=5000)
+    """Distance of neighbouring spots in micrometres; known for Visium."""
+    mirrored: bool | None = None
+    """Whether the image really is a mirror image of the array."""
+    library_id: str | None = None
+    """Which of the sections in an `h5ad` file."""
 
     @field_validator("section_id", "patient_id")
     @classmethod
