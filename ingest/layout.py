@@ -14,6 +14,7 @@ from ingest.readers.spots import Layout
 VISIUM_PITCH_UM = 100.0
 _HEXAGONAL_STEPS = (0.5, math.sqrt(3) / 2)  # in pitches along array_col and array_row: columns count half pitches
 _MIN_SPOTS = 16
+_STEP_TOLERANCE = 0.1
 
 
 def layout_mpp(layout: Layout, pitch_um: float | None = None) -> float | None:
@@ -25,7 +26,7 @@ def layout_mpp(layout: Layout, pitch_um: float | None = None) -> float | None:
     """
     if layout.mpp is not None:
         return layout.mpp
-    if _is_hexagonal(layout.array_xy):
+    if _is_hexagonal(layout):
         return array_mpp(layout.array_xy * _HEXAGONAL_STEPS, layout.xy_px, pitch_um or VISIUM_PITCH_UM)
     return array_mpp(layout.array_xy, layout.xy_px, pitch_um) if pitch_um else None
 
@@ -40,14 +41,24 @@ def array_mpp(array_xy: np.ndarray, xy_px: np.ndarray, pitch_um: float) -> float
     """
     if len(array_xy) < _MIN_SPOTS:
         return None
-    px_per_unit = np.linalg.lstsq(array_xy - array_xy.mean(axis=0), xy_px - xy_px.mean(axis=0))[0]
-    area = abs(float(np.linalg.det(px_per_unit)))
+    area = abs(float(np.linalg.det(px_per_step(array_xy, xy_px))))
     neighbour = float(np.median(cKDTree(array_xy).query(array_xy, k=2)[0][:, 1]))
     return pitch_um / (neighbour * math.sqrt(area)) if area > 0 and neighbour > 0 else None
 
 
-def _is_hexagonal(array_xy: np.ndarray) -> bool:
-    """Returns whether rows alternate between even and odd columns, as on Visium's array."""
-    column, row = array_xy.T if len(array_xy) else np.zeros((2, 0))
+def _is_hexagonal(layout: Layout) -> bool:
+    """Returns whether the array is Visium's: rows alternate between even and odd columns, in steps of a hexagon.
+
+    The steps tell it from a square array of which every second position is used (cSCC).
+    """
+    column, row = layout.array_xy.T
     known = np.isfinite(column + row)
-    return bool(known.any() and known.all() and ((column + row) % 2 == 0).all() and (row % 2 == 1).any())
+    if not known.any() or not known.all() or ((column + row) % 2).any() or not (row % 2).any():
+        return False
+    along_column, along_row = np.linalg.norm(px_per_step(layout.array_xy, layout.xy_px), axis=1)
+    return bool(abs(along_column / along_row * math.sqrt(3) - 1) < _STEP_TOLERANCE)
+
+
+def px_per_step(array_xy: np.ndarray, xy_px: np.ndarray) -> np.ndarray:
+    """Returns the affine fit of pixels over the array: pixels (x, y) per array column and row, float64 (2, 2)."""
+    return np.linalg.lstsq(array_xy - array_xy.mean(axis=0), xy_px - xy_px.mean(axis=0))[0]

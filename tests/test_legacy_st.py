@@ -12,6 +12,7 @@ from section_reading import COUNTS, POSITIONS, read, refused
 
 from ingest.readers import READERS, legacy_st
 from ingest.readers.files import read_preview
+from ingest.readers.spots import Expression
 from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import SourceError
 
@@ -237,13 +238,16 @@ LINES = "\tGNAS\tFASN\n10x20\t1\t2\n\n11x20\t3\t4\n"
 POSITION_LINES = "x\ty\tpixel_x\tpixel_y\n10\t20\t1\t2\n\n  \n11\t20\t3\t4\n"
 
 
-def _refused_lines(folder: Path, counts: str = LINES, positions: str = POSITION_LINES) -> str:
-    (folder / "a.tsv").write_bytes(counts.encode())
-    (folder / "a_sel.tsv").write_bytes(positions.encode())
+def _read_lines(folder: Path, counts: str = LINES, positions: str = POSITION_LINES) -> Expression:
     files = {"expression": str(folder / "a.tsv"), "positions": str(folder / "a_sel.tsv")}
-    row = SectionRow(section_id="a", patient_id="A", image="a.png", format="legacy_st", **files)
+    for path, text in zip(files.values(), (counts, positions), strict=True):
+        Path(path).write_bytes(text.encode())
+    return legacy_st.read(files, SectionRow(section_id="a", patient_id="A", image="a.png", format="legacy_st", **files))
+
+
+def _refused_lines(folder: Path, **texts: str) -> str:
     with pytest.raises(SourceError) as caught:
-        legacy_st.read(files, row)
+        _read_lines(folder, **texts)
     return str(caught.value)
 
 
@@ -270,7 +274,4 @@ def test_faults_in_positions_name_the_line(tmp_path: Path, row: str, end: str) -
 
 
 def test_blank_lines_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text(LINES)
-    (tmp_path / "a_sel.tsv").write_text(POSITION_LINES)
-    found = legacy_st.read({"expression": str(tmp_path / "a.tsv"), "positions": str(tmp_path / "a_sel.tsv")})
-    assert found.spots.spot_id.tolist() == ["10x20", "11x20"]
+    assert _read_lines(tmp_path).spots.spot_id.tolist() == ["10x20", "11x20"]
