@@ -253,3 +253,11 @@ def _section_result(name: str, genes: list[str]) -> "SectionResult":
     panel = GenePanel(tuple(genes), tuple(RESULT_GENES[gene] for gene in genes), tuple(genes))
     slide = np.full((100, 120, 3), (230, 200, 220), np.uint8)
     return SectionResult(section, panel, truth, predicted, slide, thumbnail_scale=10.0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many distinct bad or odd inputs the tests tried: each test marked `odd` tries one."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    tried = {report.nodeid for report in reports if report.when == "call" and "odd" in report.keywords}
+    if tried:
+        terminalreporter.write_line(f"{len(tried)} bad or odd inputs tried")
