@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ingest.header import Header, merged_genes, report
-from ingest.readers import READERS
+from ingest.readers import PICTURES, READERS
 from ingest.readers.files import source_files
 from ingest.readers.spots import Gene
 from ingest.section import Recipe
@@ -163,7 +163,7 @@ def source_digests(
     """
     rows = list(rows)
     with ThreadPoolExecutor(_NUM_LOOKUPS) as pool:
-        files = dict(zip((row.section_id for row in rows), pool.map(source_files, rows), strict=True))
+        files = dict(zip((row.section_id for row in rows), pool.map(_made_from, rows), strict=True))
         uris = sorted({uri for parts in files.values() for uri in parts.values()})
         found = dict(zip(uris, pool.map(lambda uri: _stamp(uri, known.get(uri)), uris), strict=True))
     digests = {
@@ -185,6 +185,10 @@ def load_stamps(root: str) -> dict[str, FileStamp]:
 def save_stamps(root: str, stamps: Mapping[str, FileStamp]) -> None:
     """Saves the stamps of local files for the next run."""
     storage.write(storage.join(root, _FILE_STAMPS), json.dumps(stamps, indent=1, sort_keys=True).encode())
+
+
+def _made_from(row: SectionRow) -> dict[str, str]:
+    return {part: uri for part, uri in source_files(row).items() if part not in PICTURES}
 
 
 def _load_previous(root: str) -> Manifest:

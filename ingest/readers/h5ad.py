@@ -4,6 +4,7 @@ Only the necessary parts are read: counts, names and `obsm["spatial"]` (x, y in 
 from `layers["counts"]`, else `raw`, else `X`; these must be raw counts, since no transformation is undone or rounded.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from ingest.readers.spots import (
     Expression,
     Gene,
     Layout,
+    Picture,
     Preview,
+    Scale,
     Spots,
     checked_counts,
     file_errors,
@@ -113,10 +116,34 @@ def _array(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _layout(file: h5py.File, obs: pd.DataFrame) -> Layout:
-    array_row, array_col = _array(obs)
-    xy_px = np.stack(_pixels(file, [str(name) for name in obs.index]), axis=1)
-    known = np.isfinite(xy_px).all(axis=1)
-    return Layout(np.stack([array_col, array_row], axis=1)[known], xy_px[known])
+    spot_ids = [str(name) for name in obs.index]
+    return Spots(np.array(spot_ids, object), *_pixels(file, spot_ids), *_array(obs)).layout(_scale(file))
+
+
+def _scale(file: h5py.File) -> Scale:
+    """Returns what `uns["spatial"]` states of the section; of several libraries, nothing."""
+    spatial = file.get("uns/spatial", {})
+    libraries = [node for node in spatial.values() if isinstance(node, h5py.Group)]
+    if len(libraries) != 1:
+        return Scale()
+    factors = {name: _factor(node) for name, node in libraries[0].get("scalefactors", {}).items()}
+    pictures = [
+        Picture(f"uns['spatial'] image {name}", node.shape[1], node.shape[0], scale)
+        for name, node in libraries[0].get("images", {}).items()
+        if (scale := 1.0 if name == "fullres" else factors.get(f"tissue_{name}_scalef"))
+        and isinstance(node, h5py.Dataset)
+        and node.ndim > 1
+    ]
+    return Scale(factors.get("microns_per_pixel"), factors.get("spot_diameter_fullres"), tuple(pictures))
+
+
+def _factor(node: h5py.Group | h5py.Dataset) -> float | None:
+    """Returns a scale factor; None for anything but a number above 0, since writers fill in what they do not know."""
+    try:
+        value = float(np.asarray(read_elem(node)).item())
+    except (TypeError, ValueError):
+        return None
+    return value if 0 < value < math.inf else None
 
 
 def _part(file: h5py.File, where: str) -> Any:

@@ -75,6 +75,18 @@ class Spots:
         spots = zip(self.spot_id[rows], self.x_px[rows].tolist(), self.y_px[rows].tolist(), strict=True)
         return [Reject(str(spot_id), x, y, reason) for spot_id, x, y in spots]
 
+    def layout(self, scale: "Scale | None" = None) -> "Layout":
+        """Returns where the spots are, with what else the files state; without spots that have no place.
+
+        On an array, that includes spots without an array position.
+        """
+        scale = scale or Scale()
+        array_xy = np.stack([self.array_col, self.array_row], axis=1)
+        xy_px = np.stack([self.x_px, self.y_px], axis=1)
+        known, on_array = (np.isfinite(xy).all(axis=1) for xy in (xy_px, array_xy))
+        known &= on_array | ~on_array.any()
+        return Layout(array_xy[known], xy_px[known], scale.mpp, scale.spot_diameter_px, scale.pictures)
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -104,6 +116,14 @@ class Picture(NamedTuple):
     height: int
     scale: float
     """Pixels of the picture along a full-resolution pixel, such as `tissue_hires_scalef`."""
+
+
+class Scale(NamedTuple):
+    """What a section's files state about the scale of its positions; fields as in `Layout`."""
+
+    mpp: float | None = None
+    spot_diameter_px: float | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)

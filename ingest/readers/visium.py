@@ -12,20 +12,24 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from PIL import Image
 from scipy.io import mminfo, mmread
 from scipy.sparse import csr_array
 
+from ingest.readers import PICTURES
 from ingest.readers.spots import (
     Expression,
     Gene,
-    Layout,
+    Picture,
     Preview,
     Reject,
+    Scale,
     Spots,
     checked_counts,
     file_errors,
@@ -67,15 +71,6 @@ class _Features:
     """Number of features that are not genes, by kind."""
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Contents of `scalefactors_json.json`."""
-
-    spot_diameter_px: float
-    mpp: float | None
-    """Micrometres per pixel; Visium HD only."""
-
-
 def files(columns: Mapping[str, str]) -> dict[str, str]:
     """Returns the URIs of the files to read in the folder that the column `expression` names; see `find_files`."""
     return find_files(columns["expression"])
@@ -88,7 +83,7 @@ def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
             features = _h5_features(file["matrix/features"])
     else:
         features = _read_features(paths["features"])
-    layout = _layout(_read_positions(paths["positions"]), _read_scale(paths["scalefactors"]))
+    layout = _spots(_read_positions(paths["positions"])).layout(_read_scale(paths))
     return Preview(features.genes, features.others, layout)
 
 
@@ -100,13 +95,14 @@ def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
             and line.
     """
     barcodes, genes, counts = _read_h5(paths["h5"]) if "h5" in paths else _read_mtx(paths)
-    positions, scale = _read_positions(paths["positions"]), _read_scale(paths["scalefactors"])
+    positions = _read_positions(paths["positions"])
     usable, rejected = _joined(barcodes, counts, positions)
-    return Expression(usable, genes, tuple(sorted(rejected)), _layout(positions, scale))
+    return Expression(usable, genes, tuple(sorted(rejected)), _spots(positions).layout(_read_scale(paths)))
 
 
 def find_files(folder: str) -> dict[str, str]:
-    """Returns a section's files by part: `h5`, or `matrix`, `features` and `barcodes`; `positions`, `scalefactors`.
+    """Returns a section's files by part: `h5`, or `matrix`, `features` and `barcodes`; `positions`, `scalefactors`;
+    `hires` and `lowres` if they are there.
 
     Args:
         folder: Space Ranger's `outs`, its parent folder, or the folder of one bin size of Visium HD (of a whole HD run,
@@ -117,11 +113,11 @@ def find_files(folder: str) -> dict[str, str]:
     """
     for root in (storage.join(folder, name) if name else folder for name in _ROOTS):
         if storage.exists(h5 := storage.join(root, _H5)):
-            return _complete({"h5": h5}, [(storage.join(root, "spatial"), _SPATIAL)])
+            return _complete({"h5": h5}, [(storage.join(root, "spatial"), _SPATIAL)]) | _pictures(root)
         for matrix_folder in (storage.join(root, name) for name in _MATRIX_FOLDERS):
             if matrix := _first(matrix_folder, ("matrix.mtx.gz", "matrix.mtx")):
                 beside = [(matrix_folder, _BESIDE_MATRIX), (storage.join(root, "spatial"), _SPATIAL)]
-                return _complete({"matrix": matrix}, beside)
+                return _complete({"matrix": matrix}, beside) | _pictures(root)
     raise SourceError(
         f"{folder} has neither {_H5} nor matrix.mtx.gz in {' or '.join(_MATRIX_FOLDERS)}; looked in it and in "
         f"{', '.join(_ROOTS[1:])}: give Space Ranger's outs folder, or the folder of other bins of Visium HD"
@@ -140,6 +136,11 @@ def _complete(found: dict[str, str], wanted: Sequence[tuple[str, dict[str, tuple
     if missing:
         raise SourceError("; ".join(missing))
     return found
+
+
+def _pictures(root: str) -> dict[str, str]:
+    uris = {part: storage.join(root, "spatial", f"tissue_{part}_image.png") for part in PICTURES}
+    return {part: uri for part, uri in uris.items() if storage.exists(uri)}
 
 
 def _first(folder: str, names: Sequence[str]) -> str | None:
@@ -166,12 +167,6 @@ def _joined(barcodes: list[str], counts: csr_array, positions: pd.DataFrame) -> 
     rejected += all_spots.rejects(uncounted & in_tissue, "no_counts")
     rejected += all_spots.rejects(uncounted & ~in_tissue, "not_selected")
     return usable, rejected
-
-
-def _layout(positions: pd.DataFrame, scale: _Scale) -> Layout:
-    array_xy = positions[["array_col", "array_row"]].to_numpy()
-    xy_px = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
-    return Layout(array_xy, xy_px, scale.mpp, scale.spot_diameter_px)
 
 
 def _spots(positions: pd.DataFrame, counts: csr_array | None = None) -> Spots:
@@ -305,16 +300,28 @@ def _parquet(path: str) -> pd.DataFrame:
     return table.set_axis(range(1, len(table) + 1))
 
 
-def _read_scale(path: str) -> _Scale:
-    with file_errors(path, "JSON file of scale factors"):
-        tree = json.loads(_text(path))
+def _read_scale(paths: Mapping[str, str]) -> Scale:
+    with file_errors(paths["scalefactors"], "JSON file of scale factors"):
+        tree = json.loads(_text(paths["scalefactors"]))
         if not isinstance(tree, dict) or "spot_diameter_fullres" not in tree:
             raise SourceError("it has no spot_diameter_fullres")
-        found = {name: tree.get(name) for name in ("spot_diameter_fullres", "microns_per_pixel")}
+        named = [f"tissue_{part}_scalef" for part in PICTURES]
+        found = {name: tree.get(name) for name in ("spot_diameter_fullres", "microns_per_pixel", *named)}
         for name, value in found.items():
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise SourceError(f"{name} is {value!r}; allowed is a number above 0")
-        return _Scale(float(tree["spot_diameter_fullres"]), found["microns_per_pixel"])
+    pictures = [
+        _picture(paths[part], scale)
+        for part, name in zip(PICTURES, named, strict=True)
+        if part in paths and (scale := found[name])
+    ]
+    return Scale(found["microns_per_pixel"], float(tree["spot_diameter_fullres"]), tuple(pictures))
+
+
+def _picture(path: str, scale: float) -> Picture:
+    """Reads the size of a picture; its pixels stay unread."""
+    with file_errors(path, "picture of the slide"), Image.open(path) as picture:
+        return Picture(Path(path).name, picture.width, picture.height, scale)
 
 
 def _text(path: str) -> str:
