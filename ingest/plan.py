@@ -29,8 +29,8 @@ from mclstexp.slides.tiles import MAX_UPSAMPLING, NATIVE_RATIO, tile_scale
 FileStamp = tuple[int, int, str]
 """A file's size in bytes, time of change in ns and content digest."""
 ReadHeaders = Callable[[list[SectionRow]], Iterable[Header]]
-_CUTTER_VERSION = 1
-"""Raise it if the same sources and settings give other bytes: all sections are then cut again."""
+_CUTTER_VERSION = 2
+"""Raise it if the same sources and settings give other bytes: all sections are then cut again. 2: measured genes."""
 _FILE_STAMPS = "sources.json"
 _NUM_LOOKUPS = 16  # at once
 _DIGEST_DIGITS = 16

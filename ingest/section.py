@@ -24,7 +24,7 @@ from ingest.readers.files import read_expression
 from ingest.readers.labels import read_labels
 from ingest.readers.spots import Expression, Layout, Reject, Spots, require_positions
 from mclstexp import storage
-from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry
+from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry, encode_rows
 from mclstexp.data.sheet import SectionRow
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
@@ -112,6 +112,7 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
         num_labelled=num_labelled,
         thumbnail_file=f"thumbnails/{picture}",
         thumbnail_scale=scale,
+        genes=_measured_genes(expression, gene_rows) if expression else None,
     )
 
 
@@ -264,6 +265,13 @@ def _over_table_genes(expression: Expression, gene_rows: Mapping[str, int]) -> S
     moved = csr_array((counts.data, row_of[counts.indices], counts.indptr), shape=shape)
     moved.sum_duplicates()  # and sorts
     return replace(expression.spots, counts=moved)
+
+
+def _measured_genes(expression: Expression, gene_rows: Mapping[str, int]) -> str:
+    """Returns the table's genes that the source lists, with counts or without, for the manifest."""
+    listed = np.zeros(1 + max(gene_rows.values(), default=-1), bool)
+    listed[[gene_rows[gene.gene_id] for gene in expression.genes]] = True
+    return encode_rows(listed)
 
 
 def _require_on_slide(spots: Spots, on_slide: np.ndarray, slide: Slide) -> None:

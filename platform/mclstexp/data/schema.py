@@ -5,20 +5,26 @@ There is one Parquet file per section and one row group per sentence. The manife
 that a sentence costs one range request; in return, it grows with the number of sentences.
 """
 
+import base64
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable
+from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from mclstexp import storage
 from mclstexp.errors import TableError
 from mclstexp.messages import did_you_mean
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+_READ_VERSIONS = (3, SCHEMA_VERSION)
+"""Tables of schema 3 do not say which genes a section measures."""
 MANIFEST = "manifest.json"
 
 TILE_SCHEMA = pa.schema(
@@ -57,6 +63,30 @@ _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def encode_rows(is_in: np.ndarray) -> str:
+    """Returns a set of rows of the gene table, bool (genes,), as text: packed bits, zlib, base64."""
+    return base64.b64encode(zlib.compress(np.packbits(is_in).tobytes())).decode()
+
+
+def decode_rows(text: str, num_genes: int) -> np.ndarray:
+    """Returns what `encode_rows` encoded, bool (num_genes,); rows beyond its end are not in the set.
+
+    Raises:
+        ValueError: the text is damaged.
+    """
+    try:
+        packed = zlib.decompress(base64.b64decode(text, validate=True))
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=num_genes).astype(bool)
+
+
+def _decodable(text: str | None) -> str | None:
+    if text is not None:
+        decode_rows(text, 0)
+    return text
 
 
 class RowGroup(_Record):
@@ -99,6 +129,10 @@ class SectionEntry(_Record):
     """A small JPEG of the whole slide."""
     thumbnail_scale: float
     """Level-0 pixels along a thumbnail pixel."""
+    genes: Annotated[str | None, AfterValidator(_decodable)] = None
+    """Rows of the gene table that the section measures, by `encode_rows`: genes that its files list, counted or not.
+
+    None: unknown (schema 3), every gene counts as measured."""
 
 
 class Manifest(_Record):
@@ -148,9 +182,15 @@ class Manifest(_Record):
         """Returns the patients of some sections."""
         return {self.section(name).patient_id for name in section_ids}
 
+    def measures(self, section_id: str) -> np.ndarray:
+        """Returns which genes of the table a section measures, bool (num_genes,): a gene it lacks is not zero there."""
+        genes = self.section(section_id).genes
+        return np.ones(self.num_genes, bool) if genes is None else decode_rows(genes, self.num_genes)
+
     def encode(self) -> bytes:
-        """Returns the bytes of `manifest.json`; equal manifests give equal bytes."""
-        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+        """Returns the bytes of `manifest.json`; equal manifests give equal bytes, and those of schema 3 their own."""
+        tree = self.model_dump(mode="json", exclude_none=True)
+        return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
 
     def digest(self) -> str:
         """Returns the digest of the table's content, 12 hex digits."""
@@ -171,9 +211,10 @@ def load_manifest(root: str) -> Manifest:
     except json.JSONDecodeError as error:
         raise TableError(f"{uri} is damaged: {error}") from None
     found = tree.get("schema_version") if isinstance(tree, dict) else None
-    if found != SCHEMA_VERSION:
+    if found not in _READ_VERSIONS:
+        readable = " and ".join(map(str, _READ_VERSIONS))
         raise TableError(
-            f"{uri} has schema version {found}, this code reads {SCHEMA_VERSION}; prepare it again (jobs/prepare.py)"
+            f"{uri} has schema version {found}, this code reads {readable}; prepare it again (jobs/prepare.py)"
         )
     try:
         return Manifest.model_validate(tree)
