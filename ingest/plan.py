@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ingest.header import Header, merged_genes, report
-from ingest.readers import PICTURES, READERS
+from ingest.readers import READERS
 from ingest.readers.files import source_files
-from ingest.readers.spots import Gene
+from ingest.readers.spots import PICTURES, Gene
 from ingest.section import Recipe
 from mclstexp import storage
 from mclstexp.config import Config

@@ -18,11 +18,6 @@ Files = Mapping[str, str]
 """A section's files by part: the sheet's columns, or the parts of a folder."""
 LARGE_PARTS = ("matrix", "barcodes")
 """Parts of a folder that `preview` does without; they are not downloaded for it."""
-PICTURES = ("hires", "lowres")
-"""Parts of a folder that it may lack: small pictures of the image.
-
-They only serve a check; a section's digest leaves them out, so that it is not cut again when they are added.
-"""
 
 
 @dataclass(frozen=True)

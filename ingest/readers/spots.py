@@ -21,6 +21,11 @@ from mclstexp.messages import some_of
 
 MAX_ARRAY = 65_535
 """Largest array row or column."""
+PICTURES = ("hires", "lowres")
+"""Parts of a folder that it may lack: small pictures of the image, see `Picture`.
+
+They only serve a check; a section's digest leaves them out, so that it is not cut again when they are added.
+"""
 _MAX_COUNT = 2**31 - 1
 _MAX_LOG = 20.0  # log1p of five hundred million: data with a smaller maximum may be logarithms
 

@@ -22,8 +22,8 @@ from PIL import Image
 from scipy.io import mminfo, mmread
 from scipy.sparse import csr_array
 
-from ingest.readers import PICTURES
 from ingest.readers.spots import (
+    PICTURES,
     Expression,
     Gene,
     Picture,
