@@ -120,7 +120,7 @@ def test_many_faults_are_counted(tmp_path):
         ("section_id,x_px,y_px,z\nS,1,2,3\n", "column 'z' is unknown"),
         ("section_id,x_px,y_px\n", "no rows"),
         ("section_id,x_px,y_px\nS,1,2,3,4\nS,1\n", "spots.csv"),
-        ("", "not a CSV"),
+        ("", "column x_px is missing"),
     ],
 )
 def test_files_that_are_no_table_of_spots_are_refused(tmp_path, text, message):

@@ -118,7 +118,7 @@ def test_header_faults_come_with_the_nearest_name(folder):
         (b"", "column section_id is missing"),
         (HEADER.encode() + b"\nC1,C,\xff.svs,slide\n", "not a CSV file in UTF-8"),
         (HEADER.encode() + b'\nC1,C,"c.svs,slide\n', "not a CSV file"),
-        (HEADER.encode() + b"\nC1,C,c.svs,slide,,,,,,,too,many\n", "row 2 .* more cells"),
+        (HEADER.encode() + b"\nC1,C,c.svs,slide,,,,,,,too,many\n", "row 2.* more cells"),
     ],
 )
 def test_other_files_are_refused(folder, content, reason):

@@ -11,6 +11,7 @@ The file has three parts: the interface, local files, S3.
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -19,6 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import unquote
 
 import boto3
 import pyarrow.fs
@@ -31,6 +33,10 @@ from mclstexp.errors import ConflictError, StorageError
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_NOT_IN_BUCKETS = frozenset("@?#%: ")
+"""Characters that no bucket has; credentials in a URI have some of them."""
+_S3_OPTIONS = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
+"""Options that other libraries read from an `s3://` URI."""
 _MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
 _LOST_RACE_CODES = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 _MAX_REQUEST_TRIES = 6
@@ -47,17 +53,31 @@ def is_s3(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """Returns `uri` in its canonical form: an `s3://` URI or an absolute local path, without trailing slash.
 
+    An `s3://` URI is taken as it is, so that keys may have any characters; a `file://` URI is decoded.
+
     Raises:
-        StorageError: any other scheme, no bucket, or credentials inside the URI.
+        StorageError: any other scheme, no bucket, options or credentials inside the URI, or a file on another host.
     """
     if is_s3(uri):
         bucket = uri.split("/")[2]
-        if "@" in bucket or "?" in uri or not bucket:
+        if not bucket or not _NOT_IN_BUCKETS.isdisjoint(bucket) or _S3_OPTIONS.search(uri):
             raise StorageError("an s3:// URI has only bucket and key; put endpoint and profile into `storage`")
         return uri.rstrip("/")
-    if "://" in uri and not uri.startswith("file://"):
+    if uri.startswith("file:"):
+        return str(Path(_file_path(uri)))
+    if "://" in uri:
         raise StorageError(f"cannot resolve {uri}: use a local path or s3://bucket/key")
-    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    return str(Path(uri).expanduser().absolute())
+
+
+def _file_path(uri: str) -> str:
+    """Returns the path of a `file://` URI, in which `%20` is a space."""
+    path = re.sub("^file:(//(localhost)?)?(?=/)", "", uri)
+    if not path.startswith("/") or path.startswith("//"):
+        raise StorageError(
+            f"cannot resolve {uri}: a file URI has an absolute path on this machine: file:///folder/name"
+        )
+    return unquote(path)
 
 
 def join(uri: str, *parts: str) -> str:

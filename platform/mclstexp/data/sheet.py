@@ -4,8 +4,6 @@ All faults, also missing files, are listed at once with row and column. That cos
 saves a cohort's run from ending at row 300.
 """
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,8 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mclstexp import storage
+from mclstexp.data.spelling import as_spelled
+from mclstexp.data.text_table import TextTable, read_text_table
 from mclstexp.errors import SheetError, SourceError, StorageError
 from mclstexp.messages import did_you_mean
 
@@ -26,6 +26,10 @@ Fault = tuple[int, str]
 """Line number and what is wrong there."""
 _REQUIRED_COLUMNS = ("section_id", "patient_id", "image", "format")
 _IDENTIFIER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
+_NUMBERS = ("mpp", "spot_diameter_um", "pitch_um")
+_MISSING = frozenset({"na", "n/a", "nan", "none", "null"})
+"""What tables write for a missing value, in lower case."""
+_WINDOWS_DRIVE = re.compile(r"[A-Za-z]:/")
 _NUM_LOOKUPS = 16  # at once
 
 
@@ -74,6 +78,8 @@ class SectionRow(BaseModel):
     def _is_identifier(cls, value: str) -> str:
         if not _IDENTIFIER.fullmatch(value):
             raise ValueError("use 1 to 128 of the characters A-Z a-z 0-9 . _ -, and no dot first")
+        if value.lower() in _MISSING:
+            raise ValueError("this stands for a missing value: give a name")
         return value
 
     @field_validator("site")
@@ -97,7 +103,7 @@ class SectionRow(BaseModel):
 def read_sheet(uri: str, formats: Mapping[str, Format] | None = None) -> list[SectionRow]:
     """Returns the sections of a sample sheet (CSV, local or `s3://`) in its order.
 
-    File paths may be absolute, `s3://` or relative to the sheet.
+    File paths may be absolute, `s3://`, `file://` or relative to the sheet.
 
     Args:
         uri: the sheet.
@@ -111,7 +117,8 @@ def read_sheet(uri: str, formats: Mapping[str, Format] | None = None) -> list[Se
     uri = storage.absolute(uri)
     lines = _read_lines(uri)
     rows: list[SectionRow] = []
-    faults = [*_duplicates(lines), *(_format_faults(lines, uri, formats) if formats is not None else ())]
+    in_files = _format_faults(lines, uri, formats) if formats is not None else _path_faults(lines, uri)
+    faults = [*_duplicates(lines), *in_files]
     for line, cells in lines:
         try:
             row = SectionRow.model_validate(_with_absolute_files(cells, uri))
@@ -130,21 +137,18 @@ def read_sheet(uri: str, formats: Mapping[str, Format] | None = None) -> list[Se
 
 
 def _read_lines(uri: str) -> list[tuple[int, dict[str, str]]]:
-    """Returns each row's line number and cells by column."""
-    try:
-        if storage.size(uri) > MAX_SHEET_BYTES:
-            raise SheetError(f"{uri} is larger than {MAX_SHEET_BYTES} bytes: it is not a sample sheet")
-        reader = csv.DictReader(io.StringIO(storage.read(uri).decode("utf-8-sig"), newline=""), strict=True)
-        _require_columns(uri, list(reader.fieldnames or []))
-        return [(reader.line_num, _cells(uri, reader.line_num, cells)) for cells in reader]
-    except FileNotFoundError:
-        raise SheetError(f"there is no sample sheet {uri}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SheetError(f"{uri} is not a CSV file in UTF-8: {error}") from None
+    """Returns each row's line number and cells by column, with decimal points."""
+    table = read_text_table(uri, "sample sheet", MAX_SHEET_BYTES)
+    _require_columns(uri, table)
+    return [(line, _with_points(cells, table)) for line, cells in table.rows]
 
 
-def _require_columns(uri: str, columns: list[str]) -> None:
-    known = list(SectionRow.model_fields)
+def _with_points(cells: dict[str, str], table: TextTable) -> dict[str, str]:
+    return {name: table.number(text) if name in _NUMBERS else text for name, text in cells.items()}
+
+
+def _require_columns(uri: str, table: TextTable) -> None:
+    known, columns = list(SectionRow.model_fields), table.columns
     faults = [f"column {name} appears twice" for name in sorted({c for c in columns if columns.count(c) > 1})]
     for name in columns:
         if name not in known:
@@ -155,14 +159,8 @@ def _require_columns(uri: str, columns: list[str]) -> None:
         raise SheetError(f"the header of the sample sheet {uri} has {len(faults)} fault(s):\n  {listed}")
 
 
-def _cells(uri: str, line: int, cells: dict[str | None, str | None]) -> dict[str, str]:
-    if None in cells:
-        raise SheetError(f"row {line} of {uri} has more cells than the header has columns")
-    return {str(name): (value or "").strip() for name, value in cells.items()}
-
-
 def _with_absolute_files(cells: dict[str, str], sheet_uri: str) -> dict[str, str]:
-    """Returns the filled cells; a path that cannot be resolved stays unchanged (`_file_fault` reports it)."""
+    """Returns the filled cells; a path that cannot be resolved stays unchanged (`_path_faults` reports it)."""
     filled = {name: value for name, value in cells.items() if value}
     for name in filled.keys() & set(FILE_COLUMNS):
         with suppress(StorageError):
@@ -171,11 +169,14 @@ def _with_absolute_files(cells: dict[str, str], sheet_uri: str) -> dict[str, str
 
 
 def _resolve(path: str, sheet_uri: str) -> str:
+    """Returns the absolute URI of a path in the sheet, spelled as the file is if that differs in Unicode form only."""
     if not path.isprintable():
         raise StorageError("it has unprintable characters")
-    if "://" in path or path.startswith(("/", "~")):
-        return storage.absolute(path)
-    return storage.absolute(storage.join(sheet_uri.rsplit("/", 1)[0], path))
+    if "\\" in path or _WINDOWS_DRIVE.match(path):
+        raise StorageError("it is a path of Windows: give a path on this machine, with / between folders")
+    if not path.startswith(("/", "~", "file:")) and "://" not in path:
+        path = storage.join(sheet_uri.rsplit("/", 1)[0], path)
+    return as_spelled(storage.absolute(path))
 
 
 def _row_faults(line: int, error: ValidationError) -> Iterator[Fault]:
@@ -216,11 +217,26 @@ def _format_faults(
         known, name = [*formats, SLIDE], cells.get("format", "")
         unknown = name and name not in known  # `_row_faults` reports an empty one
         found = [(line, f", column format, got {name!r}: use one of {', '.join(known)}")] if unknown else []
-        paths = [(column, cells[column]) for column in FILE_COLUMNS if cells.get(column)]
-        return found + [fault for path in paths if (fault := _file_fault(line, *path, sheet_uri, formats.get(name)))]
+        reader = formats.get(name)
+        return found + [fault for path in _paths(cells) if (fault := _file_fault(line, *path, sheet_uri, reader))]
 
     with ThreadPoolExecutor(_NUM_LOOKUPS) as pool:
         return [fault for found in pool.map(faults, lines) for fault in found]
+
+
+def _path_faults(lines: list[tuple[int, dict[str, str]]], sheet_uri: str) -> Iterator[Fault]:
+    """Yields the paths that cannot be resolved."""
+    for line, cells in lines:
+        for column, path in _paths(cells):
+            try:
+                _resolve(path, sheet_uri)
+            except StorageError as error:
+                yield line, f", column {column}, got {path!r}: {error}"
+
+
+def _paths(cells: dict[str, str]) -> list[tuple[str, str]]:
+    """Returns the filled columns of files, with their paths."""
+    return [(column, cells[column]) for column in FILE_COLUMNS if cells.get(column)]
 
 
 def _file_fault(line: int, column: str, path: str, sheet_uri: str, reader: Format | None) -> Fault | None:

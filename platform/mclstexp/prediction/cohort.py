@@ -4,10 +4,10 @@ Fingerprints of all slides are taken up front, many at once, so that a run that 
 is done. On S3 that costs two requests per slide.
 """
 
-import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ import ray
 from mclstexp import storage
 from mclstexp.cluster import guarded
 from mclstexp.data.sheet import read_sheet
+from mclstexp.data.text_table import read_text_table
 from mclstexp.errors import SheetError, SourceError, UserError
 from mclstexp.messages import did_you_mean, some_of
 from mclstexp.model.version import ModelVersion
@@ -37,6 +38,7 @@ EXTENSIONS = (
 """What OpenSlide or Pillow reads."""
 POSITION_SCHEMA = pa.schema([("spot_id", pa.string()), ("x_px", pa.float64()), ("y_px", pa.float64())])
 """Given tile centres of a slide, in level-0 pixels."""
+_TABLE_OF_SPOTS = "table of spots"
 _MAX_ID = 128
 _MAX_NAMED = 20
 _THREADS = 32
@@ -162,7 +164,7 @@ def open_cohort(
 
 
 def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
-    """Returns the slides of a sample sheet (.csv; rows of every format), a local folder or an `s3://` prefix.
+    """Returns the slides of a sample sheet (a file; rows of every format), a local folder or an `s3://` prefix.
 
     In a folder, at any depth, every file with one of `EXTENSIONS` is a slide; its id is the file's name without
     extension, with `_` for characters outside A-Z a-z 0-9 . _ -. Hidden files are left out, as is everything below
@@ -171,7 +173,7 @@ def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.
     """
-    if samples.lower().endswith(".csv"):
+    if samples.lower().endswith(".csv") or storage.exists(samples):
         return [
             SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in read_sheet(samples)
         ]
@@ -196,17 +198,19 @@ def read_positions(uri: str) -> dict[str, pa.Table]:
     Raises:
         SheetError: lists every fault of the file with its row (the first 20 of many).
     """
-    table = _read_csv(uri)
-    faults = list(_column_faults(table.columns))
+    text = read_text_table(uri, _TABLE_OF_SPOTS)
+    faults = list(_column_faults(text.columns))
     if not faults:
+        table = pd.DataFrame([cells for _, cells in text.rows], columns=[*dict.fromkeys(text.columns)], dtype=object)
         if "spot_id" not in table:
             table["spot_id"] = table.groupby("section_id").cumcount().astype(str)
-        numbers = table[["x_px", "y_px"]].apply(pd.to_numeric, errors="coerce").astype("float64")
-        faults = list(_row_faults(table, numbers))
+        pixels = table[["x_px", "y_px"]].map(text.number)
+        numbers = pixels.apply(pd.to_numeric, errors="coerce").astype("float64")
+        faults = list(_row_faults([line for line, _ in text.rows], table, numbers))
     if faults:
         rest = [f"and {len(faults) - _MAX_NAMED} more"] if len(faults) > _MAX_NAMED else []
         listed = "\n  ".join([*faults[:_MAX_NAMED], *rest])
-        raise SheetError(f"the table of spots {uri} has {len(faults)} fault(s):\n  {listed}")
+        raise SheetError(f"the {_TABLE_OF_SPOTS} {uri} has {len(faults)} fault(s):\n  {listed}")
     table[["x_px", "y_px"]] = numbers
     return {
         str(name): pa.Table.from_pandas(rows[POSITION_SCHEMA.names], POSITION_SCHEMA, preserve_index=False)
@@ -249,29 +253,20 @@ def _require_unique(samples: str, slides: list[SlideSource]) -> None:
         raise SheetError(f"several files under {samples} give the same slide id; name them in a sheet:\n  {listed}")
 
 
-def _read_csv(uri: str) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise SheetError(f"there is no table of spots {uri}") from None
-    except (UnicodeDecodeError, ValueError) as error:
-        raise SheetError(f"{uri} is not a CSV file in UTF-8: {error}") from None
-    return table.apply(lambda column: column.str.strip())
-
-
-def _column_faults(columns: Iterable[str]) -> Iterator[str]:
+def _column_faults(columns: Collection[str]) -> Iterator[str]:
     needed, known = ("section_id", "x_px", "y_px"), ("section_id", "x_px", "y_px", "spot_id")
     yield from (f"column {name} is missing" for name in needed if name not in columns)
     yield from (f"column {name!r} is unknown; known ones: {', '.join(known)}" for name in columns if name not in known)
+    yield from (f"column {name} appears twice" for name, times in Counter(columns).items() if times > 1)
 
 
-def _row_faults(table: pd.DataFrame, numbers: pd.DataFrame) -> Iterator[str]:
+def _row_faults(lines: Sequence[int], table: pd.DataFrame, numbers: pd.DataFrame) -> Iterator[str]:
     finite = {name: np.isfinite(numbers[name].to_numpy()) for name in numbers}
     doubled = table.duplicated(["section_id", "spot_id"])
     if table.empty:
         yield "there are no rows below the header"
     for row, (section, spot) in enumerate(zip(table["section_id"], table["spot_id"], strict=True)):
-        line = f"row {row + 2}"
+        line = f"row {lines[row]}"
         for name in ("x_px", "y_px"):
             if not finite[name][row]:
                 yield f"{line}, column {name}, got {table[name].iat[row]!r}: give a number of level-0 pixels"
