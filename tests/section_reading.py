@@ -2,6 +2,7 @@
 
 import pytest
 
+from ingest.readers.features import named_features
 from ingest.readers.files import read_expression
 from mclstexp.errors import SourceError
 
@@ -17,3 +18,8 @@ def refused(row, tmp_path):
     with pytest.raises(SourceError) as caught:
         read(row, tmp_path)
     return str(caught.value)
+
+
+def named_gene(name, ensembl="", symbol=""):
+    """The gene of a source that has no other one."""
+    return named_features([name], [ensembl], [symbol]).genes[0]

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mclstexp import storage
+from mclstexp.data.gene_names import gene_names
 from mclstexp.data.schema import (
     GENE_SCHEMA,
     MANIFEST,
@@ -16,7 +17,6 @@ from mclstexp.data.schema import (
     Manifest,
     RowGroup,
     SectionEntry,
-    gene_names,
     load_manifest,
 )
 from mclstexp.data.table import tile_crc, write_section

@@ -8,10 +8,11 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from section_reading import named_gene
 
 from ingest.header import Header, gene_rows, merged_genes, naming_system, read_header, report
 from ingest.plan import Plan, make_plan
-from ingest.readers.spots import Gene, Preview, named_gene
+from ingest.readers.spots import Gene, Preview
 from ingest.section import cut_section
 from mclstexp.config import Config, override
 from mclstexp.data.schema import SectionEntry

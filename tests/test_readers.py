@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from section_reading import named_gene
 
 from ingest.layout import array_mpp
-from ingest.readers.spots import named_gene
 
 
 def test_the_stated_mapping_of_names():

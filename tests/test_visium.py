@@ -9,7 +9,6 @@ import tifffile
 from PIL import Image
 from section_reading import read
 from visium_folders import (
-    FEATURES,
     GENE_ROWS,
     GENES,
     HD_MPP,
@@ -78,23 +77,24 @@ def test_every_rejected_spot_is_listed_with_the_reason(tmp_path, mtx):
     assert np.isnan(rejected[SECTION.barcode[30]][0])
 
 
-@pytest.mark.parametrize(
-    ("columns", "features", "genes"),
-    [
-        (2, "genes.tsv", ("CD3_TotalSeqB", "CD3", "")),
-        (1, "features.tsv.gz", ("CD3", "CD3", "")),
-    ],
-)
-def test_deposited_matrices_without_kinds_or_ids(tmp_path, columns, features, genes):
+@pytest.mark.odd
+@pytest.mark.parametrize(("columns", "features"), [(2, "genes.tsv"), (1, "features.tsv.gz")])
+def test_deposited_matrices_without_kinds_or_ids(tmp_path, columns, features):
     folder = tmp_path / "CID4290"
     write_mtx(folder / "filtered_count_matrix", features, columns, suffix=".gz" if columns == 1 else "")
     write_spatial(folder / "spatial", "tissue_positions_list.csv")
-    found = read(section(tmp_path, folder), tmp_path)
-    assert len(found.genes) == len(FEATURES)
-    assert found.genes[2] == (genes[1], genes[1], "")
-    assert found.genes[0] == (GENES[0] if columns == 2 else ("GNAS", "GNAS", ""))
+    row = section(tmp_path, folder)
+    found = read(row, tmp_path)
     spot = list(found.spots.spot_id).index(SECTION.barcode[0])
-    assert found.spots.counts.toarray()[spot].tolist() == SECTION.counts[0].tolist()
+    preview = read_preview(row, str(tmp_path))
+    assert preview.genes == found.genes
+    if columns == 2:  # the antibody is known by its id
+        assert list(found.genes) == GENES
+        assert preview.other_features == {"Antibody Capture": 1}
+        assert found.spots.counts.toarray()[spot].tolist() == SECTION.counts[0, GENE_ROWS].tolist()
+    else:
+        assert [gene.gene_id for gene in found.genes] == ["GNAS", "FASN", "CD3", "ENSG00000999999", "GFP"]
+        assert found.spots.counts.toarray()[spot].tolist() == SECTION.counts[0].tolist()
 
 
 def test_a_header_is_recognised_by_its_content_whatever_the_files_name(tmp_path, mtx):

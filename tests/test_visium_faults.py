@@ -54,7 +54,8 @@ SPOT = "A-1,1,0,0,5,6\n"
             "E1\tA\tAntibody Capture\n",
             "features.tsv.gz: it has no feature of the kind 'Gene Expression'",
         ),
-        (FEATURE_TABLE, "E1\tA\nE2\tA\n", "features.tsv.gz: gene appears more than once: A"),
+        (FEATURE_TABLE, "E1\tA\nE1\tA\n", "features.tsv.gz: gene appears more than once: A"),
+        (FEATURE_TABLE, "ENSG1.1\tA\nENSG1.2\tB\n", "features.tsv.gz: gene appears more than once: ENSG1"),
         (FEATURE_TABLE, "E1\tA\nE2\tB\n", "matrix.mtx.gz: the matrix is (5, 62), but there are names for (2, 62)"),
         (
             f"{MATRIX}/barcodes.tsv.gz",

@@ -5,6 +5,7 @@ from `layers["counts"]`, else `raw`, else `X`; these must be raw counts, since n
 """
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,17 +17,15 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy.sparse import csr_array
 
+from ingest.readers.features import Features, named_features
 from ingest.readers.spots import (
     Expression,
-    Gene,
     Layout,
     Picture,
     Preview,
     Scale,
     Spots,
-    checked_counts,
     file_errors,
-    named_gene,
     require_positions,
     require_unique,
     split_usable,
@@ -34,15 +33,21 @@ from ingest.readers.spots import (
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 
-_ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl")
-_SYMBOL_COLUMNS = ("gene_symbols", "gene_symbol", "symbol", "gene_name", "feature_name")
+_ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "ensembl", "ensembl_gene_id", "feature_id", "id")
+_SYMBOL_COLUMNS = (
+    *("gene_symbols", "gene_symbol", "symbol", "symbols", "gene_name", "gene_names", "feature_name", "gene_short_name"),
+    *("hgnc_symbol", "mgi_symbol", "external_gene_name", "gene", "genes", "features", "name"),
+)
+_KIND_COLUMNS = ("feature_types", "feature_type")
+"""Columns of `var`, in any case and with or without underscores."""
 
 
 def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
     """Returns genes and layout of the local AnnData file `expression`."""
     with _opened(paths["expression"]) as file:
         obs: pd.DataFrame = _part(file, "obs")
-        return Preview(_genes(file), layout=_layout(file, obs))
+        features = _features(file)
+        return Preview(features.genes, features.left_out, _layout(file, obs))
 
 
 def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
@@ -53,10 +58,10 @@ def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
     """
     with _opened(paths["expression"]) as file:
         obs: pd.DataFrame = _part(file, "obs")
-        genes = _genes(file)
+        features = _features(file)
         spot_ids = [str(name) for name in obs.index]
         require_unique(spot_ids, "spot")
-        counts = checked_counts(_matrix(file, (len(spot_ids), len(genes))), spot_ids, genes)
+        counts = features.counts(_matrix(file, (len(spot_ids), len(features.gene_of))), spot_ids)
         spots = Spots(np.array(spot_ids, object), *_pixels(file, spot_ids), *_array(obs), counts)
         require_positions(spots)
         selected = (
@@ -65,7 +70,7 @@ def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
             else np.ones(len(spots), bool)
         )
         usable, rejected = split_usable(spots, selected)
-        return Expression(usable, genes, tuple(sorted(rejected)), _layout(file, obs))
+        return Expression(usable, features.genes, tuple(sorted(rejected)), _layout(file, obs))
 
 
 def _counts_at(file: h5py.File) -> tuple[str, str]:
@@ -84,19 +89,21 @@ def _matrix(file: h5py.File, shape: tuple[int, int]) -> csr_array:
     return csr_array(_part(file, where))
 
 
-def _genes(file: h5py.File) -> tuple[Gene, ...]:
+def _features(file: h5py.File) -> Features:
     var: pd.DataFrame = _part(file, _counts_at(file)[1])
-    ensembl, symbols = (_first_column(var, names) for names in (_ENSEMBL_COLUMNS, _SYMBOL_COLUMNS))
-    genes = tuple(named_gene(*names) for names in zip(map(str, var.index), ensembl, symbols, strict=True))
-    require_unique([gene.gene_id for gene in genes], "gene")
-    return genes
+    columns = (_first_column(var, names) for names in (_ID_COLUMNS, _SYMBOL_COLUMNS, _KIND_COLUMNS))
+    return named_features(list(map(str, var.index)), *columns)
 
 
 def _first_column(var: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
-    found = next((name for name in names if name in var), None)
-    if found is None:
-        return [""] * len(var)
-    return ["" if pd.isna(value) else str(value) for value in var[found]]
+    """Returns the cells of the first of these columns, empty where one is missing; no cells without such a column."""
+    column_of = {_plain(str(column)): column for column in reversed(var.columns)}
+    found = next((column_of[_plain(name)] for name in names if _plain(name) in column_of), None)
+    return [] if found is None else ["" if pd.isna(value) else str(value) for value in var[found]]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.lower())
 
 
 def _pixels(file: h5py.File, spot_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:

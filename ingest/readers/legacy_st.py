@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
+from ingest.readers.features import Features, named_features
 from ingest.readers.spots import (
     Expression,
     Gene,
@@ -24,9 +25,7 @@ from ingest.readers.spots import (
     Preview,
     Reject,
     Spots,
-    checked_counts,
     file_errors,
-    named_gene,
     require_positions,
     require_unique,
     split_usable,
@@ -58,8 +57,8 @@ def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
     """Returns the genes in the header of a local counts file, `expression`, and the layout in `positions`."""
     with _opened(paths["expression"]) as file:
         header = _fields(_next_line(file))
-        genes = _genes(header, _fields(_next_line(file)))
-    return Preview(genes, layout=read_layout(paths["positions"]))
+        features = named_features(_names(header, _fields(_next_line(file))))
+    return Preview(features.genes, features.left_out, read_layout(paths["positions"]))
 
 
 def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
@@ -102,46 +101,46 @@ def _read_counts(path: str) -> tuple[list[GridXY], tuple[Gene, ...], csr_array]:
     values: list[np.ndarray] = []
     with _opened(path) as file:
         header = _fields(_next_line(file))
-        genes: tuple[Gene, ...] = ()
+        names: list[str] = []
+        features: Features | None = None
         for number, line in enumerate(iter(lambda: _next_line(file), b""), start=2):
             if not line.strip():
                 continue
             fields = _fields(line)
-            genes = genes or _genes(header, fields)
+            names = names or _names(header, fields)
+            features = features or named_features(names)
             spot_ids.append(fields[0])
             in_line.append(f"{fields[0]} (line {number})")
-            row = _row(fields, genes, in_line[-1])
+            row = _row(fields, names, in_line[-1])
             columns.append(np.flatnonzero(row).astype(np.int32))
             values.append(row[columns[-1]])
-    if not spot_ids:
+    if features is None:
         raise SourceError(f"{Path(path).name} has no spots")
     first = np.cumsum([0, *map(len, columns)])
-    matrix = csr_array((np.concatenate(values), np.concatenate(columns), first), shape=(len(spot_ids), len(genes)))
+    matrix = csr_array((np.concatenate(values), np.concatenate(columns), first), shape=(len(spot_ids), len(names)))
     with file_errors(path, _KIND):
         counted = [_grid_xy(spot_id, spot) for spot_id, spot in zip(spot_ids, in_line, strict=True)]
         require_unique([_name(xy) for xy in counted], "spot")
-        return counted, genes, checked_counts(matrix, in_line, genes)
+        return counted, features.genes, features.counts(matrix, in_line)
 
 
-def _genes(header: list[str], first_row: list[str]) -> tuple[Gene, ...]:
-    """Returns the header's genes; the name of the index column is optional (R leaves it out)."""
+def _names(header: list[str], first_row: list[str]) -> list[str]:
+    """Returns the header's names of genes; the name of the index column is optional (R leaves it out)."""
     names = header[len(header) - len(first_row) + 1 :] if len(header) in (len(first_row), len(first_row) - 1) else []
     if not names:
         raise SourceError(f"its header has {len(header)} cells and its first spot {len(first_row)}")
-    genes = tuple(map(named_gene, names))
-    require_unique([gene.gene_id for gene in genes], "gene")
-    return genes
+    return names
 
 
-def _row(fields: list[str], genes: tuple[Gene, ...], spot: str) -> np.ndarray:
-    """Returns a line's values, float64 (genes,); `spot` names it in errors."""
-    if len(fields) != len(genes) + 1:
-        raise SourceError(f"spot {spot} has {len(fields) - 1} values for {len(genes)} genes: is the file complete?")
+def _row(fields: list[str], names: list[str], spot: str) -> np.ndarray:
+    """Returns a line's values, float64 (names,); `spot` names it in errors."""
+    if len(fields) != len(names) + 1:
+        raise SourceError(f"spot {spot} has {len(fields) - 1} values for {len(names)} genes: is the file complete?")
     try:
         return np.array(fields[1:], np.float64)
     except ValueError:
-        gene, text = next((g, text) for g, text in zip(genes, fields[1:], strict=True) if not _is_number(text))
-        raise SourceError(f"gene {gene.gene_id} of spot {spot} has the value {text!r}, which is not a count") from None
+        name, text = next((name, text) for name, text in zip(names, fields[1:], strict=True) if not _is_number(text))
+        raise SourceError(f"gene {name} of spot {spot} has the value {text!r}, which is not a count") from None
 
 
 def _is_number(text: str) -> bool:

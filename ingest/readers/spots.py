@@ -15,7 +15,6 @@ from typing import NamedTuple, Self
 import numpy as np
 from scipy.sparse import csr_array
 
-from mclstexp.data.schema import gene_names
 from mclstexp.errors import SourceError
 from mclstexp.messages import some_of
 
@@ -31,7 +30,11 @@ _MAX_LOG = 20.0  # log1p of five hundred million: data with a smaller maximum ma
 
 
 class Gene(NamedTuple):
-    """A gene as `mclstexp.data.schema` names it; symbol or ensembl_id may be empty."""
+    """A gene as `ingest.readers.features` names it; symbol or ensembl_id may be empty.
+
+    The ensembl_id is the gene's stable id, also one of FlyBase or another source, or the source's own id where that
+    alone tells genes apart; else the gene_id is the symbol.
+    """
 
     gene_id: str
     symbol: str
@@ -151,18 +154,6 @@ class Preview:
     """Number of features that are left out because they are not genes, by kind."""
     layout: Layout = field(default_factory=Layout)
     """As in `Expression`."""
-
-
-def named_gene(name: str, ensembl: str = "", symbol: str = "") -> Gene:
-    """Returns a gene from its name in a source and, if the source has them, its Ensembl id and symbol.
-
-    This is the whole mapping: an Ensembl id loses its version; the gene id is the Ensembl id if the source gives one,
-    else the symbol in its own upper and lower case; no name is looked up elsewhere.
-    """
-    by_name, by_column = Gene(*gene_names(name)), Gene(*gene_names(ensembl))
-    ensembl_id = by_name.ensembl_id or by_column.ensembl_id
-    symbol = by_name.symbol or symbol
-    return Gene(ensembl_id or symbol, symbol, ensembl_id)
 
 
 @contextmanager

@@ -9,9 +9,7 @@ import csv
 import gzip
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -22,6 +20,7 @@ from PIL import Image
 from scipy.io import mminfo, mmread
 from scipy.sparse import csr_array
 
+from ingest.readers.features import Features, named_features
 from ingest.readers.spots import (
     PICTURES,
     Expression,
@@ -31,9 +30,7 @@ from ingest.readers.spots import (
     Reject,
     Scale,
     Spots,
-    checked_counts,
     file_errors,
-    named_gene,
     require_positions,
     require_unique,
     split_usable,
@@ -42,7 +39,6 @@ from mclstexp import storage
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 
-_GENE = "Gene Expression"
 _MAX_TEXT_CHARS = 512 * 2**20
 _NUMBERS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 _POSITION_COLUMNS = ("barcode", *_NUMBERS)
@@ -60,17 +56,6 @@ _SPATIAL = {
 }
 
 
-@dataclass(frozen=True)
-class _Features:
-    """The rows of a count matrix."""
-
-    genes: tuple[Gene, ...]
-    is_gene: np.ndarray
-    """bool (features,)."""
-    others: dict[str, int]
-    """Number of features that are not genes, by kind."""
-
-
 def files(columns: Mapping[str, str]) -> dict[str, str]:
     """Returns the URIs of the files to read in the folder that the column `expression` names; see `find_files`."""
     return find_files(columns["expression"])
@@ -84,7 +69,7 @@ def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
     else:
         features = _read_features(paths["features"])
     layout = _spots(_read_positions(paths["positions"])).layout(_read_scale(paths))
-    return Preview(features.genes, features.others, layout)
+    return Preview(features.genes, features.left_out, layout)
 
 
 def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
@@ -181,7 +166,7 @@ def _read_h5(path: str) -> tuple[list[str], tuple[Gene, ...], csr_array]:
         matrix = file["matrix"]
         features = _h5_features(matrix["features"])
         barcodes = _texts(matrix["barcodes"])
-        named = len(features.is_gene), len(barcodes)
+        named = len(features.gene_of), len(barcodes)
         _require_shape(tuple(map(int, matrix["shape"][:])), named)
         parts = (matrix[name][:] for name in ("data", "indices", "indptr"))
         counts = csr_array(tuple(parts), shape=named[::-1])  # a column of the matrix is a spot
@@ -199,7 +184,7 @@ def _read_mtx(files: Mapping[str, str]) -> tuple[list[str], tuple[Gene, ...], cs
             raise SourceError(
                 f"it claims {num_entries} entries in the format {kind}; give Space Ranger's sparse matrix"
             )
-        _require_shape((num_rows, num_columns), (len(features.is_gene), len(barcodes)))
+        _require_shape((num_rows, num_columns), (len(features.gene_of), len(barcodes)))
         return _checked(csr_array(mmread(files["matrix"], spmatrix=False).T), features, barcodes)
 
 
@@ -211,15 +196,15 @@ def _require_shape(claimed: tuple[int, ...], named: tuple[int, int]) -> None:
 
 
 def _checked(
-    counts: csr_array, features: _Features, barcodes: list[str]
+    counts: csr_array, features: Features, barcodes: list[str]
 ) -> tuple[list[str], tuple[Gene, ...], csr_array]:
     if not barcodes:
         raise SourceError("it has no barcodes")
     require_unique(barcodes, "barcode")
-    return barcodes, features.genes, checked_counts(counts[:, features.is_gene], barcodes, features.genes)
+    return barcodes, features.genes, features.counts(counts, barcodes)
 
 
-def _read_features(path: str) -> _Features:
+def _read_features(path: str) -> Features:
     """Reads id, name and kind of each feature; files with fewer columns have only ids, or no kinds."""
     with file_errors(path, "table of features"):
         lines = [line.split("\t") for line in _text(path).splitlines()]
@@ -230,26 +215,12 @@ def _read_features(path: str) -> _Features:
                 )
         columns = list(zip(*lines, strict=True)) or [()]
         ids, names = columns[0], columns[min(1, len(columns) - 1)]
-        return _features(ids, names, columns[2] if len(columns) > 2 else (_GENE,) * len(ids))
+        return named_features(names, ids, kinds=columns[2] if len(columns) > 2 else ())
 
 
-def _h5_features(group: h5py.Group) -> _Features:
+def _h5_features(group: h5py.Group) -> Features:
     ids, names, kinds = (_texts(group[name]) for name in ("id", "name", "feature_type"))
-    return _features(ids, names, kinds)
-
-
-def _features(ids: Sequence[str], names: Sequence[str], kinds: Sequence[str]) -> _Features:
-    is_gene = np.array([kind == _GENE for kind in kinds], bool)
-    others = dict(Counter(kind for kind in kinds if kind != _GENE))
-    if not is_gene.any():
-        raise SourceError(f"it has no feature of the kind {_GENE!r}; it has {others or 'none'}")
-    genes = tuple(
-        named_gene(name, ensembl=feature_id)
-        for feature_id, name, kind in zip(ids, names, kinds, strict=True)
-        if kind == _GENE
-    )
-    require_unique([gene.gene_id for gene in genes], "gene")
-    return _Features(genes, is_gene, others)
+    return named_features(names, ids, kinds=kinds)
 
 
 def _texts(node: h5py.Dataset) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from mclstexp.data.schema import GENE_SCHEMA, Manifest, SectionEntry, gene_names
+from mclstexp.data.gene_names import gene_names
+from mclstexp.data.schema import GENE_SCHEMA, Manifest, SectionEntry
 from mclstexp.data.table import read_counts
 from mclstexp.errors import ConfigError, ModelError
 from mclstexp.messages import did_you_mean, some_of
@@ -102,14 +103,15 @@ def find_genes(panel: GenePanel, names: Sequence[str]) -> list[int]:
 def align(panel: GenePanel, genes: pa.Table) -> np.ndarray:
     """Returns the row of each panel gene in a gene table (GENE_SCHEMA), int32 (G,); -1 if the table has no such gene.
 
-    A gene is found by its Ensembl id, else by its symbol; one symbol with two different Ensembl ids is two genes.
+    A gene is found by its Ensembl id, else by its symbol; one symbol with two different Ensembl ids is two genes. What
+    a panel has as a symbol may also be the own id of a source (`ingest.readers.features`).
     """
     symbols, ids = genes["symbol"].to_pylist(), genes["ensembl_id"].to_pylist()
     by_ensembl = _first_rows(ids, range(len(ids)))
-    by_symbol = _first_rows(symbols, range(len(ids)))
+    by_name = by_ensembl | _first_rows(symbols, range(len(ids)))
     by_symbol_alone = _first_rows(symbols, [row for row, name in enumerate(ids) if not name])
     rows = [
-        by_ensembl.get(ensembl, by_symbol_alone.get(symbol, -1)) if ensembl else by_symbol.get(symbol, -1)
+        by_ensembl.get(ensembl, by_symbol_alone.get(symbol, -1)) if ensembl else by_name.get(symbol, -1)
         for ensembl, symbol in zip(panel.ensembl_id, panel.symbol, strict=True)
     ]
     return np.array(rows, np.int32)

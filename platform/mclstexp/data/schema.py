@@ -8,7 +8,6 @@ that a sentence costs one range request; in return, it grows with the number of 
 import base64
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Iterable
 from typing import Annotated
@@ -58,7 +57,6 @@ REJECT_SCHEMA = pa.schema(
 GENE_SCHEMA = pa.schema([("gene_id", pa.string()), ("symbol", pa.string()), ("ensembl_id", pa.string())])
 NO_LABEL = frozenset({"", "na", "<na>", "nan"})
 """What tables (also R's and pandas') write for a spot without label, in lower case."""
-_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 
 class _Record(BaseModel):
@@ -232,12 +230,3 @@ def load_genes(root: str, manifest: Manifest) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != manifest.genes_sha256:
         raise TableError(f"{manifest.genes_file} of {root} is not the file that the manifest names")
     return pq.read_table(pa.BufferReader(data), schema=GENE_SCHEMA)
-
-
-def gene_names(name: str) -> tuple[str, str, str]:
-    """Returns (gene_id, symbol, ensembl_id) of a gene that a source names by Ensembl id or symbol.
-
-    An Ensembl id loses its version. The gene_id is the Ensembl id, else the symbol; the unknown one is empty.
-    """
-    match = _ENSEMBL.fullmatch(name)
-    return (match[1], "", match[1]) if match else (name, name, "")
