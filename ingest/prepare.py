@@ -29,7 +29,7 @@ from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest, SectionEntry
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 from mclstexp.progress import Show, hidden
-from mclstexp.slides.slide import MAX_PLAIN_PX, PLAIN_BYTES_PER_PX
+from mclstexp.slides.plain import MAX_PLAIN_PX, PLAIN_BYTES_PER_PX
 
 _TASKS_WITHOUT_NODES = 8
 _FOLDERS = ("tiles", "rejects", "thumbnails", "genes")

@@ -24,9 +24,8 @@ def write_pyramid(path, image, num_levels=3, mpp=0.5, **options):
                 blocks.mean(axis=(1, 3)).round().astype(np.uint8),
                 tile=(128, 128),
                 photometric="rgb",
-                compression="deflate",
                 subfiletype=int(level > 0),
-                **(unit | options),
+                **({"compression": "deflate"} | unit | options),
             )
 
 

@@ -19,7 +19,9 @@ from slide_files import texture, write_plain, write_pyramid
 
 from mclstexp.errors import SourceError, StorageError
 from mclstexp.slides import slide
-from mclstexp.slides.slide import is_packed, open_slide, scanned_from
+from mclstexp.slides.plain import is_packed
+from mclstexp.slides.pyramid import scanned_from
+from mclstexp.slides.slide import open_slide
 
 real_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 WRITERS = {

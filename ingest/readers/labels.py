@@ -12,7 +12,7 @@ import pandas as pd
 from ingest.readers.spots import Spots, file_errors, require_unique
 from mclstexp.data.schema import NO_LABEL
 from mclstexp.errors import SourceError
-from mclstexp.slides.slide import open_unpacked
+from mclstexp.slides.plain import open_unpacked
 
 LABEL = "label"
 _ID_COLUMNS = ("spot_id", "barcode", "Barcode")

@@ -32,7 +32,7 @@ from ingest.readers.spots import (
 )
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
-from mclstexp.slides.slide import open_unpacked
+from mclstexp.slides.plain import open_unpacked
 
 _MAX_LINE_BYTES = 64 * 2**20
 _MAX_POSITIONS_BYTES = 512 * 2**20

@@ -26,7 +26,7 @@ from mclstexp.prediction.pipeline import WorkerCounts, embedding_device, stretch
 from mclstexp.prediction.plan import CohortPlan, SlideSource
 from mclstexp.prediction.slide_cache import clear
 from mclstexp.prediction.tile_reader import TileReader
-from mclstexp.slides.slide import PLAIN_BYTES_PER_PX
+from mclstexp.slides.plain import PLAIN_BYTES_PER_PX
 
 MAX_INSPECTED = 24
 """Slides that are opened."""

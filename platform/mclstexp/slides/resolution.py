@@ -32,6 +32,17 @@ def stated_mpp(values: list[float]) -> float | None:
     return mpp if _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1] else None
 
 
+def agreed_mpp(stated: Mapping[str, float | None]) -> float | None:
+    """Returns the first resolution that a file states of those in `stated`, by place, or None.
+
+    Raises:
+        SourceError: two places of the file disagree by more than 5 %.
+    """
+    known = {place: mpp for place, mpp in stated.items() if mpp is not None}
+    _require_agreement(known, "write the file again with one resolution")
+    return next(iter(known.values()), None)
+
+
 def resolve_mpp(stated: Mapping[str, float | None], assumed: float | None = None) -> tuple[float, str]:
     """Returns the micrometres per level-0 pixel and its source: the first one that states it, else `assumed`.
 
@@ -50,8 +61,12 @@ def resolve_mpp(stated: Mapping[str, float | None], assumed: float | None = None
             f"no resolution: {' and '.join(stated)} state none; fill in the sheet's column mpp (jobs/predict.py also "
             "takes --assume-mpp)"
         )
-    if max(known.values()) > _MAX_DISAGREEMENT * min(known.values()):
-        listed = " and ".join(f"{mpp:.4g} in the {source}" for source, mpp in known.items())
-        raise SourceError(f"mpp is {listed}: fix the sheet, or give the image that belongs to it")
+    _require_agreement(known, "fix the sheet, or give the image that belongs to it")
     source, mpp = next(iter(known.items()))
     return mpp, source
+
+
+def _require_agreement(known: Mapping[str, float], mend: str) -> None:
+    if known and max(known.values()) > _MAX_DISAGREEMENT * min(known.values()):
+        listed = " and ".join(f"{mpp:.4g} in the {source}" for source, mpp in known.items())
+        raise SourceError(f"mpp is {listed}: {mend}")

@@ -1,37 +1,28 @@
-"""One interface over whole-slide pyramids (OpenSlide) and plain JPEG, PNG and TIFF images.
+"""One interface over whole-slide pyramids (OpenSlide, tifffile) and plain JPEG, PNG, JPEG 2000 and TIFF images.
 
 A pyramid is read region by region from its best level; a plain image has no regions and is decoded whole, which
 `MAX_PLAIN_PX` bounds. Colours are used as stored: embedded ICC profiles are not applied.
 """
 
 import errno
-import gzip
 import math
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol, Self, cast
+from typing import Protocol, Self
 
 import numpy as np
 import openslide
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mclstexp.errors import SourceError, StorageError
-from mclstexp.slides.resolution import stated_mpp
+from mclstexp.slides.plain import Plain, is_opaque
+from mclstexp.slides.pyramid import Pyramid
+from mclstexp.slides.tiff import APERIO, GENERIC, is_tiff, open_tiff
 
-MAX_PLAIN_PX = 2**30
-"""Most pixels of a plain image."""
-PLAIN_BYTES_PER_PX = 4
-"""Memory of a decoded plain image."""
-_MAX_SLIDE_EDGE_PX = 2**22
 _MAX_REGION_PX = 2048  # edge of one read from a level
 _SAME_DOWNSAMPLE = 1.02  # ratio up to which downsamples count as equal
-_OPAQUE = 255
-_ORIENTATION_TAG = 0x0112
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
-_GZIP_MAGIC = b"\x1f\x8b"
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE, errno.ENOMEM)
 """Faults of the file system or the machine; Pillow's own errors have no number."""
 _FILE_FAULTS = (OSError, EOFError, SyntaxError, ValueError, Warning)
@@ -151,8 +142,14 @@ def open_slide(path: str | Path) -> Slide:
     with _image_errors(name):
         with open(path, "rb") as file:  # OpenSlide reports a lost disk as a damaged file
             file.read(1)
-        pyramid = openslide.OpenSlide.detect_format(path) is not None
-        return Slide(_Pyramid(str(path)) if pyramid else _Plain(str(path)), name)
+        return Slide(_open_levels(str(path)), name)
+
+
+def _open_levels(path: str) -> _Levels:
+    detected = openslide.OpenSlide.detect_format(path)
+    if is_tiff(path) and detected in (None, APERIO, GENERIC):
+        return open_tiff(path, detected)
+    return Plain(path) if detected is None else Pyramid(path)
 
 
 @contextmanager
@@ -172,140 +169,7 @@ def _image_errors(name: str) -> Iterator[None]:
 
 def _on_white(region: Image.Image) -> tuple[Image.Image, bool]:
     """Returns a region as RGB, and whether no pixel is missing (OpenSlide leaves holes transparent)."""
-    if region.mode == "RGB" or _is_opaque(region):
+    if region.mode == "RGB" or is_opaque(region):
         return region.convert("RGB"), True
     white = Image.new("RGBA", region.size, "white")
     return Image.alpha_composite(white, region).convert("RGB"), False
-
-
-class _Pyramid:
-    """Levels of a file that OpenSlide reads."""
-
-    reads_regions = True
-
-    def __init__(self, path: str) -> None:
-        self._slide = openslide.OpenSlide(path)
-        self.dimensions = self._slide.level_dimensions
-        self.downsamples = self._slide.level_downsamples
-        if max(self.dimensions[0]) > _MAX_SLIDE_EDGE_PX:
-            raise SourceError(
-                f"it claims {self.dimensions[0]} px; at most {_MAX_SLIDE_EDGE_PX} are allowed along an edge"
-            )
-        properties = self._slide.properties
-        names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-        self.mpp = stated_mpp([float(properties[name]) for name in names if name in properties])
-        self.scanned_from = scanned_from(properties)
-
-    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
-        down = self.downsamples[level]
-        x, y = round(left * down), round(top * down)
-        return self._slide.read_region((x, y), level, (width, height)), x / down, y / down
-
-    def close(self) -> None:
-        self._slide.close()
-
-
-def scanned_from(properties: Mapping[str, str]) -> tuple[float, float]:
-    """Returns x and y of the scanned region's corner in level-0 pixels, from OpenSlide's properties."""
-    names = (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)
-    x, y = (float(properties.get(name, 0)) for name in names)
-    return x, y
-
-
-class _Plain:
-    """The one level of a JPEG, PNG or TIFF image, decoded at the first read; gzip may have compressed JPEG and PNG."""
-
-    downsamples: tuple[float, ...] = (1.0,)
-    reads_regions = False
-    scanned_from = (0.0, 0.0)
-
-    def __init__(self, path: str) -> None:
-        self._unpacked = open_unpacked(path) if is_packed(path) else None
-        with _strict_pillow():
-            self._image = _open_image(self._unpacked or path)
-            self.dimensions = (self._image.size,)
-            if math.prod(self._image.size) > MAX_PLAIN_PX:
-                raise SourceError(
-                    f"it has {self._image.width} x {self._image.height} px; at most {MAX_PLAIN_PX} are allowed in all: "
-                    "convert it to a tiled, pyramidal TIFF"
-                )
-            _require_plain(self._image)
-            dpi = [float(value) for value in self._image.info.get("dpi", ()) if value > 0]
-        self.mpp = stated_mpp([25400.0 / value for value in dpi])
-        self._decoded = False
-
-    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
-        if not self._decoded:
-            with _strict_pillow():
-                self._image = _as_rgb(self._image)
-            self._decoded = True
-        return self._image.crop((left, top, left + width, top + height)), left, top
-
-    def close(self) -> None:
-        self._image.close()
-        if self._unpacked:
-            self._unpacked.close()
-
-
-def _open_image(file: IO[bytes] | str) -> Image.Image:
-    """Opens a plain image, or an unpacked one, which cannot be a TIFF: Pillow needs its file."""
-    if isinstance(file, str):
-        return Image.open(file, formats=["JPEG", "PNG", "TIFF"])
-    try:
-        return Image.open(file, formats=["JPEG", "PNG"])
-    except UnidentifiedImageError:
-        raise SourceError("it is compressed by gzip and contains no JPEG or PNG; decompress it with gunzip") from None
-
-
-def _require_plain(image: Image.Image) -> None:
-    if getattr(image, "n_frames", 1) > 1:
-        raise SourceError("it holds several images and OpenSlide does not read it as a pyramid; store one image")
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    if orientation not in (0, 1):
-        raise SourceError(
-            f"its EXIF orientation is {orientation}, which makes spot positions ambiguous; store it upright (1)"
-        )
-    if image.mode not in ("RGB", "RGBA", "P", "YCbCr"):
-        grey = " (greyscale)" if image.mode in _GREY_MODES else ""
-        raise SourceError(
-            f"its colour mode is {image.mode}{grey}; allowed is 8-bit colour (RGB, opaque RGBA, palette): give the "
-            "colour image of the H&E stain"
-        )
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Decodes an image; a palette becomes RGB, an opaque alpha channel is dropped."""
-    image.load()
-    if image.mode == "RGBA" or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if not _is_opaque(image):
-            raise SourceError("it has transparent pixels, which are neither tissue nor background; store it opaque")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _is_opaque(image: Image.Image) -> bool:
-    return image.getchannel("A").getextrema() == (_OPAQUE, _OPAQUE)
-
-
-@contextmanager
-def _strict_pillow() -> Iterator[None]:
-    """Makes Pillow's warnings errors, and its limit of pixels `MAX_PLAIN_PX`."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = MAX_PLAIN_PX
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-
-
-def is_packed(path: str | Path) -> bool:
-    """Returns whether gzip compressed a local file, from its first bytes, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-
-
-def open_unpacked(path: str | Path) -> IO[bytes]:
-    """Opens a local file for reading and decompresses gzip on the way."""
-    return cast(IO[bytes], gzip.open(path)) if is_packed(path) else open(path, "rb")
