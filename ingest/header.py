@@ -3,6 +3,7 @@
 A remote image is opened here only if the sheet leaves out its mpp, because opening it means downloading it.
 """
 
+import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,11 +13,13 @@ from ingest.readers.files import read_preview
 from ingest.readers.spots import Gene, Preview
 from ingest.section import section_errors, section_mpp
 from mclstexp import storage
+from mclstexp.data.gene_names import excel_names, made_unique
 from mclstexp.data.sheet import SectionRow
 from mclstexp.messages import some_of
 from mclstexp.slides.slide import open_slide
 
 _MIN_SHARE_NAMED = 0.1
+_DIGIT = re.compile(r"\d")
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,12 @@ def naming_system(genes: Collection[Gene]) -> str:
     Ways that name less than a tenth of them are left out.
     """
     kinds = Counter((bool(gene.ensembl_id), bool(gene.symbol)) for gene in genes)
-    species = ", ".join(sorted({gene.ensembl_id.rstrip("0123456789") for gene in genes} - {""}))
+    starts = sorted({_DIGIT.split(gene.ensembl_id, maxsplit=1)[0] for gene in genes} - {""})
+    ids = "Ensembl ids" if all(start.startswith("ENS") for start in starts) else "ids"
+    ids = f"{ids} ({some_of(starts)})" if starts else "ids of the source"
     names = {
-        (True, True): f"Ensembl ids ({species}) and symbols",
-        (True, False): f"Ensembl ids ({species})",
+        (True, True): f"{ids} and symbols",
+        (True, False): ids,
         (False, True): "symbols",
     }
     named = [names[kind] for kind, times in kinds.most_common() if times >= _MIN_SHARE_NAMED * kinds.total()]
@@ -153,6 +158,22 @@ def _gene_lines(genes: Mapping[str, tuple[Gene, ...]], table: Sequence[Gene]) ->
     if variants:
         example = ", ".join(variants[0])
         lines.append(f"genes      {len(variants)} symbols differ only in case, such as {example}: they stay separate")
+    return [*lines, *_odd_name_lines(genes)]
+
+
+def _odd_name_lines(genes: Mapping[str, tuple[Gene, ...]]) -> list[str]:
+    """Names the symbols that a program has changed; they are used as they are."""
+    faults = {
+        "names look as Excel changes symbols, and match no other section; give the table before Excel": excel_names,
+        "names have a number to make them unique, as the name without it is in the same section": made_unique,
+    }
+    lines = []
+    for fault, find in faults.items():
+        found = {name: find([gene.symbol for gene in named if gene.symbol]) for name, named in genes.items()}
+        names = dict.fromkeys(name for each in found.values() for name in each)
+        if names:
+            sections = [name for name, each in found.items() if each]
+            lines.append(f"genes      {len(names)} {fault}: {some_of(names)}, in {_sections(sections)}")
     return lines
 
 

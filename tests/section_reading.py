@@ -20,6 +20,6 @@ def refused(row, tmp_path):
     return str(caught.value)
 
 
-def named_gene(name, ensembl="", symbol=""):
+def named_gene(name, ensembl=""):
     """The gene of a source that has no other one."""
-    return named_features([name], [ensembl], [symbol]).genes[0]
+    return named_features([name], [ensembl]).genes[0]

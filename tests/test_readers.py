@@ -10,7 +10,7 @@ from ingest.layout import array_mpp
 def test_the_stated_mapping_of_names():
     assert named_gene("ENSG00000087460.24") == ("ENSG00000087460", "", "ENSG00000087460")
     assert named_gene("GNAS", ensembl="ENSG00000087460.24") == ("ENSG00000087460", "GNAS", "ENSG00000087460")
-    assert named_gene("ENSMUSG00000027523", symbol="Gnas") == ("ENSMUSG00000027523", "Gnas", "ENSMUSG00000027523")
+    assert named_gene("Gnas", "ENSMUSG00000027523") == ("ENSMUSG00000027523", "Gnas", "ENSMUSG00000027523")
     assert named_gene("Gnas") == ("Gnas", "Gnas", "")
     assert named_gene("GNAS", ensembl="2778") == ("GNAS", "GNAS", "")
 

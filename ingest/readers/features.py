@@ -5,7 +5,7 @@ named by symbol, or by the source's own ids where its symbols repeat, since only
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from mclstexp.errors import SourceError
 from mclstexp.messages import some_of
 
 _NOT_A_GENE = -1
+_NUMBERINGS = (("", 0), ("", 1), ("V", 1))
 
 
 class _Listed(NamedTuple):
@@ -25,16 +26,15 @@ class _Listed(NamedTuple):
 
     name: str
     source_id: str
-    symbol: str
 
     @property
     def stable_id(self) -> StableId | None:
-        return next(filter(None, map(stable_id, self)), None)
+        return stable_id(self.name) or stable_id(self.source_id)
 
     @property
-    def written_symbol(self) -> str:
-        """The first that is not a stable id, with the genome before it."""
-        return next((text for text in (self.name, self.symbol) if text and not stable_id(text)), "")
+    def symbol(self) -> str:
+        """As it is written, with a genome before it; empty if the name is an id."""
+        return "" if stable_id(self.name) else self.name
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,18 @@ class Features:
         return checked_counts(summed, spot_ids, self.genes)
 
 
-def named_features(
-    names: Sequence[str], ids: Sequence[str] = (), symbols: Sequence[str] = (), kinds: Sequence[str] = ()
-) -> Features:
+def named_features(names: Sequence[str], ids: Sequence[str] = (), kinds: Sequence[str] = ()) -> Features:
     """Returns the genes among the columns of a matrix.
 
     Args:
-        names: what the source calls each column: a stable id or a symbol.
-        ids, symbols, kinds: what else it states of each column, in any spelling; empty if it has none.
+        names: what the source calls each column: a symbol or a stable id.
+        ids, kinds: the ids and kinds that it states beside the names, with empty cells where it has none.
 
     Raises:
         SourceError: no column is a gene, two are the same gene, or one has no name; names kinds or genes.
     """
     parts = [
-        [text.strip() for text in part] if len(part) else [""] * len(names) for part in (names, ids, symbols, kinds)
+        [""] * len(names) if _is_numbering(part) else [text.strip() for text in part] for part in (names, ids, kinds)
     ]
     columns = list(zip(*parts, strict=True))
     kind_of = [_other_kind(kind, texts) for *texts, kind in columns]
@@ -107,40 +105,59 @@ def _other_kind(kind: str, texts: Sequence[str]) -> str | None:
 def _named(listed: Sequence[_Listed]) -> list[Gene]:
     """Returns the gene of each column of genes; two may have the same one, if one of both is its copy on Y."""
     stable = [each.stable_id for each in listed]
-    prefixes = Counter(found.before for found in stable if found)
-    genes = [
-        Gene(found.gene_id, _symbol_beside(each, found, prefixes), found.gene_id) if found else None
+    without_genome = _genome_stripper(found.before for found in stable if found)
+    unknown = [each for each, found in zip(listed, stable, strict=True) if not found]
+    others = iter(_named_without_stable_id(unknown, without_genome))
+    named = [
+        Gene(found.gene_id, _symbol_of(each, found, without_genome), found.gene_id) if found else next(others)
         for each, found in zip(listed, stable, strict=True)
     ]
-    others = iter(_named_without_stable_id([each for each, found in zip(listed, stable, strict=True) if not found]))
-    named = [gene or next(others) for gene in genes]
     in_par_y = [found is not None and found.in_par_y for found in stable]
     _require_unique([f"{gene.gene_id}{'_PAR_Y' * on_y}" for gene, on_y in zip(named, in_par_y, strict=True)])
     return named
 
 
-def _symbol_beside(listed: _Listed, found: StableId, prefixes: Mapping[str, int]) -> str:
-    """Returns the symbol of a gene with a stable id; what only one id of a source has before it is no genome."""
-    symbol = listed.written_symbol
-    if symbol:
-        genome, rest = symbol[: len(found.before)], symbol[len(found.before) :].lstrip("_-")
-        return rest if found.before and genome == found.before and rest else without_genome(symbol)
-    is_genome = prefixes[found.before] > 1 or without_genome(f"{found.before}_{found.gene_id}") == found.gene_id
-    return found.after or ("" if is_genome else found.before)
+def _genome_stripper(before_ids: Iterable[str]) -> Callable[[str], str]:
+    """Returns a function that takes the genome off a name: one that several ids of the source have, or a known one."""
+    genomes = [text for text, times in Counter(before_ids).items() if text and times > 1]
+
+    def stripped(name: str) -> str:
+        genome = next((each for each in genomes if name.startswith((f"{each}_", f"{each}-"))), "")
+        return name.removeprefix(genome).lstrip("_-") if genome else without_genome(name)
+
+    return stripped
 
 
-def _named_without_stable_id(listed: Sequence[_Listed]) -> list[Gene]:
-    """Names genes by symbol, or all by the source's ids if symbols repeat and ids do not."""
-    written = [each.written_symbol or each.source_id for each in listed]
+def _symbol_of(listed: _Listed, found: StableId, without_genome: Callable[[str], str]) -> str:
+    """Returns the symbol of a gene with a stable id: written alone, or beside the id."""
+    if listed.symbol:
+        return without_genome(listed.symbol)
+    has_genome = without_genome(f"{found.before}_{found.gene_id}") == found.gene_id
+    return found.after or ("" if has_genome else found.before)
+
+
+def _named_without_stable_id(listed: Sequence[_Listed], without_genome: Callable[[str], str]) -> list[Gene]:
+    """Names genes by symbol, or all by the source's ids if symbols repeat and ids do not.
+
+    The genome stays before a symbol that two genomes have.
+    """
+    written = [each.symbol or each.source_id for each in listed]
     if not all(written):
-        raise SourceError(f"{written.count('')} of its features have neither name nor id; name them or leave them out")
+        raise SourceError(
+            f"{written.count('')} of its genes have neither a name nor an id, or only a number; name them"
+        )
     symbols = [without_genome(symbol) for symbol in written]
     times = Counter(symbols)
     symbols = [symbol if times[symbol] == 1 else full for symbol, full in zip(symbols, written, strict=True)]
     ids = [without_genome(each.source_id) for each in listed]
     if _has_repeated(symbols) and all(ids) and not _has_repeated(ids):
-        return [Gene(source_id, symbol, source_id) for source_id, symbol in zip(ids, symbols, strict=True)]
+        return [Gene(own, symbol, own if own != symbol else "") for own, symbol in zip(ids, symbols, strict=True)]
     return [Gene(symbol, symbol, "") for symbol in symbols]
+
+
+def _is_numbering(names: Sequence[str]) -> bool:
+    """Returns whether names only count the columns, as pandas (0, 1) and R (1, 2 or V1, V2) do; or there are none."""
+    return any(list(names) == [f"{start}{i + first}" for i in range(len(names))] for start, first in _NUMBERINGS)
 
 
 def _has_repeated(names: Collection[str]) -> bool:

@@ -7,7 +7,7 @@ from `layers["counts"]`, else `raw`, else `X`; these must be raw counts, since n
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ from mclstexp.errors import SourceError
 _ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "ensembl", "ensembl_gene_id", "feature_id", "id")
 _SYMBOL_COLUMNS = (
     *("gene_symbols", "gene_symbol", "symbol", "symbols", "gene_name", "gene_names", "feature_name", "gene_short_name"),
-    *("hgnc_symbol", "mgi_symbol", "external_gene_name", "gene", "genes", "features", "name"),
+    *("hgnc_symbol", "mgi_symbol", "external_gene_name", "gene", "genes", "features"),
 )
 _KIND_COLUMNS = ("feature_types", "feature_type")
 """Columns of `var`, in any case and with or without underscores."""
@@ -91,15 +91,31 @@ def _matrix(file: h5py.File, shape: tuple[int, int]) -> csr_array:
 
 def _features(file: h5py.File) -> Features:
     var: pd.DataFrame = _part(file, _counts_at(file)[1])
-    columns = (_first_column(var, names) for names in (_ID_COLUMNS, _SYMBOL_COLUMNS, _KIND_COLUMNS))
-    return named_features(list(map(str, var.index)), *columns)
+    names = _texts(var.index)
+    ids, symbols, kinds = (_first_column(var, columns) for columns in (_ID_COLUMNS, _SYMBOL_COLUMNS, _KIND_COLUMNS))
+    if symbols and not _are_made_of(names, symbols):
+        ids = ids or names
+        names = [symbol or name for symbol, name in zip(symbols, names, strict=True)]
+    return named_features(names, ids, kinds)
+
+
+def _are_made_of(names: list[str], symbols: list[str]) -> bool:
+    """Returns whether the index holds the symbols as well, perhaps made unique (`TBCE-1`), and not ids."""
+    return all(
+        symbol in ("", name) or name.startswith((f"{symbol}-", f"{symbol}."))
+        for name, symbol in zip(names, symbols, strict=True)
+    )
 
 
 def _first_column(var: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
     """Returns the cells of the first of these columns, empty where one is missing; no cells without such a column."""
     column_of = {_plain(str(column)): column for column in reversed(var.columns)}
     found = next((column_of[_plain(name)] for name in names if _plain(name) in column_of), None)
-    return [] if found is None else ["" if pd.isna(value) else str(value) for value in var[found]]
+    return [] if found is None else _texts(var[found])
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    return ["" if pd.isna(value) else str(value) for value in values]
 
 
 def _plain(name: str) -> str:

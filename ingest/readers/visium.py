@@ -215,12 +215,12 @@ def _read_features(path: str) -> Features:
                 )
         columns = list(zip(*lines, strict=True)) or [()]
         ids, names = columns[0], columns[min(1, len(columns) - 1)]
-        return named_features(names, ids, kinds=columns[2] if len(columns) > 2 else ())
+        return named_features(names, ids, columns[2] if len(columns) > 2 else ())
 
 
 def _h5_features(group: h5py.Group) -> Features:
     ids, names, kinds = (_texts(group[name]) for name in ("id", "name", "feature_type"))
-    return named_features(names, ids, kinds=kinds)
+    return named_features(names, ids, kinds)
 
 
 def _texts(node: h5py.Dataset) -> list[str]:

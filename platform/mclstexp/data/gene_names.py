@@ -34,12 +34,13 @@ _OTHER_KINDS = {
     "Deprecated Codeword": rf"deprecated{_SEPARATOR}codeword.*",
     "Deprecated Probe": r"deprecated[_.-].+",
     "ERCC spike-in": rf"(.+[_.-])?ercc{_SEPARATOR}\d{{5}}",
-    "Antibody Capture": rf".+[_. -]total{_SEPARATOR}seq{_SEPARATOR}[a-d]([_. -].*)?|adt[_-].+",
-    "Multiplexing Capture": r"hashtag.*|hto[_-].+|cmo\d{3}",
+    "Antibody Capture": rf".+[_. -]total{_SEPARATOR}seq{_SEPARATOR}[a-d]([_. -].*)?|(?-i:ADT)[_-].+",
+    "Multiplexing Capture": r"hashtag.*|(?-i:HTO)[_-].+|cmo\d{3}",
     "CRISPR Guide Capture": r"sgrna[_.-].+",
     "reads without a gene": r"(__|--).+|n_(unmapped|multimapping|nofeature|ambiguous)",
 }
-"""Features that are not genes, by 10x's name for their kind where it has one: patterns of names, in any case."""
+"""Features that are not genes, by 10x's name for their kind where it has one: patterns of names, in any case
+but `ADT`, since worms have genes such as adt-1."""
 _OTHER = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in _OTHER_KINDS.items()}
 _ANY_OTHER = re.compile("|".join(f"(?:{pattern})" for pattern in _OTHER_KINDS.values()), re.IGNORECASE)
 _MONTH = r"(?:jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])"

@@ -1,0 +1,448 @@
+"""Genes and other features of a section in all formats: every count is under its gene, nothing else is a gene."""
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse as sp
+from section_reading import read, refused
+
+from ingest.header import Header, merged_genes, report
+from ingest.readers.features import named_features
+from ingest.readers.files import read_preview
+from ingest.readers.spots import Gene, Preview
+from mclstexp.data.sheet import SectionRow
+from mclstexp.errors import SourceError
+
+EXPRESSION = "Gene Expression"
+SPOTS = 5
+HUMAN = [f"ENSG{i:011d}" for i in range(1, 7)]
+MOUSE = [f"ENSMUSG{i:011d}" for i in range(1, 4)]
+
+
+@dataclass
+class Listed:
+    """The features of a section as a source lists them, and their counts, random and all different from 0."""
+
+    ids: list[str]
+    names: list[str]
+    kinds: list[str] | None = None
+
+    @property
+    def counts(self):
+        return np.random.default_rng(3).integers(1, 1000, (SPOTS, len(self.names)))
+
+    def totals(self, *columns):
+        """Counts of a gene that these columns are."""
+        return self.counts[:, list(columns)].sum(axis=1).tolist()
+
+
+def _row(folder: Path, kind: str, expression: Path) -> SectionRow:
+    (folder / "i.png").touch()
+    positions = str(folder / "positions.tsv") if kind == "legacy_st" else None
+    row = {"section_id": "S1", "patient_id": "P1", "image": str(folder / "i.png"), "format": kind}
+    return SectionRow(**row, expression=str(expression), positions=positions)
+
+
+def _visium(folder: Path) -> Path:
+    spatial = folder / "spatial"
+    spatial.mkdir(parents=True)
+    lines = [f"S{i}-1,1,{i % 2},{2 * i + i % 2},{100 * i},{50 * i}\n" for i in range(SPOTS)]
+    (spatial / "tissue_positions_list.csv").write_text("".join(lines))
+    scale = {"spot_diameter_fullres": 55.0, "tissue_hires_scalef": 0.1, "tissue_lowres_scalef": 0.03}
+    (spatial / "scalefactors_json.json").write_text(json.dumps(scale))
+    return folder
+
+
+def visium_h5(folder, listed):
+    with h5py.File(_visium(folder / "v") / "filtered_feature_bc_matrix.h5", "w") as file:
+        matrix = file.create_group("matrix")
+        values = sp.csr_array(listed.counts)
+        matrix["barcodes"] = np.array([f"S{i}-1" for i in range(SPOTS)], "S")
+        matrix["shape"] = np.array(values.shape[::-1])
+        for name in ("data", "indices", "indptr"):
+            matrix[name] = getattr(values, name)
+        features = {
+            "id": listed.ids,
+            "name": listed.names,
+            "feature_type": listed.kinds or [EXPRESSION] * len(listed.ids),
+        }
+        for name, values in features.items():
+            matrix[f"features/{name}"] = np.array(values, "S")
+    return _row(folder, "visium", folder / "v")
+
+
+def visium_mtx(folder, listed):
+    matrix = _visium(folder / "v") / "filtered_feature_bc_matrix"
+    matrix.mkdir()
+    columns = [listed.ids, listed.names, *([listed.kinds] if listed.kinds else [])]
+    lines = "".join("\t".join(cells) + "\n" for cells in zip(*columns, strict=True))
+    (matrix / "features.tsv.gz").write_bytes(gzip.compress(lines.encode()))
+    (matrix / "barcodes.tsv").write_text("".join(f"S{i}-1\n" for i in range(SPOTS)))
+    scipy.io.mmwrite(matrix / "matrix.mtx", sp.coo_array(listed.counts.T))
+    return _row(folder, "visium", folder / "v")
+
+
+def _h5ad(folder, listed, var):
+    data = anndata.AnnData(sp.csr_matrix(listed.counts.astype(np.float32)), pd.DataFrame(index=[*"abcde"]), var)
+    if listed.kinds:
+        data.var["feature_types"] = pd.Categorical(listed.kinds)
+    data.obsm["spatial"] = np.array([[50.0 * i, 100.0 * i] for i in range(SPOTS)])
+    data.write_h5ad(folder / "s.h5ad")
+    return _row(folder, "h5ad", folder / "s.h5ad")
+
+
+def h5ad_by_id(folder, listed, column="gene_name"):
+    return _h5ad(folder, listed, pd.DataFrame({column: listed.names}, index=listed.ids))
+
+
+def h5ad_by_symbol(folder, listed, column="gene_ids"):
+    return _h5ad(folder, listed, pd.DataFrame({column: listed.ids}, index=listed.names))
+
+
+def legacy_by_id(folder, listed):
+    frame = pd.DataFrame(listed.counts, [f"{2 * i}x{i}" for i in range(SPOTS)], listed.ids)
+    frame.to_csv(folder / "c.tsv", sep="\t")
+    places = {name: range(0, 2 * SPOTS, 2) for name in ("x", "pixel_x")} | {n: range(SPOTS) for n in ("y", "pixel_y")}
+    pd.DataFrame(places).to_csv(folder / "positions.tsv", sep="\t", index=False)
+    return _row(folder, "legacy_st", folder / "c.tsv")
+
+
+def legacy_by_symbol(folder, listed):
+    return legacy_by_id(folder, Listed(listed.names, listed.names))
+
+
+WITH_BOTH = [visium_h5, visium_mtx, h5ad_by_id, h5ad_by_symbol]
+WITH_KINDS = WITH_BOTH
+ALL = [*WITH_BOTH, legacy_by_id, legacy_by_symbol]
+ignore_repeated_names = pytest.mark.filterwarnings("ignore:Variable names are not unique")
+
+
+def counts_by_gene(row: SectionRow, folder: Path) -> dict[Gene, list[int]]:
+    """Counts of each gene in the spots; the preview states the same genes."""
+    found = read(row, folder)
+    assert found.genes == read_preview(row, str(folder)).genes
+    assert found.spots.counts.dtype == np.int32
+    order = np.argsort(found.spots.x_px)
+    return {gene: found.spots.counts[order][:, [i]].toarray().ravel().tolist() for i, gene in enumerate(found.genes)}
+
+
+def left_out(row: SectionRow, folder: Path) -> dict[str, int]:
+    return dict(read_preview(row, str(folder)).other_features)
+
+
+# ---------------------------------------------------------------- what is no gene
+
+OTHERS = {
+    "CD3E-1": "Antibody Capture",
+    "sg_TP53": "CRISPR Guide Capture",
+    "CMO301": "Multiplexing Capture",
+    "NegControlProbe_00042": "Negative Control Probe",
+    "NegControlCodeword_0500": "Negative Control Codeword",
+    "BLANK_0006": "Unassigned Codeword",
+    "Intergenic_Region_1": "Genomic Control",
+    "DeprecatedCodeword_0160": "Deprecated Codeword",
+}
+
+
+def with_other(name: str, kind: str | None) -> Listed:
+    kinds = None if kind is None else [EXPRESSION, kind, EXPRESSION]
+    return Listed([HUMAN[0], name, HUMAN[1]], ["GNAS", name, "FASN"], kinds)
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("write", WITH_KINDS)
+def test_features_of_another_kind_are_left_out_and_counted(tmp_path: Path, write: Callable, name: str) -> None:
+    listed = with_other(name, OTHERS[name])
+    row = write(tmp_path, listed)
+    genes = {Gene(HUMAN[0], "GNAS", HUMAN[0]): listed.totals(0), Gene(HUMAN[1], "FASN", HUMAN[1]): listed.totals(2)}
+    assert counts_by_gene(row, tmp_path) == genes
+    assert left_out(row, tmp_path) == {OTHERS[name]: 1}
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NegControlProbe_00042", "Negative Control Probe"),
+        ("antisense_PROKR2", "Negative Control Probe"),
+        ("BLANK_0006", "Unassigned Codeword"),
+        ("DEPRECATED_ENSG00000170345", "Deprecated Probe"),
+        ("ERCC-00002", "ERCC spike-in"),
+        ("CD3_TotalSeqB", "Antibody Capture"),
+        ("Hashtag1", "Multiplexing Capture"),
+        ("__ambiguous[A+B]", "reads without a gene"),
+    ],
+)
+@pytest.mark.parametrize("write", ALL)
+def test_features_without_kinds_are_known_by_name(tmp_path: Path, write: Callable, name: str, kind: str) -> None:
+    listed = with_other(name, None)
+    row = write(tmp_path, listed)
+    found = counts_by_gene(row, tmp_path)
+    assert [*found.values()] == [listed.totals(0), listed.totals(2)]
+    assert left_out(row, tmp_path) == {kind: 1}
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("write", [h5ad_by_id, visium_mtx])
+def test_a_control_among_gene_expression_is_left_out(tmp_path: Path, write: Callable) -> None:
+    row = write(tmp_path, with_other("NegControlProbe_00042", EXPRESSION))
+    assert len(counts_by_gene(row, tmp_path)) == 2
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("column", ["feature_types", "feature_type", "Feature_Types"])
+def test_columns_of_kinds(tmp_path: Path, column: str) -> None:
+    listed = Listed(HUMAN[:3], ["GNAS", "CD3E-1", "FASN"])
+    var = pd.DataFrame({"gene_ids": listed.ids, column: ["gene_expression", "antibody_capture", np.nan]}, listed.names)
+    row = _h5ad(tmp_path, listed, var)
+    assert [gene.symbol for gene in counts_by_gene(row, tmp_path)] == ["GNAS", "FASN"]
+    assert left_out(row, tmp_path) == {"antibody_capture": 1}
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("write", WITH_KINDS)
+def test_a_section_without_genes_is_refused(tmp_path: Path, write: Callable) -> None:
+    row = write(tmp_path, Listed(["CD3", "CD4"], ["CD3", "CD4"], ["Antibody Capture"] * 2))
+    assert "no feature of the kind 'Gene Expression'; it has {'Antibody Capture': 2}" in refused(row, tmp_path)
+
+
+@pytest.mark.odd
+def test_a_spot_of_antibodies_alone_has_no_counts(tmp_path: Path) -> None:
+    listed = with_other("CD3E-1", "Antibody Capture")
+    row = h5ad_by_id(tmp_path, listed)
+    with h5py.File(row.expression, "r+") as file:
+        file["X/data"][[0, 2]] = 0
+    assert [(reject.spot_id, reject.reason) for reject in read(row, tmp_path).rejected] == [("a", "no_counts")]
+
+
+@pytest.mark.odd
+def test_a_value_of_a_feature_that_is_left_out_need_not_be_a_count(tmp_path: Path) -> None:
+    row = h5ad_by_id(tmp_path, with_other("CD3E-1", "Antibody Capture"))
+    with h5py.File(row.expression, "r+") as file:
+        file["X/data"][1] = 0.5
+    assert len(counts_by_gene(row, tmp_path)) == 2
+    with h5py.File(row.expression, "r+") as file:
+        file["X/data"][2] = 0.5
+    assert f"gene {HUMAN[1]} of spot a has the value 0.5" in refused(row, tmp_path)
+
+
+# ---------------------------------------------------------------- ids
+
+TWO_GENOMES = Listed(
+    [*(f"GRCh38_{name}" for name in HUMAN[:3]), *(f"mm10___{name}" for name in MOUSE)],
+    ["GRCh38_GNAS", "GRCh38_TBCE", "GRCh38_TBCE", "mm10___Gnas", "mm10___Fasn", f"mm10___{MOUSE[2]}"],
+)
+
+
+@pytest.mark.odd
+@ignore_repeated_names
+@pytest.mark.parametrize("write", WITH_BOTH)
+def test_two_genomes_stay_apart_without_their_prefix(tmp_path: Path, write: Callable) -> None:
+    symbols = ["GNAS", "TBCE", "TBCE", "Gnas", "Fasn", ""]
+    ids = [*HUMAN[:3], *MOUSE]
+    expected = {
+        Gene(name, symbol, name): TWO_GENOMES.totals(i)
+        for i, (name, symbol) in enumerate(zip(ids, symbols, strict=True))
+    }
+    assert counts_by_gene(write(tmp_path, TWO_GENOMES), tmp_path) == expected
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("prefix", ["GRCh38_", "GRCh38-", "hg19_", "GRCh38-2020-A_", "mm10___", "GRCm39_"])
+@pytest.mark.parametrize("write", ALL)
+def test_sections_with_a_genome_before_names_have_the_genes_of_those_without(
+    tmp_path: Path, write: Callable, prefix: str
+) -> None:
+    plain = Listed(HUMAN[:3], ["GNAS", "FASN", "HLA-A"])
+    spelled = Listed([f"{prefix}{name}.7" for name in plain.ids], [f"{prefix}{name}" for name in plain.names])
+    (tmp_path / "plain").mkdir()
+    expected = counts_by_gene(write(tmp_path / "plain", plain), tmp_path)
+    assert counts_by_gene(write(tmp_path, spelled), tmp_path) == expected
+
+
+@pytest.mark.odd
+def test_a_genome_of_ones_own_is_known_by_the_ids_that_have_it(tmp_path: Path) -> None:
+    features = named_features(["own_GNAS", "own_GFP", "own_FASN"], [f"own_{HUMAN[0]}", "own_GFP", f"own_{HUMAN[1]}"])
+    assert features.genes == ((HUMAN[0], "GNAS", HUMAN[0]), ("GFP", "GFP", ""), (HUMAN[1], "FASN", HUMAN[1]))
+
+
+@pytest.mark.odd
+def test_a_symbol_of_two_genomes_keeps_them(tmp_path: Path) -> None:
+    listed = Listed([], ["GRCh38_H19", "mm10_H19", "GRCh38_GNAS"])
+    found = counts_by_gene(legacy_by_symbol(tmp_path, listed), tmp_path)
+    assert [gene.gene_id for gene in found] == ["GRCh38_H19", "mm10_H19", "GNAS"]
+    assert [*found.values()] == [listed.totals(i) for i in range(3)]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [f"{HUMAN[0]}.5", f"{HUMAN[1]}.5", f"{HUMAN[1]}.5_PAR_Y", f"{HUMAN[2]}.5"],
+        [HUMAN[0], HUMAN[1], f"{HUMAN[1]}_PAR_Y", HUMAN[2]],
+        [HUMAN[0], HUMAN[1], f"ENSGR{HUMAN[1][5:]}", HUMAN[2]],
+        [f"GRCh38_{HUMAN[0]}", f"GRCh38_{HUMAN[1]}", f"GRCh38_{HUMAN[1]}_PAR_Y", f"GRCh38_{HUMAN[2]}"],
+    ],
+    ids=["version", "plain", "before GENCODE 25", "genome"],
+)
+@ignore_repeated_names
+@pytest.mark.parametrize("write", [*WITH_BOTH, legacy_by_id])
+def test_the_copy_of_a_gene_on_y_is_added_to_it(tmp_path: Path, write: Callable, ids: list[str]) -> None:
+    listed = Listed(ids, ["GNAS", "CRLF2", "CRLF2", "FASN"])
+    found = counts_by_gene(write(tmp_path, listed), tmp_path)
+    assert [gene.gene_id for gene in found] == HUMAN[:3]
+    assert [*found.values()] == [listed.totals(0), listed.totals(1, 2), listed.totals(3)]
+
+
+@pytest.mark.odd
+def test_a_sum_above_the_largest_count_is_refused() -> None:
+    features = named_features([HUMAN[0], f"{HUMAN[0]}_PAR_Y"])
+    large = 2**31 - 1
+    assert features.counts(sp.csr_array([[large, 0]]), ["a"]).toarray().tolist() == [[large]]
+    with pytest.raises(SourceError, match=f"gene {HUMAN[0]} of spot b has the value 2147483648"):
+        features.counts(sp.csr_array(np.array([[1, 1], [large, 1]], np.int32)), ["a", "b"])
+
+
+@pytest.mark.odd
+@ignore_repeated_names
+@pytest.mark.parametrize("write", WITH_BOTH)
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["FBgn0000001", "FBgn0000002", "FBgn0000003"],
+        ["WBGene00000001", "WBGene00000002", "WBGene00000003"],
+        ["AT1G01010", "AT1G01020", "ATMG00010"],
+        ["YAL001C", "YBR121C-A", "YPL222W"],
+        HUMAN[:3],
+        ["AGAP004677", "AGAP000001", "AGAP000002"],
+        ["2778", "2194", "7157"],
+        ["gene-1", "gene-2", "gene-3"],
+    ],
+    ids=lambda ids: ids[0],
+)
+def test_symbols_may_repeat_under_unique_ids(tmp_path: Path, write: Callable, ids: list[str]) -> None:
+    listed = Listed(ids, ["Gnas", "Sirup", "Sirup"])
+    row = write(tmp_path, listed)
+    expected = {
+        Gene(name, symbol, name): listed.totals(i)
+        for i, (name, symbol) in enumerate(zip(ids, listed.names, strict=True))
+    }
+    assert counts_by_gene(row, tmp_path) == expected
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("write", WITH_BOTH[:2])
+def test_unknown_ids_do_not_replace_unique_symbols(tmp_path: Path, write: Callable) -> None:
+    found = counts_by_gene(write(tmp_path, Listed(["2778", "2194"], ["GNAS", "FASN"])), tmp_path)
+    assert [*found] == [("GNAS", "GNAS", ""), ("FASN", "FASN", "")]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("write", [visium_mtx, h5ad_by_symbol, legacy_by_id])
+@pytest.mark.parametrize(
+    "ids", [[HUMAN[0]] * 2, [f"{HUMAN[0]}.1", f"{HUMAN[0]}.2"], [f"GRCh38_{HUMAN[0]}", HUMAN[0]], ["X", "X"]], ids=str
+)
+def test_a_real_duplicate_is_refused_by_name(tmp_path: Path, write: Callable, ids: list[str]) -> None:
+    listed = Listed(ids, ["GNAS", "FASN"] if ids[0] != "X" else ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        row = write(tmp_path, listed)
+    named = "X" if ids[0] == "X" else HUMAN[0]
+    assert f"gene appears more than once: {named}" in refused(row, tmp_path)
+
+
+@pytest.mark.odd
+def test_excels_names_that_met_are_explained() -> None:
+    with pytest.raises(SourceError, match="more than once: 1-Mar; Excel makes such names of different symbols"):
+        named_features(["1-Mar", "GNAS", "1-Mar"])
+
+
+# ---------------------------------------------------------------- columns and tables
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    "column", ["gene_ids", "gene_id", "GeneID", "ensembl_id", "ENSEMBL", "ensembl_gene_id", "feature_id", "ID"]
+)
+def test_columns_of_ids(tmp_path: Path, column: str) -> None:
+    listed = Listed([f"{name}.3" for name in HUMAN[:3]], ["GNAS", "FASN", "ERBB2"])
+    expected = {Gene(HUMAN[i], listed.names[i], HUMAN[i]): listed.totals(i) for i in range(3)}
+    assert counts_by_gene(h5ad_by_symbol(tmp_path, listed, column), tmp_path) == expected
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    "column",
+    [
+        *("gene_symbols", "gene_symbol", "symbol", "SYMBOL", "Symbol", "gene_name", "GeneName", "feature_name"),
+        *("gene_short_name", "hgnc_symbol", "gene", "features"),
+    ],
+)
+def test_columns_of_symbols(tmp_path: Path, column: str) -> None:
+    listed = Listed([f"{name}.3" for name in HUMAN[:3]], ["GNAS", "FASN", "ERBB2"])
+    expected = {Gene(HUMAN[i], listed.names[i], HUMAN[i]): listed.totals(i) for i in range(3)}
+    assert counts_by_gene(h5ad_by_id(tmp_path, listed, column), tmp_path) == expected
+
+
+@pytest.mark.odd
+@ignore_repeated_names
+@pytest.mark.parametrize("column", ["gene_symbols", "gene_name"])
+def test_names_made_unique_beside_symbols_stay_symbols(tmp_path: Path, column: str) -> None:
+    listed = Listed(["GNAS", "TBCE", "TBCE-1"], ["GNAS", "TBCE", "TBCE"])
+    found = counts_by_gene(h5ad_by_id(tmp_path, listed, column), tmp_path)
+    assert [*found] == [(name, name, "") for name in listed.ids], "so that they meet other sections' symbols"
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["1", "2", "3"], ["V1", "V2", "V3"]], ids=str)
+def test_numbers_of_columns_are_no_names(tmp_path: Path, names: list[str]) -> None:
+    listed = Listed(names, ["GNAS", "FASN", "ERBB2"])
+    assert [gene.gene_id for gene in counts_by_gene(h5ad_by_id(tmp_path, listed), tmp_path)] == listed.names
+    message = "3 of its genes have neither a name nor an id, or only a number"
+    assert message in refused(_h5ad(tmp_path, listed, pd.DataFrame(index=names)), tmp_path)
+
+
+@pytest.mark.odd
+@ignore_repeated_names
+def test_sections_of_all_spellings_share_their_genes(tmp_path: Path) -> None:
+    symbols = ["GNAS", "CRLF2", "CRLF2", "FASN"]
+    plain = named_features([HUMAN[0], HUMAN[1], HUMAN[2]]).genes
+    spelled = named_features(symbols, [HUMAN[0], f"{HUMAN[1]}.5", f"{HUMAN[1]}.5_PAR_Y", f"GRCh38_{HUMAN[2]}"]).genes
+    alone = named_features(["GRCh38_GNAS", "CRLF2", "FASN"]).genes
+    table = merged_genes([], [plain, spelled, alone])
+    assert table == tuple(Gene(HUMAN[i], symbol, HUMAN[i]) for i, symbol in enumerate(("GNAS", "CRLF2", "FASN")))
+
+
+def _reported(**names: list[str]) -> str:
+    previews = {name: named_features(listed) for name, listed in names.items()}
+    headers = {name: Header(0.5, "sheet", Preview(found.genes, found.left_out)) for name, found in previews.items()}
+    return report(headers, merged_genes([], [found.genes for found in previews.values()]))
+
+
+@pytest.mark.odd
+def test_the_report_names_excels_and_made_unique_names() -> None:
+    plain = [f"GENE{i}" for i in range(10)]
+    text = _reported(A=[*plain, "1-Mar", "43891", "TBCE", "TBCE-1"], B=[*plain, "2-Sep", "1-Mar"], C=plain)
+    assert "genes      3 names look as Excel changes symbols" in text
+    assert ": 1-Mar, 43891, 2-Sep, in 2 section(s) (A, B)" in text
+    assert "genes      1 names have a number to make them unique" in text
+    assert ": TBCE-1, in 1 section(s) (A)" in text
+    assert "Excel" not in _reported(C=plain)
+    assert "unique" not in _reported(C=plain)
+
+
+@pytest.mark.odd
+def test_the_report_counts_what_is_left_out_and_names_the_ids() -> None:
+    text = _reported(A=["FBgn0000001", "FBgn0000002", "ERCC-00002", "ERCC-00003"], B=["FBgn0000001"])
+    assert "genes by   ids (FBgn): 1 in common of 1 to 2 in each of 2 section(s) (A, B)" in text
+    assert "left out   2 features of ERCC spike-in in 1 section(s) (A)" in text
