@@ -222,8 +222,11 @@ def _sections(names: Sequence[str]) -> str:
 
 
 def _left_out_lines(headers: Mapping[str, Header]) -> list[str]:
-    sections: defaultdict[str, list[str]] = defaultdict(list)
+    times: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for name, header in headers.items():
-        for kind, times in header.preview.other_features.items():
-            sections[f"{times} features of {kind}"].append(name)
-    return [f"left out   {features} in {_sections(names)}" for features, names in sections.items()]
+        for kind, number in header.preview.other_features.items():
+            times[kind][name] = number
+    return [
+        f"left out   {_range(list(found.values()))} features of {kind} in {_sections(list(found))}"
+        for kind, found in times.items()
+    ]

@@ -210,6 +210,36 @@ def test_columns_of_kinds(tmp_path: Path, column: str) -> None:
 
 
 @pytest.mark.odd
+def test_kinds_that_only_var_states_hold_for_raw(tmp_path: Path) -> None:
+    listed = Listed(
+        ["GNAS", "CD3E-1", "FASN"], ["GNAS", "CD3E-1", "FASN"], [EXPRESSION, "Antibody Capture", EXPRESSION]
+    )
+    row = h5ad_by_symbol(tmp_path, listed)
+    data = anndata.read_h5ad(row.expression)
+    data.raw = anndata.AnnData(data.X[:, ::-1], data.obs, pd.DataFrame(index=listed.names[::-1]))
+    data.X = np.log1p(data.X.toarray())
+    data.write_h5ad(row.expression)
+    assert {gene.symbol: counts for gene, counts in counts_by_gene(row, tmp_path).items()} == {
+        "FASN": listed.totals(2),
+        "GNAS": listed.totals(0),
+    }
+    assert left_out(row, tmp_path) == {"Antibody Capture": 1}
+
+
+@pytest.mark.odd
+def test_columns_of_joined_files_are_read_together(tmp_path: Path) -> None:
+    listed = Listed(HUMAN[:3], ["GNAS", "FASN", "CD3E-1"])
+    columns = {
+        "gene_ids-0": [HUMAN[0], np.nan, np.nan],
+        "feature_types-0": [EXPRESSION, np.nan, np.nan],
+        "gene_ids-1": [np.nan, HUMAN[1], "CD3E.1"],
+        "feature_types-1": [np.nan, EXPRESSION, "Antibody Capture"],
+    }
+    found = counts_by_gene(_h5ad(tmp_path, listed, pd.DataFrame(columns, index=listed.names)), tmp_path)
+    assert [*found] == [(HUMAN[0], "GNAS", HUMAN[0]), (HUMAN[1], "FASN", HUMAN[1])]
+
+
+@pytest.mark.odd
 @pytest.mark.parametrize("write", WITH_KINDS)
 def test_a_section_without_genes_is_refused(tmp_path: Path, write: Callable) -> None:
     row = write(tmp_path, Listed(["CD3", "CD4"], ["CD3", "CD4"], ["Antibody Capture"] * 2))
@@ -443,6 +473,6 @@ def test_the_report_names_excels_and_made_unique_names() -> None:
 
 @pytest.mark.odd
 def test_the_report_counts_what_is_left_out_and_names_the_ids() -> None:
-    text = _reported(A=["FBgn0000001", "FBgn0000002", "ERCC-00002", "ERCC-00003"], B=["FBgn0000001"])
+    text = _reported(A=["FBgn0000001", "FBgn0000002", "ERCC-00002", "ERCC-00003"], B=["FBgn0000001", "ERCC-00002"])
     assert "genes by   ids (FBgn): 1 in common of 1 to 2 in each of 2 section(s) (A, B)" in text
-    assert "left out   2 features of ERCC spike-in in 1 section(s) (A)" in text
+    assert "left out   1 to 2 features of ERCC spike-in in 2 section(s) (A, B)" in text

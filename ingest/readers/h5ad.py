@@ -93,6 +93,10 @@ def _features(file: h5py.File) -> Features:
     var: pd.DataFrame = _part(file, _counts_at(file)[1])
     names = _texts(var.index)
     ids, symbols, kinds = (_first_column(var, columns) for columns in (_ID_COLUMNS, _SYMBOL_COLUMNS, _KIND_COLUMNS))
+    if not kinds:  # `raw` may have names alone
+        whole: pd.DataFrame = _part(file, "var")
+        kind_of = dict(zip(_texts(whole.index), _first_column(whole, _KIND_COLUMNS), strict=False))
+        kinds = [kind_of.get(name, "") for name in names]
     if symbols and not _are_made_of(names, symbols):
         ids = ids or names
         names = [symbol or name for symbol, name in zip(symbols, names, strict=True)]
@@ -108,10 +112,14 @@ def _are_made_of(names: list[str], symbols: list[str]) -> bool:
 
 
 def _first_column(var: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
-    """Returns the cells of the first of these columns, empty where one is missing; no cells without such a column."""
-    column_of = {_plain(str(column)): column for column in reversed(var.columns)}
-    found = next((column_of[_plain(name)] for name in names if _plain(name) in column_of), None)
-    return [] if found is None else _texts(var[found])
+    """Returns the cells of the first of these columns, empty where one is missing; no cells without such a column.
+
+    Joined files have several, such as `gene_ids-0` and `gene_ids-1`, each filled for the genes of one of them.
+    """
+    columns = [_plain(str(column)) for column in var.columns]
+    found = next((_plain(name) for name in names if _plain(name) in columns), None)
+    cells = [_texts(var.iloc[:, i]) for i, column in enumerate(columns) if column == found]
+    return [next(filter(None, row), "") for row in zip(*cells, strict=True)]
 
 
 def _texts(values: Iterable[Any]) -> list[str]:
