@@ -182,15 +182,21 @@ def test_damaged_counts_are_refused(st, tmp_path, damage, reason):
     ("content", "reason"),
     [
         ("x\ty\tpixel_x\n1\t2\t3\n", "has no column pixel_y"),
-        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t\n", "line 2 has no position"),
-        ("x\ty\tpixel_x\tpixel_y\n1\t2\t3\tinf\n", "line 2 has no position"),
-        ("x\ty\tpixel_x\tpixel_y\tselected\n1\t2\t3\t4\tyes\n", "line 2 has no position"),
+        (
+            "x\ty\tpixel_x\tpixel_y\n1\t2\t3\t\n",
+            r"column pixel_y: 1 of 1 cells cannot be used, such as nan \(line 2\); allowed: finite numbers",
+        ),
+        ("x\ty\tpixel_x\tpixel_y\n1\t2\tinf\t3\n", r"column pixel_x: 1 of 1 .* such as 'inf' \(line 2\)"),
+        (
+            "x\ty\tpixel_x\tpixel_y\tselected\n1\t2\t3\t4\tmaybe\n",
+            r"column selected: 1 of 1 .* such as 'maybe' \(line 2\); allowed: 1 or 0, true or false, yes or no",
+        ),
         ("", "cannot be read"),
     ],
 )
 def test_damaged_positions_are_refused(st, tmp_path, content, reason):
     Path(st.positions).write_text(content)
-    with pytest.raises(SourceError, match=f"a_sel.tsv.*{reason}"):
+    with pytest.raises(SourceError, match=rf"a_sel.tsv.*{reason}"):
         read(st, tmp_path)
 
 
@@ -266,11 +272,100 @@ def test_faults_in_counts_name_the_line(tmp_path: Path, line: str, message: str,
     assert text.startswith(f"a.tsv: {message}")
 
 
+@pytest.mark.odd
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("row", ["12\t20\t5\t", "12\t20\t5\tinf", "\t\t\t"])
-def test_faults_in_positions_name_the_line(tmp_path: Path, row: str, end: str) -> None:
-    text = _refused_lines(tmp_path, positions=(POSITION_LINES + row + "\n13\t20\t1\t1\n").replace("\n", end))
-    assert text.startswith("a_sel.tsv: line 6 has no position: ")
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("12\t20\t5\t", [("12x20", "no_position")]),
+        ("12\t20\t5\tinf", [("12x20", "no_position")]),
+        ("12\t20\tNA\t7", [("12x20", "no_position")]),
+        ("12\t20\tleft\ttop", [("12x20", "no_position")]),
+        ("\t20\t5\t7", [("12x20", "no_position"), ("line 6", "no_position")]),
+        ("\t\t\t", [("12x20", "no_position")]),
+    ],
+)
+def test_a_spot_without_position_is_rejected(
+    tmp_path: Path, row: str, expected: list[tuple[str, str]], end: str
+) -> None:
+    positions = (POSITION_LINES + row + "\n13\t20\t1\t1\n").replace("\n", end)
+    found = _read_lines(tmp_path, LINES + "12x20\t5\t6\n13x20\t7\t8\n", positions)
+    assert found.spots.spot_id.tolist() == ["10x20", "11x20", "13x20"]
+    assert found.spots.x_px.tolist() == [1, 3, 1]
+    assert [(reject.spot_id, reject.reason) for reject in found.rejected] == expected
+    assert np.isnan([found.rejected[0].x_px, found.rejected[0].y_px]).all()
+    assert found.layout.array_xy.tolist() == [[10, 20], [11, 20], [13, 20]]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    ("yes", "no"), [("1", "0"), ("1.0", "0.0"), ("True", "False"), ("TRUE", "FALSE"), ("yes", "no"), ("T", "F")]
+)
+def test_selected_as_people_write_it(tmp_path: Path, yes: str, no: str) -> None:
+    rows = [f"{10 + i}\t20\t{i}\t{i}\t{cell}\n" for i, cell in enumerate([yes, no, yes, "?", yes])]
+    counts = "\tGNAS\n" + "".join(f"{10 + i}x20\t{i + 1}\n" for i in range(5))
+    found = _read_lines(tmp_path, counts, "x\ty\tpixel_x\tpixel_y\tselected\n" + "".join(rows))
+    assert found.spots.spot_id.tolist() == ["10x20", "12x20", "14x20"]
+    assert found.spots.counts is not None
+    assert found.spots.counts.toarray().ravel().tolist() == [1, 3, 5]
+    reasons = [(reject.spot_id, reject.reason) for reject in found.rejected]
+    assert reasons == [("11x20", "not_selected"), ("13x20", "unclear_selection")]
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("mark", ["\t", ",", ";"])
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda data: data,
+        lambda data: MARK + data,
+        lambda data: gzip.compress(MARK + data.replace(b"\n", b"\r\n")),
+        lambda data: data.replace(b"pixel_x\t", b" pixel_x \t").replace(b"GNAS", b" GNAS "),
+        lambda data: data.replace(b"GNAS", b'"GNAS"').replace(b"pixel_x", b'"pixel_x"'),
+    ],
+    ids=["plain", "byte_order_mark", "windows_gzip", "spaces", "quotes"],
+)
+def test_tables_as_people_pass_them_on(st, tmp_path, mark, rewrite):
+    write_counts(tmp_path / "a.tsv")
+    for source, name in ((tmp_path / "a.tsv", "expression"), (Path(st.positions), "positions")):
+        data = rewrite(source.read_bytes())
+        packed = data.startswith(b"\x1f\x8b")
+        data = (gzip.decompress(data) if packed else data).replace(b"\t", mark.encode())
+        Path(getattr(st, name)).write_bytes(gzip.compress(data) if packed else data)
+    found = read(st, tmp_path)
+    assert found.spots.spot_id.tolist() == list(COUNTS)
+    assert found.spots.counts.toarray().tolist() == list(COUNTS.values())
+    assert found.spots.x_px.tolist() == [100.5, 110, 100, 120]
+    assert [gene.gene_id for gene in found.genes] == ["GNAS", "FASN", "ENSG00000141736"]
+    assert read_preview(st, str(tmp_path)).genes == found.genes
+
+
+@pytest.mark.odd
+def test_positions_with_row_names_of_r(st, tmp_path):
+    lines = Path(st.positions).read_text().splitlines()
+    Path(st.positions).write_text("\n".join([lines[0], *(f"{i}\t{line}" for i, line in enumerate(lines[1:]))]))
+    assert read(st, tmp_path).spots.x_px.tolist() == [100.5, 110, 100, 120]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("corner", ["", None, "gene"])
+@pytest.mark.parametrize("mark", ["\t", ","])
+def test_transposed_counts_are_named_as_such(st, tmp_path, corner, mark):
+    write_counts(tmp_path / "a.tsv", {gene: [1, 2, 3, 4] for gene in GENES}, list(COUNTS), corner)
+    Path(st.expression).write_text((tmp_path / "a.tsv").read_text().replace("\t", mark))
+    expected = "a.tsv.gz: its columns are spots (10x20, 11x20, ...), so it is a table of genes x spots: transpose it"
+    assert expected in refused(st, tmp_path)
+    with pytest.raises(SourceError, match="transpose it"):
+        read_preview(st, str(tmp_path))
+
+
+@pytest.mark.odd
+def test_tables_of_two_sections_are_refused(st, tmp_path):
+    write_counts(tmp_path / "a.tsv.gz", {"1x1": [1, 2, 3]})
+    assert "the positions (10x20, ...) have none of the spots of the counts (1x1, ...)" in refused(st, tmp_path)
 
 
 def test_blank_lines_are_skipped(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
+from ingest.readers.cells import flags, numbers, read_text, separator, whole
 from ingest.readers.features import Features, named_features
 from ingest.readers.spots import (
     Expression,
@@ -26,91 +26,73 @@ from ingest.readers.spots import (
     Reject,
     Spots,
     file_errors,
-    require_positions,
+    join_counts,
     require_unique,
-    split_usable,
 )
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 from mclstexp.slides.plain import open_unpacked
 
 _MAX_LINE_BYTES = 64 * 2**20
-_MAX_POSITIONS_BYTES = 512 * 2**20
 _SPOT_NAME = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")
-_KIND = "tab-separated table"
+_KIND = "table of legacy ST"
+_BYTE_ORDER_MARK = "\ufeff"
 _POSITION_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
+_MAX_SHARE_OF_SPOTS = 0.5  # of a header's cells, which are genes
 
 
-GridXY = tuple[int, int]
-"""Rounded grid position (x, y) of a spot, by which counts and positions are joined."""
+class _Positions(NamedTuple):
+    """The selection table."""
 
-
-@dataclass(frozen=True)
-class _Positions:
-    """The selection table by grid position."""
-
-    xy_px: dict[GridXY, tuple[float, float]]
-    selected: dict[GridXY, bool]
+    spots: Spots
+    selected: np.ndarray
+    """1.0 or 0.0, float64 (n,); NaN where it is unclear."""
+    nameless: list[Reject]
+    """Its rows without a grid position, by their line."""
 
 
 def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
     """Returns the genes in the header of a local counts file, `expression`, and the layout in `positions`."""
     with _opened(paths["expression"]) as file:
-        header = _fields(_next_line(file))
-        features = named_features(_names(header, _fields(_next_line(file))))
+        mark, header = _header(file)
+        features = named_features(_names(header, _fields(_next_line(file), mark)))
     return Preview(features.genes, features.left_out, read_layout(paths["positions"]))
 
 
 def read(paths: Mapping[str, str], row: SectionRow) -> Expression:
-    """Returns a section from its local files `expression` and `positions` (tab-separated, plain or gzip).
+    """Returns a section from its local files `expression` and `positions` (tables with tabs or commas, plain or gzip).
 
     Raises:
-        SourceError: a file is damaged, or holds a value that is not a count or position; names gene and spot.
+        SourceError: a file is damaged, or holds a value that is not a count; names gene and spot.
     """
-    counted, genes, counts = _read_counts(paths["expression"])
-    positions = _read_positions(paths["positions"])
-    has_position = np.array([xy in positions.xy_px for xy in counted], bool)
-    rejected = [Reject(_name(xy), np.nan, np.nan, "no_position") for xy in counted if xy not in positions.xy_px]
-    joined = [xy for xy in counted if xy in positions.xy_px]
-    spots = _spots(joined, positions, counts[has_position])
-    require_positions(spots)
-    usable, unusable = split_usable(spots, np.array([positions.selected[xy] for xy in joined], bool))
-    rejected += unusable
-    for xy in positions.xy_px.keys() - set(counted):
-        reason = "no_counts" if positions.selected[xy] else "not_selected"
-        rejected.append(Reject(_name(xy), *positions.xy_px[xy], reason))
-    return Expression(usable, genes, tuple(sorted(rejected)), _layout(positions))
+    spot_ids, genes, counts = _read_counts(paths["expression"])
+    spots, selected, nameless = _read_positions(paths["positions"])
+    usable, rejected = join_counts(spot_ids, counts, spots, selected)
+    return Expression(usable, genes, tuple(sorted(rejected + nameless)), spots.layout())
 
 
 def read_layout(positions_path: str) -> Layout:
     """Returns where the spots of a local selection file are."""
-    return _layout(_read_positions(positions_path))
+    return _read_positions(positions_path).spots.layout()
 
 
-def _layout(positions: _Positions) -> Layout:
-    array_xy, xy_px = (
-        np.array(list(axis), np.float64).reshape(-1, 2) for axis in (positions.xy_px, positions.xy_px.values())
-    )
-    return Layout(array_xy, xy_px)
-
-
-def _read_counts(path: str) -> tuple[list[GridXY], tuple[Gene, ...], csr_array]:
-    spot_ids: list[str] = []
+def _read_counts(path: str) -> tuple[list[str], tuple[Gene, ...], csr_array]:
     in_line: list[str] = []
+    spot_ids: list[str] = []
     columns: list[np.ndarray] = []
     values: list[np.ndarray] = []
     with _opened(path) as file:
-        header = _fields(_next_line(file))
+        mark, header = _header(file)
         names: list[str] = []
         features: Features | None = None
         for number, line in enumerate(iter(lambda: _next_line(file), b""), start=2):
             if not line.strip():
                 continue
-            fields = _fields(line)
+            fields = _fields(line, mark)
             names = names or _names(header, fields)
             features = features or named_features(names)
-            spot_ids.append(fields[0])
             in_line.append(f"{fields[0]} (line {number})")
+            spot_ids.append(fields[0])
             row = _row(fields, names, in_line[-1])
             columns.append(np.flatnonzero(row).astype(np.int32))
             values.append(row[columns[-1]])
@@ -119,9 +101,23 @@ def _read_counts(path: str) -> tuple[list[GridXY], tuple[Gene, ...], csr_array]:
     first = np.cumsum([0, *map(len, columns)])
     matrix = csr_array((np.concatenate(values), np.concatenate(columns), first), shape=(len(spot_ids), len(names)))
     with file_errors(path, _KIND):
-        counted = [_grid_xy(spot_id, spot) for spot_id, spot in zip(spot_ids, in_line, strict=True)]
-        require_unique([_name(xy) for xy in counted], "spot")
-        return counted, features.genes, features.counts(matrix, in_line)
+        spot_ids = [_on_grid(spot_id, spot) for spot_id, spot in zip(spot_ids, in_line, strict=True)]
+        require_unique(spot_ids, "spot")
+        return spot_ids, features.genes, features.counts(matrix, in_line)
+
+
+def _header(file: IO[bytes]) -> tuple[str, list[str]]:
+    """Returns what separates the cells of a table of counts, and those of its header."""
+    line = _next_line(file)
+    mark = separator(line.decode())
+    cells = _fields(line, mark)
+    spots = [cell for cell in cells if _SPOT_NAME.fullmatch(cell)]
+    if len(spots) > _MAX_SHARE_OF_SPOTS * len(cells):
+        raise SourceError(
+            f"its columns are spots ({', '.join(spots[:2])}, ...), so it is a table of genes x spots: transpose it, so "
+            "that each row is a spot and each column a gene"
+        )
+    return mark, cells
 
 
 def _names(header: list[str], first_row: list[str]) -> list[str]:
@@ -152,50 +148,43 @@ def _is_number(text: str) -> bool:
 
 
 def _read_positions(path: str) -> _Positions:
-    with _opened(path) as file:
-        data = file.read(_MAX_POSITIONS_BYTES + 1)
-        if len(data) > _MAX_POSITIONS_BYTES:
-            raise SourceError(f"it is larger than {_MAX_POSITIONS_BYTES} bytes: it is not a table of spots")
-        table = pd.read_csv(io.BytesIO(data), sep="\t", dtype=str)
+    with file_errors(path, _KIND):
+        table = _table(read_text(path))
         missing = [name for name in _POSITION_COLUMNS if name not in table]
         if missing:
             raise SourceError(f"it has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-        columns = [*_POSITION_COLUMNS, "selected"] if "selected" in table else [*_POSITION_COLUMNS]
-        number = table[columns].apply(pd.to_numeric, errors="coerce")
-        wrong = ~np.isfinite(number.to_numpy(np.float64)).all(axis=1)
-        if wrong.any():
-            row = int(wrong.argmax())
-            cells = ", ".join(f"{name} {table[name].iloc[row]}" for name in columns)
-            raise SourceError(f"line {_line_of(data, row)} has no position: {cells}")
-        grid_xy = list(zip(*(np.rint(number[name]).astype(int).tolist() for name in ("x", "y")), strict=True))
-        require_unique([_name(xy) for xy in grid_xy], "spot")
-    pixels = zip(number["pixel_x"].tolist(), number["pixel_y"].tolist(), strict=True)
-    selected = (number["selected"] != 0).tolist() if "selected" in number else [True] * len(grid_xy)
-    return _Positions(dict(zip(grid_xy, pixels, strict=True)), dict(zip(grid_xy, selected, strict=True)))
+        grid = np.rint(whole(numbers(table[name]) for name in ("x", "y")))
+        xy_px = whole(numbers(table[name]) for name in ("pixel_x", "pixel_y"))
+        selected = flags(table["selected"]) if "selected" in table else np.ones(len(table))
+        named = np.isfinite(grid).all(axis=1)
+        spot_id = np.array(
+            [_name(*xy) if known else "" for xy, known in zip(grid.tolist(), named, strict=True)], object
+        )
+        require_unique(spot_id[named].tolist(), "spot")
+    x_px, y_px = xy_px.T
+    spots = Spots(np.where(named, spot_id, table.index), x_px, y_px, array_row=grid[:, 1], array_col=grid[:, 0])
+    return _Positions(spots.take(named), selected[named], spots.rejects(~named, "no_position"))
 
 
-def _line_of(data: bytes, row: int) -> int:
-    """Returns the line, counted from 1, of a row below the header; pandas skips blank lines."""
-    filled = [number for number, line in enumerate(data.splitlines(), 1) if line.strip(b" ")]
-    return filled[row + 1]
+def _table(text: str) -> pd.DataFrame:
+    """Returns the cells of the rows that have any, as text, with their lines as index."""
+    filled = [number for number, line in enumerate(text.splitlines(), 1) if line.strip(" ")]
+    mark = separator(next(iter(text.splitlines()), ""))
+    table = pd.read_csv(io.StringIO(text), sep=mark, dtype=str, skipinitialspace=True)
+    table = table.rename(columns=lambda name: name.strip())
+    table.index = pd.Index([f"line {number}" for number in filled[1 : len(table) + 1]])
+    return table.dropna(how="all")
 
 
-def _spots(grid_xy: list[GridXY], positions: _Positions, counts: csr_array) -> Spots:
-    xy_px = np.array([positions.xy_px[xy] for xy in grid_xy], np.float64).reshape(-1, 2)
-    grid = np.array(grid_xy, np.float64).reshape(-1, 2)
-    spot_id = np.array([_name(xy) for xy in grid_xy], object)
-    return Spots(spot_id, xy_px[:, 0], xy_px[:, 1], array_row=grid[:, 1], array_col=grid[:, 0], counts=counts)
-
-
-def _grid_xy(spot_id: str, spot: str) -> GridXY:
-    match = _SPOT_NAME.fullmatch(spot_id)
+def _on_grid(name: str, spot: str) -> str:
+    match = _SPOT_NAME.fullmatch(name)
     if not match:
         raise SourceError(f"spot {spot} has no name like 10x21")
-    return round(float(match[1])), round(float(match[2]))
+    return _name(float(match[1]), float(match[2]))
 
 
-def _name(xy: GridXY) -> str:
-    return f"{xy[0]}x{xy[1]}"
+def _name(x: float, y: float) -> str:
+    return f"{round(x)}x{round(y)}"
 
 
 def _next_line(file: IO[bytes]) -> bytes:
@@ -205,9 +194,9 @@ def _next_line(file: IO[bytes]) -> bytes:
     return line
 
 
-def _fields(line: bytes) -> list[str]:
-    """Returns a line's cells without the quotes that R writes around names."""
-    return [cell.strip('"') for cell in line.decode().rstrip("\r\n").split("\t")]
+def _fields(line: bytes, mark: str) -> list[str]:
+    """Returns a line's cells without spaces around them and the quotes that R writes around names."""
+    return [cell.strip(' "') for cell in line.decode().removeprefix(_BYTE_ORDER_MARK).rstrip("\r\n").split(mark)]
 
 
 @contextmanager

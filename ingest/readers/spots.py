@@ -44,7 +44,9 @@ class Gene(NamedTuple):
 class Reject(NamedTuple):
     """A spot that gets no tile; its position is NaN if the source gives none.
 
-    Readers give the reasons `not_selected` (off the tissue, or left out by the source), `no_counts` and `no_position`;
+    Readers give the first reason that holds of: `not_selected` (off the tissue, or left out by the source),
+    `no_position` (in pixels), `no_array_position` (on an array where others have one: learnt tables of positions need
+    all), `unclear_selection` (a cell that says neither yes nor no) and `no_counts`.
     `ingest.section` adds `outside_image`, `crosses_edge`, `no_tissue` and `missing_pixels`.
     """
 
@@ -80,7 +82,7 @@ class Spots:
 
     def rejects(self, rows: np.ndarray, reason: str) -> list[Reject]:
         """Returns the spots in the given rows as rejects."""
-        spots = zip(self.spot_id[rows], self.x_px[rows].tolist(), self.y_px[rows].tolist(), strict=True)
+        spots = zip(self.spot_id[rows].tolist(), self.x_px[rows].tolist(), self.y_px[rows].tolist(), strict=True)
         return [Reject(str(spot_id), x, y, reason) for spot_id, x, y in spots]
 
     def layout(self, scale: "Scale | None" = None) -> "Layout":
@@ -209,27 +211,67 @@ def require_unique(names: list[str], what: str) -> None:
 
 
 def require_positions(spots: Spots) -> None:
-    """Refuses positions that no slide and no array has.
+    """Refuses positions that no array has.
 
     Raises:
-        SourceError: a pixel position is not finite, or an array position is negative or above `MAX_ARRAY`; names the
-            spot.
+        SourceError: an array position is negative or above `MAX_ARRAY`; names the spot.
     """
     array = np.stack([spots.array_row, spots.array_col])
-    faults = {
-        "pixel position": ~np.isfinite(spots.x_px + spots.y_px),
-        f"array position (allowed: 0 to {MAX_ARRAY})": ((array < 0) | (array > MAX_ARRAY)).any(axis=0),
-    }
-    for what, wrong in faults.items():
-        if wrong.any():
-            i = int(wrong.argmax())
-            got = (spots.x_px[i], spots.y_px[i]) if what == "pixel position" else tuple(array[:, i])
-            raise SourceError(f"spot {spots.spot_id[i]} has the {what} {tuple(map(float, got))}")
+    wrong = ((array < 0) | (array > MAX_ARRAY)).any(axis=0)
+    if wrong.any():
+        i = int(wrong.argmax())
+        got = tuple(array[:, i].tolist())
+        raise SourceError(f"spot {spots.spot_id[i]} has the array position (allowed: 0 to {MAX_ARRAY}) {got}")
 
 
 def split_usable(spots: Spots, selected: np.ndarray) -> tuple[Spots, list[Reject]]:
-    """Returns the spots that are selected, bool (n,), and have counts, and the others as rejects."""
-    assert spots.counts is not None, "only measured spots are selected"
-    empty = spots.counts.sum(axis=1) == 0
-    rejected = spots.rejects(~selected, "not_selected") + spots.rejects(selected & empty, "no_counts")
-    return spots.take(selected & ~empty), rejected
+    """Returns the spots that can be used, and the others as rejects with the reason.
+
+    Args:
+        spots: without counts, none of them can be used.
+        selected: bool (n,), or float64 (n,) of 1, 0 and NaN where it is unclear.
+    """
+    lacks_array = np.isnan(spots.array_row + spots.array_col)
+    tests = {
+        "not_selected": selected == 0,
+        "no_position": np.isnan(spots.x_px + spots.y_px),
+        "no_array_position": lacks_array & ~lacks_array.all(),
+        "unclear_selection": np.isnan(selected),
+        "no_counts": np.full(len(spots), True) if spots.counts is None else spots.counts.sum(axis=1) == 0,
+    }
+    usable, rejected = np.full(len(spots), True), []
+    for reason, holds in tests.items():
+        rejected += spots.rejects(usable & holds, reason)
+        usable &= ~holds
+    return spots.take(usable), rejected
+
+
+def join_counts(
+    spot_ids: list[str], counts: csr_array, placed: Spots, selected: np.ndarray
+) -> tuple[Spots, list[Reject]]:
+    """Returns the usable spots of a table of counts and a table of positions, and all others of either as rejects.
+
+    Args:
+        spot_ids: of the counts, in the order of the result.
+        counts: int32 (spots, genes).
+        placed: all spots of the table of positions.
+        selected: as for `split_usable`, of these.
+
+    Raises:
+        SourceError: the tables have no spot in common, or an array position is impossible.
+    """
+    row_of = {name: row for row, name in enumerate(placed.spot_id)}
+    row = np.array([row_of.get(name, -1) for name in spot_ids], np.int64)
+    known = row >= 0
+    if not known.any():
+        raise SourceError(
+            f"the positions ({', '.join(placed.spot_id[:1])}, ...) have none of the spots of the counts "
+            f"({spot_ids[0]}, ...): give counts and positions of the same section"
+        )
+    counted = replace(placed.take(row[known]), counts=counts[known])
+    require_positions(counted)
+    usable, rejected = split_usable(counted, selected[row[known]])
+    uncounted = ~np.isin(np.arange(len(placed)), row)
+    rejected += split_usable(placed.take(uncounted), selected[uncounted])[1]
+    rejected += [Reject(name, np.nan, np.nan, "no_position") for name in np.array(spot_ids, object)[~known].tolist()]
+    return usable, rejected
