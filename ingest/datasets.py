@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ingest.layout import layout_mpp
 from ingest.readers.legacy_st import read_layout
-from ingest.readers.visium import find_files
+from ingest.readers.visium_files import find_files
 from mclstexp import storage
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import ConfigError, SourceError

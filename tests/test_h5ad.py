@@ -125,9 +125,10 @@ def test_h5ad_without_positions_or_with_broken_ones(h5ad, tmp_path):
     data.write_h5ad(h5ad.expression)
     assert "it has no obsm/spatial" in refused(h5ad, tmp_path)
     data = make_anndata()
-    data.obsm["spatial"][1, 0] = np.nan
+    data.obsm["spatial"][1:, 0] = np.nan
     data.write_h5ad(h5ad.expression)
-    assert "spot AAC1-1 has the pixel position" in refused(h5ad, tmp_path)
+    expected = "column 0 of obsm['spatial']: 3 of 4 cells cannot be used, such as nan (spot AAC1-1); allowed: finite"
+    assert expected in refused(h5ad, tmp_path)
 
 
 def test_damaged_h5ad_is_refused(h5ad, tmp_path):

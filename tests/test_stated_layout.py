@@ -39,6 +39,11 @@ def test_a_picture_without_its_scale_states_nothing(tmp_path):
     assert read(section(tmp_path, folder), tmp_path).layout.pictures == ()
 
 
+def test_a_scale_without_its_picture_has_no_size(tmp_path):
+    found = read(section(tmp_path, v1_h5(tmp_path / "S1")), tmp_path)
+    assert found.layout.pictures == (("tissue_hires_image.png", 0, 0, 0.1),)
+
+
 def test_hd_states_its_resolution(tmp_path):
     assert read(section(tmp_path, hd(tmp_path / "S1")), tmp_path).layout.mpp == 0.4
 
@@ -66,18 +71,26 @@ def h5ad_row(path):
             (
                 None,
                 130.0,
-                (("uns['spatial'] image hires", 240, 200, 0.1), ("uns['spatial'] image lowres", 72, 60, 0.03)),
+                (
+                    ("uns['spatial']['S1']['images']['hires']", 240, 200, 0.1),
+                    ("uns['spatial']['S1']['images']['lowres']", 72, 60, 0.03),
+                ),
             ),
         ),
         (
             {"tissue_downscaled_fullres_scalef": 0.1, "spot_diameter_fullres": np.float32(30)},
             {"downscaled_fullres": (20, 24, 3)},
-            (None, 30.0, (("uns['spatial'] image downscaled_fullres", 24, 20, 0.1),)),
+            (None, 30.0, (("uns['spatial']['S1']['images']['downscaled_fullres']", 24, 20, 0.1),)),
         ),
         (
             {"microns_per_pixel": 0.27, "bin_size_um": 16.0},
             {"fullres": (30, 40)},
-            (0.27, None, (("uns['spatial'] image fullres", 40, 30, 1.0),)),
+            (0.27, None, (("uns['spatial']['S1']['images']['fullres']", 40, 30, 1.0),)),
+        ),
+        (
+            {"tissue_hires_scalef": 0.1},
+            {},
+            (None, None, (("uns['spatial']['S1']['images']['hires']", 0, 0, 0.1),)),
         ),
         pytest.param(
             {"spot_diameter_fullres": np.nan, "tissue_hires_scalef": 0.0},

@@ -30,8 +30,17 @@ SPOT = "A-1,1,0,0,5,6\n"
     ("file", "text", "message"),
     [
         (POSITIONS, "A-1,1,0,0,5\n", "positions_list.csv: line 1 has 5 cells, expected 6: barcode, in_tissue"),
-        (POSITIONS, f"{SPOT}\nB-1,1,0,0,x,6\n", "line 3, column pxl_row_in_fullres: got 'x', allowed: a number"),
-        (POSITIONS, f"{SPOT}B-1,2,0,0,5,6\n", "line 2, column in_tissue: got '2', allowed: 0 or 1"),
+        (
+            POSITIONS,
+            f"{SPOT}\nB-1,1,0,0,x,6\nC-1,1,0,0,,6\n",
+            "list.csv: column pxl_row_in_fullres: 2 of 3 cells cannot be used, such as 'x' (line 3); allowed: finite",
+        ),
+        (
+            POSITIONS,
+            f"{SPOT}B-1,2,0,0,5,6\nC-1,2,0,0,5,6\n",
+            "column in_tissue: 2 of 3 cells cannot be used, such as '2' (line 2); allowed: 1 or 0, true or false",
+        ),
+        (POSITIONS, "A-1,1,NA,0,5,6\n", "column array_row: 1 of 1 cells cannot be used, such as 'NA' (line 1)"),
         (POSITIONS, f"{SPOT}{SPOT}", "tissue_positions_list.csv: barcode appears more than once: A-1"),
         (
             POSITIONS,
@@ -39,7 +48,7 @@ SPOT = "A-1,1,0,0,5,6\n"
             "it has no column array_col, pxl_row_in_fullres, pxl_col_in_fullres",
         ),
         (POSITIONS, "", "tissue_positions_list.csv: it has no spots"),
-        (POSITIONS, SPOT, "the positions (A-1, ...) have none of the barcodes of the counts (AAC0715-1, ...)"),
+        (POSITIONS, SPOT, "the positions (A-1, ...) have none of the spots of the counts (AAC0715-1, ...)"),
         (
             SCALE,
             "{\n'a': 1}",
@@ -132,10 +141,13 @@ def test_broken_parquet_positions_are_named_with_the_row(tmp_path):
     folder = hd(tmp_path / "S1")
     path = folder / "binned_outputs/square_016um/spatial/tissue_positions.parquet"
     table = positions()
-    table.loc[3, "pxl_col_in_fullres"] = np.nan
+    table.loc[3:, "pxl_col_in_fullres"] = np.nan
     table.to_parquet(path)
     text = refused(section(tmp_path, folder), tmp_path)
-    assert "tissue_positions.parquet: row 4, column pxl_col_in_fullres: got " in text
+    assert (
+        "tissue_positions.parquet: column pxl_col_in_fullres: 61 of 64 cells cannot be used, such as nan (row 4)"
+        in text
+    )
     path.write_bytes(b"PAR1")
     assert "tissue_positions.parquet cannot be read" in refused(section(tmp_path, folder), tmp_path)
 
@@ -166,12 +178,12 @@ def test_the_sheet_lists_the_missing_files_of_a_folder(tmp_path):
     assert "row 4: format visium needs expression; format visium takes no positions" in text
 
 
-def test_the_sheet_looks_up_each_file_of_a_folder_once(tmp_path, monkeypatch):
-    folder, exists, looked_up = v1_mtx(tmp_path / "S1"), storage.exists, []
-    monkeypatch.setattr(storage, "exists", lambda uri: looked_up.append(uri) or exists(uri))
+def test_the_sheet_lists_each_folder_once(tmp_path, monkeypatch):
+    folder, list_folder, looked_up = v1_mtx(tmp_path / "S1"), storage.list_folder, []
+    monkeypatch.setattr(storage, "list_folder", lambda uri: looked_up.append(uri) or list_folder(uri))
     Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
     sheet = "section_id,patient_id,image,format,expression\nS1,P1,i.png,visium,S1\n"
     (tmp_path / "samples.csv").write_text(sheet)
     read_sheet(str(tmp_path / "samples.csv"), READERS)
-    assert str(folder / MATRIX / "matrix.mtx.gz") in looked_up
+    assert set(looked_up) == {str(folder), str(folder / MATRIX), str(folder / "spatial")}
     assert len(looked_up) == len(set(looked_up))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mclstexp.errors import SourceError
-from mclstexp.slides.slide import open_unpacked
+from mclstexp.slides.plain import open_unpacked
 
 MAX_TEXT_BYTES = 512 * 2**20
 _FLAGS = {"true": 1.0, "t": 1.0, "yes": 1.0, "y": 1.0, "false": 0.0, "f": 0.0, "no": 0.0, "n": 0.0}
@@ -79,7 +79,9 @@ def _require_mostly_good(column: pd.Series, found: np.ndarray, allowed: str) -> 
     bad = np.isnan(found)
     if 2 * bad.sum() > len(bad):
         first = int(bad.argmax())
+        cell = column.iloc[first]
+        shown = repr(cell) if isinstance(cell, str) else str(cell)
         raise SourceError(
             f"column {column.name}: {int(bad.sum())} of {len(bad)} cells cannot be used, such as "
-            f"{column.iloc[first]!r} ({column.index[first]}); allowed: {allowed}"
+            f"{shown} ({column.index[first]}); allowed: {allowed}"
         )

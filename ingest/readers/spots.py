@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import h5py
 import numpy as np
 from scipy.sparse import csr_array
 
 from mclstexp.errors import SourceError
 from mclstexp.messages import some_of
+from mclstexp.slides.plain import is_packed
 
 MAX_ARRAY = 65_535
 """Largest array row or column."""
@@ -123,6 +125,7 @@ class Picture(NamedTuple):
     name: str
     """What the source calls it, such as `tissue_hires_image.png`."""
     width: int
+    """0 if the source has only the picture's scale."""
     height: int
     scale: float
     """Pixels of the picture along a full-resolution pixel, such as `tissue_hires_scalef`."""
@@ -175,6 +178,20 @@ def file_errors(path: str, kind: str) -> Iterator[None]:
         raise SourceError(f"{Path(path).name} cannot be read, it is damaged or not a {kind}: {error}") from error
     except SourceError as error:
         raise SourceError(f"{Path(path).name}: {error}") from None
+
+
+@contextmanager
+def opened_hdf5(path: str, kind: str) -> Iterator[h5py.File]:
+    """Yields a local HDF5 file; errors name it and its `kind`, as in `file_errors`.
+
+    Raises:
+        SourceError: it is damaged, or compressed as a whole.
+    """
+    with file_errors(path, kind):
+        if is_packed(path):
+            raise SourceError("it is compressed with gzip, and HDF5 is read in parts: unpack it (gunzip)")
+        with h5py.File(path, "r") as file:
+            yield file
 
 
 def checked_counts(values: csr_array, spot_ids: list[str], genes: tuple[Gene, ...]) -> csr_array:

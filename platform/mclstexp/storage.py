@@ -262,6 +262,17 @@ def list_files(uri: str) -> list[str]:
     return sorted(str(path) for path in found if path.is_file())
 
 
+def list_folder(uri: str) -> list[str]:
+    """Returns the names of the files directly in a folder, sorted; empty if there are none."""
+    uri = absolute(uri)
+    if is_s3(uri):
+        return sorted(found.rpartition("/")[2] for found in _s3_list(uri, "/"))
+    if not Path(uri).is_dir():
+        return []
+    with _local_errors("list", uri), os.scandir(uri) as entries:
+        return sorted(entry.name for entry in entries if entry.is_file())
+
+
 def delete(uri: str) -> None:
     """Removes one object or file, if it exists."""
     uri = absolute(uri)
@@ -404,12 +415,13 @@ def _s3_download(uri: str, local: str) -> None:
         _s3_client().download_file(*_s3_address(uri), local)
 
 
-def _s3_list(uri: str) -> list[str]:
-    """Returns the URIs of all objects under `uri`."""
+def _s3_list(uri: str, delimiter: str = "") -> list[str]:
+    """Returns the URIs of all objects under `uri`, or those without a delimiter in the rest of their keys."""
     bucket, _, prefix = uri[5:].partition("/")
     prefix = f"{prefix}/" if prefix else ""
     with _s3_errors("list", uri):
-        pages = _s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        paginator = _s3_client().get_paginator("list_objects_v2")
+        pages = paginator.paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
         return [f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())]
 
 
