@@ -46,12 +46,8 @@ def hide_logs_of_ray() -> None:
 
 
 def connect(config: Config, min_cpus: int = 2) -> None:
-    """Joins the cluster that the environment names (as under `ray job submit`), or starts Ray on this machine."""
-    import ray
-
+    """Joins or starts Ray (`cluster.connect`); its nodes get the project's packages and the storage settings."""
     from mclstexp import cluster
 
     modules = [str(ROOT / package) for package in PACKAGES]
-    runtime_env = {"py_modules": modules, "env_vars": config.storage.environment()}
-    local = {} if "RAY_ADDRESS" in os.environ else cluster.local_ray(config, min_cpus)
-    ray.init(runtime_env=runtime_env, log_to_driver=False, configure_logging=False, **local)
+    cluster.connect(config, {"py_modules": modules, "env_vars": config.storage.environment()}, min_cpus)

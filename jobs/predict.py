@@ -77,6 +77,7 @@ def _plan(model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
 
     import torch
 
+    from mclstexp import cluster
     from mclstexp.prediction.forecast import forecast, forecast_on_a_gpu
     from mclstexp.prediction.pipeline import cluster_size, worker_counts
 
@@ -85,7 +86,7 @@ def _plan(model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
         _launch.connect(config)  # to a running cluster
         print(forecast_on_a_gpu(cohort, model, worker_counts(*cluster_size(config.predict))))
         return
-    predict, local_cpus = config.predict, config.cluster.local_cpus or max(os.cpu_count() or 1, MIN_CPUS)
+    predict, local_cpus = config.predict, cluster.num_local_cpus(config, MIN_CPUS)
     num_gpus = torch.cuda.device_count() if predict.num_gpus is None else predict.num_gpus
     print(forecast(cohort, model, worker_counts(predict.num_cpus or local_cpus, num_gpus)))
 

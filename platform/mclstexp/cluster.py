@@ -8,14 +8,19 @@ what is free: other jobs on the cluster are not seen.
 
 import logging
 import os
+import socket
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import ray
 import ray.data
+from ray._private.utils import get_num_cpus
 from ray.data import DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
@@ -26,6 +31,13 @@ from mclstexp.settings import FITTED_PANELS
 
 MAX_RETRIES = 2
 """Restarts of a task or actor whose process died."""
+_NUM_STARTS = 2
+_START_S = 120  # Ray allows 30, in which a busy machine may not start it
+_JOIN_S = 10.0
+_SHORT_FOLDER = f"/tmp/ray-{os.getuid()}"
+_MAX_SOCKET_BYTES = 103  # of a socket's path; Linux allows 107
+_SOCKET = "/session_2026-11-28_21-34-47_123456_1234567/sockets/plasma_store.1"
+"""A socket in Ray's folder, with the longest name."""
 _POLL_S = 1.0
 _ROUNDING = 1e-9
 _SQLITE = "sqlite:///"
@@ -36,17 +48,102 @@ _Bundles = Sequence[tuple[dict[str, float], dict[str, str]]]
 """Resources claimed together on one node, with the labels that the node must have."""
 
 
+def connect(config: Config, runtime_env: Mapping[str, object], min_cpus: int = 2) -> None:
+    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine.
+
+    Raises:
+        ResourceError: Ray cannot be reached, or does not start.
+    """
+    arguments = {"runtime_env": dict(runtime_env), "log_to_driver": False, "configure_logging": False}
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _start(arguments | local_ray(config, min_cpus) | {"_temp_dir": _short_folder()})
+    else:
+        _join(address, arguments)
+
+
+def num_local_cpus(config: Config, min_cpus: int) -> int:
+    """Returns the logical CPUs of a Ray on this machine: those that this process may use, as in a container."""
+    return config.cluster.local_cpus or max(int(get_num_cpus(override_docker_cpu_warning=True)), min_cpus)
+
+
 def local_ray(config: Config, min_cpus: int = 2) -> dict[str, Any]:
     """Returns the arguments of `ray.init` for a Ray on this machine, with enough logical CPUs for the run."""
     train = config.train
     needed = train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus)
-    num_cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, needed, min_cpus)
     return {
         "address": "local",
-        "num_cpus": num_cpus,
+        "num_cpus": num_local_cpus(config, max(needed, min_cpus)),
         "object_store_memory": config.cluster.object_store_mb * 2**20,
         "include_dashboard": False,
     }
+
+
+def _start(arguments: Mapping[str, Any]) -> None:
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(_START_S))
+    for start in range(_NUM_STARTS):
+        try:
+            ray.init(**arguments)
+        except Exception as error:  # Ray raises plain exceptions, also for a start that took too long
+            ray.shutdown()
+            if start == _NUM_STARTS - 1:
+                load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"
+                raise ResourceError(
+                    f"Ray did not start on this machine ({load}), tried {_NUM_STARTS} times: {_first_line(error)}; "
+                    "start the job again when the machine is less busy, or check the disk space and rights in "
+                    "RAY_TMPDIR, TMPDIR or /tmp"
+                ) from error
+        else:
+            return
+
+
+def _join(address: str, arguments: Mapping[str, Any]) -> None:
+    fix = "start that cluster, correct RAY_ADDRESS and the token (RAY_AUTH_TOKEN), or unset RAY_ADDRESS to work here"
+    try:
+        _require_listening(address)
+        ray.init(**arguments)
+    except Exception as error:
+        ray.shutdown()
+        raise ResourceError(
+            f"cannot join the Ray cluster RAY_ADDRESS={address}: {_first_line(error)}; {fix}"
+        ) from error
+
+
+def _require_listening(address: str) -> None:
+    """Raises OSError if nothing listens at `host:port`, which Ray would only tell after a quarter of an hour."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.hostname and place.port:
+        socket.create_connection((place.hostname, place.port), timeout=_JOIN_S).close()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _short_folder() -> str | None:
+    """Returns a folder for Ray's files if the path of its usual one is too long for sockets; else None.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    usual = os.path.abspath(os.environ[name]) if name else "/tmp"
+    if len(os.fsencode(f"{usual}/ray{_SOCKET}")) <= _MAX_SOCKET_BYTES:
+        return None
+    folder = Path(_SHORT_FOLDER)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+        fault = "" if is_own and os.access(folder, os.W_OK) else "it is not a folder that only you can write to"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault:
+        raise ResourceError(
+            f"Ray's sockets need a short path: {name}={usual} is too long and {folder} cannot be used ({fault}); set "
+            f"RAY_TMPDIR to a local folder of at most {_MAX_SOCKET_BYTES - len(_SOCKET) - len('/ray')} characters"
+        )
+    return f"{folder}/ray"  # Ray opens its own folder to all users
 
 
 def worker_resources(config: Config) -> dict[str, float]:
