@@ -183,7 +183,7 @@ def test_the_job_reports_what_it_scored_and_where_it_wrote(version: ModelVersion
     }
     assert list(scored.rows) == [
         *("protocol", "section_id", "patient_id", "num_spots", "target", "method", "kind"),
-        *("gene_set", "num_genes", "pcc"),
+        *("gene_set", "num_genes", "not_measured", "pcc"),
         *("undefined", "pcc_density_free", "undefined_density_free", "mse", "rmse", "mae"),
     ]
     assert list(pd.read_csv(scored.folder / "scores" / "per_gene.csv")) == [

@@ -14,7 +14,6 @@ import scipy.stats
 from mclstexp import tracking
 from mclstexp.config import override
 from mclstexp.data.genes import normalisers
-from mclstexp.data.spots import make_reader
 from mclstexp.errors import ConfigError, ModelError, UserError
 from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
 from mclstexp.evaluation.sections import read_measured
@@ -166,8 +165,12 @@ def _obstacle(run: Run, champion: ModelVersion) -> str:
         return f"it answers in another unit: {unit.unit()}, not {run.reader.target.unit()}"
     if unit.scheme == "per_spot_panel" and set(champion.panel.gene_id) != set(run.panel.gene_id):
         return "both divide by the panel's own total, and their panels differ"
-    if not set(champion.panel.gene_id) & set(run.panel.gene_id):
+    shared = set(champion.panel.gene_id) & set(run.panel.gene_id)
+    if not shared:
         return "the panels share no gene"
+    for name in run.split.validation:
+        if shared <= {run.panel.gene_id[gene] for gene in run.reader.unmeasured.get(name, ())}:
+            return f"section {name} measures none of the {len(shared)} genes that the panels share"
     try:
         champion.require_table(run.manifest)
     except ModelError as error:
@@ -216,8 +219,7 @@ def _pairs(run: Run, champion: ModelVersion, challengers: list[ModelVersion]) ->
 
 def _predicted(run: Run, model: ModelVersion, genes: list[str]) -> Mapping[str, np.ndarray]:
     """Returns a model's predictions of each validation section, float32 (N, genes)."""
-    reader = make_reader(run.reader.root, run.manifest, model.panel, model.config)
-    embedded = embed_sections(reader.root, reader.manifest, run.split.validation, network_of(model))
+    embedded = embed_sections(run.reader.root, run.manifest, run.split.validation, network_of(model))
     columns = _columns(model.panel.gene_id, genes)
     return {name: model.predict(arrays["embedding"]).prediction[:, columns] for name, arrays in embedded}
 

@@ -24,6 +24,7 @@ def new_figure(width_in: float, height_in: float, heading: str) -> Figure:
 
 
 def colour_limits(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 1st and 99th percentile of values of any shape, or their range if these are equal."""
+    """Returns the 1st and 99th percentile of values of any shape without NaN, or their range if these are equal."""
+    values = values[~np.isnan(values)]
     low, high = np.quantile(values, _SHARES)
     return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))

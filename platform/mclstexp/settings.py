@@ -93,8 +93,10 @@ class GenesConfig(ConfigBlock):
     """Number of genes in an `hvg` panel; number that each section adds to an `hvg_union`."""
     min_spots: int = Field(0, ge=0)
     """Minimum number of training spots with counts for a gene of an `hvg` or `hvg_union` panel."""
+    min_sections: float = Field(0.8, ge=0, le=1)
+    """Minimum share of training sections that must measure a gene of an `hvg` panel (`hvg_union`: always all)."""
     missing: Literal["error", "drop"] = "error"
-    """What to do with genes of a panel file that the data does not have: refuse the file, or drop these genes."""
+    """What to do with genes of a panel file that no training section measures: refuse the file, or drop these genes."""
     input: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"
     """Divisor of counts: the spot's total over all genes or over the panel, or the gene's total in the section."""
     target: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"

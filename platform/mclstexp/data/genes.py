@@ -233,6 +233,16 @@ def gene_totals(root: str, manifest: Manifest, entry: SectionEntry, columns: np.
     return np.where(columns >= 0, totals[columns], 0.0)
 
 
+def unmeasured_genes(manifest: Manifest, section_id: str, columns: np.ndarray) -> np.ndarray:
+    """Returns the panel's genes that a section does not measure, ascending indices, int64 (n,).
+
+    Args:
+        columns: row of each panel gene in the gene table, (G,); a gene at -1 is in no section.
+    """
+    measures = np.append(manifest.measures(section_id), False)  # which -1 picks
+    return np.flatnonzero(~measures[columns])
+
+
 def _first_rows(names: list[str], rows: Iterable[int]) -> dict[str, int]:
     """Returns the first of the given rows for each name that is not empty."""
     first: dict[str, int] = {}

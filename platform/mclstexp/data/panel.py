@@ -1,7 +1,7 @@
 """Fits gene panels, and refuses sections that list panel genes under another name.
 
-A tile table states which genes a section counted, not which it looked for: a gene under another name reads as zeros.
-Before anything is trained or scored, sections' counts are therefore checked once more, which costs one read of each.
+A gene that a section lists under another name looks as if the section did not measure it, or as zeros. Before anything
+is trained or scored, sections' counts are therefore checked once more, which costs one read of each.
 """
 
 import logging
@@ -31,7 +31,7 @@ def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config:
     An `hvg` panel is ordered by variability, `hvg_union` by the gene table (`variability.py`), a file by itself.
 
     Raises:
-        ConfigError: the panel file (local or `s3://`) is missing or names genes that the data does not have
+        ConfigError: the panel file (local or `s3://`) is missing or names genes that no section measures
             (`genes.missing`), no gene is left, or a section lists the file's genes under another name.
     """
     table, names = load_genes(root, manifest), list(section_ids)
@@ -43,6 +43,7 @@ def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config:
         rows = _rows_of_file(config, table)
         if rows:
             require_counts(root, manifest, names, f"genes.panel={config.panel}", rows, table)
+            rows = _measured_rows(manifest, names, rows, table, config)
     if not rows:
         raise ConfigError(f"no gene is left for the panel {config.panel}: {_why_none(root, manifest, names, config)}")
     return GenePanel.from_table(table.take(pa.array(rows)))
@@ -51,9 +52,9 @@ def fit_panel(root: str, manifest: Manifest, section_ids: Iterable[str], config:
 def require_counts(
     root: str, manifest: Manifest, section_ids: Iterable[str], panel: str, rows: Sequence[int], genes: pa.Table
 ) -> None:
-    """Refuses sections that would give zeros for panel genes that they list under another name.
+    """Refuses sections that would lack panel genes only because they list them under another name.
 
-    Genes without counts in a section are logged.
+    Genes that a section does not measure, and measured ones without counts, are logged.
 
     Args:
         root: URI of the tile table.
@@ -75,7 +76,7 @@ def require_counts(
         if renamed:
             raise ConfigError(
                 f"{panel}: section {section_id} counts {len(renamed)} of its {len(rows)} genes under another name "
-                f"({_pairs(renamed, genes)}), so that they would be zero; leave them out, or {_JOIN}"
+                f"({_pairs(renamed, genes)}), so that they would be missing; leave them out, or {_JOIN}"
             )
         if len(missing) == len(rows):
             raise ConfigError(
@@ -83,8 +84,13 @@ def require_counts(
                 f"({_examples(rows, genes)}); the section names its genes {_examples(np.flatnonzero(counted), genes)}. "
                 f"Leave the section out; or, if these are the same genes, {_GIVE_BOTH}"
             )
-        if missing:
-            log.warning("%s: section %s has no count of %d of %d genes", panel, section_id, len(missing), len(rows))
+        measures = manifest.measures(section_id)
+        for what, part in (
+            ("does not measure", [row for row in missing if not measures[row]]),
+            ("has no count of", [row for row in missing if measures[row]]),
+        ):
+            if part:
+                log.warning("%s: section %s %s %d of %d genes", panel, section_id, what, len(part), len(rows))
 
 
 def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
@@ -97,17 +103,43 @@ def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
     names = list(dict.fromkeys(line for line in lines if line))
     wanted = GenePanel.from_names(names)
     columns = align(wanted, genes)
-    if (columns < 0).any() and config.missing == "error":
-        raise ConfigError(
-            f"genes.panel={config.panel}: {coverage(wanted, columns)}; set genes.missing=drop to drop them"
-        )
+    if (columns < 0).any():
+        _refuse_or_drop(config, coverage(wanted, columns))
     return list(dict.fromkeys(int(row) for row in columns if row >= 0))
+
+
+def _measured_rows(
+    manifest: Manifest, section_ids: Iterable[str], rows: list[int], genes: pa.Table, config: GenesConfig
+) -> list[int]:
+    """Returns those of a panel file's rows that some training section measures.
+
+    Raises:
+        ConfigError: none measures one of them, and `genes.missing` is `error`.
+    """
+    measures = np.logical_or.reduce([manifest.measures(section_id) for section_id in section_ids])
+    unknown = [row for row in rows if not measures[row]]
+    if unknown:
+        what = f"no training section measures {len(unknown)} of its {len(rows)} genes: {_examples(unknown, genes)}"
+        _refuse_or_drop(config, what)
+    return [row for row in rows if measures[row]]
+
+
+def _refuse_or_drop(config: GenesConfig, what: str) -> None:
+    """Raises an error about genes of the panel file, or logs that they are dropped, as `genes.missing` says."""
+    if config.missing == "error":
+        raise ConfigError(f"genes.panel={config.panel}: {what}; set genes.missing=drop to drop them")
+    log.warning("genes.panel=%s: %s; dropped", config.panel, what)
 
 
 def _why_none(root: str, manifest: Manifest, section_ids: list[str], config: GenesConfig) -> str:
     if config.panel not in FITTED_PANELS:
         return "the data has none of the genes in the file"
     few = f"none has counts in all training sections and in genes.min_spots={config.min_spots} of their spots"
+    if config.panel == "hvg":
+        few = (
+            f"none is measured by genes.min_sections={config.min_sections:g} of the training sections, with counts in "
+            f"all of these and in genes.min_spots={config.min_spots} of their spots"
+        )
     return _why_none_shared(root, manifest, section_ids) or few
 
 

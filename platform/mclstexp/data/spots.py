@@ -6,7 +6,7 @@ that decode tasks start fast; the parts of a table that it needs travel with it.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +14,15 @@ import pyarrow as pa
 
 from mclstexp import storage
 from mclstexp.config import Config
-from mclstexp.data.genes import GenePanel, Normaliser, align, gene_totals, normalisers, panel_counts
+from mclstexp.data.genes import (
+    GenePanel,
+    Normaliser,
+    align,
+    gene_totals,
+    normalisers,
+    panel_counts,
+    unmeasured_genes,
+)
 from mclstexp.data.schema import Manifest, SectionEntry, load_genes
 from mclstexp.data.table import read_columns, read_sentence
 from mclstexp.errors import UserError
@@ -40,12 +48,17 @@ class SpotReader:
     """Kind of position, as `model.position`."""
     gene_totals: dict[str, np.ndarray] = field(default_factory=dict)
     """The panel genes' totals by section, float64 (G,); empty unless a normaliser divides by them."""
+    unmeasured: dict[str, np.ndarray] = field(default_factory=dict)
+    """Panel genes that a section does not measure, int64 (n,), for each section that lacks some."""
+    stand_in: np.ndarray | None = None
+    """What `expression` has for such a gene, float32 (G,); None: NaN."""
 
     def read(self, section_id: str, group: int, keep: np.ndarray | None = None) -> Batch:
         """Returns one sentence's spots, or only its rows `keep`.
 
         The arrays are image uint8 (n, size, size, 3); position float32 (n, 2); row int32 (n,), the row in the section;
-        and for measured sections expression and payload float32 (n, G), in the input and the target normalisation.
+        and for measured sections expression and payload float32 (n, G), in the input and the target normalisation. A
+        gene that the section does not measure is NaN in payload, and in expression NaN or its `stand_in`.
 
         Raises:
             TableError: the file is missing or damaged.
@@ -90,10 +103,12 @@ class SpotReader:
     def _expression(self, section_id: str, table: pa.Table) -> Batch:
         counts, totals = panel_counts(table["gene_index"], table["count"], self.columns)
         section_totals = self.gene_totals.get(section_id)
-        return {
-            "expression": self.input.apply(counts, totals, section_totals),
-            "payload": self.target.apply(counts, totals, section_totals),
-        }
+        expression, payload = (each.apply(counts, totals, section_totals) for each in (self.input, self.target))
+        if section_id in self.unmeasured:
+            genes = self.unmeasured[section_id]
+            expression[:, genes] = np.nan if self.stand_in is None else self.stand_in[genes]
+            payload[:, genes] = np.nan
+        return {"expression": expression, "payload": payload}
 
 
 def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
@@ -104,15 +119,40 @@ def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
     return images
 
 
-def make_reader(root: str, manifest: Manifest, panel: GenePanel, config: Config) -> SpotReader:
-    """Returns the reader of a tile table for a panel, with the normalisers and positions of a configuration."""
+def make_reader(
+    root: str, manifest: Manifest, panel: GenePanel, config: Config, training: Sequence[str] = ()
+) -> SpotReader:
+    """Returns the reader of a tile table for a panel, with the normalisers and positions of a configuration.
+
+    With `training` sections, the spot tower's input has their mean for a gene that a spot's section does not measure,
+    which says nothing about the spot. Direct regression learns this input, so there the gene stays NaN.
+    """
     columns = align(panel, load_genes(root, manifest))
     both = normalisers(config.genes)
     totals = {}
     if any(normaliser.scheme == "per_gene" for normaliser in both):
         measured = (entry for entry in manifest.sections if entry.measured)
         totals = {entry.section_id: gene_totals(root, manifest, entry, columns) for entry in measured}
-    return SpotReader(storage.absolute(root), manifest, columns, *both, config.model.position, totals)
+    genes = {
+        entry.section_id: unmeasured_genes(manifest, entry.section_id, columns)
+        for entry in manifest.sections
+        if entry.measured
+    }
+    unmeasured = {name: each for name, each in genes.items() if len(each)}
+    reader = SpotReader(storage.absolute(root), manifest, columns, *both, config.model.position, totals, unmeasured)
+    if config.model.predictor == "regression" or not unmeasured.keys() & set(training):
+        return reader
+    return replace(reader, stand_in=_mean_expression(reader, training))
+
+
+def _mean_expression(reader: SpotReader, section_ids: Sequence[str]) -> np.ndarray:
+    """Returns each gene's mean over the spots of the sections that measure it, float32 (G,); 0 if none does."""
+    total, num_spots = np.zeros((2, len(reader.columns)))
+    for name in section_ids:
+        expression = reader.read_section(name)["expression"].astype(np.float64)
+        total += np.nan_to_num(expression).sum(axis=0)
+        num_spots += (~np.isnan(expression)).sum(axis=0)
+    return (total / np.maximum(1, num_spots)).astype(np.float32)
 
 
 def position_columns(position: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ Sections are read one at a time, so that memory does not grow with the cohort; t
 because the genes in common must be known before a section ranks them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,23 +20,29 @@ NUM_BINS = 20
 
 @dataclass
 class _Seen:
-    """Which genes have counts in the sections so far."""
+    """Which genes have counts in the sections so far, and which are measured there."""
 
     everywhere: np.ndarray
-    """bool (genes,): in every section."""
+    """bool (genes,): with counts in every section that measures it."""
     num_spots: np.ndarray
     """int64 (genes,): number of spots with counts."""
+    num_sections: np.ndarray
+    """int64 (genes,): number of sections that measure it."""
+    num_measured: np.ndarray
+    """int64 (genes,): number of spots in these sections."""
 
     @classmethod
     def nothing(cls, num_genes: int) -> "_Seen":
         """Returns the state before the first section."""
-        return cls(np.ones(num_genes, bool), np.zeros(num_genes, np.int64))
+        return cls(np.ones(num_genes, bool), *np.zeros((3, num_genes), np.int64))
 
-    def add(self, counts: csr_array) -> None:
-        """Adds a section's counts, (spots, genes)."""
+    def add(self, counts: csr_array, measures: np.ndarray) -> None:
+        """Adds a section's counts, (spots, genes), and which genes it measures, bool (genes,)."""
         num_spots = np.asarray((counts > 0).sum(axis=0)).ravel()
-        self.everywhere &= num_spots > 0
+        self.everywhere &= (num_spots > 0) | ~measures
         self.num_spots += num_spots
+        self.num_sections += measures
+        self.num_measured += measures * counts.shape[0]
 
 
 def most_variable(
@@ -43,23 +50,30 @@ def most_variable(
 ) -> list[int]:
     """Returns the gene-table rows of an `hvg` panel, most variable first.
 
-    They have counts in all sections and in at least `min_spots` spots, and are ranked by the variance of
-    ln(1 + scale * count / spot total) over all spots; ties by gene id.
+    At least `min_sections` of the sections measure them, and all that do have counts of them, in at least `min_spots`
+    spots together. They are ranked by the variance of ln(1 + scale * count / spot total) over all spots of these
+    sections; ties by gene id.
     """
     num_genes = manifest.num_genes
     first, second = np.zeros(num_genes), np.zeros(num_genes)
-    seen, num_spots = _Seen.nothing(num_genes), 0
+    seen = _Seen.nothing(num_genes)
     for name in section_ids:
         counts = read_counts(root, manifest.section(name), num_genes)
-        seen.add(counts)
+        seen.add(counts, manifest.measures(name))
         logs = _scaled(counts, config.scale).log1p()
         first += np.asarray(logs.sum(axis=0)).ravel()
         second += np.asarray(logs.multiply(logs).sum(axis=0)).ravel()
-        num_spots += counts.shape[0]
-    variance = (second / max(1, num_spots) - (first / max(1, num_spots)) ** 2).round(12)
-    candidates = np.flatnonzero(seen.everywhere & (seen.num_spots >= config.min_spots))
+    num_spots = np.maximum(1, seen.num_measured)
+    variance = (second / num_spots - (first / num_spots) ** 2).round(12)
+    is_often_measured = seen.num_sections >= least_sections(config, len(section_ids))
+    candidates = np.flatnonzero(seen.everywhere & is_often_measured & (seen.num_spots >= config.min_spots))
     ranked = sorted(candidates, key=lambda row: (-variance[row], gene_ids[row]))
     return [int(row) for row in ranked[: config.num_genes]]
+
+
+def least_sections(config: GenesConfig, num_sections: int) -> int:
+    """Returns how many of so many training sections must measure a gene of an `hvg` panel, at least one."""
+    return max(1, math.ceil(round(config.min_sections * num_sections, 9)))
 
 
 def most_variable_of_any(root: str, manifest: Manifest, section_ids: Sequence[str], config: GenesConfig) -> list[int]:
@@ -70,7 +84,8 @@ def most_variable_of_any(root: str, manifest: Manifest, section_ids: Sequence[st
     """
     seen = _Seen.nothing(manifest.num_genes)
     for name in section_ids:
-        seen.add(read_counts(root, manifest.section(name), manifest.num_genes))
+        counts = read_counts(root, manifest.section(name), manifest.num_genes)
+        seen.add(counts, np.ones(manifest.num_genes, bool))  # which a gene with counts in all sections is
     common = np.flatnonzero(seen.everywhere)
     if not len(common):
         return []

@@ -30,6 +30,7 @@ from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table, with_only, without_unit
 from mclstexp.evaluation.sections import MeasuredSection, SectionResult, read_measured, scored_targets, with_target
+from mclstexp.messages import some_of
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import embed_sections, network_of
 from mclstexp.model.retrieval import resolve, retrieve
@@ -65,7 +66,7 @@ def evaluate(
     Raises:
         SplitError, TableError, ModelError: as `held_out`; or the table does not have all genes of the panel, or its
             training spots are not those of the model's bank.
-        ConfigError: a section names the panel's genes differently.
+        ConfigError: a section names the panel's genes differently, or measures none of them.
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
     # What is scored, in which units
@@ -89,7 +90,7 @@ def evaluate(
     # Every section in every target
     labels = unique_labels(model.panel.names(), model.panel.gene_id, GenePanel.from_table(all_genes).names())
     marker_sets, missing = marker_columns(markers or {}, model.panel)
-    notes = _notes(model, manifest, names, missing)
+    notes = [*_notes(model, manifest, names, missing), *_unmeasured_notes(training, tested, labels)]
     rows, genes = [], []
     for name, target in targets.items():
         floors = Floors(training, features, target)
@@ -271,4 +272,23 @@ def _notes(
     ]
     if model.bank is None:
         notes.append("a direct regression predicts in its own target alone: in others it has correlations only")
+    return notes
+
+
+def _unmeasured_notes(
+    training: Sequence[MeasuredSection], tested: Sequence[MeasuredSection], genes: Sequence[str]
+) -> list[str]:
+    """Returns which of the panel's `genes` the sections do not measure, in a sentence per scored section."""
+    notes = [
+        f"section {section.section_id} does not measure {len(section.unmeasured)} of the {len(genes)} genes, so they "
+        f"have no score there: {some_of([genes[index] for index in section.unmeasured])}"
+        for section in tested
+        if len(section.unmeasured)
+    ]
+    partial = [f"{section.section_id} ({len(section.unmeasured)})" for section in training if len(section.unmeasured)]
+    if partial:
+        notes.append(
+            f"training sections that do not measure all {len(genes)} genes: {some_of(partial)}; what is fitted to such "
+            "a gene leaves them out"
+        )
     return notes

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mclstexp import storage
@@ -49,7 +49,7 @@ class Floors:
     """The floors of one target, fitted on the training spots."""
 
     def __init__(self, training: Sequence[MeasuredSection], features: Features, target: Normaliser) -> None:
-        """Fits the mean and, on each kind of features, a ridge.
+        """Fits the mean and, on each kind of features, a ridge; each gene on the spots whose section measures it.
 
         Raises:
             UserError: there are fewer than two training spots.
@@ -61,7 +61,9 @@ class Floors:
         )
         groups = training_groups(patient, section_id)
         self._features = features
-        self._mean = expression.mean(axis=0, dtype=np.float64)
+        self._mean = np.zeros(expression.shape[1])
+        for genes, spots in measured_parts(expression):
+            self._mean[genes] = expression[np.ix_(spots, genes)].mean(axis=0, dtype=np.float64)
         self._ridges = {
             method: RidgeFloor(
                 np.concatenate([of_section[section.section_id] for section in training]), expression, groups
@@ -86,30 +88,61 @@ class Floors:
 class RidgeFloor:
     """Ridge regression from standardised features to all genes at once (Hoerl and Kennard 1970).
 
-    The penalty is the one of smallest squared error in cross-validation over the training groups.
+    The penalty is the one of smallest squared error in cross-validation over the training groups. Genes that are not
+    measured by the same spots have a regression for each of their `measured_parts`, with the penalty of the first.
     """
 
     def __init__(self, features: np.ndarray, target: np.ndarray, groups: np.ndarray, seed: int = 0) -> None:
-        """Fits on features (N, F) and target (N, G) of spots in `groups` (N,), see `training_groups`."""
-        if len(features) > MAX_RIDGE_SPOTS:
-            kept = np.sort(np.random.default_rng(seed).choice(len(features), MAX_RIDGE_SPOTS, replace=False))
-            features, target, groups = features[kept], target[kept], groups[kept]
-        search = GridSearchCV(
-            make_pipeline(StandardScaler(), Ridge()),
-            {"ridge__alpha": ALPHAS},
-            scoring="neg_mean_squared_error",
-            cv=GroupKFold(min(_MAX_FOLDS, len(np.unique(groups)))),
-        )
-        self._fitted = search.fit(features.astype(np.float64), target, groups=groups)
+        """Fits on features (N, F) and target (N, G) of spots in `groups` (N,), see `training_groups`.
 
-    @property
-    def alpha(self) -> float:
+        `target` is NaN where a spot's section does not measure a gene; a gene that no spot measures is predicted as 0.
+        """
+        self.alpha = 0.0
         """The chosen penalty."""
-        return float(self._fitted.best_params_["ridge__alpha"])
+        self._num_genes = target.shape[1]
+        self._fitted: list[tuple[np.ndarray, Pipeline]] = []
+        for genes, spots in measured_parts(target):
+            if len(spots) > MAX_RIDGE_SPOTS:
+                spots = np.sort(np.random.default_rng(seed).choice(spots, MAX_RIDGE_SPOTS, replace=False))
+            seen, learnt = features[spots].astype(np.float64), target[np.ix_(spots, genes)]
+            if not self._fitted:
+                self.alpha = _best_alpha(seen, learnt, training_groups(groups[spots], groups[spots]))
+            self._fitted.append((genes, _pipeline(self.alpha).fit(seen, learnt)))
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Returns predictions, float32 (M, G), for features (M, F)."""
-        return np.asarray(self._fitted.predict(features.astype(np.float64)), np.float32)
+        predicted = np.zeros((len(features), self._num_genes), np.float32)
+        for genes, fitted in self._fitted:
+            predicted[:, genes] = fitted.predict(features.astype(np.float64))
+        return predicted
+
+
+def measured_parts(expression: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns sets of genes that are measured by the same spots, as indices of genes and of these spots, int64 each.
+
+    The set with the most values comes first; genes that no spot measures are in none.
+
+    Args:
+        expression: (N, G); NaN where a spot's section does not measure a gene.
+    """
+    measured = ~np.isnan(expression)
+    _, first, part = np.unique(np.packbits(measured, axis=0), axis=1, return_index=True, return_inverse=True)
+    parts = [
+        (np.flatnonzero(part.ravel() == index), np.flatnonzero(measured[:, gene])) for index, gene in enumerate(first)
+    ]
+    return sorted((each for each in parts if len(each[1])), key=lambda each: -len(each[0]) * len(each[1]))
+
+
+def _pipeline(alpha: float) -> Pipeline:
+    return make_pipeline(StandardScaler(), Ridge(alpha))
+
+
+def _best_alpha(features: np.ndarray, target: np.ndarray, groups: np.ndarray) -> float:
+    folds = GroupKFold(min(_MAX_FOLDS, len(np.unique(groups))))
+    search = GridSearchCV(
+        _pipeline(1.0), {"ridge__alpha": ALPHAS}, scoring="neg_mean_squared_error", cv=folds, refit=False
+    )
+    return float(search.fit(features, target, groups=groups).best_params_["ridge__alpha"])
 
 
 def constant(values: np.ndarray, num_spots: int) -> np.ndarray:

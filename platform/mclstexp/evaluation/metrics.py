@@ -1,6 +1,7 @@
 """Metrics of predicted against measured expression: plain functions on arrays, listed as scores in `scores.py`.
 
-Shapes: N spots, G genes. An undefined correlation (a constant gene) stays NaN and is counted, never dropped silently.
+Shapes: N spots, G genes. An undefined correlation (a constant gene) stays NaN and is counted, never dropped silently. A
+gene that the section does not measure is NaN in the truth, and then in every score.
 """
 
 from collections.abc import Sequence
@@ -70,21 +71,21 @@ def absolute_error_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.nda
 
 
 def highest_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
-    """Returns the columns of the genes with the largest mean in the truth, largest first; ties by column.
+    """Returns the columns of the measured genes with the largest mean in the truth, largest first; ties by column.
 
     With the test section's truth these are mclSTExp's highly expressed genes (HEG; 2024,
     https://arxiv.org/abs/2407.08216): another set in each section.
     """
-    return np.argsort(-truth.mean(axis=0, dtype=np.float64), kind="stable")[:count]
+    return _largest(truth.mean(axis=0, dtype=np.float64), count)
 
 
 def variable_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
-    """Returns the columns of the genes with the largest variance in the truth, largest first; ties by column.
+    """Returns the columns of the measured genes with the largest variance in the truth, largest first; ties by column.
 
     The variance is that of the normalised truth in its own unit, without correction for the mean, as in the choice of
     a panel. This is not what mclSTExp's code calls HVG, which is the mean over all genes of its panel.
     """
-    return np.argsort(-truth.var(axis=0, dtype=np.float64), kind="stable")[:count]
+    return _largest(truth.var(axis=0, dtype=np.float64), count)
 
 
 def heg_pcc(truth: np.ndarray, prediction: np.ndarray) -> float:
@@ -110,3 +111,8 @@ def centred(values: np.ndarray) -> np.ndarray:
     about_mean = values - values.mean(axis=0)
     about_mean[:, (values == values[:1]).all(axis=0)] = 0.0
     return about_mean
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Returns the indices of the largest values, largest first; NaN is not among them."""
+    return np.argsort(-values, kind="stable")[: min(count, np.count_nonzero(~np.isnan(values)))]

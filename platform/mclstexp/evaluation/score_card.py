@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from mclstexp.evaluation import scores
-from mclstexp.evaluation.scores import ALL, UNDEFINED, mean_intervals
+from mclstexp.evaluation.scores import ALL, NOT_MEASURED, UNDEFINED, mean_intervals
 from mclstexp.evaluation.sections import SectionResult
 from mclstexp.evaluation.verdicts import verdict
 
@@ -79,9 +79,9 @@ class ScoreCard:
     def means(self) -> pd.DataFrame:
         """Returns the means over patients (`reference`: sections), one row per target, method and gene set.
 
-        Columns: target, method, kind, gene_set; num_spots and the counts of undefined genes, summed over sections; and
-        for each score: the mean, NAME_low and NAME_high, its 95 % interval (`scores.mean_intervals`), and NAME_units,
-        the number of units that have it.
+        Columns: target, method, kind, gene_set; num_spots and the counts of genes that are undefined or not measured,
+        summed over sections; and for each score: the mean, NAME_low and NAME_high, its 95 % interval
+        (`scores.mean_intervals`), and NAME_units, the number of units that have it.
         """
         return _means(self.rows, (), self.unit)
 
@@ -90,8 +90,15 @@ class ScoreCard:
         return _means(self.rows, ("patient_id",), "section_id")
 
     def gene_means(self) -> pd.DataFrame:
-        """Returns each gene's mean correlation over units by target and method, as `scores.mean_intervals`."""
-        return mean_intervals(self.per_gene, "pcc", ["target", "method", "gene"], self.unit)
+        """Returns each gene's mean correlation over units by target and method, as `scores.mean_intervals`.
+
+        `undefined` counts the sections that measure the gene, `not_measured` those that do not.
+        """
+        by = ["target", "method", "gene"]
+        means = mean_intervals(self.per_gene, "pcc", by, self.unit)
+        unmeasured = self.per_gene.assign(count=self.per_gene["truth_mean"].isna()).groupby(by)["count"].sum()
+        counts = unmeasured.reindex(pd.MultiIndex.from_frame(means[by])).to_numpy()
+        return means.assign(undefined=means["undefined"] - counts, not_measured=counts)
 
     def scores(self) -> dict[str, dict[str, dict[str, float]]]:
         """Returns the means by target, method and short name.
@@ -133,7 +140,7 @@ class ScoreCard:
 
 def _means(rows: pd.DataFrame, first: Sequence[str], unit: str) -> pd.DataFrame:
     by = [*first, "target", "method", "kind", "gene_set"]
-    counted = [score.undefined for score in scores.SCORES if score.undefined]
+    counted = [NOT_MEASURED, *(score.undefined for score in scores.SCORES if score.undefined)]
     parts = [rows.groupby(by, sort=False)[["num_spots", *counted]].sum()]
     for score in scores.SCORES:
         name = score.name

@@ -31,7 +31,9 @@ ALL, HEG, HVG = "all", "heg50", "hvg50"
 SET_TITLES = {ALL: "all", HEG: "HEG50", HVG: "HVG50"}
 """Titles of the sets of genes that every score card has."""
 UNDEFINED = "undefined"
-"""The column that counts the genes without a `pcc`."""
+"""The column that counts the measured genes without a `pcc`."""
+NOT_MEASURED = "not_measured"
+"""The column that counts the genes that the section does not measure, which have no score there."""
 NAMES = ("protocol", "section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
 """Columns of saved tables that hold names; all others hold numbers."""
 LEVEL = 0.95
@@ -134,10 +136,10 @@ def gene_scores(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -
     """Returns the scores of each gene for one prediction of one section: G rows in the panel's order.
 
     Columns, float64: truth_mean and truth_variance over spots (0 only where the gene is constant), and each score that
-    is computed by gene. A correlation is NaN where it is not defined.
+    is computed by gene. A correlation is NaN where it is not defined; all columns are for a gene that is not measured.
 
     Args:
-        truth: measured expression, (N, G).
+        truth: measured expression, (N, G); NaN for a gene that the section does not measure.
         prediction: predicted expression in the same unit, (N, G).
         totals: each spot's measured count over all genes, (N,).
     """
@@ -162,7 +164,7 @@ def with_only(genes: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def gene_sets(truth: np.ndarray, markers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the panel's columns for each named set of genes: all, heg50, hvg50 and the marker sets.
+    """Returns the panel's columns for each named set of genes: all, heg50 and hvg50 of the measured, and marker sets.
 
     Args:
         truth: measured expression of the scored section, (N, G), in the scored unit.
@@ -175,9 +177,9 @@ def gene_sets(truth: np.ndarray, markers: Mapping[str, np.ndarray]) -> dict[str,
 def set_table(genes: pd.DataFrame, sets: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Returns the scores of sets of genes, one row per set, from a `gene_scores` table.
 
-    Columns: gene_set; num_genes; and for each score its mean over the genes that have it (or what follows from the
-    others: rmse is the root of mse), with the number of genes that do not have it. A score that is not in `genes` is
-    NaN.
+    Columns: gene_set; num_genes, the measured ones, and not_measured, the others; and for each score its mean over the
+    genes that have it (or what follows from the others: rmse is the root of mse), with the number of measured genes
+    that do not have it. A score that is not in `genes` is NaN.
     """
     return pd.DataFrame([{"gene_set": name} | _set_row(genes.iloc[columns]) for name, columns in sets.items()])
 
@@ -187,6 +189,8 @@ def read_table(data: bytes) -> pd.DataFrame:
     table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
     for name in table.columns.difference(list(NAMES)):
         table[name] = pd.to_numeric(table[name].replace("", None))
+    if "num_genes" in table and NOT_MEASURED not in table:
+        table[NOT_MEASURED] = 0  # earlier versions scored every gene in every section
     return table
 
 
@@ -217,10 +221,11 @@ def mean_intervals(rows: pd.DataFrame, value: str, by: Sequence[str], unit: str)
 
 
 def _set_row(genes: pd.DataFrame) -> dict[str, float]:
-    row: dict[str, float] = {"num_genes": len(genes)}
+    measured = genes["truth_mean"].notna() if "truth_mean" in genes else pd.Series(True, genes.index)
+    row: dict[str, float] = {"num_genes": measured.sum(), NOT_MEASURED: (~measured).sum()}
     for score in SCORES:
         values = genes[score.name] if score.name in genes else pd.Series(np.nan, genes.index)
         row[score.name] = score.from_others(row) if score.from_others else values.mean()
         if score.undefined:
-            row[score.undefined] = values.isna().sum()
+            row[score.undefined] = (values.isna() & measured).sum()
     return row

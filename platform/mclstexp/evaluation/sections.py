@@ -7,7 +7,7 @@ Shapes: N spots of one section, G genes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from mclstexp.data.genes import GenePanel, Normaliser, panel_counts
+from mclstexp.data.genes import GenePanel, Normaliser, panel_counts, unmeasured_genes
 from mclstexp.data.spots import SpotReader
 from mclstexp.data.table import read_columns
 from mclstexp.errors import ModelError
@@ -56,13 +56,17 @@ class MeasuredSection:
     """Raw counts of the panel's genes, float32 (N, G)."""
     totals: np.ndarray
     """Count over all genes, float64 (N,)."""
+    unmeasured: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The panel's genes that the section does not measure, indices (n,)."""
 
     def __len__(self) -> int:
         return len(self.spot_id)
 
     def expression(self, target: Normaliser) -> np.ndarray:
-        """Returns the section's expression in a target's unit, float32 (N, G)."""
-        return normalise_section(target, self.counts, self.totals)
+        """Returns the section's expression in a target's unit, float32 (N, G); NaN for a gene it does not measure."""
+        values = normalise_section(target, self.counts, self.totals)
+        values[:, self.unmeasured] = np.nan
+        return values
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class SectionResult:
     panel: GenePanel
     """The G genes."""
     truth: np.ndarray
-    """(N, G)."""
+    """(N, G); NaN for a gene that the section does not measure."""
     prediction: np.ndarray
     """(N, G)."""
     thumbnail: np.ndarray
@@ -120,6 +124,7 @@ def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
         np.array(table["label"].to_pylist(), object),
         counts,
         totals,
+        unmeasured_genes(reader.manifest, section_id, reader.columns),
     )
 
 
@@ -142,7 +147,8 @@ def with_target(bank: Bank, training: Sequence[MeasuredSection], target: Normali
             f"{len(spots)} spots of {', '.join(dict.fromkeys(sections))} are not the same in the same order, so that "
             "the model cannot answer in another target; score it on the tile table that it was trained on"
         )
-    return replace(bank, payload=np.concatenate([section.expression(target) for section in training]))
+    payload = np.concatenate([section.expression(target) for section in training])
+    return replace(bank, payload=np.nan_to_num(payload, copy=False))
 
 
 def section_path(section_id: str) -> str:
@@ -153,9 +159,10 @@ def section_path(section_id: str) -> str:
 def write_section_result(folder: str | Path, result: SectionResult, facts: Mapping[str, str]) -> None:
     """Writes one section into a local result folder, see `section_path`.
 
-    `X` and `layers["measured"]` float32 (N, G); `obs` by spot id with section_id, patient_id, x_px, y_px, x_um, y_um
-    and label (missing for a spot without one); `var` by gene id with symbol and ensembl_id; `obsm["spatial"]` in
-    level-0 pixels; `uns["spatial"][section_id]` with the slide; `uns["result"]` with `facts`.
+    `X` and `layers["measured"]` float32 (N, G), the latter NaN for a gene that the section does not measure; `obs` by
+    spot id with section_id, patient_id, x_px, y_px, x_um, y_um and label (missing for a spot without one); `var` by
+    gene id with symbol and ensembl_id; `obsm["spatial"]` in level-0 pixels; `uns["spatial"][section_id]` with the
+    slide; `uns["result"]` with `facts`.
     """
     section, panel = result.section, result.panel
     names = {"section_id": section.section_id, "patient_id": section.patient_id}

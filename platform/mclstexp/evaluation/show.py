@@ -21,7 +21,7 @@ from rich.text import Text
 
 from mclstexp.evaluation import scores
 from mclstexp.evaluation.score_card import ScoreCard
-from mclstexp.evaluation.scores import ALL, SET_TITLES, UNDEFINED, ScoredSet
+from mclstexp.evaluation.scores import ALL, NOT_MEASURED, SET_TITLES, UNDEFINED, ScoredSet
 from mclstexp.evaluation.sections import SectionResult
 
 NUM_MAPS = 4
@@ -31,7 +31,7 @@ LABEL_WIDTH, TITLE_WIDTH = 16, 150
 _LEGEND = """\
 HEG50, HVG50: the 50 genes of highest mean and variance in the section; density-free: given the spots' library size
 undefined: genes without a correlation, summed over sections and left out of the mean; verdicts count one as 0
-where the measured gene varies, so that silence wins nothing"""
+where the measured gene varies, so that silence wins nothing; not measured: such genes have no score in a section"""
 
 
 def card_tables(card: ScoreCard) -> Group:
@@ -93,7 +93,8 @@ def _own_columns(card: ScoreCard) -> list[_Column]:
         _Column(each.title.replace(" ", "\n").replace("-", "-\n"), card.target, each.gene_set, each.score.name)
         for each in shown
     ]
-    return [*columns, _Column(UNDEFINED, card.target, ALL, UNDEFINED)]
+    lacking = [_Column("not\nmeasured", card.target, ALL, NOT_MEASURED)] if card.rows[NOT_MEASURED].any() else []
+    return [*columns, _Column(UNDEFINED, card.target, ALL, UNDEFINED), *lacking]
 
 
 def _other_columns(targets: list[str]) -> list[_Column]:
@@ -124,7 +125,8 @@ def _marker_columns(card: ScoreCard) -> list[_Column]:
 def _parts(card: ScoreCard) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yields the scores of each patient, or of each section if there is only one patient."""
     names = [score.name for score in scores.SCORES]
-    by_patient = card.patients()[["patient_id", "num_spots", "target", "method", "gene_set", *names, UNDEFINED]]
+    columns = ["patient_id", "num_spots", "target", "method", "gene_set", *names, UNDEFINED, NOT_MEASURED]
+    by_patient = card.patients()[columns]
     for column, rows in (("patient_id", by_patient), ("section_id", card.rows)):
         if rows[column].nunique() > 1:
             for name, part in rows.groupby(column, sort=False):
@@ -159,7 +161,7 @@ def _cell(row: Mapping[Hashable, Any], name: str) -> str:
     value = row[name]
     if math.isnan(value):
         return "-"
-    if name == UNDEFINED:
+    if name in (UNDEFINED, NOT_MEASURED):
         return str(value)
     reach = (row.get(f"{name}_high", math.nan) - row.get(f"{name}_low", math.nan)) / 2
     return f"{value:.4f}" if math.isnan(reach) else f"{value:.4f}\n±{reach:.4f}"
@@ -180,8 +182,8 @@ def _draw_maps(card: ScoreCard, example: SectionResult, figure: Figure, grid: Gr
 
 
 def _best_genes(card: ScoreCard, example: SectionResult) -> np.ndarray:
-    """Returns the columns of the genes that the model predicts best in the example section."""
+    """Returns the columns of the measured genes that the model predicts best in the example section."""
     mine = card.per_gene.query("method == 'model' and target == @card.target")
     mine = mine[mine["section_id"] == example.section.section_id]
     order = np.argsort(-np.nan_to_num(mine["pcc"].to_numpy(), nan=-2.0), kind="stable")
-    return order[:NUM_MAPS]
+    return order[mine["truth_mean"].notna().to_numpy()[order]][:NUM_MAPS]

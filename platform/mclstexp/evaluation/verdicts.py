@@ -94,7 +94,7 @@ def _stated(rows: pd.DataFrame, method: str, compared: ScoredSet) -> pd.Series:
 def _where_genes_vary(per_gene: pd.DataFrame, method: str, compared: ScoredSet) -> pd.Series:
     """Returns a method's mean score in each section over the genes that vary, with 0 for an undefined one.
 
-    NaN where the method has none in any section.
+    NaN where the method has none in any section. A gene that a section does not measure has no variance there.
     """
     genes = per_gene[per_gene["method"] == method]
     if compared.gene_set in _HIGHEST_IN:

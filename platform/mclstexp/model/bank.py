@@ -7,7 +7,7 @@ is that its directions are stored beside its keys (N * D float32 more), instead 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -35,6 +35,9 @@ OOD_PERCENTILE = 1.0
 _OOD_SEED = 0
 _DONOR_SCHEMA = pa.schema([(name, pa.string()) for name in ("section_id", "patient_id", "spot_id")])
 _ARRAY_NAMES = ("keys", "payload", "directions")
+_MEASURED = "measured"
+_TYPES = {"F32": "<f4", "BOOL": "?"}
+"""Types of stored arrays, as safetensors and NumPy call them."""
 _MADE_FOR = "made_for"
 
 
@@ -45,12 +48,14 @@ class Bank:
     keys: np.ndarray
     """Spot embeddings, float32 (N, D)."""
     payload: np.ndarray
-    """Normalised expression in the model's target unit, float32 (N, G)."""
+    """Normalised expression in the model's target unit, float32 (N, G); 0 for a gene that the section lacks."""
     section_id: np.ndarray
     patient_id: np.ndarray
     spot_id: np.ndarray
     directions: np.ndarray
     """The keys' `nearest.directions`, float32 (N, D), which every search needs."""
+    measured: np.ndarray | None = None
+    """Genes that each section measures, bool (S, G) in the order of the sections' names; None: all measure all."""
 
     @classmethod
     def of(
@@ -61,8 +66,14 @@ class Bank:
         patient_id: np.ndarray,
         spot_id: np.ndarray,
     ) -> "Bank":
-        """Returns a bank with the directions of its keys."""
-        return cls(keys, payload, section_id, patient_id, spot_id, directions(keys))
+        """Returns a bank with the directions of its keys.
+
+        A gene that a spot's section does not measure is NaN in `payload`, in all spots of the section.
+        """
+        measured = ~np.isnan(payload[np.unique(section_id, return_index=True)[1]])
+        if measured.all():
+            return cls(keys, payload, section_id, patient_id, spot_id, directions(keys))
+        return cls(keys, np.nan_to_num(payload), section_id, patient_id, spot_id, directions(keys), measured)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,10 +83,28 @@ class Bank:
         """Index of each spot's patient among the sorted patient names, int32 (N,)."""
         return np.unique(self.patient_id, return_inverse=True)[1].astype(np.int32)
 
+    @cached_property
+    def section_code(self) -> np.ndarray:
+        """Index of each spot's section among the sorted section names, int32 (N,)."""
+        return np.unique(self.section_id, return_inverse=True)[1].astype(np.int32)
+
+    @cached_property
+    def mean_payload(self) -> np.ndarray:
+        """Each gene's mean over the spots whose section measures it, float64 (G,); 0 if none does."""
+        measured = np.ones((1, self.payload.shape[1]), bool) if self.measured is None else self.measured
+        sizes = [len(self)] if self.measured is None else np.bincount(self.section_code)
+        return self.payload.sum(axis=0, dtype=np.float64) / np.maximum(1, sizes @ measured.astype(np.int64))
+
+    def of_genes(self, columns: np.ndarray) -> "Bank":
+        """Returns the same bank with the payload of some genes, by their indices."""
+        measured = None if self.measured is None else self.measured[:, columns]
+        return replace(self, payload=self.payload[:, columns], measured=measured)
+
     def save(self, folder: str | Path, made_for: Mapping[str, str]) -> None:
         """Writes the bank into a local folder, with a note of what it was made for: values by name."""
         notes = {_MADE_FOR: json.dumps(made_for)}  # as one text, because the order of several differs between runs
-        save_file({name: getattr(self, name) for name in _ARRAY_NAMES}, Path(folder, ARRAYS), notes)
+        names = _ARRAY_NAMES if self.measured is None else (*_ARRAY_NAMES, _MEASURED)
+        save_file({name: getattr(self, name) for name in names}, Path(folder, ARRAYS), notes)
         donors = [pa.array(getattr(self, name), pa.string()) for name in _DONOR_SCHEMA.names]
         pq.write_table(pa.table(donors, schema=_DONOR_SCHEMA), Path(folder, DONORS), store_schema=False)
 
@@ -95,11 +124,18 @@ class Bank:
         if b"ARROW:" in donor_file:
             raise ModelError(f"{DONORS} in {folder} embeds Arrow type metadata, which banks never have; train it again")
         donors = pq.read_table(pa.BufferReader(donor_file), schema=_DONOR_SCHEMA)
+        measured = arrays.pop(_MEASURED, None)
         if any(len(values) != donors.num_rows for values in arrays.values()):
             sizes = ", ".join(f"{len(values)} {name}" for name, values in sorted(arrays.items()))
             raise ModelError(f"the bank in {folder} has {sizes} and {donors.num_rows} donors; fetch it again")
         arrays |= {name: np.array(donors[name].to_pylist(), object) for name in donors.column_names}
-        return cls(**arrays) if "directions" in arrays else cls.of(**arrays)
+        if measured is not None and measured.shape != (len(set(arrays["section_id"])), arrays["payload"].shape[1]):
+            raise ModelError(
+                f"the bank in {folder} says for {measured.shape[0]} sections and {measured.shape[1]} genes what is "
+                f"measured, and has {len(set(arrays['section_id']))} sections and {arrays['payload'].shape[1]} genes; "
+                "fetch it again"
+            )
+        return cls(**arrays, measured=measured) if "directions" in arrays else cls.of(**arrays)
 
 
 def made_for(folder: str | Path) -> dict[str, str]:
@@ -172,7 +208,7 @@ def ood_similarity(queries: Mapping[str, np.ndarray], bank: Bank) -> float | Non
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a safetensors file as read-only memory maps, float32.
+    """Returns the arrays of a safetensors file as read-only memory maps, float32 (`measured`: bool).
 
     Format: 8 bytes with the header's length, the header as JSON, then the arrays
     (https://huggingface.co/docs/safetensors/index#format). The library checks the header; it is not used to read,
@@ -186,11 +222,16 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     whole = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
     header = json.loads(whole[8:start].tobytes())
-    if not {"keys", "payload"} <= names <= set(_ARRAY_NAMES) or any(header[name]["dtype"] != "F32" for name in names):
-        raise ModelError(f"{path} contains {', '.join(sorted(names))}, expected float32 {', '.join(_ARRAY_NAMES)}")
+    types = {name: header[name]["dtype"] for name in names}
+    expected = dict.fromkeys(_ARRAY_NAMES, "F32") | {_MEASURED: "BOOL"}
+    if not {"keys", "payload"} <= names or not types.items() <= expected.items():
+        raise ModelError(
+            f"{path} contains {', '.join(sorted(names))}, expected float32 {', '.join(_ARRAY_NAMES)} (and bool "
+            f"{_MEASURED})"
+        )
     spans = {name: header[name]["data_offsets"] for name in names}
     return {
-        name: np.frombuffer(whole[start + first : start + last], "<f4").reshape(header[name]["shape"])
+        name: np.frombuffer(whole[start + first : start + last], _TYPES[types[name]]).reshape(header[name]["shape"])
         for name, (first, last) in spans.items()
     }
 

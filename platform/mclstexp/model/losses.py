@@ -64,10 +64,14 @@ def soft_loss(
 def regression_loss(
     image_ND: torch.Tensor, spot_ND: torch.Tensor, valid_N: torch.Tensor, logit_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error over the valid slots and all genes. Arguments as `Loss`; the scale has no effect."""
-    if not valid_N.any():
+    """Mean squared error over the valid slots and their measured genes. Arguments as `Loss`; the scale has no effect.
+
+    A gene that a spot's section does not measure is NaN in `spot_ND`: it has no error, and no gradient.
+    """
+    known_ND = valid_N[:, None] & ~spot_ND.isnan()
+    if not known_ND.any():
         return image_ND.sum() * 0.0
-    return F.mse_loss(image_ND[valid_N], spot_ND[valid_N])
+    return F.mse_loss(image_ND[known_ND], spot_ND[known_ND])
 
 
 LOSSES: dict[str, Loss] = {

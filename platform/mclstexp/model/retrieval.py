@@ -92,7 +92,7 @@ def explain(
     """Returns the spots with the largest weights in a tile's prediction: one row per spot, by weight, then cosine.
 
     Columns: section_id, patient_id, spot_id; similarity (cosine, float32) and weight (float64), as in the prediction:
-    over all k neighbours, weights sum to 1 and the weighted mean of payloads is the prediction.
+    over all k neighbours, weights sum to 1 and their `weighted_mean` is the prediction.
 
     Args:
         query_D: the tile's embedding, float32 (D,).
@@ -100,7 +100,7 @@ def explain(
         config: as `resolve` returns it.
         top: largest number of rows; there are never more than k.
         genes: columns to add, by name, with their index in the payload: each spot's measured expression, in the bank's
-            unit.
+            unit; NaN if its section does not measure the gene.
     """
     found = neighbours(query_D[None], bank, config)
     weight = weights(found, config)[0]
@@ -108,7 +108,7 @@ def explain(
     rows = found.ids[0, order]
     donors = {name: getattr(bank, name)[rows] for name in ("section_id", "patient_id", "spot_id")}
     voters = pd.DataFrame(donors | {"similarity": found.similarity[0, order], "weight": weight[order]})
-    return voters.assign(**{name: bank.payload[rows, column] for name, column in (genes or {}).items()})
+    return voters.assign(**{name: _measured_values(bank, rows, column) for name, column in (genes or {}).items()})
 
 
 def neighbours(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Keys | None = None) -> Neighbours:
@@ -136,24 +136,55 @@ def weights(found: Neighbours, config: RetrievalConfig) -> np.ndarray:
     return raw / raw.sum(axis=1, keepdims=True)
 
 
-def weighted_mean(ids: np.ndarray, weight: np.ndarray, payload: np.ndarray, key_block: int = KEY_BLOCK) -> np.ndarray:
-    """Returns each query's weighted mean of its neighbours' payloads, float32 (Q, G).
+def weighted_mean(ids: np.ndarray, weight: np.ndarray, bank: Bank, key_block: int = KEY_BLOCK) -> np.ndarray:
+    """Returns each query's expression, float32 (Q, G): the weighted mean over the neighbours that measure the gene.
+
+    If none of the k neighbours measures a gene, it is the gene's mean over all spots of the bank that do.
+
+    Args:
+        ids: rows of the bank, int64 (Q, k).
+        weight: as `weights` returns them, float64 (Q, k).
+        bank: the measured spots.
+        key_block: as in `_weighted_sum`.
+    """
+    total = _weighted_sum(ids, weight, bank.payload, key_block)
+    if bank.measured is None:
+        return total.astype(np.float32)
+    by_section = np.zeros((len(ids), len(bank.measured)))
+    np.add.at(by_section, (np.arange(len(ids))[:, None], bank.section_code[ids]), weight)
+    measured = bank.measured.astype(np.float64)
+    share = np.array([np.einsum("s,sg->g", row, measured) for row in by_section]).reshape(total.shape)
+    if (share == 0).any():
+        total, share = np.where(share == 0, bank.mean_payload, total), np.where(share == 0, 1, share)
+    return (total / share).astype(np.float32)
+
+
+def _weighted_sum(ids: np.ndarray, weight: np.ndarray, payload: np.ndarray, key_block: int) -> np.ndarray:
+    """Returns each query's weighted sum of its neighbours' payloads, float64 (Q, G).
 
     Sums are taken in double precision within each block of keys, then added in the order of the blocks.
 
     Args:
         ids: rows of the bank, int64 (Q, k).
-        weight: as `weights` returns them, float64 (Q, k).
+        weight: float64 (Q, k).
         payload: of the whole bank, (N, G).
         key_block: keys in a block.
     """
-    mean = np.zeros((len(ids), payload.shape[1]))
+    total = np.zeros((len(ids), payload.shape[1]))
     for query, blocks in enumerate(ids // key_block):
         for block in np.unique(blocks):
             chosen = blocks == block
             rows = payload[ids[query, chosen]]
-            mean[query] += np.einsum("k,kg->g", weight[query, chosen], rows)  # unlike @, in a fixed order
-    return mean.astype(np.float32)
+            total[query] += np.einsum("k,kg->g", weight[query, chosen], rows)  # unlike @, in a fixed order
+    return total
+
+
+def _measured_values(bank: Bank, rows: np.ndarray, column: int) -> np.ndarray:
+    """Returns a gene's payload in some rows of the bank, float32; NaN where the section does not measure it."""
+    values = bank.payload[rows, column]
+    if bank.measured is None:
+        return values
+    return np.where(bank.measured[bank.section_code[rows], column], values, np.float32(np.nan))
 
 
 def _answer(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Keys) -> Retrieved:
@@ -164,7 +195,7 @@ def _answer(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Keys
     by_patient = np.zeros((len(weight), len(patients)))
     np.add.at(by_patient, (np.arange(len(weight))[:, None], patient), weight)
     return Retrieved(
-        prediction=weighted_mean(found.ids, weight, bank.payload),
+        prediction=weighted_mean(found.ids, weight, bank),
         similarity=found.similarity[:, 0],
         effective_donors=(1 / (weight**2).sum(axis=1)).astype(np.float32),
         donor_share=by_patient.max(axis=1, initial=0).astype(np.float32),

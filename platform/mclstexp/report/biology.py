@@ -38,8 +38,12 @@ class GeneOrder:
 
 
 def significant_genes(result: Result) -> pd.DataFrame:
-    """Returns `significance.rank_genes` of the model in its own target, with protocol as first column."""
-    sections = model_rows(result.per_gene).groupby("section_id", sort=False)
+    """Returns `significance.rank_genes` of the model in its own target, with protocol as first column.
+
+    A gene that a section does not measure is not among that section's genes.
+    """
+    measured = result.per_gene[result.per_gene["truth_mean"].notna()]
+    sections = model_rows(measured).groupby("section_id", sort=False)
     tables = [
         section_significance(str(name), rows["gene"].tolist(), rows["pcc"].to_numpy(), result.num_spots[str(name)])
         for name, rows in sections
@@ -88,9 +92,13 @@ def why_no_domains(section: Section) -> str | None:
 
 
 def section_domains(section: Section) -> DomainComparison:
-    """Returns the domains of a labelled section by measured, smoothed measured and predicted expression."""
-    labels = section.labels.tolist()
-    return compare_domains(labels, section.xy_um, section.measured, {PREDICTED: section.predicted})
+    """Returns the domains of a labelled section by measured, smoothed measured and predicted expression.
+
+    All three have the genes that the section measures.
+    """
+    labels, genes = section.labels.tolist(), ~np.isnan(section.measured).any(axis=0)
+    predicted = {PREDICTED: section.predicted[:, genes]}
+    return compare_domains(labels, section.xy_um, section.measured[:, genes], predicted)
 
 
 def domain_table(protocol: str, section_id: str, found: DomainComparison) -> pd.DataFrame:

@@ -105,7 +105,8 @@ def draw_gene_maps(
         path: local file to write.
         xy_px: float (N, 2), spot centres in level-0 pixels.
         genes: names of the columns to draw.
-        maps: (N, len(genes)) by title, in the order of the columns: "measured", "predicted".
+        maps: (N, len(genes)) by title, in the order of the columns: "measured", "predicted". A gene that is NaN has an
+            empty map.
         unit: unit of all values, for the colour bar.
         heading: what every picture says: what was held out, the protocol and its leaks.
         thumbnail: the slide, drawn beneath.
@@ -120,7 +121,7 @@ def draw_gene_maps(
         for axes, (title, shades) in zip(row, values.items(), strict=True):
             spots = draw_spots(axes, xy_px, thumbnail)
             spots.set(array=shades, cmap="viridis", clim=limits)
-            axes.set_title(f"{gene}, {title}")
+            axes.set_title(f"{gene}, {'not measured' if np.isnan(shades).all() else title}")
         figure.colorbar(spots, ax=list(row), label=unit, shrink=0.8, extend="both")
     figure.savefig(path, dpi=_DPI)
 

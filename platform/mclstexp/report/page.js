@@ -110,6 +110,7 @@ class Viewer {
     const slide = this.slide();
     const map = slide.genes[this.gene.value];
     const pcc = !map ? "not in the panel of this section's model"
+      : !this.numMeasured(slide, decode(map.levels)) ? "this section does not measure it"
       : map.pcc === null ? "PCC undefined: measured or predicted values are constant" : `PCC ${map.pcc.toFixed(3)}`;
     document.getElementById("map-title").textContent = `${this.gene.value} in section ${slide.id}: ${pcc}`;
     document.getElementById("low").textContent = map ? `‹ ${map.low.toFixed(2)}` : "";
@@ -118,11 +119,16 @@ class Viewer {
     this.draw();
   }
 
+  // Measured values come before one predicted value for each spot.
+  numMeasured(slide, levels) {
+    return Math.max(0, levels.length - slide.x.length);
+  }
+
   draw() {
     const slide = this.slide();
     const map = slide.genes[this.gene.value];
     const levels = map ? decode(map.levels) : new Uint8Array();
-    const half = levels.length / 2;
+    const half = this.numMeasured(slide, levels);
     this.drawMap(this.measured, slide, levels.subarray(0, half));
     this.drawMap(this.predicted, slide, levels.subarray(half));
   }

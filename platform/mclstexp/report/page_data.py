@@ -59,7 +59,7 @@ def gene_data(section: Section, names: Sequence[str], wanted: Collection[str]) -
     """Returns the maps of those wanted genes that are in the section's panel, by name.
 
     Keys: low and high, the colour limits; pcc, None if undefined; levels, base64 of 2 N bytes, measured then predicted,
-    0 at `low` and 255 at `high`.
+    0 at `low` and 255 at `high`; of N bytes if the section does not measure the gene.
 
     Args:
         section: the section.
@@ -81,7 +81,8 @@ def colours() -> str:
 
 
 def _gene(measured: np.ndarray, predicted: np.ndarray, pcc: float) -> dict[str, Any]:
-    both = np.concatenate([measured, predicted]).astype(np.float64)
+    shown = [predicted] if np.isnan(measured).all() else [measured, predicted]
+    both = np.concatenate(shown).astype(np.float64)
     low, high = colour_limits(both)
     share = (both - low) / (high - low) if high > low else np.zeros(len(both))
     levels = np.clip(np.rint(share * _LEVELS), 0, _LEVELS).astype(np.uint8)

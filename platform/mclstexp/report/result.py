@@ -61,6 +61,11 @@ class ScoreRecord(BaseModel):
         return next(iter(self.targets))
 
     @property
+    def unmeasured(self) -> list[str]:
+        """The notes on genes that scored sections do not measure."""
+        return [note for note in self.notes if " does not measure " in note]
+
+    @property
     def leaks(self) -> list[str]:
         """The notes on leaks that the protocol allows."""
         return [note for note in self.notes if note.startswith("LEAK")]

@@ -4,12 +4,12 @@ Every score of the card is shown; the best of the model and its floors is marked
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mclstexp.evaluation import scores
 from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL
-from mclstexp.evaluation.scores import ALL, UNDEFINED, ScoredSet
+from mclstexp.evaluation.scores import ALL, NOT_MEASURED, UNDEFINED, ScoredSet
 from mclstexp.report.result import Result, Row, ScoreRecord
 
 
@@ -61,6 +61,7 @@ class GeneLine:
     high: float
     floor: float
     undefined: int
+    not_measured: int
 
 
 def target_tables(record: ScoreRecord) -> list[TargetTables]:
@@ -81,7 +82,8 @@ def gene_lines(result: Result) -> list[GeneLine]:
     floor = means[means["method"] == best_floor(result.record)].set_index("gene")["mean"]
     floors = floor[~floor.index.duplicated()].reindex(mine["gene"])
     columns = [mine[name] for name in ("gene", "mean", "low", "high")]
-    return [GeneLine(*values) for values in zip(*columns, floors, mine["undefined"], strict=True)]
+    counts = mine.reindex(columns=[UNDEFINED, NOT_MEASURED], fill_value=0)  # results of before have only the first
+    return [GeneLine(*values) for values in zip(*columns, floors, *(counts[name] for name in counts), strict=True)]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -91,15 +93,21 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def _target(record: ScoreRecord, target: str) -> TargetTables:
     means = _of(record.means, target=target)
-    columns = _columns(means)
+    columns, counts = _columns(means), _counts(record)
     return TargetTables(
         target=target,
         unit=record.targets[target],
-        columns=[*(column.title for column in columns), UNDEFINED],
-        overall=_table("all sections", means, columns),
-        patients=_parts("patient", _of(record.patients, target=target), columns),
-        sections=_parts("section", _of(record.sections, target=target), columns),
+        columns=[*(column.title for column in columns), *counts.values()],
+        overall=_table("all sections", means, columns, counts),
+        patients=_parts("patient", _of(record.patients, target=target), columns, counts),
+        sections=_parts("section", _of(record.sections, target=target), columns, counts),
     )
+
+
+def _counts(record: ScoreRecord) -> dict[str, str]:
+    """Returns the titles of the counts of genes to show, by name: of unmeasured ones if a section has some."""
+    has_unmeasured = any(row.get(NOT_MEASURED) for row in record.means)
+    return {UNDEFINED: UNDEFINED} | ({NOT_MEASURED: "not measured"} if has_unmeasured else {})
 
 
 def _columns(means: list[Row]) -> list[ScoredSet]:
@@ -109,12 +117,12 @@ def _columns(means: list[Row]) -> list[ScoredSet]:
     return [ScoredSet(score, name) for score in known for name in (sets if score.of_sets else (ALL,))]
 
 
-def _parts(unit: str, rows: list[Row], columns: Sequence[ScoredSet]) -> list[Table]:
+def _parts(unit: str, rows: list[Row], columns: Sequence[ScoredSet], counts: Iterable[str]) -> list[Table]:
     names = dict.fromkeys(row[f"{unit}_id"] for row in rows)
-    return [_table(f"{unit} {name}", _of(rows, **{f"{unit}_id": name}), columns) for name in names]
+    return [_table(f"{unit} {name}", _of(rows, **{f"{unit}_id": name}), columns, counts) for name in names]
 
 
-def _table(title: str, rows: list[Row], columns: Sequence[ScoredSet]) -> Table:
+def _table(title: str, rows: list[Row], columns: Sequence[ScoredSet], counts: Iterable[str]) -> Table:
     found = {(row["method"], row["gene_set"]): row for row in rows}
     kinds = {row["method"]: row["kind"] for row in rows}
     best = [_best(rows, column) for column in columns]
@@ -124,7 +132,8 @@ def _table(title: str, rows: list[Row], columns: Sequence[ScoredSet]) -> Table:
             _cell(found[method, column.gene_set], column.score.name, top)
             for column, top in zip(columns, best, strict=True)
         ]
-        lines.append(Line(method, kind, [*cells, Cell(f"{found[method, ALL][UNDEFINED]:,}")]))
+        cells += [Cell(f"{found[method, ALL][count]:,}") for count in counts]
+        lines.append(Line(method, kind, cells))
     return Table(f"{title}, {rows[0]['num_spots']:,} spots", lines)
 
 

@@ -120,7 +120,7 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
         record = with_tracking(record, uri, track(config, name, record.mlflow_run_id))
 
     panel = GenePanel.from_json(record.panel)
-    reader = make_reader(root, manifest, panel, config)
+    reader = make_reader(root, manifest, panel, config, split.train)
     return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id)
 
 
@@ -168,7 +168,8 @@ def former_digest(config: Config) -> str:
 
     A setting that earlier versions did not have must be excluded here, for it would change every former name.
     """
-    text = json.dumps(config.model_dump(mode="json", exclude={"predict", "tune"}), sort_keys=True)
+    later: Mapping[str, bool | set[str]] = {"predict": True, "tune": True, "genes": {"min_sections"}}
+    text = json.dumps(config.model_dump(mode="json", exclude=later), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -48,7 +48,7 @@ class ValidationSection:
     queries: np.ndarray
     """Image embeddings, float32 (Q, D)."""
     truth: np.ndarray
-    """Measured expression in the bank's unit, (Q, G)."""
+    """Measured expression in the bank's unit, (Q, G); NaN for a gene that the section does not measure."""
 
 
 def validate(rank_state: RankState, data: ValidationSet) -> float:
@@ -136,11 +136,11 @@ def _tried(
 def _scores(section: ValidationSection, bank: Bank, tried: Sequence[RetrievalConfig], max_k: int) -> list[float]:
     """Returns the mean PCC over a section's own highest genes with each of the tried settings."""
     genes = highest_genes(section.truth)
-    payload = bank.payload[:, genes]
+    own = bank.of_genes(genes)
     best = neighbours(section.queries, bank, tried[0].model_copy(update={"k": max_k}))
     means = []
     for config in tried:
         found = best.first(config.k or max_k)
-        predicted = weighted_mean(found.ids, weights(found, config), payload)
+        predicted = weighted_mean(found.ids, weights(found, config), own)
         means.append(heg_pcc(section.truth[:, genes], predicted))
     return means
