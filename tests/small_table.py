@@ -17,6 +17,7 @@ from mclstexp.data.schema import (
     Manifest,
     RowGroup,
     SectionEntry,
+    encode_rows,
     load_manifest,
 )
 from mclstexp.data.table import tile_crc, write_section
@@ -96,8 +97,12 @@ def make_table(
     sections: dict[str, np.ndarray],
     names: Sequence[str] = NAMES,
     xy_px: Mapping[str, np.ndarray] | None = None,
+    measures: Mapping[str, np.ndarray] | None = None,
 ) -> Manifest:
-    """Writes a tile table with two sentences per section from each section's counts (n, G); returns its manifest."""
+    """Writes a tile table with two sentences per section from each section's counts (n, G); returns its manifest.
+
+    `measures` has the genes that a section measures, bool (G,); others do not say.
+    """
     entries = []
     for section_id, counts in sections.items():
         xy = np.zeros((len(counts), 2)) if xy_px is None else xy_px[section_id]
@@ -105,6 +110,7 @@ def make_table(
         sentences = [make_sentence(section_id, *half) for half in halves]
         written = write_section(root / f"{section_id}.parquet", sentences)
         known = {"file": f"{section_id}.parquet", "num_spots": len(counts)} | written.__dict__
+        known["genes"] = encode_rows(measures[section_id]) if measures and section_id in measures else None
         entries.append(section_entry(section_id, section_id[0], **known))
     columns = list(zip(*(gene_names(name) for name in names), strict=True))
     pq.write_table(pa.table([list(column) for column in columns], schema=GENE_SCHEMA), root / "genes.parquet")

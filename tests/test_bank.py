@@ -133,6 +133,57 @@ def test_a_bank_of_an_earlier_schema_gets_the_directions_of_its_keys(
     assert np.array_equal(Bank.load(tmp_path).directions, bank.directions)
 
 
+def _partial_bank() -> Bank:
+    """Three sections of 30, 25 and 40 spots; A2 does not measure the first gene, B1 neither of two."""
+    bank = _random_bank()
+    payload = bank.payload.copy()
+    payload[bank.section_id == "A2", 0] = np.nan
+    payload[bank.section_id == "B1"] = np.nan
+    return Bank.of(bank.keys, payload, bank.section_id, bank.patient_id, bank.spot_id)
+
+
+@pytest.mark.odd
+def test_a_bank_keeps_which_sections_measure_a_gene(tmp_path: Path) -> None:
+    bank = _partial_bank()
+    assert bank.measured is not None
+    assert bank.measured.tolist() == [[True, True], [False, True], [False, False]]
+    assert np.isfinite(bank.payload).all()
+    mine = bank.payload[bank.section_id == "A1"].astype(np.float64)
+    two = bank.payload[bank.patient_id == "A"].astype(np.float64)
+    np.testing.assert_allclose(bank.mean_payload, [mine[:, 0].mean(), two[:, 1].mean()])
+    bank.save(tmp_path, {})
+    loaded = Bank.load(tmp_path)
+    for name in ("keys", "payload", "measured", "section_code", "mean_payload"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(bank, name), err_msg=name)
+    np.testing.assert_array_equal(bank.of_genes(np.array([1])).measured, bank.measured[:, [1]])
+
+
+def test_a_bank_whose_sections_measure_all_has_the_file_of_before(tmp_path: Path) -> None:
+    bank = _random_bank()
+    bank.save(tmp_path, {"tiles": "of 32 px"})
+    arrays = {name: getattr(bank, name) for name in ("keys", "payload", "directions")}
+    save_file(arrays, tmp_path / "expected", {"made_for": '{"tiles": "of 32 px"}'})
+    assert (tmp_path / ARRAYS).read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (np.ones((2, 2), bool), "says for 2 sections and 2 genes .* has 3 sections and 2 genes"),
+        (np.ones((3, 1), bool), "says for 3 sections and 1 genes .* has 3 sections and 2 genes"),
+        (np.ones((3, 2), np.float32), "expected float32 keys, payload, directions .and bool measured."),
+    ],
+)
+def test_a_bank_that_contradicts_itself_on_what_is_measured_is_refused(
+    tmp_path: Path, measured: np.ndarray, message: str
+) -> None:
+    _partial_bank().save(tmp_path, {})
+    save_file(load_file(tmp_path / ARRAYS) | {"measured": measured}, tmp_path / ARRAYS)
+    with pytest.raises(ModelError, match=message):
+        Bank.load(tmp_path)
+
+
 def test_files_of_two_banks_are_refused(reader: _Reader, towers: TwoTowers, tmp_path: Path) -> None:
     bank = build_bank(towers, reader, ["B", "A"], random_spots=False)
     replace(bank, spot_id=bank.spot_id[:5], section_id=bank.section_id[:5], patient_id=bank.patient_id[:5]).save(

@@ -200,3 +200,26 @@ def _agrees_with_numpy(towers: TwoTowers, batch: dict[str, torch.Tensor], one_se
     images = towers.embed_images(batch["image"].flatten(0, 1))[valid].double().numpy()
     spots = towers.embed_spots(*sentence).flatten(0, 1)[valid].double().numpy()
     assert loss == pytest.approx(_reference(images, spots, towers.logit_scale.item())[0], rel=1e-4)
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("unknown", [0.0, 0.3, 1.0])
+def test_genes_that_are_not_measured_have_no_error_and_no_gradient(unknown: float) -> None:
+    rng = np.random.default_rng(0)
+    predicted = torch.tensor(rng.normal(size=(20, GENES)), dtype=torch.float32, requires_grad=True)
+    measured = rng.normal(size=(20, GENES)).astype(np.float32)
+    measured[rng.random(measured.shape) < unknown] = np.nan
+    valid = np.arange(20) % 4 > 0
+    loss = regression_loss(predicted, torch.from_numpy(measured), torch.from_numpy(valid), torch.tensor(1.0))
+    loss.backward()
+    assert predicted.grad is not None
+    gap = np.where(valid[:, None], predicted.detach().numpy() - measured, np.nan).astype(np.float64)
+    known = ~np.isnan(gap)
+    if unknown == 1:
+        assert (loss.item(), predicted.grad.abs().sum().item()) == (0, 0)
+        return
+    assert loss.item() == pytest.approx(np.nanmean(gap**2), rel=1e-6)
+    np.testing.assert_allclose(predicted.grad.numpy(), np.where(known, 2 * gap, 0) / known.sum(), rtol=1e-5, atol=1e-9)
+    if unknown == 0:
+        expected = torch.nn.functional.mse_loss(predicted[valid], torch.from_numpy(measured)[valid])
+        assert torch.equal(loss, expected), "to the bit"

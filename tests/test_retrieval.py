@@ -163,3 +163,53 @@ def test_an_explanation_names_the_spots_of_largest_weight_first(named_bank: Bank
     assert voters["similarity"].to_numpy() == pytest.approx(cosine[rows], abs=1e-6)
     assert voters["section_id"].tolist() == [f"S{row % 5}" for row in rows]
     assert voters["patient_id"].tolist() == [f"P{row % 2}" for row in rows]
+
+
+def _partial(bank: Bank) -> Bank:
+    """The bank, whose sections S1 and S3 do not measure the first gene, and none but S0 the second."""
+    payload = bank.payload.copy()
+    payload[np.isin(bank.section_id, ["S1", "S3"]), 0] = np.nan
+    payload[bank.section_id != "S0", 1] = np.nan
+    return Bank.of(bank.keys, payload, bank.section_id, bank.patient_id, bank.spot_id)
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("config", EXPLAINED, ids=lambda config: config.weighting)
+def test_only_donors_that_measure_a_gene_vote_on_it(named_bank: Bank, config: RetrievalConfig) -> None:
+    bank = _partial(named_bank)
+    queries = np.random.default_rng(5).normal(size=(30, 6)).astype(np.float32)
+    found = retrieval.neighbours(queries, named_bank, config)
+    weight, num_unknown = retrieval.weights(found, config), 0
+    expected = np.empty((30, 3))
+    for query in range(30):
+        for gene in range(3):
+            sections = {0: ["S0", "S2", "S4"], 1: ["S0"], 2: ["S0", "S1", "S2", "S3", "S4"]}[gene]
+            votes = np.isin(named_bank.section_id[found.ids[query]], sections)
+            own = named_bank.payload[found.ids[query], gene].astype(np.float64)
+            if votes.any():
+                expected[query, gene] = (weight[query] * own)[votes].sum() / weight[query][votes].sum()
+            else:
+                num_unknown += 1
+                expected[query, gene] = named_bank.payload[np.isin(named_bank.section_id, sections), gene].mean()
+    assert 0 < num_unknown < 20
+    answer = retrieval.retrieve(queries, bank, config)
+    np.testing.assert_allclose(answer.prediction, expected, rtol=1e-5, atol=1e-6)
+    whole = retrieval.retrieve(queries, named_bank, config)
+    np.testing.assert_array_equal(answer.similarity, whole.similarity)
+    np.testing.assert_array_equal(answer.donor_share, whole.donor_share)
+    alone = [retrieval.retrieve(queries[[row]], bank, config).prediction[0] for row in range(30)]
+    np.testing.assert_array_equal(alone, answer.prediction)
+
+
+@pytest.mark.odd
+def test_an_explanation_shows_no_value_that_a_donor_did_not_measure(named_bank: Bank) -> None:
+    columns = {name: column for column, name in enumerate(GENES)}
+    voters = retrieval.explain(QUERY, _partial(named_bank), EXPLAINED[0], top=8, genes=columns)
+    whole = retrieval.explain(QUERY, named_bank, EXPLAINED[0], top=8, genes=columns)
+    lacking = {"GNAS": voters["section_id"].isin(["S1", "S3"]), "ERBB2": voters["section_id"] != "S0"}
+    for gene in GENES:
+        is_unknown = lacking.get(gene, voters["weight"] < 0)
+        assert voters[gene].isna().tolist() == is_unknown.tolist()
+        np.testing.assert_array_equal(voters[gene][~is_unknown], whole[gene][~is_unknown])
+    assert lacking["GNAS"].any()
+    assert not lacking["GNAS"].all()

@@ -153,3 +153,22 @@ def test_choice_scores_within_sections_and_weighs_patients_equally() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "TRIED_K", (10, 400))
         assert validation.choose_retrieval(sections, bank, config).k == max(best, key=best.__getitem__)
+
+
+@pytest.mark.odd
+def test_settings_are_chosen_over_the_genes_that_a_section_measures() -> None:
+    """Two of five genes are unknown: the first in the truth, the second in half of the bank."""
+    rng = np.random.default_rng(3)
+    bank, queries = _bank(500), rng.normal(size=(200, 8)).astype(np.float32)
+    payload = bank.payload.copy()
+    payload[::2, 1] = np.nan
+    partial = Bank.of(bank.keys, payload, bank.section_id, bank.patient_id, bank.spot_id)
+    truth = retrieve(queries, bank, RetrievalConfig(k=10, temperature=0.5)).prediction
+    unknown = truth.copy()
+    unknown[:, 0] = np.nan
+    config = RetrievalConfig(k=20, temperature=0.2)
+    predicted = retrieve(queries, partial, config).prediction
+    expected = np.mean([np.corrcoef(truth[:, gene], predicted[:, gene])[0, 1] for gene in range(1, 5)])
+    assert validation.best_score([ValidationSection("P", queries, unknown)], partial, config) == pytest.approx(expected)
+    chosen = validation.choose_retrieval([ValidationSection("P", queries, unknown)], bank, RetrievalConfig())
+    assert (chosen.k, chosen.temperature) == (10, 0.5)
