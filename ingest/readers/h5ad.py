@@ -74,7 +74,7 @@ def _features(file: h5py.File) -> Features:
     names = _texts(var.index)
     ids, symbols, kinds = (_first_column(var, columns) for columns in (_ID_COLUMNS, _SYMBOL_COLUMNS, _KIND_COLUMNS))
     if not kinds:  # `raw` may have names alone
-        whole: pd.DataFrame = _part(file, "var")
+        whole: pd.DataFrame = part(file, "var")
         kind_of = dict(zip(_texts(whole.index), _first_column(whole, _KIND_COLUMNS), strict=False))
         kinds = [kind_of.get(name, "") for name in names]
     if symbols and not _are_made_of(names, symbols):

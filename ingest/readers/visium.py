@@ -169,9 +169,7 @@ def _csv(path: str) -> pd.DataFrame:
     first = [cell.lower() for cell in next(iter(rows.values()), [])]
     if set(_POSITION_COLUMNS) & set(first):
         rows.pop(next(iter(rows)))
-        header = (
-            first if "barcode" in first else ["barcode" if not cell else cell for cell in first]
-        )  # as pandas writes
+        header = first if "barcode" in first else [cell or "barcode" for cell in first]  # pandas names no index
     for number, cells in rows.items():
         if len(cells) != len(header):
             raise SourceError(f"line {number} has {len(cells)} cells, expected {len(header)}: {', '.join(header)}")
