@@ -443,6 +443,42 @@ def test_numbers_of_columns_are_no_names(tmp_path: Path, names: list[str]) -> No
 
 
 @pytest.mark.odd
+@pytest.mark.parametrize("write", WITH_BOTH[:2])
+def test_ids_and_names_may_be_exchanged(tmp_path: Path, write: Callable) -> None:
+    found = counts_by_gene(write(tmp_path, Listed(["GNAS", "FASN"], [f"{HUMAN[0]}.4", HUMAN[1]])), tmp_path)
+    assert [*found] == [(HUMAN[0], "GNAS", HUMAN[0]), (HUMAN[1], "FASN", HUMAN[1])]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("form", ["{id}_{symbol}", "{symbol}_{id}", "{id}|{symbol}", "{symbol}|{id}.3"])
+def test_id_and_symbol_in_one_name(tmp_path: Path, form: str) -> None:
+    symbols = ["GNAS", "NKX2-1", "HLA-A"]
+    listed = Listed([form.format(id=HUMAN[i], symbol=symbol) for i, symbol in enumerate(symbols)], symbols)
+    expected = {Gene(HUMAN[i], symbol, HUMAN[i]): listed.totals(i) for i, symbol in enumerate(symbols)}
+    assert counts_by_gene(legacy_by_id(tmp_path, listed), tmp_path) == expected
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("form", ['"{}"', " {}", "{} ", "\ufeff{}", '\ufeff"{}"'])
+def test_what_surrounds_a_name_is_no_part_of_it(tmp_path: Path, form: str) -> None:
+    listed = Listed([form.format(name) for name in HUMAN[:2]], [form.format(name) for name in ("GNAS", "FASN")])
+    found = counts_by_gene(visium_mtx(tmp_path, listed), tmp_path)
+    assert [*found] == [(HUMAN[0], "GNAS", HUMAN[0]), (HUMAN[1], "FASN", HUMAN[1])]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("write", WITH_BOTH)
+@ignore_repeated_names
+def test_an_antibody_with_a_genes_name_is_no_duplicate(tmp_path: Path, write: Callable) -> None:
+    listed = Listed(
+        [HUMAN[0], "CD3E", HUMAN[1]], ["CD3E", "CD3E", "FASN"], [EXPRESSION, "Antibody Capture", EXPRESSION]
+    )
+    found = counts_by_gene(write(tmp_path, listed), tmp_path)
+    assert found[Gene(HUMAN[0], "CD3E", HUMAN[0])] == listed.totals(0)
+    assert len(found) == 2
+
+
+@pytest.mark.odd
 @ignore_repeated_names
 def test_sections_of_all_spellings_share_their_genes(tmp_path: Path) -> None:
     symbols = ["GNAS", "CRLF2", "CRLF2", "FASN"]

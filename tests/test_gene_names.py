@@ -1,9 +1,9 @@
 """Spellings of genes' names, and the names of features that are no genes."""
 
+import gzip
 import os
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from mclstexp.data.gene_names import excel_names, gene_names, is_kind_of_gene, made_unique, other_kind, stable_id
@@ -128,7 +128,8 @@ def test_all_symbols_of_real_sections_are_genes() -> None:
     symbols: set[str] = set()
     for pattern in ("her2st/counts/*", "mob/*[0-9].tsv.gz", "spinal_cord/*[0-9].tsv.gz"):
         for path in root.glob(pattern):
-            symbols |= set(pd.read_csv(path, sep="\t", nrows=0, index_col=0).columns)
+            with gzip.open(path, "rt") as file:
+                symbols |= set(file.readline().strip("\n").split("\t")) - {""}
     assert len(symbols) > 30_000
     others = {name for name in symbols if other_kind(name)}
     assert others == {name for name in symbols if name.startswith("__ambiguous")}

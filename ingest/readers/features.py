@@ -19,6 +19,7 @@ from mclstexp.messages import some_of
 
 _NOT_A_GENE = -1
 _NUMBERINGS = (("", 0), ("", 1), ("V", 1))
+_EDGES = ' \t\r"\ufeff'  # no part of a name: blanks, R's quotes, a byte order mark
 
 
 class _Listed(NamedTuple):
@@ -29,12 +30,17 @@ class _Listed(NamedTuple):
 
     @property
     def stable_id(self) -> StableId | None:
-        return stable_id(self.name) or stable_id(self.source_id)
+        return stable_id(self.source_id) or stable_id(self.name)
 
     @property
     def symbol(self) -> str:
-        """As it is written, with a genome before it; empty if the name is an id."""
-        return "" if stable_id(self.name) else self.name
+        """As it is written, with a genome before it; empty if the name is an id.
+
+        Some sources have names and ids exchanged.
+        """
+        if stable_id(self.name):
+            return "" if stable_id(self.source_id) else self.source_id
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,8 @@ def named_features(names: Sequence[str], ids: Sequence[str] = (), kinds: Sequenc
     Raises:
         SourceError: no column is a gene, two are the same gene, or one has no name; names kinds or genes.
     """
-    parts = [
-        [""] * len(names) if _is_numbering(part) else [text.strip() for text in part] for part in (names, ids, kinds)
-    ]
+    stripped = ([text.strip(_EDGES) for text in part] for part in (names, ids, kinds))
+    parts = [[""] * len(names) if _is_numbering(part) else part for part in stripped]
     columns = list(zip(*parts, strict=True))
     kind_of = [_other_kind(kind, texts) for *texts, kind in columns]
     is_gene = np.array([kind is None for kind in kind_of], bool)
@@ -129,7 +134,7 @@ def _genome_stripper(before_ids: Iterable[str]) -> Callable[[str], str]:
 
 
 def _symbol_of(listed: _Listed, found: StableId, without_genome: Callable[[str], str]) -> str:
-    """Returns the symbol of a gene with a stable id: written alone, or beside the id."""
+    """Returns the symbol of a gene with a stable id: alone, or in one name with the id."""
     if listed.symbol:
         return without_genome(listed.symbol)
     has_genome = without_genome(f"{found.before}_{found.gene_id}") == found.gene_id
