@@ -4,7 +4,7 @@ import pytest
 
 from mclstexp import storage
 from mclstexp.errors import SheetError
-from mclstexp.prediction.cohort import list_slides, read_positions, require_positions
+from mclstexp.prediction.cohort import left_out_files, list_slides, read_positions, require_positions
 from mclstexp.prediction.plan import fingerprint
 
 
@@ -21,7 +21,8 @@ def test_a_sheet_gives_the_images_of_all_formats(tmp_path):
         "section_id,patient_id,image,format,expression,positions,mpp,site\n"
         "S1,P1,a.svs,slide,,,0.25,left\nS2,P1,b.jpg,legacy_st,counts.tsv,spots.tsv,,\n"
     )
-    first, second = list_slides(str(tmp_path / "samples.csv"))
+    (first, second), left_out = list_slides(str(tmp_path / "samples.csv"))
+    assert left_out == {}
     assert (first.slide_id, first.patient_id, first.site, first.mpp) == ("S1", "P1", "left", 0.25)
     assert first.image == str(tmp_path / "a.svs")
     assert (second.slide_id, second.mpp, second.image) == ("S2", None, str(tmp_path / "b.jpg"))
@@ -29,21 +30,42 @@ def test_a_sheet_gives_the_images_of_all_formats(tmp_path):
 
 def test_a_sheet_may_name_a_missing_image(tmp_path):
     (tmp_path / "slides.csv").write_text("section_id,patient_id,format,image\nA,P,slide,away.svs\n")
-    assert [slide.image for slide in list_slides(str(tmp_path / "slides.csv"))] == [str(tmp_path / "away.svs")]
+    assert [slide.image for slide in list_slides(str(tmp_path / "slides.csv"))[0]] == [str(tmp_path / "away.svs")]
 
 
 def test_a_folder_gives_its_images_at_any_depth(tmp_path):
     touch(tmp_path, "b.SVS", "deep/er/a b&c.tif", "notes.txt", ".hidden.svs", "svs", "x.mrxs", "d.dcm")
     touch(tmp_path, "out/previews/b.jpg", "outside.png")
-    found = list_slides(str(tmp_path), f"{tmp_path}/out")
+    found, left_out = list_slides(str(tmp_path), f"{tmp_path}/out")
     assert {slide.slide_id for slide in found} == {"b", "a_b_c", "x", "outside"}
+    assert left_out == {"txt": 1, "": 1, "dcm": 1}
     assert all(slide.patient_id == slide.slide_id and slide.mpp is None for slide in found)
     assert next(slide.image for slide in found if slide.slide_id == "a_b_c") == str(tmp_path / "deep/er/a b&c.tif")
 
 
+@pytest.mark.odd
+def test_files_that_are_no_slides_are_counted_by_ending(tmp_path):
+    touch(tmp_path, "hd.btf", "a.ome.tif", "b.jp2", "other.qptiff", "c.CZI", "d/e.czi", "notes", "metadata.csv")
+    touch(tmp_path, "x.mrxs", "x/Data0000.dat", "x/Slidedat.ini", "y/Data0000.dat", ".DS_Store", "out/a.parquet")
+    found, left_out = list_slides(str(tmp_path), f"{tmp_path}/out")
+    assert {slide.slide_id for slide in found} == {"hd", "a.ome", "b", "x"}
+    assert left_out == {"czi": 2, "csv": 1, "dat": 1, "qptiff": 1, "": 1}
+    assert left_out_files({"czi": 2, "": 1}) == "left out 3 files with other endings: .czi 2, none 1"
+    assert left_out_files({"qptiff": 1}) == "left out 1 file with other endings: .qptiff 1"
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("name", ["a.qptiff", "a.czi", "a.dcm", "a.SVS.part", "svs", "a.zip"])
+def test_a_folder_without_slides_names_the_endings_that_it_has(tmp_path, name):
+    touch(tmp_path, name, "b.txt")
+    ending = name.rpartition(".")[2] if "." in name else "none"
+    with pytest.raises(SheetError, match=rf"no slide under .*left out 2 files with other endings: .*{ending} 1"):
+        list_slides(str(tmp_path))
+
+
 def test_names_stay_within_the_output(tmp_path):
     touch(tmp_path, "a/x/..%2e.svs", "a/x..%2e.svs", "é\n.png", f"{'y' * 200}.jpg")
-    ids = sorted(slide.slide_id for slide in list_slides(str(tmp_path)))
+    ids = sorted(slide.slide_id for slide in list_slides(str(tmp_path))[0])
     assert ids == ["__", "x.._2e", "y" * 128]  # what begins with a dot is hidden
 
 
@@ -64,11 +86,12 @@ def test_no_slide_is_an_error(tmp_path, name):
 def test_a_prefix_is_a_folder(s3):
     for key in ("slides/a.svs", "slides/deep/b.jpg", "slides/b.txt", "other/c.svs"):
         storage.write(f"{s3}/{key}", b"x")
-    found = list_slides(f"{s3}/slides/")
+    found, left_out = list_slides(f"{s3}/slides/")
     assert [(slide.slide_id, slide.image) for slide in found] == [
         ("a", f"{s3}/slides/a.svs"),
         ("b", f"{s3}/slides/deep/b.jpg"),
     ]
+    assert left_out == {"txt": 1}
     before = fingerprint(f"{s3}/slides/a.svs")
     assert before == fingerprint(f"{s3}/slides/a.svs")
     assert before.startswith("1-")
@@ -130,7 +153,7 @@ def test_files_that_are_no_table_of_spots_are_refused(tmp_path, text, message):
 
 def test_spots_and_slides_must_match(tmp_path):
     touch(tmp_path, "S1.svs", "S2.svs")
-    slides = list_slides(str(tmp_path))
+    slides, _ = list_slides(str(tmp_path))
     require_positions(slides, {})
     require_positions(slides, {"S1": 0, "S2": 0})
     with pytest.raises(SheetError, match=r"1 slides have no row.*: S2"):

@@ -50,6 +50,34 @@ def read_grid(staging):
     return pq.read_table(pa.BufferReader(storage.read(storage.join(staging, GRID))))
 
 
+def write_ome(path, image, **options):
+    """An OME-TIFF as Xenium's own: JPEG 2000, its levels in SubIFDs, the resolution in XML alone."""
+    sizes = {"PhysicalSizeX": MPP, "PhysicalSizeY": MPP}
+    storage_tiles = {"tile": (128, 128), "photometric": "rgb", "compression": "jpeg2000"}
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        tiff.write(image, subifds=1, metadata={"axes": "YXS"} | sizes, **storage_tiles | options)
+        half = image.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+        tiff.write(half, subfiletype=1, **storage_tiles | options)
+
+
+@pytest.mark.odd
+def test_an_ome_tiff_is_cut_as_the_same_slide_in_another_format(slide, tmp_path):
+    write_ome(tmp_path / "a.ome.tif", tissue_image())
+    plan = make_plan(tmp_path)
+    ome = inspect(replace(slide, slide_id="ome", image=str(tmp_path / "a.ome.tif")), plan)
+    tiff = inspect(slide, plan)
+    assert (ome.record.mpp, ome.record.mpp_source, ome.record.reads_regions) == (MPP, "image", True)
+    assert read_grid(ome.staging).equals(read_grid(tiff.staging))
+    assert ome.record.tissue_area_mm2 == tiff.record.tissue_area_mm2
+
+
+@pytest.mark.odd
+def test_a_turned_slide_is_refused_with_what_to_do(slide, tmp_path):
+    write_ome(tmp_path / "a.tif", tissue_image(), extratags=[(274, 3, 1, 6, True)])
+    with pytest.raises(SourceError, match=r"a\.tif: its TIFF orientation is 6, .*upright"):
+        inspect(replace(slide, image=str(tmp_path / "a.tif")), make_plan(tmp_path))
+
+
 def test_what_is_found_and_written(slide, tmp_path):
     found = inspect(slide, make_plan(tmp_path))
     record, table = found.record, read_grid(found.staging)

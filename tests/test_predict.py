@@ -153,10 +153,13 @@ def test_an_output_belongs_to_one_model_and_one_way_of_cutting(
 
 
 def test_the_job_plans_and_explains(model: ModelVersion, slides: Path, predicted: Path, tmp_path: Path) -> None:
-    command, options = job(tmp_path, model, slides)
+    shutil.copytree(slides, tmp_path / "slides")
+    (tmp_path / "slides" / "other.qptiff").touch()
+    command, options = job(tmp_path, model, tmp_path / "slides")
     planned = subprocess.run([*command, "--dry-run"], check=False, timeout=900, **options)
     assert planned.returncode == 0, planned.stdout
     assert "5 slides" in planned.stdout
+    assert "left out 1 file with other endings: .qptiff 1" in planned.stdout
     assert not (tmp_path / "out").exists()
     row = pq.read_table(predicted / "small.parquet").slice(5, 1).to_pylist()[0]
     tile = f"small,{row['x_px'] + 3},{row['y_px'] - 3}"

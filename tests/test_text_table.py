@@ -148,7 +148,7 @@ def test_thousands_between_tabs_are_no_place(tmp_path):
 
 def test_a_sheet_of_slides_may_have_another_ending(tmp_path):
     (tmp_path / "slides.txt").write_text(SHEET.replace(",", "\t"))
-    assert [slide.mpp for slide in list_slides(str(tmp_path / "slides.txt"))] == [0.5, 0.325]
+    assert [slide.mpp for slide in list_slides(str(tmp_path / "slides.txt"))[0]] == [0.5, 0.325]
 
 
 @pytest.mark.parametrize("own", ["NFC", "NFD"])

@@ -102,6 +102,30 @@ def open_plain(folder, image):
     return open_slide(folder / "plain.png")
 
 
+LOSSY = {
+    "YCbCr": {"compression": "jpeg", "compressionargs": {"level": 95}, "subsampling": (2, 2)},
+    "RGB": {"compression": "jpeg", "compressionargs": {"level": 95, "outcolorspace": "rgb"}},
+    "JPEG 2000": {"compression": "jpeg2000", "compressionargs": {"level": 40, "reversible": False}},
+    "JPEG 2000 of other programs": {"compression": 33005, "compressionargs": {"level": 40, "reversible": False}},
+    "JPEG XL": {"compression": "jpegxl", "compressionargs": {"level": 95}},
+    "three pages": {"compression": "jpeg", "compressionargs": {"level": 95}},
+}
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("form", LOSSY)
+def test_colours_of_lossy_compressions(tmp_path, form):
+    image, path = texture(), tmp_path / "a.ome.tif"
+    if form == "three pages":
+        write_ome(path, planes(image), axes="CYX", **PLANES, **LOSSY[form])
+    else:
+        write_ome(path, *halves(image), **LOSSY[form])
+    with open_slide(path) as slide:
+        assert slide.mpp == pytest.approx(0.5)
+        tile = slide.read_tile(333, 121, 224, 1.0)
+        assert np.abs(tile.astype(int) - image[121:345, 333:557]).mean() < 3
+
+
 def test_levels_in_sub_ifds_are_used(tmp_path):
     """Level 1 has other pixels than level 0, so that one sees which of them a tile comes from."""
     image = texture()

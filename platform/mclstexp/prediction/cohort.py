@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import gettempdir
@@ -32,10 +32,11 @@ from mclstexp.prediction.slide_cache import clear
 from mclstexp.settings import PredictConfig
 
 EXTENSIONS = (
-    *("svs", "tif", "tiff", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif"),
-    *("jpg", "jpeg", "png"),
+    *("svs", "tif", "tiff", "btf", "tf8", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif"),
+    *("jpg", "jpeg", "png", "jp2", "j2k", "jpx"),
 )
-"""What OpenSlide or Pillow reads."""
+"""Endings of a folder's files that are slides: what OpenSlide, tifffile or Pillow reads."""
+_WITH_FOLDER = ".mrxs"  # the pixels of X.mrxs are in the folder X
 POSITION_SCHEMA = pa.schema([("spot_id", pa.string()), ("x_px", pa.float64()), ("y_px", pa.float64())])
 """Given tile centres of a slide, in level-0 pixels."""
 _TABLE_OF_SPOTS = "table of spots"
@@ -51,6 +52,8 @@ class Cohort:
 
     sources: Sequence[SlideSource]
     plan: CohortPlan
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of files in the folder that are no slides, by ending."""
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -144,7 +147,7 @@ def open_cohort(
     Raises:
         SheetError: the sheet or the table of spots has faults, or there is no slide.
     """
-    sources = list_slides(samples, out)
+    sources, left_out = list_slides(samples, out)
     positions = read_positions(spots) if spots else {}
     require_positions(sources, positions)
     free = {"min_tissue": config.min_tissue, "allow_upsampling": config.allow_upsampling}
@@ -160,34 +163,43 @@ def open_cohort(
         allow_other_stains=config.other_stains,
         positions=positions,
     )
-    return Cohort(sources, plan)
+    return Cohort(sources, plan, left_out)
 
 
-def list_slides(samples: str, out: str | None = None) -> list[SlideSource]:
+def list_slides(samples: str, out: str | None = None) -> tuple[list[SlideSource], dict[str, int]]:
     """Returns the slides of a sample sheet (a file; rows of every format), a local folder or an `s3://` prefix.
 
+    The second value is the number of files of a folder that are no slides, by ending, most frequent first.
+
     In a folder, at any depth, every file with one of `EXTENSIONS` is a slide; its id is the file's name without
-    extension, with `_` for characters outside A-Z a-z 0-9 . _ -. Hidden files are left out, as is everything below
-    `out`: pictures of an earlier run are not slides.
+    extension, with `_` for characters outside A-Z a-z 0-9 . _ -. Hidden files are passed over, as are everything
+    below `out` (pictures of an earlier run are not slides) and the data folders of .mrxs slides.
 
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.
     """
     if samples.lower().endswith(".csv") or storage.exists(samples):
-        return [
-            SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in read_sheet(samples)
-        ]
-    outputs = f"{storage.absolute(out)}/" if out else None
-    uris = [uri for uri in storage.list_files(samples) if _is_slide(uri)]
-    uris = [uri for uri in uris if outputs is None or not uri.startswith(outputs)]
-    if not uris:
+        rows = read_sheet(samples)
+        return [SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in rows], {}
+    uris = _visible_files(samples, out)
+    images = [uri for uri in uris if _ending(uri) in EXTENSIONS]
+    left_out = dict(Counter(_ending(uri) for uri in uris if _ending(uri) not in EXTENSIONS).most_common())
+    if not images:
+        found = f" ({left_out_files(left_out)})" if left_out else ""
         raise SheetError(
-            f"there is no slide under {samples}: give a sample sheet (.csv), or a folder or s3:// prefix that holds "
-            f"files with one of the extensions {', '.join(EXTENSIONS)}"
+            f"there is no slide under {samples}{found}: give a sample sheet (.csv), or a folder or s3:// prefix that "
+            f"holds files with one of the extensions {', '.join(EXTENSIONS)}"
         )
-    slides = [SlideSource(name, name, "", uri, None) for uri in uris for name in [_slide_id(uri)]]
+    slides = [SlideSource(name, name, "", uri, None) for uri in images for name in [_slide_id(uri)]]
     _require_unique(samples, slides)
-    return slides
+    return slides, left_out
+
+
+def left_out_files(counts: Mapping[str, int]) -> str:
+    """Returns a sentence with the numbers of files left out, by ending."""
+    num = sum(counts.values())
+    listed = [f"{f'.{ending}' if ending else 'none'} {count}" for ending, count in counts.items()]
+    return f"left out {num} file{'s' * (num > 1)} with other endings: {some_of(listed, _MAX_NAMED)}"
 
 
 def read_positions(uri: str) -> dict[str, pa.Table]:
@@ -233,13 +245,26 @@ def require_positions(sources: Iterable[SlideSource], positions: Mapping[str, ob
             raise SheetError(f"{len(names)} {what}: {some_of(sorted(names), _MAX_NAMED)}")
 
 
-def _is_slide(uri: str) -> bool:
-    name = uri.rsplit("/", 1)[1]
-    return not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS and "." in name
+def _visible_files(samples: str, out: str | None) -> list[str]:
+    """Returns the files of a folder that are neither hidden nor outputs nor the data of an .mrxs slide."""
+    uris = storage.list_files(samples)
+    folders = [uri[: -len(_WITH_FOLDER)] for uri in uris if uri.lower().endswith(_WITH_FOLDER)]
+    passed_over = tuple(f"{folder}/" for folder in [*folders, *([storage.absolute(out)] if out else [])])
+    return [uri for uri in uris if not _name(uri).startswith(".") and not uri.startswith(passed_over)]
+
+
+def _ending(uri: str) -> str:
+    """Returns a file's ending in small letters, without the dot; empty if it has none."""
+    stem, _, ending = _name(uri).rpartition(".")
+    return ending.lower() if stem else ""
+
+
+def _name(uri: str) -> str:
+    return uri.rsplit("/", 1)[1]
 
 
 def _slide_id(uri: str) -> str:
-    name = uri.rsplit("/", 1)[1].rpartition(".")[0]
+    name = _name(uri).rpartition(".")[0]
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_ID]
 
 

@@ -108,9 +108,9 @@ def is_opaque(image: Image.Image) -> bool:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Makes Pillow's warnings errors, and its limit of pixels `MAX_PLAIN_PX`."""
+    """Makes Pillow's warnings errors, and lifts its limit of pixels, of which `Plain` has its own."""
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = MAX_PLAIN_PX
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -6,8 +6,10 @@ plain image is.
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,8 +42,9 @@ class PlaneLevel:
     height: int
     tile: tuple[int, int]
     """Width and height of a storage tile or strip."""
-    page: TiffPage
-    """The one that says how all of the level's pages are stored."""
+    is_tiled: bool
+    decode: Callable[..., Any]
+    """Decodes one of them; tifffile makes it while the file is open."""
     planes: tuple[Plane, ...]
     """One with all colours, or one for each colour."""
 
@@ -85,7 +88,7 @@ class TiffLevels:
         self.dimensions = tuple((level.width, level.height) for level in levels)
         width, height = self.dimensions[0]
         self.downsamples = tuple((width / w + height / h) / 2 for w, h in self.dimensions)
-        self.reads_regions = all(level.page.is_tiled for level in levels)
+        self.reads_regions = all(level.is_tiled for level in levels)
         self._require_bounded()
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         largest = max(math.prod(level.tile) for level in levels) * _MAX_CHANNELS
@@ -110,17 +113,17 @@ class TiffLevels:
         """Returns a storage tile, uint8 (height, width, 3 or 4), or None if the file has none there."""
         stored = self._levels[level]
         index = row * stored.num_columns + column
-        parts = [self._part(stored.page, plane.page, plane.first + index) for plane in stored.planes]
+        parts = [self._part(stored, plane.page, plane.first + index) for plane in stored.planes]
         found = [part for part in parts if part is not None]
         return np.concatenate(found, axis=2) if len(found) == len(parts) else None
 
-    def _part(self, keyframe: TiffPage, page: TiffPage | TiffFrame, index: int) -> np.ndarray | None:
+    def _part(self, level: PlaneLevel, page: TiffPage | TiffFrame, index: int) -> np.ndarray | None:
         offset, num_bytes = page.dataoffsets[index], page.databytecounts[index]
         if not offset or not num_bytes:
             return None
         data = os.pread(self._file.fileno(), num_bytes, offset)
         try:
-            pixels, _, (_, height, width, _) = keyframe.decode(data, index, jpegtables=page.jpegtables)
+            pixels, _, (_, height, width, _) = level.decode(data, index, jpegtables=page.jpegtables)
         except (RuntimeError, ImportError) as error:  # what imagecodecs raises, besides ValueError
             raise SourceError(f"its storage tile {index} is damaged: {error}; copy or export it again") from None
         return None if pixels is None else np.asarray(pixels)[0, :height, :width]
@@ -129,7 +132,7 @@ class TiffLevels:
         """Refuses what would not fit into memory."""
         for level, (width, height) in zip(self._levels, self.dimensions, strict=True):
             require_edges(width, height)
-            tiled = level.page.is_tiled
+            tiled = level.is_tiled
             what, held, most = (
                 ("a storage tile", math.prod(level.tile), _MAX_TILE_PX)
                 if tiled
@@ -151,7 +154,7 @@ def _level(series: TiffPageSeries, order: tuple[int, ...]) -> PlaneLevel:
         planes = [Plane(page, index * num) for index in range(series.shape[0])]
     else:
         planes = [Plane(page, 0)]
-    return PlaneLevel(width, height, tile, page, tuple(planes))
+    return PlaneLevel(width, height, tile, page.is_tiled, page.decode, tuple(planes))
 
 
 def _paste(tile: np.ndarray, region: np.ndarray, left: int, top: int) -> None:
