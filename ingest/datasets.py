@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ingest.layout import layout_mpp
+from ingest.layout import array_mpp
 from ingest.readers.legacy_st import read_layout
 from ingest.readers.visium_files import find_files
 from mclstexp import storage
@@ -107,7 +107,7 @@ def _array_cells(row: Row, dataset: _Dataset) -> Row:
         tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch,
         storage.local_copy(row["positions"], scratch) as path,
     ):
-        mpp = layout_mpp(read_layout(path), dataset.pitch_um)
+        mpp = array_mpp(read_layout(path), dataset.pitch_um)
     return {"spot_diameter_um": f"{dataset.diameter_um:g}"} | ({} if mpp is None else {"mpp": f"{mpp:.4g}"})
 
 

@@ -9,14 +9,15 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ingest.layout import judged_resolution
 from ingest.readers.files import read_preview
 from ingest.readers.spots import Gene, Preview
-from ingest.section import section_errors, section_mpp
+from ingest.section import section_errors
 from mclstexp import storage
 from mclstexp.data.gene_names import excel_names, made_unique
 from mclstexp.data.sheet import SectionRow
 from mclstexp.messages import some_of
-from mclstexp.slides.slide import open_slide
+from mclstexp.slides.slide import Slide, open_slide
 
 _MIN_SHARE_NAMED = 0.1
 _DIGIT = re.compile(r"\d")
@@ -29,8 +30,10 @@ class Header:
     mpp: float
     """Micrometres per level-0 pixel."""
     mpp_source: str
-    """What states it: `sheet`, `image` or `array of spots`."""
+    """What states it: `sheet`, `image`, `scale factors` or `array of spots`."""
     preview: Preview
+    remark: str = ""
+    """What the user should know of the resolution."""
 
 
 def read_header(row: SectionRow) -> Header:
@@ -42,9 +45,14 @@ def read_header(row: SectionRow) -> Header:
     with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         preview = read_preview(row, scratch)
         if row.mpp is not None and storage.is_s3(row.image):
-            return Header(*section_mpp(row, None, preview.layout), preview)
+            return _header(row, preview, None)
         with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
-            return Header(*section_mpp(row, slide.mpp, preview.layout), preview)
+            return _header(row, preview, slide)
+
+
+def _header(row: SectionRow, preview: Preview, slide: Slide | None) -> Header:
+    mpp, source, remark = judged_resolution(row, preview.layout, slide)
+    return Header(mpp, source, preview, remark)
 
 
 def merged_genes(present: Sequence[Gene], sources: Iterable[Sequence[Gene]]) -> tuple[Gene, ...]:
@@ -133,10 +141,11 @@ def _resolution_lines(headers: Mapping[str, Header]) -> list[str]:
     sections: defaultdict[str, list[str]] = defaultdict(list)
     for name, header in headers.items():
         sections[header.mpp_source].append(name)
-    return [
+    lines = [
         f"resolution {_range([headers[name].mpp for name in names])} um/px by the {source}: {_sections(names)}"
         for source, names in sections.items()
     ]
+    return lines + [f"resolution {name}: {header.remark}" for name, header in headers.items() if header.remark]
 
 
 def _gene_lines(genes: Mapping[str, tuple[Gene, ...]], table: Sequence[Gene]) -> list[str]:

@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
-from scipy.spatial import cKDTree
 
-from ingest.layout import layout_mpp
+from ingest.array_fit import ArrayFit, fit_array
+from ingest.image_match import require_on_image
+from ingest.layout import judged_resolution
+from ingest.orientation import require_best_orientation
 from ingest.readers.files import read_expression
 from ingest.readers.labels import read_labels
 from ingest.readers.spots import Expression, Layout, Reject, Spots, require_positions
@@ -30,7 +32,6 @@ from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
 from mclstexp.settings import TilesConfig
 from mclstexp.slides.codec import encode_tile
-from mclstexp.slides.resolution import resolve_mpp
 from mclstexp.slides.slide import Slide, open_slide
 from mclstexp.slides.tiles import (
     curve_order,
@@ -45,9 +46,7 @@ from mclstexp.slides.tiles import (
 )
 from mclstexp.slides.tissue import find_tissue
 
-_MIN_SHARE = 0.5  # of measured spots on the slide, and of those on tissue
-_PITCH_OVER_DIAMETER = (0.9, 5.0)  # spots do not overlap; arrays leave at most a few diameters between them
-_MIN_SPOTS_FOR_PITCH = 16
+_MIN_SHARE = 0.5  # of whole tiles of measured spots that are on tissue
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
         local = Path(scratch) / name
         expression = read_expression(row, scratch) if row.measured else None
         with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
-            mpp, _ = section_mpp(row, slide.mpp, expression.layout if expression else Layout())
-            cut = _Cut(row, recipe.tiles, slide, mpp, tile_scale(recipe.mpp, mpp))
+            layout = expression.layout if expression else Layout()
+            mpp = judged_resolution(row, layout, slide).mpp
+            cut = _Cut(row, recipe.tiles, slide, layout, fit_array(layout), mpp, tile_scale(recipe.mpp, mpp))
             spots, rejected = cut.read_spots(expression, gene_rows)
             spots, tissue_fraction, unfit = cut.screen(spots)
             rejected += unfit
@@ -116,15 +116,6 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
     )
 
 
-def section_mpp(row: SectionRow, image_mpp: float | None, layout: Layout) -> tuple[float, str]:
-    """Returns the micrometres per level-0 pixel and its source: `sheet`, else `image`, else `array of spots`.
-
-    Raises:
-        SourceError: no source states it, or they disagree by more than 5 %.
-    """
-    return resolve_mpp({"sheet": row.mpp, "image": image_mpp, "array of spots": layout_mpp(layout, row.pitch_um)})
-
-
 @contextmanager
 def section_errors(row: SectionRow) -> Iterator[None]:
     """Puts the section's id before the message of any error in its sources."""
@@ -143,6 +134,9 @@ class _Cut:
     row: SectionRow
     tiles: TilesConfig
     slide: Slide
+    layout: Layout
+    fit: ArrayFit | None
+    """Of the layout's array."""
     mpp: float
     """Micrometres per level-0 pixel."""
     scale: float
@@ -155,36 +149,45 @@ class _Cut:
         """
         if expression is None:
             return _grid_spots(self.slide, self.tiles.size_px, self.scale), []
-        diameter_um = self.row.spot_diameter_um
-        if diameter_um is None and expression.layout.spot_diameter_px is not None:
-            diameter_um = expression.layout.spot_diameter_px * self.mpp
-        _require_pitch(expression.spots, diameter_um, self.mpp)
         return _over_table_genes(expression, gene_rows), list(expression.rejected)
 
     def screen(self, spots: Spots) -> tuple[Spots, np.ndarray, list[Reject]]:
         """Returns the spots that get a tile, their share of tissue, float32 (n,), and the rejects.
 
-        A spot is rejected because its centre is `outside_image`, its tile `crosses_edge`, or its tile has less than
-        `tiles.min_tissue` of tissue (`no_tissue`).
+        A spot is rejected because its centre is `outside_image`, its tile `crosses_edge`, its tile has less than
+        `tiles.min_tissue` of tissue (`no_tissue`), or it is not where its array position puts it (`off_array`).
 
         Raises:
-            SourceError: less than half of the measured spots are on the slide, or less than half of those on tissue.
+            SourceError: less than half of the measured spots are on the slide, or less than half of those on tissue, or
+                clearly more would be with x and y exchanged, or the image mirrored or turned.
         """
         size_px, slide = self.tiles.size_px, self.slide
         left, top = (tile_corner(centre, size_px, self.scale) for centre in (spots.x_px, spots.y_px))
         edge = size_px * self.scale
         is_whole = inside(left, top, edge, slide.width, slide.height)
         is_centred = inside(spots.x_px, spots.y_px, 0, slide.width, slide.height)
-        if spots.counts is not None:
-            _require_on_slide(spots, is_centred, slide)
-        tissue_fraction = find_tissue(slide, self.mpp).share(left, top, edge)
+        mask = find_tissue(slide, self.mpp)
+        tissue_fraction = mask.share(left, top, edge)
         on_tissue = tissue_fraction >= self.tiles.min_tissue
         if spots.counts is not None:
+            xy_px = np.stack([spots.x_px, spots.y_px], axis=1)
+            if self.tiles.min_tissue > 0:
+                require_best_orientation(xy_px, self.fit, slide, mask)
+            require_on_image(xy_px, self.layout, slide)
             _require_on_tissue(int((is_whole & on_tissue).sum()), int(is_whole.sum()), self.tiles.min_tissue)
         rejects = spots.rejects(~is_centred, "outside_image") + spots.rejects(is_centred & ~is_whole, "crosses_edge")
         rejects += spots.rejects(is_whole & ~on_tissue, "no_tissue")
-        kept = is_whole & on_tissue
+        off = self._off_array(spots)
+        rejects += spots.rejects(is_whole & on_tissue & off, "off_array")
+        kept = is_whole & on_tissue & ~off
         return spots.take(kept), tissue_fraction[kept], rejects
+
+    def _off_array(self, spots: Spots) -> np.ndarray:
+        """Returns which spots are not where their array positions put them, bool (n,)."""
+        if self.fit is None:
+            return np.zeros(len(spots), bool)
+        array_xy, xy_px = np.stack([spots.array_col, spots.array_row], 1), np.stack([spots.x_px, spots.y_px], 1)
+        return self.fit.off(array_xy, xy_px)
 
     def sentences(
         self, spots: Spots, labels: np.ndarray, tissue_fraction: np.ndarray, rejected: list[Reject]
@@ -238,24 +241,6 @@ def _grid_spots(slide: Slide, size_px: int, scale: float) -> Spots:
     return spots
 
 
-def _require_pitch(spots: Spots, diameter_um: float | None, mpp: float) -> None:
-    """Checks the distance of neighbouring spots against their diameter, which reveals a wrong resolution.
-
-    Raises:
-        SourceError: the distance is below 0.9 or above 5 diameters; gives both in micrometres.
-    """
-    if diameter_um is None or len(spots) < _MIN_SPOTS_FOR_PITCH:
-        return
-    xy_px = np.stack([spots.x_px, spots.y_px], axis=1)
-    pitch_um = float(np.median(cKDTree(xy_px).query(xy_px, k=2)[0][:, 1])) * mpp
-    low, high = _PITCH_OVER_DIAMETER
-    if not low * diameter_um <= pitch_um <= high * diameter_um:
-        raise SourceError(
-            f"its spots are {pitch_um:.3g} um apart at {mpp:.4g} um/px but {diameter_um:.4g} um wide (allowed are "
-            f"{low} to {high} diameters): fix mpp or spot_diameter_um, or give positions in full-resolution pixels"
-        )
-
-
 def _over_table_genes(expression: Expression, gene_rows: Mapping[str, int]) -> Spots:
     """Returns the spots with counts over the table's genes instead of the source's."""
     counts = expression.spots.counts
@@ -274,21 +259,11 @@ def _measured_genes(expression: Expression, gene_rows: Mapping[str, int]) -> str
     return encode_rows(listed)
 
 
-def _require_on_slide(spots: Spots, on_slide: np.ndarray, slide: Slide) -> None:
-    if on_slide.sum() >= _MIN_SHARE * len(spots):
-        return
-    exchanged = inside(spots.y_px, spots.x_px, 0, slide.width, slide.height).sum()
-    raise SourceError(
-        f"only {on_slide.sum()} of {len(spots)} spots are on its image of {slide.width} x {slide.height} px "
-        f"({exchanged} with x and y exchanged): give positions in pixels of this very image"
-    )
-
-
 def _require_on_tissue(num_on_tissue: int, num_whole: int, min_tissue: float) -> None:
     if num_on_tissue < _MIN_SHARE * num_whole:
         raise SourceError(
-            f"only {num_on_tissue} of {num_whole} spots are on tissue: are x and y exchanged, or do the positions "
-            f"belong to another image? For an unusual stain set tiles.min_tissue (now {min_tissue}) to 0"
+            f"only {num_on_tissue} of {num_whole} spots are on tissue: do the positions belong to another image? For "
+            f"an unusual stain set tiles.min_tissue (now {min_tissue}) to 0"
         )
 
 

@@ -23,7 +23,7 @@ MPP = 1.0
 """Micrometres per pixel of every slide."""
 _COLUMNS = (
     *("section_id", "patient_id", "format", "image", "expression", "positions"),
-    *("mpp", "spot_diameter_um", "labels", "site"),
+    *("mpp", "spot_diameter_um", "labels", "site", "pitch_um"),
 )
 _NOISE_SHARE = 0.125  # of the genes follow no program
 _DISPERSION = 0.04  # variance of a gene's rate over its squared mean
@@ -141,6 +141,7 @@ def _write_section(out: Path, spec: CohortSpec, genes: _Genes, patient: int, sec
         "positions": f"{section_id}_selection.tsv",
         "labels": f"{section_id}_labels.tsv",
         "spot_diameter_um": str(round(spec.pitch_px * MPP * 0.5)),
+        "pitch_um": f"{spec.pitch_px * MPP:g}",
     }
 
 

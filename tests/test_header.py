@@ -151,7 +151,7 @@ def _mixed(folder: Path, cohort: str) -> tuple[str, pd.DataFrame]:
     data = anndata.AnnData(legacy[["GNAS", "FASN"]].to_numpy(np.float32), pd.DataFrame(index=legacy.index), var)
     data.obsm["spatial"] = selection.loc[grid_xy, ["pixel_x", "pixel_y"]].to_numpy()
     data.write_h5ad(folder / "both.h5ad")
-    common = {"image": str(source / row["image"]), "mpp": row["mpp"]}
+    common = {"image": str(source / row["image"]), "mpp": row["mpp"], "pitch_um": row["pitch_um"]}
     rows = [
         {"section_id": "V1", "patient_id": "V", "format": "h5ad", "expression": "both.h5ad"},
         {"section_id": "A1", "patient_id": "A", "format": "legacy_st", "expression": "symbols.tsv.gz"}

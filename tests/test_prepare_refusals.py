@@ -94,7 +94,7 @@ def test_upsampling_can_be_allowed_and_mpp_comes_from_the_file(cohort, tmp_path)
 
 
 def test_no_resolution_anywhere_is_refused(cohort, tmp_path):
-    sheet = copy_of(cohort, tmp_path / "cohort", ["P1S1"], mpp="")
+    sheet = copy_of(cohort, tmp_path / "cohort", ["P1S1"], mpp="", pitch_um="")
     path = tmp_path / "cohort" / "P1S1.tif"
     tifffile.imwrite(path, tifffile.imread(path, level=0), photometric="rgb", tile=(256, 256))
     with pytest.raises(SourceError, match="section P1S1: no resolution: sheet"):
@@ -113,7 +113,8 @@ def test_sections_of_different_resolution_need_a_target(cohort, tmp_path):
     ("edit", "reason"),
     [
         (lambda t: t.assign(pixel_x=t.pixel_x + 5000), "only 0 of 36 spots are on its image"),
-        (lambda t: t.assign(pixel_x=t.pixel_x * 0.1 + 16, pixel_y=t.pixel_y * 0.1 + 16), "on tissue"),
+        (lambda t: t.assign(pixel_x=t.pixel_x * 0.1 + 16, pixel_y=t.pixel_y * 0.1 + 16), "10 in the array of spots"),
+        (lambda t: t.assign(pixel_x=t.pixel_x + 100, pixel_y=t.pixel_y + 100), "on tissue"),
     ],
 )
 def test_positions_of_another_image_are_refused(cohort, tmp_path, edit, reason):

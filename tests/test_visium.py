@@ -26,7 +26,7 @@ from visium_folders import (
 )
 
 from ingest.header import read_header
-from ingest.layout import layout_mpp
+from ingest.layout import judged_resolution
 from ingest.plan import source_digests
 from ingest.prepare import dry_run
 from ingest.readers import READERS
@@ -59,10 +59,12 @@ def test_layouts(tmp_path, layout):
     np.testing.assert_allclose(found.spots.y_px[order], SECTION.y[SECTION.expected], rtol=1e-12)
     np.testing.assert_array_equal(found.spots.array_row[order], SECTION.row[SECTION.expected])
     np.testing.assert_array_equal(found.spots.array_col[order], SECTION.column[SECTION.expected])
-    assert layout_mpp(found.layout) == pytest.approx(HD_MPP if layout in (hd, hd_bin_folder) else MPP, rel=1e-6)
+    assert judged_resolution(row, found.layout, None).mpp == pytest.approx(
+        HD_MPP if layout in (hd, hd_bin_folder) else MPP, rel=1e-6
+    )
     preview = read_preview(row, str(tmp_path))
     assert (list(preview.genes), preview.other_features) == (GENES, {"Antibody Capture": 1})
-    assert layout_mpp(preview.layout) == layout_mpp(found.layout)
+    assert judged_resolution(row, preview.layout, None) == judged_resolution(row, found.layout, None)
 
 
 def test_every_rejected_spot_is_listed_with_the_reason(tmp_path, mtx):

@@ -12,7 +12,7 @@ from PIL import Image
 from mclstexp.data.sheet import SectionRow
 
 MPP = 0.5
-HD_MPP = 0.4  # as the file states it; the array gives MPP
+HD_MPP = 0.49  # as the file states it; the array gives MPP
 FEATURES = [
     ("ENSG00000087460.24", "GNAS", "Gene Expression"),
     ("ENSG00000169710", "FASN", "Gene Expression"),

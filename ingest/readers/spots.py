@@ -49,7 +49,7 @@ class Reject(NamedTuple):
     Readers give the first reason that holds of: `not_selected` (off the tissue, or left out by the source),
     `no_position` (in pixels), `no_array_position` (on an array where others have one: learnt tables of positions need
     all), `unclear_selection` (a cell that says neither yes nor no) and `no_counts`.
-    `ingest.section` adds `outside_image`, `crosses_edge`, `no_tissue` and `missing_pixels`.
+    `ingest.section` adds `outside_image`, `crosses_edge`, `no_tissue`, `off_array` and `missing_pixels`.
     """
 
     spot_id: str
