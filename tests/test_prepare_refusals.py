@@ -114,7 +114,6 @@ def test_sections_of_different_resolution_need_a_target(cohort, tmp_path):
     [
         (lambda t: t.assign(pixel_x=t.pixel_x + 5000), "only 0 of 36 spots are on its image"),
         (lambda t: t.assign(pixel_x=t.pixel_x * 0.1 + 16, pixel_y=t.pixel_y * 0.1 + 16), "10 in the array of spots"),
-        (lambda t: t.assign(pixel_x=t.pixel_x + 100, pixel_y=t.pixel_y + 100), "on tissue"),
     ],
 )
 def test_positions_of_another_image_are_refused(cohort, tmp_path, edit, reason):
