@@ -25,7 +25,7 @@ class Reader:
     """How one format is read."""
 
     needs: tuple[str, ...]
-    """Columns of the sheet that must be filled, of `expression` and `positions`; the other must be empty."""
+    """Columns of the sheet that must be filled, of `expression` and `positions`."""
     files: Callable[[Files], Files]
     """Maps the URIs in some of these columns to the URIs of all files to read.
 
@@ -35,9 +35,12 @@ class Reader:
     """Reads the genes and more of a row of the sheet from local copies of all its files but `LARGE_PARTS`."""
     read: "Callable[[Files, SectionRow], Expression]"
     """Reads spots, counts and genes of a row of the sheet from local copies of all its files."""
+    takes: tuple[str, ...] = ()
+    """Columns that may be filled, of these and `library_id`, if a file may hold several sections; all others must be
+    empty."""
 
 
-def _reader(module: str, needs: tuple[str, ...], *, in_folder: bool = False) -> Reader:
+def _reader(module: str, needs: tuple[str, ...], *, takes: tuple[str, ...] = (), in_folder: bool = False) -> Reader:
     """Returns the reader in a module of this package, which is imported at the first call.
 
     With `in_folder` the sheet names a folder, and the module's function `files` returns the files in it; else the files
@@ -47,11 +50,11 @@ def _reader(module: str, needs: tuple[str, ...], *, in_folder: bool = False) -> 
     def call(function: str) -> Callable:
         return lambda *inputs: getattr(import_module(f"ingest.readers.{module}"), function)(*inputs)
 
-    return Reader(needs, call("files") if in_folder else dict, call("preview"), call("read"))
+    return Reader(needs, call("files") if in_folder else dict, call("preview"), call("read"), takes)
 
 
 READERS: dict[str, Reader] = {
     "legacy_st": _reader("legacy_st", needs=("expression", "positions")),
     "visium": _reader("visium", needs=("expression",), in_folder=True),
-    "h5ad": _reader("h5ad", needs=("expression",)),
+    "h5ad": _reader("h5ad", needs=("expression",), takes=("library_id",)),
 }

@@ -21,6 +21,7 @@ from mclstexp.messages import did_you_mean
 SLIDE = "slide"
 """Format of a section without counts; all others have readers."""
 FILE_COLUMNS = ("image", "expression", "positions", "labels")
+_FORMAT_COLUMNS = ("expression", "positions", "library_id")
 MAX_SHEET_BYTES = 64 * 2**20
 Fault = tuple[int, str]
 """Line number and what is wrong there."""
@@ -38,7 +39,11 @@ class Format(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Columns that must be filled, of `expression` and `positions`; the other must be empty."""
+        """Columns that must be filled, of `expression` and `positions`."""
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Columns that may be filled, of these and `library_id`; all others must be empty."""
 
     @property
     def files(self) -> Callable[[Mapping[str, str]], Mapping[str, str]]:
@@ -127,7 +132,7 @@ def read_sheet(uri: str, formats: Mapping[str, Format] | None = None) -> list[Se
             continue
         rows.append(row)
         if formats is not None and (row.format == SLIDE or row.format in formats):
-            faults += _column_faults(line, row, () if row.format == SLIDE else formats[row.format].needs)
+            faults += _column_faults(line, row, None if row.format == SLIDE else formats[row.format])
     if not lines:
         faults.append((1, ": there are no rows below the header"))
     if faults:
@@ -199,10 +204,11 @@ def _duplicates(lines: list[tuple[int, dict[str, str]]]) -> Iterator[Fault]:
         first.setdefault(name, line)
 
 
-def _column_faults(line: int, row: SectionRow, needs: tuple[str, ...]) -> Iterator[Fault]:
-    filled = {name for name in ("expression", "positions") if getattr(row, name) is not None}
+def _column_faults(line: int, row: SectionRow, reader: Format | None) -> Iterator[Fault]:
+    needs, takes = (reader.needs, reader.takes) if reader else ((), ())
+    filled = {name for name in _FORMAT_COLUMNS if getattr(row, name) is not None}
     faults = [f"format {row.format} needs {name}" for name in needs if name not in filled]
-    faults += [f"format {row.format} takes no {name}" for name in sorted(filled.difference(needs))]
+    faults += [f"format {row.format} takes no {name}" for name in sorted(filled.difference(needs, takes))]
     if faults:
         yield line, f": {'; '.join(faults)}"
 
