@@ -160,6 +160,25 @@ def test_ensembl_genes_that_share_a_symbol_are_two_genes(tmp_path: Path) -> None
     assert panel.symbol == ("GNAS",)
 
 
+@pytest.mark.odd
+def test_a_symbol_of_several_genes_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    genes = [ENSEMBL[0], ("ENSG00000000001", "GNAS", "ENSG00000000001"), ENSEMBL[1], ("ENSG00000000002", "", "")]
+    manifest = _table(tmp_path, genes, {"V1": OF_A + 1})
+    with caplog.at_level(logging.WARNING):
+        panel = fit_panel(str(tmp_path), manifest, ["V1"], _panel_file(tmp_path, "FASN", "GNAS", "ENSG00000000001.7"))
+    assert panel.gene_id == (ENSEMBL[1][0], ENSEMBL[0][0], "ENSG00000000001")
+    assert "GNAS are the symbols of several genes, and the panel takes the first of each; give ids" in caplog.text
+    assert "FASN" not in caplog.text
+
+
+@pytest.mark.odd
+def test_a_symbol_that_keeps_its_genome_is_found_as_it_is(tmp_path: Path) -> None:
+    genes = [("mm10_H19", "mm10_H19", ""), ("GRCh38_H19", "GRCh38_H19", ""), SYMBOLS[0], SYMBOLS[1]]
+    manifest = _table(tmp_path, genes, {"A1": OF_A + 1})
+    panel = fit_panel(str(tmp_path), manifest, ["A1"], _panel_file(tmp_path, "GRCh38_H19", "GRCh38_FASN"))
+    assert panel.gene_id == ("GRCh38_H19", "FASN")
+
+
 def test_a_section_without_any_panel_gene_is_refused(tmp_path: Path) -> None:
     manifest = _table(tmp_path, SYMBOLS + NAMELESS, {"A1": OF_A, "V1": OF_V})
     with pytest.raises(ConfigError, match="section V1 has no count of any of its 2 genes") as caught:

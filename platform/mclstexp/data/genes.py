@@ -11,7 +11,7 @@ genes names that differ.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -66,9 +66,14 @@ class GenePanel:
         return cls(**{name: tuple(values) for name, values in json.loads(text).items()})
 
     @classmethod
-    def from_names(cls, names: Iterable[str]) -> "GenePanel":
-        """Returns the panel of genes that a file lists by symbol or Ensembl id."""
-        genes = [gene_names(name) for name in names]
+    def from_names(cls, names: Iterable[str], symbols: Collection[str] = ()) -> "GenePanel":
+        """Returns the panel of genes that a file lists by symbol or stable id, in any spelling.
+
+        Args:
+            names: the genes.
+            symbols: those of a gene table, which are taken as they are (some keep a genome before them).
+        """
+        genes = [(name, name, "") if name in symbols else gene_names(name) for name in names]
         return cls(*(tuple(gene[field] for gene in genes) for field in range(3)))
 
     @classmethod

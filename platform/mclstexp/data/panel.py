@@ -5,6 +5,7 @@ is trained or scored, sections' counts are therefore checked once more, which co
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -101,10 +102,15 @@ def _rows_of_file(config: GenesConfig, genes: pa.Table) -> list[int]:
     except (StorageError, UnicodeDecodeError) as error:
         raise ConfigError(f"genes.panel={config.panel}: {error}; give a text file, hvg or hvg_union") from error
     names = list(dict.fromkeys(line for line in lines if line))
-    wanted = GenePanel.from_names(names)
+    times = Counter(genes["symbol"].to_pylist())
+    wanted = GenePanel.from_names(names, times)
     columns = align(wanted, genes)
     if (columns < 0).any():
         _refuse_or_drop(config, coverage(wanted, columns))
+    shared = [symbol for symbol, row in zip(wanted.symbol, columns, strict=True) if row >= 0 and times[symbol] > 1]
+    if any(shared):
+        what = "are the symbols of several genes, and the panel takes the first of each; give ids to choose"
+        log.warning("genes.panel=%s: %s %s", config.panel, some_of([*filter(None, shared)]), what)
     return list(dict.fromkeys(int(row) for row in columns if row >= 0))
 
 
