@@ -10,7 +10,7 @@ from ingest.plan import Plan, make_plan
 from ingest.section import cut_section
 from mclstexp import storage
 from mclstexp.config import Config, override
-from mclstexp.data.schema import SectionEntry
+from mclstexp.data.schema import SectionEntry, decode_rows
 from mclstexp.slides.codec import decode_tile
 
 SETTINGS = {"tiles.size_px": 32, "tiles.sentence_length": 16, "tiles.encoding": "png"}
@@ -30,6 +30,13 @@ class PreparedHere:
     def rejects(self, section_id: str) -> dict[str, str]:
         """Returns the reason of each rejected spot."""
         return {row["spot_id"]: row["reason"] for row in self._rows(self.entries[section_id].rejects_file)}
+
+    def measures(self, section_id: str) -> set[str]:
+        """Returns the ids of the genes that a section measures."""
+        genes = self.entries[section_id].genes
+        assert genes is not None
+        listed = decode_rows(genes, len(self.plan.genes))
+        return {gene.gene_id for gene, is_measured in zip(self.plan.genes, listed, strict=True) if is_measured}
 
     def counts(self, spot: dict) -> dict[str, int]:
         """Returns the counts above zero of a row of the tile table by gene id."""
