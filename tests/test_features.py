@@ -1,9 +1,6 @@
 """Genes and other features of a section in all formats: every count is under its gene, nothing else is a gene."""
 
-import gzip
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import anndata
@@ -11,133 +8,30 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.io
 import scipy.sparse as sp
+from feature_lists import (
+    ALL,
+    EXPRESSION,
+    HUMAN,
+    MOUSE,
+    WITH_BOTH,
+    Listed,
+    counts_by_gene,
+    h5ad_by_id,
+    h5ad_by_symbol,
+    ignore_repeated_names,
+    left_out,
+    legacy_by_id,
+    legacy_by_symbol,
+    visium_mtx,
+    write_h5ad,
+)
 from section_reading import read, refused
 
 from ingest.header import Header, merged_genes, report
 from ingest.readers.features import named_features
-from ingest.readers.files import read_preview
 from ingest.readers.spots import Gene, Preview
-from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
-
-EXPRESSION = "Gene Expression"
-SPOTS = 5
-HUMAN = [f"ENSG{i:011d}" for i in range(1, 7)]
-MOUSE = [f"ENSMUSG{i:011d}" for i in range(1, 4)]
-
-
-@dataclass
-class Listed:
-    """The features of a section as a source lists them, and their counts, random and all different from 0."""
-
-    ids: list[str]
-    names: list[str]
-    kinds: list[str] | None = None
-
-    @property
-    def counts(self):
-        return np.random.default_rng(3).integers(1, 1000, (SPOTS, len(self.names)))
-
-    def totals(self, *columns):
-        """Counts of a gene that these columns are."""
-        return self.counts[:, list(columns)].sum(axis=1).tolist()
-
-
-def _row(folder: Path, kind: str, expression: Path) -> SectionRow:
-    (folder / "i.png").touch()
-    positions = str(folder / "positions.tsv") if kind == "legacy_st" else None
-    row = {"section_id": "S1", "patient_id": "P1", "image": str(folder / "i.png"), "format": kind}
-    return SectionRow(**row, expression=str(expression), positions=positions)
-
-
-def _visium(folder: Path) -> Path:
-    spatial = folder / "spatial"
-    spatial.mkdir(parents=True)
-    lines = [f"S{i}-1,1,{i % 2},{2 * i + i % 2},{100 * i},{50 * i}\n" for i in range(SPOTS)]
-    (spatial / "tissue_positions_list.csv").write_text("".join(lines))
-    scale = {"spot_diameter_fullres": 55.0, "tissue_hires_scalef": 0.1, "tissue_lowres_scalef": 0.03}
-    (spatial / "scalefactors_json.json").write_text(json.dumps(scale))
-    return folder
-
-
-def visium_h5(folder, listed):
-    with h5py.File(_visium(folder / "v") / "filtered_feature_bc_matrix.h5", "w") as file:
-        matrix = file.create_group("matrix")
-        values = sp.csr_array(listed.counts)
-        matrix["barcodes"] = np.array([f"S{i}-1" for i in range(SPOTS)], "S")
-        matrix["shape"] = np.array(values.shape[::-1])
-        for name in ("data", "indices", "indptr"):
-            matrix[name] = getattr(values, name)
-        features = {
-            "id": listed.ids,
-            "name": listed.names,
-            "feature_type": listed.kinds or [EXPRESSION] * len(listed.ids),
-        }
-        for name, values in features.items():
-            matrix[f"features/{name}"] = np.array(values, "S")
-    return _row(folder, "visium", folder / "v")
-
-
-def visium_mtx(folder, listed):
-    matrix = _visium(folder / "v") / "filtered_feature_bc_matrix"
-    matrix.mkdir()
-    columns = [listed.ids, listed.names, *([listed.kinds] if listed.kinds else [])]
-    lines = "".join("\t".join(cells) + "\n" for cells in zip(*columns, strict=True))
-    (matrix / "features.tsv.gz").write_bytes(gzip.compress(lines.encode()))
-    (matrix / "barcodes.tsv").write_text("".join(f"S{i}-1\n" for i in range(SPOTS)))
-    scipy.io.mmwrite(matrix / "matrix.mtx", sp.coo_array(listed.counts.T))
-    return _row(folder, "visium", folder / "v")
-
-
-def _h5ad(folder, listed, var):
-    data = anndata.AnnData(sp.csr_matrix(listed.counts.astype(np.float32)), pd.DataFrame(index=[*"abcde"]), var)
-    if listed.kinds:
-        data.var["feature_types"] = pd.Categorical(listed.kinds)
-    data.obsm["spatial"] = np.array([[50.0 * i, 100.0 * i] for i in range(SPOTS)])
-    data.write_h5ad(folder / "s.h5ad")
-    return _row(folder, "h5ad", folder / "s.h5ad")
-
-
-def h5ad_by_id(folder, listed, column="gene_name"):
-    return _h5ad(folder, listed, pd.DataFrame({column: listed.names}, index=listed.ids))
-
-
-def h5ad_by_symbol(folder, listed, column="gene_ids"):
-    return _h5ad(folder, listed, pd.DataFrame({column: listed.ids}, index=listed.names))
-
-
-def legacy_by_id(folder, listed):
-    frame = pd.DataFrame(listed.counts, [f"{2 * i}x{i}" for i in range(SPOTS)], listed.ids)
-    frame.to_csv(folder / "c.tsv", sep="\t")
-    places = {name: range(0, 2 * SPOTS, 2) for name in ("x", "pixel_x")} | {n: range(SPOTS) for n in ("y", "pixel_y")}
-    pd.DataFrame(places).to_csv(folder / "positions.tsv", sep="\t", index=False)
-    return _row(folder, "legacy_st", folder / "c.tsv")
-
-
-def legacy_by_symbol(folder, listed):
-    return legacy_by_id(folder, Listed(listed.names, listed.names))
-
-
-WITH_BOTH = [visium_h5, visium_mtx, h5ad_by_id, h5ad_by_symbol]
-WITH_KINDS = WITH_BOTH
-ALL = [*WITH_BOTH, legacy_by_id, legacy_by_symbol]
-ignore_repeated_names = pytest.mark.filterwarnings("ignore:Variable names are not unique")
-
-
-def counts_by_gene(row: SectionRow, folder: Path) -> dict[Gene, list[int]]:
-    """Counts of each gene in the spots; the preview states the same genes."""
-    found = read(row, folder)
-    assert found.genes == read_preview(row, str(folder)).genes
-    assert found.spots.counts.dtype == np.int32
-    order = np.argsort(found.spots.x_px)
-    return {gene: found.spots.counts[order][:, [i]].toarray().ravel().tolist() for i, gene in enumerate(found.genes)}
-
-
-def left_out(row: SectionRow, folder: Path) -> dict[str, int]:
-    return dict(read_preview(row, str(folder)).other_features)
-
 
 # ---------------------------------------------------------------- what is no gene
 
@@ -160,7 +54,7 @@ def with_other(name: str, kind: str | None) -> Listed:
 
 @pytest.mark.odd
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("write", WITH_KINDS)
+@pytest.mark.parametrize("write", WITH_BOTH)
 def test_features_of_another_kind_are_left_out_and_counted(tmp_path: Path, write: Callable, name: str) -> None:
     listed = with_other(name, OTHERS[name])
     row = write(tmp_path, listed)
@@ -204,7 +98,7 @@ def test_a_control_among_gene_expression_is_left_out(tmp_path: Path, write: Call
 def test_columns_of_kinds(tmp_path: Path, column: str) -> None:
     listed = Listed(HUMAN[:3], ["GNAS", "CD3E-1", "FASN"])
     var = pd.DataFrame({"gene_ids": listed.ids, column: ["gene_expression", "antibody_capture", np.nan]}, listed.names)
-    row = _h5ad(tmp_path, listed, var)
+    row = write_h5ad(tmp_path, listed, var)
     assert [gene.symbol for gene in counts_by_gene(row, tmp_path)] == ["GNAS", "FASN"]
     assert left_out(row, tmp_path) == {"antibody_capture": 1}
 
@@ -235,12 +129,12 @@ def test_columns_of_joined_files_are_read_together(tmp_path: Path) -> None:
         "gene_ids-1": [np.nan, HUMAN[1], "CD3E.1"],
         "feature_types-1": [np.nan, EXPRESSION, "Antibody Capture"],
     }
-    found = counts_by_gene(_h5ad(tmp_path, listed, pd.DataFrame(columns, index=listed.names)), tmp_path)
+    found = counts_by_gene(write_h5ad(tmp_path, listed, pd.DataFrame(columns, index=listed.names)), tmp_path)
     assert [*found] == [(HUMAN[0], "GNAS", HUMAN[0]), (HUMAN[1], "FASN", HUMAN[1])]
 
 
 @pytest.mark.odd
-@pytest.mark.parametrize("write", WITH_KINDS)
+@pytest.mark.parametrize("write", WITH_BOTH)
 def test_a_section_without_genes_is_refused(tmp_path: Path, write: Callable) -> None:
     row = write(tmp_path, Listed(["CD3", "CD4"], ["CD3", "CD4"], ["Antibody Capture"] * 2))
     assert "no feature of the kind 'Gene Expression'; it has {'Antibody Capture': 2}" in refused(row, tmp_path)
@@ -439,7 +333,7 @@ def test_numbers_of_columns_are_no_names(tmp_path: Path, names: list[str]) -> No
     listed = Listed(names, ["GNAS", "FASN", "ERBB2"])
     assert [gene.gene_id for gene in counts_by_gene(h5ad_by_id(tmp_path, listed), tmp_path)] == listed.names
     message = "3 of its genes have neither a name nor an id, or only a number"
-    assert message in refused(_h5ad(tmp_path, listed, pd.DataFrame(index=names)), tmp_path)
+    assert message in refused(write_h5ad(tmp_path, listed, pd.DataFrame(index=names)), tmp_path)
 
 
 @pytest.mark.odd
