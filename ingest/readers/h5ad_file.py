@@ -28,7 +28,7 @@ def opened(path: str) -> Iterator[h5py.File]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata on files of older versions
-        with opened_hdf5(path, "AnnData file") as file:
+        with opened_hdf5(path, "file of AnnData") as file:
             if not _is_old(file):
                 yield file
                 return
