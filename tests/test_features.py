@@ -328,6 +328,23 @@ def test_names_made_unique_beside_symbols_stay_symbols(tmp_path: Path, column: s
 
 
 @pytest.mark.odd
+def test_ids_in_the_index_fill_a_column_of_ids_with_gaps(tmp_path: Path) -> None:
+    listed = Listed(HUMAN[:3], ["GNAS", "FASN", "ERBB2"])
+    var = pd.DataFrame({"gene_ids": [HUMAN[0], np.nan, ""], "gene_name": ["GNAS", "FASN", np.nan]}, index=listed.ids)
+    found = counts_by_gene(write_h5ad(tmp_path, listed, var), tmp_path)
+    assert [*found] == [(HUMAN[0], "GNAS", HUMAN[0]), (HUMAN[1], "FASN", HUMAN[1]), (HUMAN[2], "", HUMAN[2])]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("ids", [["2778", "2194", "7157"], ["AGAP01", "AGAP02", "AGAP03"]], ids=lambda ids: ids[0])
+def test_a_section_named_by_its_own_ids_meets_others_by_symbols_that_are_unique(ids: list[str]) -> None:
+    by_id, by_symbol = named_features(["GNAS", "Y", "Y"], ids).genes, named_features(["GNAS", "FASN"]).genes
+    table = merged_genes([], [by_symbol, by_id])
+    assert table[0] == (ids[0], "GNAS", ids[0])
+    assert [gene.gene_id for gene in table] == [ids[0], "FASN", *ids[1:]]
+
+
+@pytest.mark.odd
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["1", "2", "3"], ["V1", "V2", "V3"]], ids=str)
 def test_numbers_of_columns_are_no_names(tmp_path: Path, names: list[str]) -> None:
     listed = Listed(names, ["GNAS", "FASN", "ERBB2"])

@@ -12,6 +12,7 @@ from section_reading import named_gene
 
 from ingest.header import Header, gene_rows, merged_genes, naming_system, read_header, report
 from ingest.plan import Plan, make_plan
+from ingest.readers.features import named_features
 from ingest.readers.spots import Gene, Preview
 from ingest.section import cut_section
 from mclstexp.config import Config, override
@@ -43,6 +44,9 @@ def reported(present=(), **genes):
         ([named_gene("ENSMUSG00000027523"), named_gene("ENSG00000087460")], "Ensembl ids (ENSG, ENSMUSG)"),
         ([*SYMBOLS, *ENSEMBL], "symbols, some by Ensembl ids (ENSG)"),
         ([*(named_gene(f"GENE{i}") for i in range(20)), *ENSEMBL[:1]], "symbols"),
+        ([named_gene("FBgn0000001"), named_gene("WBGene00000001")], "ids (FBgn, WBGene)"),
+        (named_features(["X", "X"], ["2778", "2194"]).genes, "ids of the source and symbols"),
+        (named_features(["X", "X"], ["AGAP004677", "AGAP000001"]).genes, "ids (AGAP) and symbols"),
     ],
 )
 def test_naming_systems(genes, system):

@@ -78,7 +78,7 @@ def _features(file: h5py.File) -> Features:
         kind_of = dict(zip(_texts(whole.index), _first_column(whole, _KIND_COLUMNS), strict=False))
         kinds = [kind_of.get(name, "") for name in names]
     if symbols and not _are_made_of(names, symbols):
-        ids = ids or names
+        ids = [own or name for own, name in zip(ids or names, names, strict=True)]
         names = [symbol or name for symbol, name in zip(symbols, names, strict=True)]
     return named_features(names, ids, kinds)
 
