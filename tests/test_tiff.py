@@ -23,6 +23,24 @@ def quiet(caplog):
     caplog.set_level(logging.CRITICAL, "tifffile")
 
 
+BARE = (
+    '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image '
+    'ID="Image:0"><Pixels DimensionOrder="XYCZT" ID="Pixels:0" SizeC="3" SizeT="1" SizeX="900" SizeY="700" SizeZ="1" '
+    'PhysicalSizeX="0.5" PhysicalSizeY="0.5" Type="uint8"/></Image></OME>'
+)
+"""OME-XML as scripts with libvips write it: without channels, and without saying where the pixels are."""
+
+
+def write_bare(path, *levels, subifds, **options):
+    """Writes levels, images or lists of planes, in SubIFDs or as pages of their own, with the XML `BARE`."""
+    with tifffile.TiffWriter(path) as tiff:
+        for index, pages in enumerate(zip(*levels, strict=True)):
+            first = {"description": BARE} if index == 0 else {}
+            tiff.write(pages[0], subifds=len(pages) - 1 if subifds else None, metadata=None, **first, **options)
+            for page in pages[1:]:
+                tiff.write(page, subfiletype=1, metadata=None, **options)
+
+
 def write_ome(path, *levels, axes="YXS", names=None, sizes=UM, bigtiff=False, byteorder="<", **options):
     """Writes one OME image whose levels are in SubIFDs."""
     channels = {"Channel": {"Name": names}} if names else {}
@@ -74,6 +92,11 @@ READ = {
     ),
     "opaque alpha": lambda path, image: write_ome(path, opaque(image), extrasamples=["unassalpha"]),
     "zstd": lambda path, image: write_ome(path, *halves(image), compression="zstd", predictor=True),
+    "bare XML": lambda path, image: write_bare(path, *([level] for level in halves(image)), subifds=True, **TILED),
+    "bare XML, pages": lambda path, image: write_bare(path, *map(planes, halves(image)), subifds=True, **PLANES),
+    "bare XML, levels as pages": lambda path, image: write_bare(
+        path, *([level] for level in halves(image)), subifds=False, **TILED
+    ),
     "planes, not OME": lambda path, image: tifffile.imwrite(
         path, planes(image), **TILED, planarconfig="separate", resolution=(2, 2), resolutionunit=None
     ),
@@ -363,6 +386,15 @@ def test_what_is_no_one_colour_image_is_refused_by_name(tmp_path, kind):
 
 
 @pytest.mark.odd
+def test_a_thumbnail_of_another_aspect_is_passed_over(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(texture(), metadata=None, **TILED)
+        tiff.write(texture(350, 500), metadata=None, photometric="rgb", subfiletype=1)
+    with open_slide(tmp_path / "a.tif") as slide:
+        np.testing.assert_array_equal(slide.read_tile(333, 121, 224, 1.0), texture()[121:345, 333:557])
+
+
+@pytest.mark.odd
 def test_labels_and_shrunken_copies_beside_the_slide_are_passed_over(tmp_path):
     image = texture()
     several(tmp_path / "a.tif", texture(90, 120), image, image[::2, ::2])
@@ -417,12 +449,22 @@ def test_a_tile_that_was_not_stored_is_missing(tmp_path):
 
 
 @pytest.mark.odd
-@pytest.mark.parametrize("tile", [(16_384, 16_384), None])
-def test_giant_storage_is_refused_before_it_is_decoded(tmp_path, tile, monkeypatch):
-    monkeypatch.setattr("mclstexp.slides.tiff_levels.MAX_PLAIN_PX", 10_000)
-    options = {"tile": tile, "compression": "zlib"} if tile else {"tile": None}
-    write_ome(tmp_path / "a.tif", texture(200, 200), **options)
-    with pytest.raises(SourceError, match=r"px; at most \d+ are allowed: convert"):
+@pytest.mark.parametrize("write", [write_ome, write_pyramid])
+def test_giant_storage_tiles_are_refused_before_they_are_decoded(tmp_path, write):
+    """OpenSlide would end the process."""
+    write(tmp_path / "a.tif", texture(200, 200))
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        for name in ("TileWidth", "TileLength"):
+            tiff.pages[0].tags[name].overwrite(16_384)
+    with pytest.raises(SourceError, match=r"a storage tile has 268435456 px; at most 67108864 are allowed: convert"):
+        open_slide(tmp_path / "a.tif")
+
+
+@pytest.mark.odd
+def test_giant_strips_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("mclstexp.slides.tiff.MAX_PLAIN_PX", 10_000)
+    write_ome(tmp_path / "a.tif", texture(200, 200), tile=None)
+    with pytest.raises(SourceError, match="its image in strips has 40000 px; at most 10000 are allowed: convert"):
         open_slide(tmp_path / "a.tif")
 
 

@@ -41,8 +41,10 @@ class OmeImage:
     height: int
     pixel_um: tuple[float, ...]
     """Micrometres along x and y, as far as they are stated."""
+    num_channels: int
+    """Colours or stains of a pixel."""
     channels: tuple[str, ...]
-    """Their names, some maybe empty."""
+    """Names of channels, some maybe empty."""
 
 
 def read_ome(xml: str) -> list[OmeImage]:
@@ -99,5 +101,6 @@ def _image(pixels: ElementTree.Element) -> OmeImage:
         width=int(pixels.attrib["SizeX"]),
         height=int(pixels.attrib["SizeY"]),
         pixel_um=tuple(size for size in sizes if size is not None),
+        num_channels=int(pixels.attrib["SizeC"]),
         channels=tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel")),
     )

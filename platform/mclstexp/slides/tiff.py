@@ -15,10 +15,10 @@ from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, RESUNIT, TiffFile, T
 from mclstexp.errors import SourceError
 from mclstexp.messages import some_of
 from mclstexp.slides.ome import OmeImage, colour_order, read_ome, to_micrometres
-from mclstexp.slides.plain import Plain, wrong_colours
-from mclstexp.slides.pyramid import Pyramid
+from mclstexp.slides.plain import MAX_PLAIN_PX, Plain, wrong_colours
+from mclstexp.slides.pyramid import Pyramid, require_edges
 from mclstexp.slides.resolution import agreed_mpp, stated_mpp
-from mclstexp.slides.tiff_levels import TiffLevels, is_shrunken, plane_levels
+from mclstexp.slides.tiff_levels import TIFFFILE_FAULTS, TiffLevels, is_shrunken, plane_levels
 
 APERIO, GENERIC = "aperio", "generic-tiff"
 """OpenSlide's names of the formats that other programs than the scanner's write too."""
@@ -32,12 +32,11 @@ _JPEG = (COMPRESSION.OJPEG, COMPRESSION.JPEG)  # those whose decoders turn YCbCr
 _COLOURS = (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR)
 _GREY = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
 _SIDE_IMAGES = ("label", "macro", "thumbnail", "overview")
+_MAX_TILE_PX = 2**26
 _MIN_OTHER_SHARE = 0.1  # of the largest image's pixels, from which another one may be meant
 _ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 _AXES = {"Z": "depth", "T": "time", "C": "channels", "Q": "pages", "I": "pages"}
 _UNIT_UM = {RESUNIT.CENTIMETER: 1e4, RESUNIT.INCH: 25400.0}
-_PARSE_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
-"""What tifffile raises on damaged directories, besides ValueError and OSError."""
 
 
 def is_tiff(path: str | Path) -> bool:
@@ -59,7 +58,7 @@ def open_tiff(path: str, detected: str | None) -> Pyramid | Plain | TiffLevels:
     try:
         with TiffFile(path) as file:
             return _open_aperio(path, file) if detected == APERIO else _open_generic(path, file, detected)
-    except _PARSE_FAULTS as error:
+    except TIFFFILE_FAULTS as error:
         raise SourceError(f"its TIFF directories are damaged: {error}; copy or export it again") from error
 
 
@@ -77,7 +76,8 @@ def _open_generic(path: str, file: TiffFile, detected: str | None) -> Pyramid | 
     series = _main_series(file)
     _require_upright([level.keyframe for level in series.levels])
     described = _described(file, series)
-    _require_colour(series)
+    _require_colour(series, described)
+    _require_bounded(series)
     _require_whole(series, os.path.getsize(path))
     mpp = agreed_mpp(
         {
@@ -87,7 +87,7 @@ def _open_generic(path: str, file: TiffFile, detected: str | None) -> Pyramid | 
     )
     if described or series.keyframe.compression not in _COMMON:
         _require_decoded_colours(series.keyframe)
-        order = colour_order(described.channels) if described and series.axes == "CYX" else (0, 1, 2)
+        order = colour_order(described.channels) if described and "S" not in series.axes else (0, 1, 2)
         return TiffLevels(path, plane_levels(series, order), mpp)
     return Plain(path, mpp) if detected is None else Pyramid(path, mpp)
 
@@ -99,7 +99,8 @@ def _main_series(file: TiffFile) -> TiffPageSeries:
         raise SourceError("it contains no image; copy or export it again")
     main, *others = by_size
     for other in others:
-        beside = other.name.lower().startswith(_SIDE_IMAGES) or is_shrunken(_size(other), _size(main))
+        beside = other.name.lower().startswith(_SIDE_IMAGES) or other.keyframe.is_reduced
+        beside |= is_shrunken(_size(other), _size(main))
         if not beside and _num_px(other) >= _MIN_OTHER_SHARE * _num_px(main):
             sizes = [f"{width} x {height} px" for width, height in map(_size, by_size)]
             raise SourceError(f"it holds several images ({some_of(sizes)}): store each in a file of its own")
@@ -126,29 +127,41 @@ def _require_upright(pages: Sequence[TiffPage]) -> None:
         )
 
 
-def _require_colour(series: TiffPageSeries) -> None:
+def _require_colour(series: TiffPageSeries, described: OmeImage | None) -> None:
     """Refuses what is not one picture of three 8-bit colours, with or without alpha."""
-    page, is_ome = series.keyframe, series.kind == "ome"
+    page, edges = series.keyframe, dict(zip(series.axes, series.shape, strict=True))
     if series.is_multifile or any(page is None for level in series.levels for page in level.pages):
         raise SourceError("planes that its OME-XML names are not in this file: export the slide as one file")
-    edges = dict(zip(series.axes, series.shape, strict=True))
-    channels = edges.pop("S", 0) or (edges.pop("C", 1) if is_ome else 1)
+    of_colours = [axis for axis in "SCIQ" if described and edges.get(axis) == described.num_channels]
+    channels = edges.pop(next(iter(of_colours), "S"), 1)
     stack = [f"{num} along {_AXES.get(axis, axis)}" for axis, num in edges.items() if axis not in "XY"]
     if stack:
         raise SourceError(f"it holds several images, {' x '.join(stack)}: store one image of colours")
     alpha = channels == 4 and bool(page.extrasamples) and page.extrasamples[0] in _ALPHA
     palette = channels == 1 and page.photometric == PHOTOMETRIC.PALETTE
-    coloured = (channels == 3 or alpha) and page.photometric in ((*_COLOURS, *_GREY) if is_ome else _COLOURS)
+    coloured = (channels == 3 or alpha) and page.photometric in ((*_COLOURS, *_GREY) if described else _COLOURS)
     if page.dtype != np.uint8 or not (coloured or palette):
         grey = " (greyscale)" if page.photometric in _GREY and channels < 3 else ""
         raise wrong_colours(f"{channels} x {page.bitspersample} bit {_name(page.photometric)}{grey}")
 
 
+def _require_bounded(series: TiffPageSeries) -> None:
+    """Refuses what would not fit into memory: OpenSlide ends the process instead."""
+    for page in (level.keyframe for level in series.levels):
+        require_edges(page.imagewidth, page.imagelength)
+        if page.is_tiled:
+            what, num_px, most = "a storage tile", page.tilewidth * page.tilelength, _MAX_TILE_PX
+        else:
+            what, num_px, most = "its image in strips", page.imagewidth * page.imagelength, MAX_PLAIN_PX
+        if num_px > most:
+            raise SourceError(f"{what} has {num_px} px; at most {most} are allowed: convert it to a pyramid of tiles")
+
+
 def _require_whole(series: TiffPageSeries, num_bytes: int) -> None:
     """Refuses a file that ends before its pixels, or has too few of them."""
     for page in (page for level in series.levels for page in level.pages if page is not None):
-        ends = np.add(page.dataoffsets, page.databytecounts)
-        if len(ends) < math.prod(page.chunked) or ends.max() > num_bytes:
+        ends = [sum(part) for part in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        if len(ends) < math.prod(page.chunked) or max(ends) > num_bytes:
             raise SourceError(f"it is cut off after {num_bytes} bytes, before its last pixels: copy it again")
 
 
@@ -176,8 +189,6 @@ def _described(file: TiffFile, series: TiffPageSeries) -> OmeImage | None:
             f"its OME-XML describes images of {listed or 'no size'}; its image has {width} x {height} px and must be "
             "described once: export the slide again"
         )
-    if series.kind != "ome":  # tifffile falls back to plain pages
-        raise SourceError("it does not contain all levels or planes that it lists: copy it again")
     return fitting.pop()
 
 

@@ -16,11 +16,12 @@ from PIL import Image
 from tifffile import TiffFrame, TiffPage, TiffPageSeries
 
 from mclstexp.errors import SourceError
-from mclstexp.slides.plain import MAX_PLAIN_PX
-from mclstexp.slides.pyramid import require_edges
 
+TIFFFILE_FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, RuntimeError, TypeError),
+)
+"""What tifffile and imagecodecs raise on damaged files, besides ValueError and OSError."""
 _CACHE_BYTES = 2**26
-_MAX_TILE_PX = 2**26
 _MAX_ROUNDING_PX = 2  # of a level's edges
 _MAX_CHANNELS, _OPAQUE = 4, 255
 
@@ -58,8 +59,8 @@ def plane_levels(series: TiffPageSeries, order: tuple[int, ...]) -> list[PlaneLe
     """Returns the levels of a colour image, without those that are no shrunken copies of the one before.
 
     Args:
-        series: the image; its axes are YXS, SYX or CYX.
-        order: where red, green and blue are along C.
+        series: the image; its axes are YXS, SYX, or YX of three pages.
+        order: where red, green and blue are among the pages.
     """
     kept = [_level(series, order)]
     for copy in series.levels[1:]:
@@ -89,7 +90,6 @@ class TiffLevels:
         width, height = self.dimensions[0]
         self.downsamples = tuple((width / w + height / h) / 2 for w, h in self.dimensions)
         self.reads_regions = all(level.is_tiled for level in levels)
-        self._require_bounded()
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         largest = max(math.prod(level.tile) for level in levels) * _MAX_CHANNELS
         self._tile = lru_cache(max(1, _CACHE_BYTES // largest) if self.reads_regions else None)(self._decoded)
@@ -118,28 +118,15 @@ class TiffLevels:
         return np.concatenate(found, axis=2) if len(found) == len(parts) else None
 
     def _part(self, level: PlaneLevel, page: TiffPage | TiffFrame, index: int) -> np.ndarray | None:
-        offset, num_bytes = page.dataoffsets[index], page.databytecounts[index]
-        if not offset or not num_bytes:
-            return None
-        data = os.pread(self._file.fileno(), num_bytes, offset)
         try:
+            offset, num_bytes = page.dataoffsets[index], page.databytecounts[index]
+            if not offset or not num_bytes:
+                return None
+            data = os.pread(self._file.fileno(), num_bytes, offset)
             pixels, _, (_, height, width, _) = level.decode(data, index, jpegtables=page.jpegtables)
-        except (RuntimeError, ImportError) as error:  # what imagecodecs raises, besides ValueError
+        except TIFFFILE_FAULTS as error:
             raise SourceError(f"its storage tile {index} is damaged: {error}; copy or export it again") from None
         return None if pixels is None else np.asarray(pixels)[0, :height, :width]
-
-    def _require_bounded(self) -> None:
-        """Refuses what would not fit into memory."""
-        for level, (width, height) in zip(self._levels, self.dimensions, strict=True):
-            require_edges(width, height)
-            tiled = level.is_tiled
-            what, held, most = (
-                ("a storage tile", math.prod(level.tile), _MAX_TILE_PX)
-                if tiled
-                else ("its image in strips", width * height, MAX_PLAIN_PX)
-            )
-            if held > most:
-                raise SourceError(f"{what} has {held} px; at most {most} are allowed: convert it to a pyramid of tiles")
 
 
 def _level(series: TiffPageSeries, order: tuple[int, ...]) -> PlaneLevel:
@@ -147,10 +134,10 @@ def _level(series: TiffPageSeries, order: tuple[int, ...]) -> PlaneLevel:
     width, height = page.imagewidth, page.imagelength
     tile = (page.tilewidth, page.tilelength) if page.is_tiled else (width, min(page.rowsperstrip, height))
     num = -(-width // tile[0]) * -(-height // tile[1])
-    if series.axes == "CYX":
+    if "S" not in series.axes:
         pages = [colour for colour in series.pages if colour is not None]
         planes = [Plane(pages[index], 0) for index in order]
-    elif series.axes == "SYX":
+    elif series.axes.startswith("S"):
         planes = [Plane(page, index * num) for index in range(series.shape[0])]
     else:
         planes = [Plane(page, 0)]
