@@ -12,14 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ingest.header import Header, merged_genes, report
 from ingest.readers import READERS
 from ingest.readers.files import source_files
 from ingest.readers.spots import PICTURES, Gene
 from ingest.section import Recipe
+from ingest.twins import require_own_files
 from mclstexp import storage
 from mclstexp.config import Config
+from mclstexp.data.folds import similar_patients
 from mclstexp.data.schema import MANIFEST, Manifest, SectionEntry, load_genes, load_manifest
 from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import ConfigError, SourceError, TableError
@@ -69,7 +72,10 @@ class Plan:
     def sources(self) -> str:
         """What was found in the sources that were read, in words; empty if none was."""
         num_present = self.previous.num_genes if self.previous else 0
-        return report(self.headers, self.genes, num_present)
+        patients = {row.section_id: row.patient_id for row in self.todo.values()}
+        patients |= {entry.section_id: entry.patient_id for entry in self.kept}
+        alike = [f"warning    {warning}" for warning in similar_patients(patients)]
+        return "\n".join(filter(None, [report(self.headers, self.genes, num_present), *alike]))
 
 
 def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHeaders) -> Plan:
@@ -92,7 +98,8 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
     entries = {entry.section_id: entry for entry in previous.sections} if previous else {}
 
     # Headers of sections whose sources are new or changed; the others' resolution is in the table.
-    sources, stamps = source_digests(rows, load_stamps(root))
+    sources, stamps, contents = source_digests(rows, load_stamps(root))
+    require_own_files(rows, contents)
     fresh = [row for row in rows if _source_digest(entries.get(row.section_id)) != sources[row.section_id]]
     headers = dict(zip((row.section_id for row in fresh), read_headers(fresh), strict=True))
     mpp = {row.section_id: _mpp(row.section_id, headers, entries) for row in rows}
@@ -149,10 +156,19 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, plan.sources]).rstrip()
 
 
-def source_digests(
-    rows: Iterable[SectionRow], known: Mapping[str, FileStamp]
-) -> tuple[dict[str, str], dict[str, FileStamp]]:
-    """Returns the digest of each section's sources by section id, and the stamps of local files by path.
+class Sources(NamedTuple):
+    """What the source files of sections contain."""
+
+    digests: dict[str, str]
+    """Digest of all sources of a section, by section id."""
+    stamps: dict[str, FileStamp]
+    """Local files by path."""
+    contents: dict[str, dict[str, str]]
+    """Digest of each file's content, by section id and part."""
+
+
+def source_digests(rows: Iterable[SectionRow], known: Mapping[str, FileStamp]) -> Sources:
+    """Returns what the sections' source files contain.
 
     Args:
         rows: the sections.
@@ -166,11 +182,9 @@ def source_digests(
         files = dict(zip((row.section_id for row in rows), pool.map(_made_from, rows), strict=True))
         uris = sorted({uri for parts in files.values() for uri in parts.values()})
         found = dict(zip(uris, pool.map(lambda uri: _stamp(uri, known.get(uri)), uris), strict=True))
-    digests = {
-        row.section_id: _row_digest(row, {part: found[uri][2] for part, uri in files[row.section_id].items()})
-        for row in rows
-    }
-    return digests, {uri: stamp for uri, stamp in found.items() if not storage.is_s3(uri)}
+    contents = {name: {part: found[uri][2] for part, uri in parts.items()} for name, parts in files.items()}
+    digests = {row.section_id: _row_digest(row, contents[row.section_id]) for row in rows}
+    return Sources(digests, {uri: stamp for uri, stamp in found.items() if not storage.is_s3(uri)}, contents)
 
 
 def load_stamps(root: str) -> dict[str, FileStamp]:

@@ -22,6 +22,7 @@ from ingest.header import Header, gene_rows, read_header
 from ingest.plan import Plan, describe, last_versions, make_plan, save_stamps
 from ingest.readers.spots import Gene
 from ingest.section import cut_section
+from ingest.twins import require_own_counts
 from mclstexp import storage
 from mclstexp.cluster import MAX_RETRIES, guarded
 from mclstexp.config import Config
@@ -57,7 +58,8 @@ def prepare(sheet_uri: str, out_uri: str, config: Config, show: Show = hidden) -
 
     Raises:
         SheetError, ConfigError, TableError: before any work.
-        SourceError: a source is faulty; if only cutting found it, the other sections are published all the same.
+        SourceError: a source is faulty; if only cutting found it, the other sections are published all the same. Or
+            two patients have the same image or counts: nothing is published.
         ConflictError: another writer published meanwhile; the table is the other's.
     """
     started = time.monotonic()
@@ -170,6 +172,7 @@ def _publish(plan: Plan, entries: Iterable[SectionEntry]) -> Manifest | None:
     sections = tuple(sorted((*plan.kept, *entries), key=lambda entry: entry.section_id))
     if not sections:
         return None
+    require_own_counts(sections)
     genes_file, genes_sha256 = _write_genes(plan)
     manifest = Manifest(
         tile_size_px=plan.recipe.tiles.size_px,

@@ -25,6 +25,7 @@ from ingest.orientation import require_best_orientation
 from ingest.readers.files import read_expression
 from ingest.readers.labels import read_labels
 from ingest.readers.spots import Expression, Layout, Reject, Spots, require_positions
+from ingest.twins import counts_digest
 from mclstexp import storage
 from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry, encode_rows
 from mclstexp.data.sheet import SectionRow
@@ -75,6 +76,7 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
     with section_errors(row), tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
         local = Path(scratch) / name
         expression = read_expression(row, scratch) if row.measured else None
+        same_counts = _counts_digest(expression) if expression else None  # before the counts are moved in place
         with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
             layout = expression.layout if expression else Layout()
             mpp = judged_resolution(row, layout, slide).mpp
@@ -113,7 +115,13 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
         thumbnail_file=f"thumbnails/{picture}",
         thumbnail_scale=scale,
         genes=_measured_genes(expression, gene_rows) if expression else None,
+        counts_digest=same_counts,
     )
+
+
+def _counts_digest(expression: Expression) -> str | None:
+    assert expression.spots.counts is not None, "a reader gives counts"
+    return counts_digest(expression.spots.counts)
 
 
 @contextmanager

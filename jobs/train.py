@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
+from _patients import warn_of_similar_patients
 
 if TYPE_CHECKING:
     from mclstexp.config import Config
@@ -55,6 +56,7 @@ def main() -> None:
         return tracking.start_run(full, name, {"protocol": config.split.protocol}, recorded)
 
     opened = open_run(arguments.data, arguments.out, arguments.name, config, track)
+    warn_of_similar_patients(opened.manifest)
     print(f"run {opened.name}: {len(opened.split.train)} training sections, {len(opened.panel)} genes", flush=True)
     if is_finished(opened):
         print("the run is finished already; give another --name to repeat it")
@@ -74,6 +76,7 @@ def _plan(data: str, config: "Config") -> str:
     from mclstexp.data.schema import load_manifest
 
     manifest = load_manifest(data)
+    warn_of_similar_patients(manifest)
     split = make_split(manifest, config.split)
     lines = [cluster.plan(config)]
     for side, names in {"train": split.train, "validation": split.validation, "test": split.test}.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
+from _patients import warn_of_similar_patients
 from pydantic import Field
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def main() -> None:
     require_loss(config)
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
+    warn_of_similar_patients(manifest)
     config = with_validation(manifest, config)
     search, trials = arguments.search, num_trials(space, arguments.search, arguments.trials)
     _launch.connect(config)  # a plan states how many trials run side by side

@@ -56,8 +56,10 @@ def cscc(tmp_path):
     for i, name in enumerate(f"{patient}_ST_rep{n}" for patient in ("P2", "P5", "P9", "P10") for n in (1, 2, 3)):
         start = f"GSM{4284316 + i}_"
         folder.mkdir(exist_ok=True)
-        Image.new("RGB", (64, 64), "pink").save(folder / f"{start}{name}.jpg")
-        (folder / f"{start}{name}_stdata.tsv.gz").write_bytes(gzip.compress(b"\tGNAS\tFASN\n2x2\t1\t2\n"))
+        Image.new("RGB", (64, 64), (250, 40 + 15 * i, 200)).save(folder / f"{start}{name}.jpg")
+        (folder / f"{start}{name}_stdata.tsv.gz").write_bytes(
+            gzip.compress(f"\tGNAS\tFASN\n2x2\t{i + 1}\t2\n".encode())
+        )
         write_selection(folder / f"{start}spot_data-selection-{name}.tsv.gz", 176.9, chequered=True)
     touch(folder / "GSM4284322_P4_ST_rep1.jpg")
     return folder

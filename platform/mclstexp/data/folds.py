@@ -4,14 +4,16 @@ Under the protocol `patient` no patient is on two sides. Under `reference` (as p
 others of the same patient may train, a leak that every result then states.
 """
 
-from collections.abc import Iterable
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import SplitError
-from mclstexp.messages import did_you_mean
+from mclstexp.messages import did_you_mean, some_of
 from mclstexp.settings import SplitConfig
 
 
@@ -29,7 +31,7 @@ def make_split(manifest: Manifest, config: SplitConfig) -> Split:
 
     Raises:
         SplitError: a section or patient is unknown, a held-out patient would also train or validate, validation
-            patients are both named and drawn, or no section is left to train on.
+            patients are both named and drawn, two sides have the same counts, or no section is left to train on.
     """
     patient_of = {entry.section_id: entry.patient_id for entry in manifest.sections if entry.measured}
     patients = set(patient_of.values())
@@ -44,9 +46,53 @@ def make_split(manifest: Manifest, config: SplitConfig) -> Split:
     validation = {name for name, patient in patient_of.items() if patient in validating} - test
     train = set(patient_of) - test - validation
     _require_no_leak(config, patient_of, test, train | validation)
+    _require_no_twins(manifest, (train, validation, test))
     if not train:
         raise SplitError(f"no section is left to train on: {len(test)} are held out, {len(validation)} validate")
     return Split(*(tuple(sorted(side)) for side in (train, validation, test)))
+
+
+def similar_patients(patients: Mapping[str, str]) -> list[str]:
+    """Returns a warning for each group of patients whose ids differ only in case, separators or leading zeros.
+
+    Args:
+        patients: the patient of each section.
+    """
+    sections: defaultdict[str, list[str]] = defaultdict(list)
+    for section, patient in sorted(patients.items()):
+        sections[patient].append(section)
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for patient in sorted(sections):
+        alike[_plain_id(patient)].append(f"{patient} ({some_of(sections[patient])})")
+    return [
+        f"patients {' and '.join(same)} differ only in case, separators or leading zeros; if they are one patient, "
+        "give them one patient_id: else the patient may be in training and test"
+        for same in alike.values()
+        if len(same) > 1
+    ]
+
+
+def _plain_id(patient: str) -> str:
+    """Returns an id without case, separators and leading zeros; its numbers stay apart (1-12 is not 11-2)."""
+    plain = ""
+    for part in re.findall(r"[a-z]+|\d+", patient.lower()):
+        number = part.isdecimal()
+        plain += "-" * (number and plain[-1:].isdecimal()) + (part.lstrip("0") or "0" if number else part)
+    return plain or patient
+
+
+def _require_no_twins(manifest: Manifest, sides: Iterable[set[str]]) -> None:
+    """Refuses sections on different sides whose counts are the same, also those of one patient."""
+    digests = {entry.section_id: entry.counts_digest for entry in manifest.sections if entry.counts_digest}
+    first: dict[str, tuple[int, str]] = {}
+    for number, side in enumerate(sides):
+        for name in sorted(side & digests.keys()):
+            other, twin = first.setdefault(digests[name], (number, name))
+            if other != number:
+                raise SplitError(
+                    f"sections {twin} and {name} have the same counts and are on different sides of the split: put "
+                    "them on one side, or remove one from the sheet and prepare it again"
+                )
 
 
 def _require_known(names: Iterable[str], known: Iterable[str], what: str, setting: str) -> None:

@@ -131,6 +131,8 @@ class SectionEntry(_Record):
     """Rows of the gene table that the section measures, by `encode_rows`: genes that its files list, counted or not.
 
     None: unknown (schema 3), every gene counts as measured."""
+    counts_digest: str | None = None
+    """Digest of the counts, whatever the order and names of spots and genes; None without, and in older tables."""
 
 
 class Manifest(_Record):
