@@ -57,7 +57,9 @@ def compare(folder: Path, out: Path) -> None:
     """Prints how far the three predictions agree, and how each correlates with what was measured."""
     model = ModelVersion.load(folder)
     manifest = load_manifest(str(out / "tiles"))
-    measured = make_reader(str(out / "tiles"), manifest, model.panel, model.config).read_section(SECTION)
+    measured = make_reader(
+        str(out / "tiles"), manifest, model.panel, model.config, model.training.sections
+    ).read_section(SECTION)
     spots = measured["spot_id"].tolist()
     predicted = {way: _prediction(out / "spots" / f"{way}.parquet", model.panel.gene_id, spots) for way in WAYS}
     crops = {way: _crops(out / "spot_slides.csv", out / "spots.csv", way, model.tile_size_px) for way in WAYS}

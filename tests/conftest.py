@@ -182,7 +182,8 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> "dict[str, Slide]":
 def make_result() -> Callable[..., Path]:
     """Makes the result folder of an evaluation of two sections in a given folder: `make_result(folder, protocol)`.
 
-    S1 is labelled and predicted well in its first gene, S-2 has no labels and lacks the last gene; names are nasty.
+    S1 is labelled and predicted well in its first gene, S-2 has no labels and a panel without the last gene; names are
+    nasty. `unmeasured` has the genes that a section does not measure, by their indices.
     """
     return _make_result
 
@@ -200,7 +201,12 @@ RESULT_GENES = {
 RESULT_UNIT = "ln(1 + x), <per spot> & more"
 
 
-def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[str, str] | None = None) -> Path:
+def _make_result(
+    folder: Path,
+    protocol: str = "reference",
+    training_runs: dict[str, str] | None = None,
+    unmeasured: dict[str, list[int]] | None = None,
+) -> Path:
     from mclstexp.data.genes import GenePanel, unique_labels
     from mclstexp.evaluation.save import save_card
     from mclstexp.evaluation.score_card import FLOOR, MODEL, ScoreCard
@@ -210,6 +216,7 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
     rows, per_gene, results = [], [], []
     for name, num_genes in {"S1": 8, "S-2": 7}.items():
         result = _section_result(name, list(RESULT_GENES)[:num_genes])
+        result.truth[:, (unmeasured or {}).get(name, [])] = np.nan
         results.append(result)
         noise = np.random.default_rng(1).normal(size=result.truth.shape)
         methods = {(MODEL, MODEL): result.prediction, ("ridge on RGB", FLOOR): result.prediction + 3 * noise}
@@ -221,11 +228,12 @@ def _make_result(folder: Path, protocol: str = "reference", training_runs: dict[
             labels = unique_labels(result.panel.names(), result.panel.gene_id, in_table)
             per_gene.append(table.assign(**of, gene=labels))
     leaks = ("LEAK that this protocol allows: <others> trained",) if protocol == "reference" else ()
+    lacking = (unmeasured or {}).items()
     card = ScoreCard(
         protocol=protocol,
         targets={"per_spot": RESULT_UNIT},
         model_digest="abc",
-        notes=(*leaks, "a note & more"),
+        notes=(*leaks, "a note & more", *(f"section {name} does not measure {genes}" for name, genes in lacking)),
         genes=unique_labels(results[0].panel.names(), results[0].panel.gene_id, in_table),
         rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(per_gene, ignore_index=True),

@@ -1,5 +1,7 @@
 """Score cards of random predictions, whose better method is known."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -14,14 +16,21 @@ TARGETS = {"per_spot": "ln(1 + x)", "per_gene": "log10(1 + y)"}
 MARKERS = {"immune": np.array([2, 5]), "most significant (all)": np.array([1])}
 
 
-def random_card(model_noise: float, ridge_noise: float, protocol: str = "patient") -> ScoreCard:
-    """A card of three sections of two patients; more noise is a worse method."""
+def random_card(
+    model_noise: float, ridge_noise: float, protocol: str = "patient", lacking: Mapping[str, list[int]] | None = None
+) -> ScoreCard:
+    """A card of three sections of two patients; more noise is a worse method.
+
+    `lacking` has the genes that a section does not measure, for some sections.
+    """
     rng = np.random.default_rng(0)
     rows, genes = [], []
     for target in TARGETS:
         for name, patient in SECTIONS.items():
             truth = rng.normal(5, 1, (30, len(GENES)))
             noise, totals = rng.normal(size=truth.shape), rng.lognormal(7, 1, 30)
+            measured = truth.copy()
+            measured[:, (lacking or {}).get(name, [])] = np.nan
             predicted = {
                 (MODEL, MODEL): truth + model_noise * noise,
                 ("train mean", FLOOR): np.full_like(truth, 5),
@@ -29,14 +38,14 @@ def random_card(model_noise: float, ridge_noise: float, protocol: str = "patient
                 (ORACLE, LINE): np.tile(truth[:, :1], len(GENES)),
             }
             for (method, kind), prediction in predicted.items():
-                table = gene_scores(truth, prediction, totals)
+                table = gene_scores(measured, prediction, totals)
                 if kind == LINE:
                     table = without_unit(table)
                 of = {"section_id": name, "patient_id": patient}
                 own = of | {"num_spots": 30, "target": target, "method": method, "kind": kind}
-                rows.append(set_table(table, gene_sets(truth, MARKERS)).assign(**own))
+                rows.append(set_table(table, gene_sets(measured, MARKERS)).assign(**own))
                 genes.append(table.assign(**of, target=target, method=method, gene=GENES))
-    example = _result(truth, predicted[MODEL, MODEL])
+    example = _result(measured, predicted[MODEL, MODEL])
     tables = pd.concat(rows, ignore_index=True), pd.concat(genes, ignore_index=True)
     return ScoreCard(protocol, TARGETS, "abc", ("trained on A1",), GENES, *tables, (example,))
 

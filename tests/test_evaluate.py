@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,12 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 from untrained import untrained_version
 
 from mclstexp.data.genes import GenePanel
-from mclstexp.data.schema import Manifest, load_genes, load_manifest
+from mclstexp.data.schema import MANIFEST, Manifest, encode_rows, load_genes, load_manifest
 from mclstexp.data.table import read_columns, read_counts
 from mclstexp.errors import ConfigError, ModelError, SplitError, TableError, UserError
 from mclstexp.evaluation.evaluate import evaluate, held_out
 from mclstexp.evaluation.metrics import pearson_per_gene
+from mclstexp.evaluation.save import save_card
 from mclstexp.model.towers import build_network
 from mclstexp.model.version import ModelVersion
 from mclstexp.report.result import model_rows, open_result
@@ -296,3 +298,85 @@ def _with(version: ModelVersion, **changes: object) -> ModelVersion:
     record = version.training.model_copy(update=changes)
     geometry = (version.tile_size_px, version.mpp)
     return ModelVersion(version.config, version.panel, geometry, 0, record, version.weights, version.bank)
+
+
+def _without(tiles: str, root: Path, lacks: dict[str, list[int]]) -> str:
+    """A copy of the tile table in which some sections measured some genes (rows of the gene table) not at all."""
+    shutil.copytree(tiles, root)
+    manifest = load_manifest(str(root))
+    rows = np.arange(manifest.num_genes)
+    entries = [
+        entry.model_copy(update={"genes": encode_rows(~np.isin(rows, lacks.get(entry.section_id, [])))})
+        for entry in manifest.sections
+    ]
+    (root / MANIFEST).write_bytes(manifest.model_copy(update={"sections": tuple(entries)}).encode())
+    return str(root)
+
+
+@pytest.mark.odd
+@pytest.mark.slow
+def test_genes_that_sections_do_not_measure_are_left_out_of_scores_floors_and_bank(tiles: str, tmp_path: Path) -> None:
+    """P3S1 lacks four of the twelve panel genes; of the training sections P1S1 lacks two others."""
+    split = {"split.protocol": "reference", "split.test_sections": ["P3S1"], "genes.min_sections": 0.5}
+    panel = untrained_version(tiles, SETTINGS | split).panel
+    ids = load_genes(tiles, load_manifest(tiles))["gene_id"].to_pylist()
+    lacks = {"P3S1": list(panel.gene_id[:4]), "P1S1": list(panel.gene_id[5:7])}
+    root = _without(
+        tiles, tmp_path / "table", {name: [ids.index(gene) for gene in genes] for name, genes in lacks.items()}
+    )
+    (tmp_path / "panel.txt").write_text("\n".join(panel.gene_id))
+    version = untrained_version(root, SETTINGS | split | {"genes.panel": str(tmp_path / "panel.txt")})
+    (tmp_path / "model").mkdir()
+    version.save(tmp_path / "model")
+    version = ModelVersion.load(tmp_path / "model")
+    card = evaluate(version, root)
+
+    measures = {name: [gene for gene in range(12) if panel.gene_id[gene] not in genes] for name, genes in lacks.items()}
+    names = version.training.sections
+    for target in ("per_spot", "per_gene"):
+        truth, _ = _expression(root, version, TEST, target)
+        training = {name: _expression(root, version, name, target)[0] for name in names}
+        predicted = {"zeros": np.zeros(12), "train mean": np.empty(12)}
+        for gene in range(12):
+            own = [training[name][:, gene] for name in names if gene in measures.get(name, range(12))]
+            predicted["train mean"][gene] = np.concatenate(own).mean()
+        known = np.concatenate(
+            [np.tile(np.isin(range(12), measures.get(name, range(12))), (len(training[name]), 1)) for name in names]
+        )
+        predicted["model"] = _prediction_of_measuring_donors(root, version, np.concatenate([*training.values()]), known)
+        rows = card.rows[(card.rows["target"] == target) & (card.rows["gene_set"] == "all")].set_index("method")
+        assert (rows["num_genes"] == 8).all()
+        assert (rows["not_measured"] == 4).all()
+        for method, values in predicted.items():
+            error = ((truth - values)[:, measures[TEST]] ** 2).mean()
+            assert rows.loc[method, "mse"] == pytest.approx(error, rel=1e-4), (target, method)
+        genes = card.per_gene.query("target == @target and method != 'noise ceiling'")  # of counts, which stayed
+        unknown = genes[genes["gene"].isin(panel.take(range(4)).names())]
+        assert unknown[["truth_mean", "pcc", "mse", "mae"]].isna().all(axis=None)
+        assert rows.loc["model", "undefined"] == 0
+    assert any(note.startswith("section P3S1 does not measure 4 of the 12 genes, so they") for note in card.notes)
+    assert any(note.startswith("training sections that do not measure all 12 genes: P1S1 (2);") for note in card.notes)
+    save_card(card, tmp_path)
+    section = open_result(str(tmp_path), tmp_path).section(TEST)
+    assert np.flatnonzero(np.isnan(section.measured).all(axis=0)).tolist() == [0, 1, 2, 3]
+    assert np.isfinite(section.predicted).all()
+
+
+def _prediction_of_measuring_donors(
+    tiles: str, version: ModelVersion, payload: np.ndarray, known: np.ndarray
+) -> np.ndarray:
+    """The plain prediction of P3S1, with each gene's weights over those of the five neighbours that measure it."""
+    images = torch.from_numpy(_tiles_of(tiles, TEST)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        queries = version.towers().embed_images(images).numpy()
+    assert version.bank is not None
+    predictions = []
+    for query in queries:
+        cosine = version.bank.keys @ query / np.linalg.norm(version.bank.keys, axis=1) / np.linalg.norm(query)
+        best = np.argsort(-cosine)[:5]
+        weight = np.exp(cosine[best] / 0.1)[:, None] * known[best]
+        mean = np.where(known, payload, 0).sum(axis=0) / known.sum(axis=0)
+        votes = weight.sum(axis=0)
+        shared = np.divide((weight * payload[best]).sum(axis=0), votes, out=mean.copy(), where=votes > 0)
+        predictions.append(shared)
+    return np.stack(predictions)

@@ -3,6 +3,7 @@ noise-free expression is known, and real sections against published figures.
 """
 
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mclstexp.evaluation import floors
 from mclstexp.evaluation.floors import halve, noise_ceiling
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
-from mclstexp.evaluation.sections import TARGETS, normalise_section
+from mclstexp.evaluation.sections import TARGETS, MeasuredSection, normalise_section
 
 needs_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 NUM_SPOTS, NUM_GENES = 600, 30
@@ -253,3 +254,65 @@ def test_reliability_predicted_from_fewer_counts_errs_upwards(name: str, least: 
     measured = pearson_per_gene(*(normalise_section(TARGETS["per_spot"], *half) for half in (first, second)))
     both = ~np.isnan(predicted + measured)
     assert least < predicted[both].mean() / measured[both].mean() < most
+
+
+def _partly_measured() -> tuple[list[MeasuredSection], floors.Features]:
+    """Three training sections of two patients, of which two lack some of five genes, and their features."""
+    rng = np.random.default_rng(0)
+    lacks = {"A1": [], "A2": [1, 4], "B1": [4]}
+    sections, features = [], {}
+    for name, genes in lacks.items():
+        num = 20 + 5 * len(sections)
+        counts, spots = rng.poisson(5, (num, 5)).astype(np.float32), np.arange(num).astype(str).astype(object)
+        counts[:, genes] = 0
+        xy, totals = rng.normal(size=(num, 2)), counts.sum(axis=1, dtype=np.float64) + rng.poisson(20, num)
+        sections.append(MeasuredSection(name, name[0], spots, xy, xy, spots, counts, totals, np.array(genes, int)))
+        features[name] = rng.normal(size=(num, 3))
+    return sections, {"ridge on RGB": features}
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("target", TARGETS)
+def test_floors_of_a_gene_are_fitted_where_it_is_measured(target: str) -> None:
+    sections, features = _partly_measured()
+    fitted = floors.Floors(sections, features, TARGETS[target])
+    predicted = fitted.predict(sections[0])
+    alpha = float(fitted.alphas().removeprefix("ridge on RGB "))
+    for gene, names in {0: ["A1", "A2", "B1"], 1: ["A1", "B1"], 4: ["A1"]}.items():
+        own = [section for section in sections if section.section_id in names]
+        truth = np.concatenate([section.expression(TARGETS[target])[:, gene] for section in own]).astype(np.float64)
+        assert np.isfinite(truth).all()
+        np.testing.assert_allclose(predicted["train mean"][:, gene], truth.mean(), rtol=1e-5)
+        seen, asked = np.concatenate([features["ridge on RGB"][name] for name in names]), features["ridge on RGB"]["A1"]
+        expected = _closed_form(seen, truth[:, None], alpha, asked)[:, 0]
+        np.testing.assert_allclose(predicted["ridge on RGB"][:, gene], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.odd
+def test_a_gene_that_no_training_section_measures_has_floors_of_zero() -> None:
+    sections, features = _partly_measured()
+    fitted = floors.Floors(sections[1:], {"ridge on RGB": features["ridge on RGB"]}, TARGETS["per_spot"])
+    for values in fitted.predict(sections[0]).values():
+        assert np.isfinite(values).all()
+        assert not values[:, 4].any()
+
+
+@pytest.mark.odd
+def test_most_genes_of_one_patient_still_choose_a_penalty() -> None:
+    sections, features = _partly_measured()
+    only = [replace(section, unmeasured=np.arange(2 if section.section_id == "A1" else 4)) for section in sections]
+    fitted = floors.Floors(only, features, TARGETS["per_spot"])
+    assert np.isfinite(fitted.predict(sections[0])["ridge on RGB"]).all()
+
+
+def test_where_all_is_measured_the_fit_is_one() -> None:
+    _, target = _problem(90, 6, 0.1)
+    ((genes, spots),) = floors.measured_parts(target)
+    assert (genes.tolist(), spots.tolist()) == (list(range(5)), list(range(90)))
+
+
+@pytest.mark.odd
+def test_a_gene_that_is_not_measured_has_no_ceiling() -> None:
+    (_, section, _), _ = _partly_measured()
+    ceiling = noise_ceiling(section.counts, section.totals, TARGETS["per_spot"], 0)
+    assert ceiling["pcc"].isna().tolist() == [gene in (1, 4) for gene in range(5)]

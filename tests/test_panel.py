@@ -1,6 +1,7 @@
 """Panels: the genes that a table or a file gives, and sections that name those genes in another way."""
 
 import logging
+import re
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from small_table import NAMES, make_table, random_counts
 from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.panel import fit_panel
-from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest
+from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest, encode_rows
 from mclstexp.errors import ConfigError
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.settings import GenesConfig
@@ -241,3 +242,111 @@ def test_a_section_of_other_names_is_not_scored_as_zeros(tmp_path: Path) -> None
     model.panel = panel
     with pytest.raises(ConfigError, match="the model's panel: section V1 has no count of any of its 2 genes"):
         evaluate(model, str(tmp_path), lambda *_: None, sections=["V1"])
+
+
+def _partly_measured(root: Path, lacks: dict[str, list[int]]) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """Five training sections, of which some do not measure some genes; and their counts."""
+    counts = {f"{letter}1": random_counts(12 + seed, seed) + 1 for seed, letter in enumerate("ABCDE")}
+    measures = {name: ~np.isin(np.arange(len(NAMES)), lacks.get(name, [])) for name in counts}
+    counts = {name: (values * measures[name]).astype(np.int32) for name, values in counts.items()}
+    return make_table(root, counts, measures=measures), counts
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (1.0, {0, 3, 4, 5, 6, 7}),
+        (0.8, {0, 1, 3, 4, 5, 6, 7}),
+        (0.61, {0, 1, 3, 4, 5, 6, 7}),
+        (0.6, set(range(8))),
+        (0, set(range(8))),
+    ],
+)
+def test_enough_training_sections_must_measure_a_gene(tmp_path: Path, share: float, expected: set[int]) -> None:
+    manifest, _ = _partly_measured(tmp_path, {"A1": [1, 2], "B1": [2]})
+    panel = fit_panel(str(tmp_path), manifest, ["A1", "B1", "C1", "D1", "E1"], GenesConfig(min_sections=share))
+    assert set(panel.gene_id) == {NAMES[gene] for gene in expected}
+
+
+@pytest.mark.odd
+def test_a_gene_is_ranked_by_the_spots_that_measure_it(tmp_path: Path) -> None:
+    manifest, counts = _partly_measured(tmp_path, {"B1": [1], "C1": [4], "D1": [4]})
+    panel = fit_panel(str(tmp_path), manifest, list(counts), GenesConfig(min_sections=0.6))
+    variance = []
+    for gene in range(len(NAMES)):
+        lacking = {1: ["B1"], 4: ["C1", "D1"]}.get(gene, [])
+        logs = [
+            np.log(1 + 1e4 * values[:, gene] / values.sum(axis=1))
+            for name, values in counts.items()
+            if name not in lacking
+        ]
+        variance.append(np.concatenate(logs).var())
+    assert list(panel.gene_id) == [NAMES[gene] for gene in np.argsort(-np.array(variance))]
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("gene", [1, 2])
+def test_a_measured_gene_without_counts_in_a_section_leaves_the_panel(tmp_path: Path, gene: int) -> None:
+    counts = {name: random_counts(12, seed) + 1 for seed, name in enumerate(("A1", "B1", "C1"))}
+    for name in ("A1", "B1"):
+        counts[name][:, gene] = 0
+    measures = {"A1": np.arange(len(NAMES)) != 1, "B1": np.arange(len(NAMES)) != 1}
+    manifest = make_table(tmp_path, counts, measures=measures)
+    panel = fit_panel(str(tmp_path), manifest, list(counts), GenesConfig(min_sections=0.3))
+    assert (NAMES[gene] in panel.gene_id) == (gene == 1)
+    published = fit_panel(str(tmp_path), manifest, list(counts), GenesConfig(panel="hvg_union", min_sections=0))
+    assert NAMES[gene] not in published.gene_id, "which needs counts in all sections"
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("missing", ["error", "drop"])
+def test_a_panel_files_gene_that_no_section_measures_is_named(
+    tmp_path: Path, missing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, counts = _partly_measured(tmp_path, {name: [1] for name in ("A1", "B1")} | {"C1": [1, 2]})
+    config = _panel_file(tmp_path, *NAMES[:4]).model_copy(update={"missing": missing})
+    text = f"genes.panel={tmp_path}/panel.txt: no training section measures 1 of its 4 genes: {NAMES[1]}; "
+    some = ["A1", "B1", "C1"]
+    if missing == "error":
+        with pytest.raises(ConfigError, match=re.escape(text + "set genes.missing=drop to drop them")):
+            fit_panel(str(tmp_path), manifest, some, config)
+        assert len(fit_panel(str(tmp_path), manifest, list(counts), config)) == 4, "D1 measures it"
+        return
+    assert fit_panel(str(tmp_path), manifest, some, config).gene_id == (NAMES[0], *NAMES[2:4])
+    said = [record.getMessage() for record in caplog.records]
+    assert text + "dropped" in said
+    assert f"genes.panel={tmp_path}/panel.txt: section C1 does not measure 2 of 4 genes" in said
+
+
+@pytest.mark.odd
+def test_unknown_genes_are_dropped_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = make_table(tmp_path, {"A1": random_counts(9, 0)})
+    config = _panel_file(tmp_path, "MUC1", "NOPE1").model_copy(update={"missing": "drop"})
+    assert fit_panel(str(tmp_path), manifest, ["A1"], config).gene_id == ("MUC1",)
+    assert "has 1 of the panel's 2 genes; missing: NOPE1; dropped" in caplog.text
+
+
+@pytest.mark.odd
+def test_a_held_out_section_that_measures_no_panel_gene_is_refused(tmp_path: Path) -> None:
+    manifest, _ = _partly_measured(tmp_path, {"E1": [0, 1, 2, 3]})
+    manifest = manifest.model_copy(update={"tile_size_px": 16})
+    (tmp_path / MANIFEST).write_bytes(manifest.encode())
+    panel = _panel_file(tmp_path, *NAMES[:4]).panel
+    config = override(Config(), {"genes.panel": panel, "split.test_sections": ["E1"]})
+    with pytest.raises(ConfigError, match="section E1 has no count of any of its 4 genes"):
+        open_run(str(tmp_path), str(tmp_path / "runs"), None, config, lambda *_: "id")
+
+
+@pytest.mark.odd
+def test_a_gene_under_another_name_is_no_missing_assay(tmp_path: Path) -> None:
+    genes = SYMBOLS + ENSEMBL
+    manifest = _table(tmp_path, genes, {"A1": OF_A, "V1": OF_V})
+    listed = {"A1": [True, True, False, False], "V1": [False, False, True, True]}
+    entries = [
+        entry.model_copy(update={"genes": encode_rows(np.array(listed[entry.section_id]))})
+        for entry in manifest.sections
+    ]
+    manifest = manifest.model_copy(update={"sections": tuple(entries)})
+    with pytest.raises(ConfigError, match="section V1 counts 2 of its 2 genes under another name"):
+        fit_panel(str(tmp_path), manifest, ["A1", "V1"], _panel_file(tmp_path, "GNAS", "FASN"))

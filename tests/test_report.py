@@ -16,6 +16,8 @@ from report_page import NAMES, SPOTS, Made, make_report, run_job, slides_of
 from mclstexp import tracking
 from mclstexp.config import Config, override
 from mclstexp.errors import ConfigError
+from mclstexp.report.result import open_result
+from mclstexp.report.tables import gene_lines, target_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow
 
@@ -203,3 +205,48 @@ def test_a_dry_run_says_what_would_be_drawn(made: Made, tmp_path: Path) -> None:
 def test_mistakes_are_refused_with_the_fix(made: Made, argv: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         run_job("--run", made.run, *argv)
+
+
+@pytest.mark.odd
+@pytest.mark.slow
+def test_a_gene_that_a_section_does_not_measure_is_not_shown_as_zero(
+    make_result: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make_result(tmp_path, "patient", unmeasured={"S1": [1], "S-2": [0, 1]})
+    made = make_report(run, "--genes", "GNAS,ENSG2")
+    assert "section S-2 does not measure [0, 1]" in made.page.text
+    slides = slides_of(made.page)
+    for name, gene_id in (("S1", "ENSG2"), ("S-2", "ENSG1"), ("S-2", "ENSG2")):
+        gene, stored = slides[name]["genes"][NAMES[gene_id]], anndata.read_h5ad(run / "sections" / f"{name}.h5ad")
+        predicted = stored[:, gene_id].X.ravel().astype(float)
+        assert np.isnan(stored[:, gene_id].layers["measured"]).all()
+        low, high = np.percentile(predicted, [1, 99])
+        levels = np.frombuffer(base64.b64decode(gene["levels"]), np.uint8)
+        step = (high - low) / 255
+        np.testing.assert_allclose(low + levels * step, predicted.clip(low, high), atol=step / 2 + 1e-6)
+        assert gene["pcc"] is None
+    assert len(base64.b64decode(slides["S1"]["genes"]["GNAS"]["levels"])) == 2 * SPOTS
+    ranked = pd.read_csv(made.out / "significant_genes.csv").set_index("gene")
+    assert (ranked.loc["GNAS", "sections"], ranked.loc["GNAS", "undefined"]) == (1, 0)
+    assert NAMES["ENSG2"] not in ranked.index, "measured nowhere"
+    assert made.page.tables[0][0][-2:] == ["undefined", "not measured"]
+    assert made.page.tables[0][1][-2:] == ["2", "3"], "FLAT is constant in both sections"
+    gene_table = next(table for table in made.page.tables if table[0][0] == "gene")
+    cells = {row[0]: row[-2:] for row in gene_table[1:]}
+    assert (cells["GNAS"], cells[NAMES["ENSG2"]], cells["FLAT"]) == (["0", "1"], ["0", "2"], ["2", "0"])
+    domains = pd.read_csv(made.out / "domains.csv").set_index("method")
+    assert np.isfinite(domains["kmeans_ari"]).all()
+
+
+def test_a_result_of_before_counts_no_unmeasured_genes(make_result: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_result(tmp_path, "patient")
+    now = open_result(str(run), tmp_path)
+    record = json.loads((run / "score_card.json").read_text())
+    for table in ("means", "patients", "sections"):
+        record[table] = [{name: row[name] for name in row if name != "not_measured"} for row in record[table]]
+    (run / "score_card.json").write_text(json.dumps(record))
+    means = pd.read_csv(run / "gene_means.csv").drop(columns="not_measured")
+    means.to_csv(run / "gene_means.csv", index=False)
+    before = open_result(str(run), tmp_path)
+    assert target_tables(before.record) == target_tables(now.record)
+    assert repr(gene_lines(before)) == repr(gene_lines(now))

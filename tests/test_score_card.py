@@ -1,11 +1,16 @@
 """The score card: means over patients and sections, and the registry's metrics and tags."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.stats
 from random_card import GENES, random_card, row_of
+from rich.console import Console
 
 from mclstexp.evaluation.score_card import MODEL, ORACLE
+from mclstexp.evaluation.show import card_tables, draw
 
 
 def test_means_are_over_patients_and_counts_are_summed() -> None:
@@ -64,3 +69,38 @@ def test_metrics_and_tags_for_the_registry() -> None:
     tags = card.tags()
     assert tags["score.protocol"] == "patient"
     assert tags["score.pcc_all"] == f"{own['pcc']:.4f}"
+
+
+@pytest.mark.odd
+def test_unmeasured_genes_are_counted_apart_from_undefined_ones() -> None:
+    card = random_card(0.5, 2.0, lacking={"B2": [0, 3]})
+    means = row_of(card.means(), method=MODEL, target="per_spot", gene_set="all")
+    assert (means["not_measured"], means["undefined"]) == (2, 0)
+    genes = card.gene_means().query("method == 'model' and target == 'per_spot'").set_index("gene")
+    assert genes["not_measured"].to_dict() == {gene: int(gene in ("G0", "G3")) for gene in card.genes}
+    assert not genes["undefined"].any()
+    pcc = card.per_gene.query("method == 'model' and target == 'per_spot' and gene == 'G0'").set_index("section_id")[
+        "pcc"
+    ]
+    assert np.isnan(pcc["B2"])
+    assert genes.loc["G0", "mean"] == pytest.approx((pcc["B1"] + pcc["C1"]) / 2)
+    whole = random_card(0.5, 2.0)
+    assert card.scores()["per_spot"][MODEL]["pcc_all"] != whole.scores()["per_spot"][MODEL]["pcc_all"]
+    constant = row_of(card.means(), method="train mean", target="per_spot", gene_set="all")
+    assert (constant["undefined"], constant["not_measured"]) == (3 * 8 - 2, 2)
+    assert len(card.verdicts()) == 2
+
+
+@pytest.mark.odd
+def test_the_terminal_and_the_picture_cope_with_unmeasured_genes(tmp_path: Path) -> None:
+    printed = {}
+    for name, lacking in (("whole", {}), ("partial", {"B2": [0, 3], "C1": [5]})):
+        card = random_card(0.5, 2.0, lacking=lacking)
+        console = Console(width=120, file=io.StringIO())
+        console.print(card_tables(card))
+        printed[name] = console.file.getvalue()
+        draw(card, tmp_path / f"{name}.png")
+    heads = {name: [line for line in text.splitlines() if "undefined ┃" in line] for name, text in printed.items()}
+    assert "measured ┃" not in heads["whole"][0]
+    assert heads["partial"][0].rstrip().endswith("measured ┃")
+    assert max(len(line) for line in printed["partial"].splitlines()) <= 120

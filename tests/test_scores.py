@@ -193,3 +193,34 @@ def test_a_result_from_before_a_score_is_shown_without_it(monkeypatch: pytest.Mo
     newer = scores.Score("newer", "Newer", by_gene=lambda truth, prediction, totals: truth.mean(axis=0))
     monkeypatch.setattr(scores, "SCORES", (newer, *scores.SCORES))
     assert target_tables(read_record(str(tmp_path))) == before
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("lacking", [[0], [3, 17, 58], list(range(5, 60))])
+def test_genes_that_are_not_measured_have_no_score_and_are_counted(lacking: list[int]) -> None:
+    truth, prediction, totals = _section()
+    prediction[:, 4] = 2.5
+    measured = [gene for gene in range(60) if gene not in lacking]
+    whole = gene_scores(truth[:, measured], prediction[:, measured], totals)
+    unknown = truth.copy()
+    unknown[:, lacking] = np.nan
+    table = gene_scores(unknown, prediction, totals)
+    assert table.iloc[lacking].isna().all(axis=None)
+    pd.testing.assert_frame_equal(table.iloc[measured].reset_index(drop=True), whole)
+    sets = gene_sets(unknown, {"two": np.array([lacking[0], 4])})
+    assert not set(sets["heg50"]) & set(lacking)
+    assert not set(sets["hvg50"]) & set(lacking)
+    rows = set_table(table, sets).set_index("gene_set")
+    expected = set_table(whole, gene_sets(truth[:, measured], {})).set_index("gene_set")
+    columns = expected.columns.drop("not_measured")
+    pd.testing.assert_frame_equal(rows.loc[expected.index, columns], expected[columns])
+    assert rows["not_measured"].to_dict() == {"all": len(lacking), "heg50": 0, "hvg50": 0, "two": 1}
+    assert rows.loc["two", ["num_genes", "undefined"]].tolist() == [1, 1]
+
+
+@pytest.mark.odd
+def test_tables_of_before_counted_no_unmeasured_genes() -> None:
+    rows = set_table(gene_scores(*_section()), {"all": np.arange(60)})
+    before = rows.drop(columns="not_measured")
+    assert read_table(before.to_csv(index=False).encode())["not_measured"].tolist() == [0]
+    assert "not_measured" not in read_table(b"gene,pcc\nGNAS,0.5\n")

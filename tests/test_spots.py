@@ -21,7 +21,7 @@ def _reader(root: Path, position: str, xy_px: dict[str, np.ndarray] = XY_PX) -> 
     counts = {name: np.ones((len(xy), len(NAMES)), np.int32) for name, xy in xy_px.items()}
     manifest = make_table(root, counts, xy_px=xy_px)
     config = override(Config(), {"train.batching": "random_spots", "model.position": position})
-    return make_reader(str(root), manifest, GenePanel.from_names(NAMES), config)
+    return make_reader(str(root), manifest, GenePanel.from_names(NAMES), config, list(counts))
 
 
 def test_pixel_positions_are_whole_columns_and_rows_of_the_slide(tmp_path: Path) -> None:

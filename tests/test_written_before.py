@@ -46,7 +46,8 @@ def test_a_tile_table(before: Path, model: ModelVersion) -> None:
     for entry in manifest.sections:
         sentences = [read_sentence(root, entry, index) for index in range(len(entry.row_groups))]
         assert sum(map(len, sentences)) == spots[entry.section_id]
-    assert make_reader(root, manifest, model.panel, model.config).read_section("P1S1")["expression"].any()
+    reader = make_reader(root, manifest, model.panel, model.config, model.training.sections)
+    assert reader.read_section("P1S1")["expression"].any()
 
 
 def test_a_model_version_gives_the_same_answers(before: Path, model: ModelVersion) -> None:

@@ -19,7 +19,7 @@ def untrained_version(tiles: str, settings: dict[str, object]) -> ModelVersion:
     split = make_split(manifest, config.split)
     panel = fit_panel(tiles, manifest, split.train, config.genes)
     torch.manual_seed(0)
-    reader = make_reader(tiles, manifest, panel, config)
+    reader = make_reader(tiles, manifest, panel, config, split.train)
     record = TrainingRecord(
         manifest_digest=manifest.digest(),
         protocol=config.split.protocol,

@@ -119,12 +119,10 @@ def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
     return images
 
 
-def make_reader(
-    root: str, manifest: Manifest, panel: GenePanel, config: Config, training: Sequence[str] = ()
-) -> SpotReader:
+def make_reader(root: str, manifest: Manifest, panel: GenePanel, config: Config, training: Sequence[str]) -> SpotReader:
     """Returns the reader of a tile table for a panel, with the normalisers and positions of a configuration.
 
-    With `training` sections, the spot tower's input has their mean for a gene that a spot's section does not measure,
+    For a gene that a spot's section does not measure, the spot tower's input has the mean over the `training` sections,
     which says nothing about the spot. Direct regression learns this input, so there the gene stays NaN.
     """
     columns = align(panel, load_genes(root, manifest))

@@ -73,7 +73,7 @@ def evaluate(
     root = storage.absolute(tiles)
     manifest = load_manifest(root)
     names = held_out(model, manifest, sections, on_validation)
-    reader = make_reader(root, manifest, model.panel, model.config)
+    reader = make_reader(root, manifest, model.panel, model.config, model.training.sections)
     if (reader.columns < 0).any():
         raise ModelError(f"there is no truth for all genes of the model: {coverage(model.panel, reader.columns)}")
     all_genes = load_genes(root, manifest)

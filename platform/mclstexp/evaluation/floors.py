@@ -113,7 +113,8 @@ class RidgeFloor:
         """Returns predictions, float32 (M, G), for features (M, F)."""
         predicted = np.zeros((len(features), self._num_genes), np.float32)
         for genes, fitted in self._fitted:
-            predicted[:, genes] = fitted.predict(features.astype(np.float64))
+            values = fitted.predict(features.astype(np.float64))
+            predicted[:, genes] = values.reshape(len(features), -1)  # of one gene, sklearn returns a vector
         return predicted
 
 
