@@ -198,7 +198,9 @@ def test_tables_may_be_unpacked(cscc, tmp_path):
 
 def test_a_damaged_positions_file_is_named(her2st):
     (her2st / "data/ST-spotfiles/D4_selection.tsv").write_text("x\ty\tpixel_x\tpixel_y\n1\t2\t3\t?\n")
-    with pytest.raises(SourceError, match=r"D4_selection\.tsv: line 2 has no position"):
+    with pytest.raises(
+        SourceError, match=r"D4_selection\.tsv: column pixel_y: 1 of 1 cells .* such as '\?' \(line 2\)"
+    ):
         dataset_sheet("her2st", str(her2st))
 
 

@@ -37,6 +37,18 @@ def test_labels_are_joined_by_id_or_rounded_array_position(tmp_path: Path, text:
     assert read_labels(str(path), SPOTS).tolist() == ["cancer", "fat", None]
 
 
+@pytest.mark.odd
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    "head", ["\ufeffspot_id,label", " spot_id , label ", '"spot_id","label"', '\ufeff"barcode",label']
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_labels_as_spreadsheets_save_them(tmp_path: Path, head: str, mark: str, end: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(f"{head}\n9x14,fat\n9x21,cancer\n".replace(",", mark).replace("\n", end).encode())
+    assert read_labels(str(path), SPOTS).tolist() == ["cancer", "fat", None]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -31,6 +31,11 @@ def read_text(path: str) -> str:
     return data.decode("utf-8-sig")
 
 
+def first_line(text: str) -> str:
+    """Returns a text up to its first line break of any kind."""
+    return next(iter(text.splitlines()), "")
+
+
 def separator(line: str) -> str:
     """Returns what separates the cells of a line: a tab if it has any, else a comma, else a semicolon."""
     return next((mark for mark in _SEPARATORS if mark in line), "\t")

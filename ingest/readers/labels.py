@@ -9,10 +9,10 @@ import io
 import numpy as np
 import pandas as pd
 
+from ingest.readers.cells import first_line, read_text, separator
 from ingest.readers.spots import Spots, file_errors, require_unique
 from mclstexp.data.schema import NO_LABEL
 from mclstexp.errors import SourceError
-from mclstexp.slides.plain import open_unpacked
 
 LABEL = "label"
 _ID_COLUMNS = ("spot_id", "barcode", "Barcode")
@@ -25,18 +25,17 @@ def read_labels(path: str, spots: Spots) -> np.ndarray:
 
     A spot has None if the file has no row for it, or a row with an empty cell, NA or NaN (as R and pandas write them).
 
-    The file is a table with commas or tabs, plain or gzip, with a column `label` and either the spots' ids (`spot_id`
-    or `barcode`) or their array column and row (`x`, `y`; rounded, because HER2+ has fractions). Rows of other spots
-    are ignored.
+    The file is a table with commas, semicolons or tabs, plain or gzip, with a column `label` and either the spots' ids
+    (`spot_id` or `barcode`) or their array column and row (`x`, `y`; rounded, because HER2+ has fractions). Rows of
+    other spots are ignored.
 
     Raises:
         SourceError: the file is not such a table, names a spot twice, or labels none of the spots.
     """
     with file_errors(path, _KIND):
-        with open_unpacked(path) as file:
-            data = file.read()
-        separator = "\t" if b"\t" in data.partition(b"\n")[0] else ","
-        table = pd.read_csv(io.BytesIO(data), sep=separator, dtype=str, keep_default_na=False)
+        text = read_text(path)
+        table = pd.read_csv(io.StringIO(text), sep=separator(first_line(text)), dtype=str, keep_default_na=False)
+        table = table.rename(columns=lambda name: name.strip())
         keys = _keys(table)
         if LABEL not in table:
             raise SourceError(f"it has no column {LABEL}; it has {', '.join(map(str, table.columns))}")

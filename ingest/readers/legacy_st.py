@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-from ingest.readers.cells import flags, numbers, read_text, separator, whole
+from ingest.readers.cells import first_line, flags, numbers, read_text, separator, whole
 from ingest.readers.features import Features, named_features
 from ingest.readers.spots import (
     Expression,
@@ -169,7 +169,7 @@ def _read_positions(path: str) -> _Positions:
 def _table(text: str) -> pd.DataFrame:
     """Returns the cells of the rows that have any, as text, with their lines as index."""
     filled = [number for number, line in enumerate(text.splitlines(), 1) if line.strip(" ")]
-    mark = separator(next(iter(text.splitlines()), ""))
+    mark = separator(first_line(text))
     table = pd.read_csv(io.StringIO(text), sep=mark, dtype=str, skipinitialspace=True)
     table = table.rename(columns=lambda name: name.strip())
     table.index = pd.Index([f"line {number}" for number in filled[1 : len(table) + 1]])

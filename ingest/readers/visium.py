@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import mminfo, mmread
 from scipy.sparse import csr_array
 
-from ingest.readers.cells import flags, numbers, read_text, separator, whole
+from ingest.readers.cells import first_line, flags, numbers, read_text, separator, whole
 from ingest.readers.features import Features, named_features
 from ingest.readers.spots import (
     PICTURES,
@@ -158,11 +158,10 @@ def _read_positions(path: str) -> tuple[Spots, np.ndarray]:
 
 def _csv(path: str) -> pd.DataFrame:
     """Returns the cells as text by line; a header (v2) is known by its names, which may be in any order."""
-    lines = read_text(path).splitlines()
-    mark = separator(next(iter(lines), ""))
+    text = read_text(path)
     rows = {
         number: [cell.strip() for cell in cells]
-        for number, cells in enumerate(csv.reader(lines, delimiter=mark), 1)
+        for number, cells in enumerate(csv.reader(text.splitlines(), delimiter=separator(first_line(text))), 1)
         if any(cells)
     }
     header = list(_POSITION_COLUMNS)
