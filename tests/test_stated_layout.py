@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from section_reading import read
-from visium_folders import MPP, SECTION, hd, section, v1_h5, v1_mtx, write_spatial
+from visium_folders import HD_MPP, MPP, SECTION, hd, section, v1_h5, v1_mtx, write_spatial
 
 from ingest.plan import source_digests
 from ingest.readers.files import read_preview, source_files
@@ -45,7 +45,7 @@ def test_a_scale_without_its_picture_has_no_size(tmp_path):
 
 
 def test_hd_states_its_resolution(tmp_path):
-    assert read(section(tmp_path, hd(tmp_path / "S1")), tmp_path).layout.mpp == 0.4
+    assert read(section(tmp_path, hd(tmp_path / "S1")), tmp_path).layout.mpp == HD_MPP
 
 
 def test_pictures_that_arrive_later_do_not_change_the_digest(tmp_path):
