@@ -158,7 +158,7 @@ def _mixed(folder: Path, cohort: str) -> tuple[str, pd.DataFrame]:
     common = {"image": str(source / row["image"]), "mpp": row["mpp"], "pitch_um": row["pitch_um"]}
     rows = [
         {"section_id": "V1", "patient_id": "V", "format": "h5ad", "expression": "both.h5ad"},
-        {"section_id": "A1", "patient_id": "A", "format": "legacy_st", "expression": "symbols.tsv.gz"}
+        {"section_id": "A1", "patient_id": "V", "format": "legacy_st", "expression": "symbols.tsv.gz"}
         | {"positions": str(source / row["positions"])},
     ]
     pd.DataFrame([common | each for each in rows]).to_csv(folder / "samples.csv", index=False)
