@@ -138,9 +138,8 @@ def write_image(section: AnySection, folder: Path, name: str, form: ImageForm) -
     tags = {"resolution": (1e4 / section.mpp,) * 2, "resolutionunit": "CENTIMETER"} if form.states_mpp else {}
     if form.kind in ("png", "jpeg"):
         path = folder / f"{name}.{form.kind}"
-        Image.fromarray(section.pixels).save(
-            path, **({"quality": 100, "subsampling": 0} if form.kind == "jpeg" else {})
-        )
+        options = {"quality": 100, "subsampling": 0} if form.kind == "jpeg" else {"compress_level": 1}
+        Image.fromarray(section.pixels).save(path, **options)
     elif form.kind == "pyramid":
         path = folder / f"{name}.tif"
         write_pyramid(path, section.pixels, num_levels=2, mpp=section.mpp if form.states_mpp else None)

@@ -75,14 +75,14 @@ def check_case(case: Case) -> None:
         check_section(prepared, neighbour, "N", case.neighbour_form, ratio=case.tile_ratio)
 
 
-@property_test(5)
+@property_test(3)
 @given(cases())
 def test_a_few_sections(case):
     check_case(case)
 
 
 @pytest.mark.slow
-@property_test(30)
+@property_test(16)
 @given(cases())
 def test_many_sections(case):
     check_case(case)
