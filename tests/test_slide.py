@@ -294,9 +294,10 @@ def test_pillows_limit_is_restored(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_a_pyramid(tmp_path):
+@pytest.mark.parametrize("name", ["large.tif", "large.ome.tif"])
+def test_memory_does_not_grow_with_a_pyramid(tmp_path, name):
     """A slide of 268 MB of pixels (as OpenSlide hands them on) is read within a fraction of that."""
-    path = tmp_path / "large.tif"
+    path = tmp_path / name
     tile = texture(512, 512)
     with tifffile.TiffWriter(path) as tiff:
         tiles = (tile for _ in range(16 * 16))
