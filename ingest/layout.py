@@ -4,6 +4,7 @@ The checks belong to what a section has, not to its format. Nothing is repaired:
 refused with the change that would fit, because only their owner knows which one is wrong.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +81,8 @@ def _resolution(row: SectionRow, layout: Layout, fit: ArrayFit | None, slide: Sl
     pitches_um = _pitches_um(row, layout, fit) if fit else ()
     if any(stated.values()):
         resolution = Resolution(*resolve_mpp(stated))
-        return _with_pitch(resolution, layout, fit, pitches_um, slide) if fit and pitches_um else resolution
+        is_sure = row.pitch_um is not None or _has_scale(layout)
+        return _PitchCheck(resolution, layout, fit, slide, pitches_um, is_sure).judged() if fit else resolution
     if fit and len(pitches_um) > 1:
         raise SourceError(
             f"no resolution: {', '.join(stated)} state none, and its array has no known pitch; fill in the sheet's "
@@ -99,53 +101,85 @@ def _pitches_um(row: SectionRow, layout: Layout, fit: ArrayFit) -> tuple[float, 
     return () if layout.mpp is not None else _SQUARE_PITCHES_UM
 
 
-def _with_pitch(
-    stated: Resolution, layout: Layout, fit: ArrayFit, pitches_um: tuple[float, ...], slide: Slide | None
-) -> Resolution:
-    """Returns a stated resolution, with a remark if it gives an array of no known pitch an unusual one.
-
-    Raises:
-        SourceError: it gives the array a pitch that it does not have.
-    """
-    pitch_um = fit.pitch_px * stated.mpp
-    if any(_agree(pitch_um, allowed) for allowed in pitches_um):
-        return stated
-    allowed = " or ".join(f"{value:g}" for value in pitches_um)
-    other_unit = next(filter(None, (_other_unit(layout, fit, stated.mpp, each, slide) for each in pitches_um)), "")
-    if len(pitches_um) > 1 and not other_unit and _POSSIBLE_PITCH_UM[0] <= pitch_um <= _POSSIBLE_PITCH_UM[1]:
-        usual = f"usual are {allowed}: check mpp, or confirm it by the sheet's column pitch_um"
-        return stated._replace(remark=f"spots are {pitch_um:.4g} um apart by the mpp of the {stated.source}; {usual}")
-    by_array = " or ".join(f"{value / fit.pitch_px:.4g}" for value in pitches_um)
-    raise SourceError(
-        f"mpp is {stated.mpp:.4g} in the {stated.source} and {by_array} in the array of spots (neighbours are "
-        f"{fit.pitch_px:.4g} px and {allowed} um apart): {_remedy(layout, fit, pitch_um, pitches_um, other_unit)}"
-    )
+def _has_scale(layout: Layout) -> bool:
+    """Returns whether scale factors come with the positions, as Space Ranger writes them."""
+    return layout.mpp is not None or layout.spot_diameter_px is not None or bool(layout.pictures)
 
 
-def _remedy(layout: Layout, fit: ArrayFit, pitch_um: float, pitches_um: tuple[float, ...], other_unit: str) -> str:
-    """Returns what to change where a stated resolution gives the array the pitch `pitch_um`."""
-    if (
-        fit.is_hexagonal
-        and layout.spot_diameter_px is not None
-        and _is_between(fit.pitch_px / layout.spot_diameter_px, _VISIUM_PITCH_OVER_DIAMETER)
-    ):
-        return "the spots' diameter confirms the array: fix mpp, or give the image that belongs to it"
-    if len(pitches_um) > 1:
-        return f"{other_unit or 'fix mpp'}; or confirm that spots are {pitch_um:.3g} um apart by the column pitch_um"
-    factor = pitches_um[0] / pitch_um
-    return f"fix mpp, or {other_unit or f'multiply the positions by {factor:.4g} if they are in other pixels'}"
+@dataclass(frozen=True)
+class _PitchCheck:
+    """A stated resolution beside an array whose spots are a known distance apart, or one of some usual distances."""
 
+    stated: Resolution
+    layout: Layout
+    fit: ArrayFit
+    slide: Slide | None
+    pitches_um: tuple[float, ...]
+    is_sure: bool
+    """Whether a hexagon must be Visium's, and the pitch what the sheet says."""
 
-def _other_unit(layout: Layout, fit: ArrayFit, mpp: float, pitch_um: float, slide: Slide | None) -> str:
-    """Returns how to change positions that seem to be in another unit; empty if they are in none that is known."""
-    factor = fit.pitch_px * mpp / pitch_um
-    if slide and share_inside(layout.xy_px / factor, slide) < _MIN_INSIDE:
+    @property
+    def pitch_um(self) -> float:
+        """Distance of neighbouring spots by the stated resolution."""
+        return self.fit.pitch_px * self.stated.mpp
+
+    def judged(self) -> Resolution:
+        """Returns the stated resolution, with a remark if it gives a pitch that is only unusual.
+
+        Raises:
+            SourceError: it gives the array a pitch that it cannot have.
+        """
+        if not self.pitches_um or any(_agree(self.pitch_um, allowed) for allowed in self.pitches_um):
+            return self.stated
+        allowed = " or ".join(f"{value:g}" for value in self.pitches_um)
+        other_unit = next(filter(None, map(self._other_unit, self.pitches_um)), "")
+        if self._is_possible(other_unit):
+            usual = f"usual are {allowed}: check mpp, or confirm it by the sheet's column pitch_um"
+            remark = f"spots are {self.pitch_um:.4g} um apart by the mpp of the {self.stated.source}; {usual}"
+            return self.stated._replace(remark=remark)
+        by_array = " or ".join(f"{value / self.fit.pitch_px:.4g}" for value in self.pitches_um)
+        raise SourceError(
+            f"mpp is {self.stated.mpp:.4g} in the {self.stated.source} and {by_array} in the array of spots "
+            f"(neighbours are {self.fit.pitch_px:.4g} px and {allowed} um apart): {self._remedy(other_unit)}"
+        )
+
+    def _is_possible(self, other_unit: str) -> bool:
+        """Returns whether the array may have the pitch, since it is no known one and the positions fit the image."""
+        if len(self.pitches_um) > 1:
+            return not other_unit and _is_between(self.pitch_um, _POSSIBLE_PITCH_UM)
+        return not self.is_sure and not (self.slide and self._on_image(self.pitch_um / self.pitches_um[0]))
+
+    def _remedy(self, other_unit: str) -> str:
+        """Returns what to change; `other_unit` is what `_other_unit` found."""
+        diameter_px = self.layout.spot_diameter_px
+        if (
+            self.fit.is_hexagonal
+            and diameter_px
+            and _is_between(self.fit.pitch_px / diameter_px, _VISIUM_PITCH_OVER_DIAMETER)
+        ):
+            return "the spots' diameter confirms the array: fix mpp, or give the image that belongs to it"
+        if len(self.pitches_um) > 1:
+            return f"{other_unit or 'fix mpp'}; or confirm that spots are {self.pitch_um:.3g} um apart by pitch_um"
+        factor = self.pitch_um / self.pitches_um[0]
+        if not other_unit and self._on_image(factor):
+            other_unit = f"multiply the positions by {1 / factor:.4g} if they are in other pixels"
+        return f"fix mpp, or {other_unit or 'give the image that belongs to it'}"
+
+    def _other_unit(self, pitch_um: float) -> str:
+        """Returns how to change positions that seem to be in another unit; empty if they are in none that is known."""
+        factor = self.pitch_um / pitch_um
+        if not self._on_image(factor):
+            return ""
+        for picture in self.layout.pictures:
+            if _agree(picture.scale, factor):
+                return other_pixels(picture)
+        if _agree(self.fit.pitch_px, pitch_um):
+            return f"divide the positions by mpp ({self.stated.mpp:.4g}), since they are in micrometres"
         return ""
-    for picture in layout.pictures:
-        if _agree(picture.scale, factor):
-            return other_pixels(picture)
-    is_um = _agree(fit.pitch_px, pitch_um)
-    return f"divide the positions by mpp ({mpp:.4g}), since they are in micrometres" if is_um else ""
+
+    def _on_image(self, factor: float) -> bool:
+        """Returns whether the positions could be `factor` times those in full-resolution pixels."""
+        return self.slide is None or share_inside(self.layout.xy_px / factor, self.slide) >= _MIN_INSIDE
 
 
 def _require_diameter(row: SectionRow, layout: Layout, fit: ArrayFit | None, mpp: float) -> None:

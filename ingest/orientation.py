@@ -1,7 +1,7 @@
 """Whether spots lie on the image as they should: not mirrored, with exchanged axes, or turned by half.
 
-An array tells most of it. Without one only the tissue does: an orientation that puts clearly more spots on tissue than
-the given one. The limit is a section that looks the same in both.
+An array tells whether the positions are mirrored. All else only the tissue tells: an orientation that puts clearly more
+spots on tissue than the given one. The limit is a section of which both look the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,10 +30,16 @@ class _Change(NamedTuple):
 
 
 _EXCHANGED = _Change("exchange x and y of the positions", lambda xy, slide: xy[:, ::-1])
-_MIRRORED = (
-    _Change("mirror the image left to right", lambda xy, slide: np.array([slide.width, 0]) + np.array([-1, 1]) * xy),
-    _Change("mirror the image upside down", lambda xy, slide: np.array([0, slide.height]) + np.array([1, -1]) * xy),
-)
+
+
+def _mirrored(what: str) -> tuple[_Change, _Change]:
+    """Returns both ways to mirror the image or the positions."""
+    return (
+        _Change(f"mirror the {what} left to right", lambda xy, slide: np.array([slide.width, 0]) + xy * [-1, 1]),
+        _Change(f"mirror the {what} upside down", lambda xy, slide: np.array([0, slide.height]) + xy * [1, -1]),
+    )
+
+
 _TURNED = _Change("turn the image by 180 degrees", lambda xy, slide: np.array([slide.width, slide.height]) - xy)
 
 
@@ -66,14 +72,14 @@ def require_best_orientation(xy_px: np.ndarray, fit: ArrayFit | None, slide: Sli
 
     Args:
         xy_px: centres of the usable spots, float64 (n, 2).
-        fit: of the section's array, which excludes mirrored and exchanged positions.
+        fit: of the section's array, which excludes that x and y are exchanged.
         slide: the image.
         mask: its tissue.
 
     Raises:
         SourceError: one does; names it, with the numbers of spots.
     """
-    changes = (_TURNED,) if fit else (_EXCHANGED, *_MIRRORED, _TURNED)
+    changes = (*_mirrored("image"), _TURNED) if fit else (_EXCHANGED, *_mirrored("image or the positions"), _TURNED)
     if found := _better(xy_px, changes, slide, mask):
         given = int(_on_tissue(xy_px, slide, mask).sum())
         change, number = found
@@ -85,7 +91,7 @@ def require_best_orientation(xy_px: np.ndarray, fit: ArrayFit | None, slide: Sli
 
 def _unmirrored(layout: Layout, fit: ArrayFit, slide: Slide | None, mpp: float) -> str:
     """Returns in words what to change on mirrored positions."""
-    changes = (_EXCHANGED, *_MIRRORED)
+    changes = (_EXCHANGED, *_mirrored("positions"))
     if slide is not None:
         mask = find_tissue(slide, mpp)
         if found := _better(layout.xy_px, changes, slide, mask):
