@@ -152,6 +152,17 @@ def test_a_better_model_is_better_and_an_equal_one_is_not() -> None:
     assert not same.is_better
 
 
+@pytest.mark.odd
+def test_genes_that_the_section_does_not_measure_are_not_compared() -> None:
+    pair = _pair(np.random.default_rng(0), champion_noise=2.0, challenger_noise=1.0)
+    unknown = pair.truth.copy()
+    unknown[:, ::3] = np.nan
+    known = ~np.isnan(unknown[0])
+    fewer = Pair("P1", pair.xy_um, pair.truth[:, known], pair.champion[:, known], pair.challengers[:, :, known])
+    partial = Pair("P1", pair.xy_um, unknown, pair.champion, pair.challengers)
+    assert compare([partial], 1000.0, seed=0) == compare([fewer], 1000.0, seed=0)
+
+
 def test_one_lucky_training_of_three_is_not_enough() -> None:
     rng = np.random.default_rng(2)
     pair, lucky = _pair(rng, 2.0, 2.6), _pair(rng, 2.0, 0.5)

@@ -135,8 +135,8 @@ def _is_complaint(event: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def run(make_result: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A result folder with its report."""
-    folder = make_result(tmp_path_factory.mktemp("result"))
+    """A result folder with its report; S-2 does not measure ENSG4."""
+    folder = make_result(tmp_path_factory.mktemp("result"), unmeasured={"S-2": [3]})
     (folder / "mine.yaml").write_text("tiny: {one: [ENSG5]}")
     arguments = ["--run", folder, "--cohort", "tiny", "--markers", folder / "mine.yaml"]
     with pytest.MonkeyPatch.context() as patch:
@@ -245,6 +245,21 @@ def test_another_section_is_another_map_and_another_correlation(browser: _Browse
     assert all(old != new for old, new in zip(before, _maps(browser), strict=True))
     _choose(browser, "gene", "ONLY-S1")
     assert "not in the panel of this section's model" in _title(browser)
+    assert browser.complaints() == []
+
+
+@pytest.mark.odd
+def test_a_gene_that_the_section_does_not_measure_has_a_predicted_map_alone(browser: _Browser, run: Path) -> None:
+    stored = anndata.read_h5ad(run / "sections" / "S-2.h5ad")
+    _choose(browser, "section", "1")
+    _choose(browser, "gene", "ENSG4")
+    _choose(browser, "opacity", "100")
+    assert _title(browser) == "ENSG4 in section S-2: this section does not measure it"
+    places, shades = stored.obsm["spatial"] / 10, stored.X[:, 3]
+    np.testing.assert_allclose(_colours(browser, "measured", places), [[230, 200, 220]] * 56, atol=4)
+    low, high = np.percentile(shades, [1, 99])
+    expected = 255 * matplotlib.colormaps["viridis"](np.clip((shades - low) / (high - low), 0, 1))[:, :3]
+    np.testing.assert_allclose(_colours(browser, "predicted", places), expected, atol=4)
     assert browser.complaints() == []
 
 
