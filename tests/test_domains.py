@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from ingest.readers import legacy_st
+from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 from mclstexp.evaluation import domains
 from mclstexp.evaluation.domains import MEASURED, NO_DOMAIN, SMOOTHED
@@ -202,8 +203,10 @@ def test_a_spot_without_neighbours_has_a_pitch_and_only_itself_around(num_spots:
 @pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 def test_section_a1_against_its_pathologist() -> None:
     folder = Path(os.environ["MCLSTEXP_DATA"]) / "her2st"
-    files = {"expression": folder / "counts" / "A1.tsv.gz", "positions": folder / "spots" / "A1_lowres_selection.tsv"}
-    section = legacy_st.read({part: str(path) for part, path in files.items()})
+    paths = {"expression": folder / "counts" / "A1.tsv.gz", "positions": folder / "spots" / "A1_lowres_selection.tsv"}
+    files = {part: str(path) for part, path in paths.items()}
+    row = SectionRow(section_id="A1", patient_id="A", image="A1.jpg", format="legacy_st", **files)
+    section = legacy_st.read(row.files, row)
     table = pd.read_csv(folder / "labels" / "A1_labeled_coordinates.tsv", sep="\t")
     named = {f"{round(x)}x{round(y)}": label for x, y, label in zip(table.x, table.y, table.label, strict=True)}
     labels = [named.get(spot_id) for spot_id in section.spots.spot_id]

@@ -204,7 +204,7 @@ def _real_section(name: str) -> tuple[np.ndarray, np.ndarray, int]:
     (row,) = (row for rows in sheets for row in rows if row.section_id == name)
     assert row.expression is not None
     assert row.positions is not None
-    expression = legacy_st.read(row.files)
+    expression = legacy_st.read(row.files, row)
     symbols = [gene.symbol for gene in expression.genes]
     columns = [symbols.index(symbol) for symbol in (root / "her2st" / "panel_785.txt").read_text().split()]
     counts = expression.spots.counts

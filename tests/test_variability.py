@@ -12,6 +12,7 @@ from small_table import NAMES, make_table
 
 from ingest.readers import legacy_st
 from mclstexp.data.panel import fit_panel
+from mclstexp.data.sheet import SectionRow
 from mclstexp.data.variability import normalised_dispersion
 from mclstexp.settings import GenesConfig
 
@@ -139,11 +140,15 @@ def test_the_union_is_of_scanpys_choices(tmp_path: Path) -> None:
 def test_dispersion_of_a_real_section_is_scanpys() -> None:
     """Dispersion and the thousand chosen genes agree on a section of HER2+ breast cancer."""
     folder = Path(os.environ["MCLSTEXP_DATA"])
-    files = {
-        "expression": str(folder / "her2st/counts/C2.tsv.gz"),
-        "positions": str(folder / "her2st/spots/C2_selection.tsv"),
-    }
-    counts = legacy_st.read(files).spots.counts
+    row = SectionRow(
+        section_id="C2",
+        patient_id="C",
+        image="C2.jpg",
+        format="legacy_st",
+        expression=str(folder / "her2st/counts/C2.tsv.gz"),
+        positions=str(folder / "her2st/spots/C2_selection.tsv"),
+    )
+    counts = legacy_st.read(row.files, row).spots.counts
     assert counts is not None
     counts = counts[:, counts.sum(axis=0) > 0]
     expected = _by_scanpy(counts.toarray(), 1000)
