@@ -1,4 +1,4 @@
-"""AnnData files of before version 0.7, whose tables are compound data sets, and packed ones."""
+"""AnnData files of before version 0.7, whose tables are compound data sets, of later ones, and packed ones."""
 
 import gzip
 from pathlib import Path
@@ -82,3 +82,12 @@ def test_a_packed_file_is_named_as_such(row, tmp_path):
     path = Path(row.expression)
     path.write_bytes(gzip.compress(path.read_bytes()))
     assert "a.h5ad: it is compressed with gzip, and HDF5 is read in parts: unpack it (gunzip)" in refused(row, tmp_path)
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("part", ["obs", "var", "X", "obsm/spatial"])
+def test_what_a_later_anndata_wrote_is_named(row, tmp_path, part):
+    make().write_h5ad(row.expression)
+    with h5py.File(row.expression, "r+") as file:
+        file[part].attrs["encoding-version"] = "9.0.0"
+    assert f"a.h5ad: {part} cannot be read, it is damaged or of a later anndata: " in refused(row, tmp_path)

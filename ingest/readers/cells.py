@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from mclstexp.errors import SourceError
 from mclstexp.slides.plain import open_unpacked
@@ -50,8 +51,7 @@ def numbers(column: pd.Series) -> np.ndarray:
     Raises:
         SourceError: more than half of the cells are no numbers; names the column and one of them.
     """
-    cells = column.astype(object)
-    values = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    values = _as_numbers(column)
     found = np.where(np.isfinite(values), values, np.nan)
     _require_mostly_good(column, found, "finite numbers")
     return found
@@ -66,10 +66,11 @@ def flags(column: pd.Series) -> np.ndarray:
     Raises:
         SourceError: more than half of the cells are neither; names the column and one of them.
     """
-    cells = column.astype(object)
-    values = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    named = cells.astype(str).str.strip().str.lower().map(_FLAGS).to_numpy(np.float64, na_value=np.nan)
-    found = np.where(np.isin(values, (0, 1)), values, named)
+    values = _as_numbers(column)
+    found = np.where(np.isin(values, (0, 1)), values, np.nan)
+    if not is_numeric_dtype(column):
+        named = column.astype(str).str.strip().str.lower().map(_FLAGS).to_numpy(np.float64, na_value=np.nan)
+        found = np.where(np.isnan(found), named, found)
     _require_mostly_good(column, found, _ALLOWED_FLAGS)
     return found
 
@@ -78,6 +79,11 @@ def whole(columns: Iterable[np.ndarray]) -> np.ndarray:
     """Returns columns of numbers, float64 (n, number of columns), with NaN throughout a row in which one is missing."""
     rows = np.stack(list(columns), axis=1)
     return np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, np.nan)
+
+
+def _as_numbers(column: pd.Series) -> np.ndarray:
+    cells = column if is_numeric_dtype(column) else column.astype(object)
+    return pd.to_numeric(cells, errors="coerce").to_numpy(np.float64, na_value=np.nan)
 
 
 def _require_mostly_good(column: pd.Series, found: np.ndarray, allowed: str) -> None:

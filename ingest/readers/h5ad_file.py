@@ -41,9 +41,13 @@ def part(file: h5py.File, where: str) -> Any:
     """Returns a part of the file, as anndata reads it.
 
     Raises:
-        SourceError: the file lacks it.
+        SourceError: the file lacks it, or anndata cannot read it.
     """
-    return read_elem(present(file, where))
+    node = present(file, where)
+    try:
+        return read_elem(node)
+    except Exception as error:  # of any class, for example where a later anndata wrote what this one does not know
+        raise SourceError(f"{where} cannot be read, it is damaged or of a later anndata: {error}") from error
 
 
 def present(file: h5py.File, where: str) -> h5py.Group | h5py.Dataset:
