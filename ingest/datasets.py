@@ -5,7 +5,9 @@ resolution, so it is computed from the array of spots: here for legacy ST, by th
 """
 
 import csv
+import hashlib
 import io
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from ingest.readers.legacy_st import read_layout
 from ingest.readers.visium_files import find_files
 from mclstexp import storage
 from mclstexp.data.sheet import SectionRow
+from mclstexp.data.text_table import read_text_table
 from mclstexp.errors import ConfigError, SourceError
 from mclstexp.messages import did_you_mean
 
@@ -77,7 +80,7 @@ def dataset_sheet(name: str, source: str) -> str:
 
     Args:
         name: `her2st` (HER2+ breast cancer, the paper's 32 sections), `her2st_all` (all 36), `cscc` (skin cancer, 12)
-            or `alex10x` (breast cancer by Visium, 9).
+            `alex10x` (breast cancer by Visium, 9) or `hest` (HEST-1k, the sections that were downloaded).
 
     Raises:
         ConfigError: there is no such data set.
@@ -153,6 +156,71 @@ def _cscc_row(folder: _Folder, files: list[str], patient: str, name: str) -> Row
     }
 
 
+def _hest(folder: _Folder) -> list[Row]:
+    """HEST-1k of Jaume et al. (2024, https://arxiv.org/abs/2406.16192), or the sections of it that were downloaded.
+
+    Patients are only told apart within a data set: "Patient 1" of two data sets are two people. A section without
+    patient is its own, since nothing says whose it is.
+    """
+    files = set(storage.list_files(folder.root))
+    tables = [uri for uri in files if re.fullmatch(r"HEST_v\d+(_\d+)*\.csv", uri.rsplit("/", 1)[1])]
+    if not tables:
+        folder.missing.append("HEST_v*.csv (the metadata)")
+        return []
+    metadata = read_text_table(max(tables, key=_release), "metadata of HEST")
+    lacking = [name for name in ("id", "patient", "dataset_title", *_HEST_NUMBERS) if name not in metadata.columns]
+    folder.missing += [f"column {name} of the metadata" for name in lacking]
+    sections = [cells for _, cells in metadata.rows if not lacking and files & set(_hest_files(folder, cells).values())]
+    if not sections and not folder.missing:
+        folder.missing.append("st/ID.h5ad and wsis/ID.tif of any section in the metadata")
+    return [_hest_row(folder, files, cells) for cells in sections]
+
+
+_HEST_NUMBERS = ("pixel_size_um_estimated", "spot_diameter", "inter_spot_dist")
+
+
+def _release(uri: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", uri.rsplit("/", 1)[1])]
+
+
+def _hest_files(folder: _Folder, cells: Row) -> Row:
+    names = {"image": f"wsis/{cells['id']}.tif", "expression": f"st/{cells['id']}.h5ad"}
+    return {column: storage.join(folder.root, name) for column, name in names.items()}
+
+
+def _hest_row(folder: _Folder, files: set[str], cells: Row) -> Row:
+    found = _hest_files(folder, cells)
+    folder.missing += [uri.removeprefix(f"{folder.root}/") for uri in found.values() if uri not in files]
+    mpp, diameter, pitch = (_positive(cells[name]) for name in _HEST_NUMBERS)
+    named = cells["patient"].lower() not in ("", "nan", "na", "none", "unknown")
+    title = cells["dataset_title"]
+    patient = f"{_word(title)[:40]}.{hashlib.sha256(title.encode()).hexdigest()[:6]}.{_word(cells['patient'])}"
+    return found | {
+        "section_id": cells["id"],
+        "patient_id": patient if named else cells["id"],
+        "format": "h5ad",
+        "site": "hest",
+        "mpp": mpp,
+        "spot_diameter_um": diameter,
+        "pitch_um": pitch,
+        "species": cells.get("species", ""),
+        "organ": cells.get("organ", ""),
+    }
+
+
+def _positive(text: str) -> str:
+    """Returns a number above 0 as it is written, else nothing."""
+    try:
+        return text if 0 < float(text) < math.inf else ""
+    except ValueError:
+        return ""
+
+
+def _word(text: str) -> str:
+    """Returns a text in the characters of an id."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+
+
 def _alex10x(folder: _Folder) -> list[Row]:
     """Six sections of Wu et al. (2021, https://doi.org/10.1038/s41588-021-00911-1) and three of 10x Genomics."""
     return [
@@ -173,4 +241,5 @@ _DATASETS = {
     "her2st_all": _Dataset(lambda folder: _her2st(folder, _HER2ST), diameter_um=100, pitch_um=200),
     "cscc": _Dataset(_cscc, diameter_um=110, pitch_um=150),
     "alex10x": _Dataset(_alex10x),
+    "hest": _Dataset(_hest),
 }

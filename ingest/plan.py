@@ -278,6 +278,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def _row_digest(row: SectionRow, versions: dict[str, str]) -> str:
-    later = {name for name in ("pitch_um", "mirrored", "library_id") if getattr(row, name) is None}
+    columns = ("pitch_um", "mirrored", "library_id", "species", "organ")
+    later = {name for name in columns if getattr(row, name) in (None, "")}
     facts = row.model_dump(exclude={*row.files, *later}) | versions  # tables of before these columns stay as they are
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]

@@ -116,6 +116,8 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
         thumbnail_scale=scale,
         genes=_measured_genes(expression, gene_rows) if expression else None,
         counts_digest=same_counts,
+        species=row.species or None,
+        organ=row.organ or None,
     )
 
 

@@ -82,7 +82,7 @@ def _plan(model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
     from mclstexp.prediction.pipeline import cluster_size, worker_counts
 
     print(describe(config, BLOCKS))
-    _print_left_out(cohort)
+    _print_notes(cohort)
     if "RAY_ADDRESS" in os.environ:
         _launch.connect(config)  # to a running cluster
         print(forecast_on_a_gpu(cohort, model, worker_counts(*cluster_size(config.predict))))
@@ -142,14 +142,16 @@ def _predict(arguments: PredictArguments, model: "ModelVersion", cohort: "Cohort
         seconds = time.monotonic() - started
         if arguments.genes:
             drawn = draw_slides(arguments.out, report.done(), arguments.genes, show)
-    _print_left_out(cohort)
+    _print_notes(cohort)
     _print(report, drawn, seconds, arguments)
 
 
-def _print_left_out(cohort: "Cohort") -> None:
-    """Prints how many files of the folder are no slides."""
+def _print_notes(cohort: "Cohort") -> None:
+    """Prints what the sheet says against the model, and how many files of the folder are no slides."""
     from mclstexp.prediction.cohort import left_out_files
 
+    for warning in cohort.warnings:
+        print(f"warning: {warning}")
     if cohort.left_out:
         print(left_out_files(cohort.left_out))
 

@@ -23,7 +23,7 @@ class PrepareArguments(JobArguments):
     samples: str | None = None
     """Sample sheet (.csv): one row per section, with file paths relative to it or s3:// URIs."""
     dataset: str | None = None
-    """Instead of --samples, a public data set: her2st, her2st_all, cscc or alex10x."""
+    """Instead of --samples, a public data set: her2st, her2st_all, cscc, alex10x or hest."""
     source: str | None = None
     """Folder of the data set, as published."""
     out: str

@@ -133,6 +133,9 @@ class SectionEntry(_Record):
     None: unknown (schema 3), every gene counts as measured."""
     counts_digest: str | None = None
     """Digest of the counts, whatever the order and names of spots and genes; None without, and in older tables."""
+    species: str | None = None
+    """In lower case, for example `homo sapiens`; None: not stated."""
+    organ: str | None = None
 
 
 class Manifest(_Record):

@@ -30,6 +30,7 @@ _IDENTIFIER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
 _NUMBERS = ("mpp", "spot_diameter_um", "pitch_um")
 _MISSING = frozenset({"na", "n/a", "nan", "none", "null"})
 """What tables write for a missing value, in lower case."""
+_SPECIES = {"human": "homo sapiens", "mouse": "mus musculus", "rat": "rattus norvegicus"}
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:/")
 _NUM_LOOKUPS = 16  # at once
 
@@ -77,6 +78,9 @@ class SectionRow(BaseModel):
     """Whether the image really is a mirror image of the array."""
     library_id: str | None = None
     """Which of the sections in an `h5ad` file."""
+    species: str = Field("", max_length=128)
+    """For example `homo sapiens` or `human`; compared with a model's."""
+    organ: str = Field("", max_length=128)
 
     @field_validator("section_id", "patient_id")
     @classmethod
@@ -87,7 +91,13 @@ class SectionRow(BaseModel):
             raise ValueError("this stands for a missing value: give a name")
         return value
 
-    @field_validator("site")
+    @field_validator("species", "organ")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        plain = " ".join(value.lower().split())
+        return _SPECIES.get(plain, plain)
+
+    @field_validator("site", "species", "organ")
     @classmethod
     def _is_printable(cls, value: str) -> str:
         if not value.isprintable():

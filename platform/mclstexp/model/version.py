@@ -51,6 +51,10 @@ class TrainingRecord(BaseModel):
     """Patients of `validation_sections`; empty in versions that do not record them."""
     test_sections: tuple[str, ...]
     epochs: int
+    species: tuple[str, ...] = ()
+    """Species of `sections`; empty if none is stated."""
+    organs: tuple[str, ...] = ()
+    """Organs of `sections`; empty if none is stated."""
 
 
 class _ModelFile(BaseModel):

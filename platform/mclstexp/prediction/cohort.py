@@ -27,6 +27,7 @@ from mclstexp.errors import SheetError, SourceError, UserError
 from mclstexp.messages import did_you_mean, some_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.ledger import PREDICTED, Entry
+from mclstexp.prediction.origin import compare_origins
 from mclstexp.prediction.plan import CohortPlan, SlideSource, attempt_key, fingerprint, key
 from mclstexp.prediction.slide_cache import clear
 from mclstexp.settings import PredictConfig
@@ -54,6 +55,8 @@ class Cohort:
     plan: CohortPlan
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of files in the folder that are no slides, by ending."""
+    warnings: Sequence[str] = ()
+    """What the sheet says against this model, in words."""
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -145,9 +148,11 @@ def open_cohort(
     """Returns the slides of a sample sheet, folder or `s3://` prefix, to be cut as a model's training tiles were.
 
     Raises:
-        SheetError: the sheet or the table of spots has faults, or there is no slide.
+        SheetError: the sheet or the table of spots has faults, there is no slide, or slides are of another species than
+            the model's.
     """
     sources, left_out = list_slides(samples, out)
+    warnings = compare_origins(read_sheet(samples) if _is_sheet(samples) else [], model.training)
     positions = read_positions(spots) if spots else {}
     require_positions(sources, positions)
     free = {"min_tissue": config.min_tissue, "allow_upsampling": config.allow_upsampling}
@@ -163,7 +168,11 @@ def open_cohort(
         allow_other_stains=config.other_stains,
         positions=positions,
     )
-    return Cohort(sources, plan, left_out)
+    return Cohort(sources, plan, left_out, warnings)
+
+
+def _is_sheet(samples: str) -> bool:
+    return samples.lower().endswith(".csv") or storage.exists(samples)
 
 
 def list_slides(samples: str, out: str | None = None) -> tuple[list[SlideSource], dict[str, int]]:
@@ -178,7 +187,7 @@ def list_slides(samples: str, out: str | None = None) -> tuple[list[SlideSource]
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.
     """
-    if samples.lower().endswith(".csv") or storage.exists(samples):
+    if _is_sheet(samples):
         rows = read_sheet(samples)
         return [SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in rows], {}
     uris = _visible_files(samples, out)

@@ -97,6 +97,7 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
 
 
 def _training_record(run: Run, epochs: int) -> TrainingRecord:
+    trained = [run.manifest.section(name) for name in run.split.train]
     return TrainingRecord(
         manifest_digest=run.manifest.digest(),
         protocol=run.config.split.protocol,
@@ -106,6 +107,8 @@ def _training_record(run: Run, epochs: int) -> TrainingRecord:
         validation_patients=tuple(sorted(run.manifest.patients(run.split.validation))),
         test_sections=run.split.test,
         epochs=epochs,
+        species=tuple(sorted({entry.species for entry in trained if entry.species})),
+        organs=tuple(sorted({entry.organ for entry in trained if entry.organ})),
     )
 
 
