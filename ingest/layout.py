@@ -25,6 +25,7 @@ _MIN_INSIDE = 0.5
 _MAX_RATIO = 1.05  # of two lengths that are to be the same
 _PITCH_OVER_DIAMETER = (0.9, 5.0)  # spots do not overlap; arrays leave at most a few diameters between them
 _VISIUM_PITCH_OVER_DIAMETER = (1.25, 2.25)  # files state 45 to 80 um for spots of 55 um
+_MAX_PATTERN_RATIO = 1.1  # of two pitches, one of them without a fit
 _MAX_SPREAD = 1.5  # ratio of large to small distances of neighbours in a regular pattern
 
 
@@ -56,7 +57,9 @@ def judged_resolution(row: SectionRow, layout: Layout, slide: Slide | None) -> R
         _require_order(layout, fit)
     resolution = _resolution(row, layout, fit, slide)
     _require_diameter(row, layout, fit, resolution.mpp)
-    if fit is not None:
+    if fit is None:
+        _require_pitch(row, layout, resolution.mpp)
+    else:
         require_upright(row, layout, fit, slide, resolution.mpp)
     return resolution
 
@@ -204,6 +207,23 @@ def _require_diameter(row: SectionRow, layout: Layout, fit: ArrayFit | None, mpp
         f"its spots are {pitch_px * mpp:.3g} um apart at {mpp:.4g} um/px but {diameter_px * mpp:.4g} um wide (allowed "
         f"are {allowed[0]} to {allowed[1]} diameters): {remedy}"
     )
+
+
+def _require_pitch(row: SectionRow, layout: Layout, mpp: float) -> None:
+    """Checks the distance of neighbouring spots, if they are in a regular pattern without array, against the sheet's.
+
+    Raises:
+        SourceError: they differ by more than 10 %; gives both in micrometres.
+    """
+    pitch_px = _pitch_px(layout.xy_px, regular=True)
+    if row.pitch_um is None or pitch_px is None:
+        return
+    ratio = row.pitch_um / (pitch_px * mpp)
+    if not _is_between(ratio, (1 / _MAX_PATTERN_RATIO, _MAX_PATTERN_RATIO)):
+        raise SourceError(
+            f"its spots are {pitch_px * mpp:.4g} um apart at {mpp:.4g} um/px but {row.pitch_um:g} um by the sheet's "
+            f"column pitch_um: fix mpp or pitch_um, or multiply positions in other pixels by {ratio:.4g}"
+        )
 
 
 def _pitch_px(xy_px: np.ndarray, regular: bool) -> float | None:

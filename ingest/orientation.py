@@ -40,7 +40,11 @@ def _mirrored(what: str) -> tuple[_Change, _Change]:
     )
 
 
-_TURNED = _Change("turn the image by 180 degrees", lambda xy, slide: np.array([slide.width, slide.height]) - xy)
+_TURNED = (
+    _Change("turn the image by 180 degrees", lambda xy, slide: np.array([slide.width, slide.height]) - xy),
+    _Change("turn the image to the left", lambda xy, slide: np.array([slide.width, 0]) + xy[:, ::-1] * [-1, 1]),
+    _Change("turn the image to the right", lambda xy, slide: np.array([0, slide.height]) + xy[:, ::-1] * [1, -1]),
+)
 
 
 def require_upright(row: SectionRow, layout: Layout, fit: ArrayFit, slide: Slide | None, mpp: float) -> None:
@@ -79,12 +83,13 @@ def require_best_orientation(xy_px: np.ndarray, fit: ArrayFit | None, slide: Sli
     Raises:
         SourceError: one does; names it, with the numbers of spots.
     """
-    changes = (*_mirrored("image"), _TURNED) if fit else (_EXCHANGED, *_mirrored("image or the positions"), _TURNED)
-    if found := _better(xy_px, changes, slide, mask):
+    mirrored = _mirrored("image") if fit else (_EXCHANGED, *_mirrored("image or the positions"))
+    if found := _better(xy_px, (*mirrored, *_TURNED), slide, mask):
         given = int(_on_tissue(xy_px, slide, mask).sum())
         change, number = found
+        advice = "do so" if number >= _ENOUGH_ON_TISSUE * len(xy_px) else "do so if it is the image of this section"
         raise SourceError(
-            f"only {given} of {len(xy_px)} spots are on tissue, but {number} if you {change.words}: do so (if "
+            f"only {given} of {len(xy_px)} spots are on tissue, but {number} if you {change.words}: {advice} (if "
             "positions are right and tissue is only faint, set tiles.min_tissue to 0)"
         )
 

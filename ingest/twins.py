@@ -15,7 +15,7 @@ from mclstexp.data.schema import SectionEntry
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 
-_COUNTS_PARTS = ("matrix", "expression")
+_COUNTS_PARTS = ("h5", "matrix", "expression")
 """Files with counts: in a folder, else the sheet's column."""
 _FIX = "give them one patient_id if they are of one patient, else fix the files, or remove all but one from the sheet"
 

@@ -278,18 +278,20 @@ def test_a_section_that_is_not_mirrored_as_the_sheet_says_is_refused(tmp_path, s
 
 @odd
 @every_format
-@pytest.mark.parametrize("how", ["mirror the image left to right", "mirror the image upside down", "turn the image"])
-def test_an_image_that_was_turned_after_the_measurement_is_refused(tmp_path, section, format_, how):
-    pixels = section.pixels()
-    image = (
-        {"m": pixels[:, ::-1], "u": pixels[::-1], "t": pixels[::-1, ::-1]}[how.split()[-1][0] if 0 else "x"]
-        if 0
-        else None
-    )
-    image = pixels[:, ::-1] if "left" in how else pixels[::-1] if "upside" in how else pixels[::-1, ::-1]
-    text = refused_at_cutting(write_section(tmp_path, section, format_, pixels=image), tmp_path)
-    assert f"80 if you {how}" in text
-    assert "of 80 spots are on tissue" in text
+@pytest.mark.parametrize(
+    ("words", "turned"),
+    [
+        ("mirror the image left to right", lambda pixels: pixels[:, ::-1]),
+        ("mirror the image upside down", lambda pixels: pixels[::-1]),
+        ("turn the image by 180 degrees", lambda pixels: pixels[::-1, ::-1]),
+        ("turn the image to the left", lambda pixels: np.rot90(pixels, -1)),
+        ("turn the image to the right", lambda pixels: np.rot90(pixels)),
+    ],
+)
+def test_an_image_that_was_turned_after_the_measurement_is_refused(tmp_path, section, format_, words, turned):
+    pixels = np.ascontiguousarray(turned(section.pixels()))
+    text = refused_at_cutting(write_section(tmp_path, section, format_, pixels=pixels), tmp_path)
+    assert f"of 80 spots are on tissue, but 80 if you {words}: do so (" in text
 
 
 def without_array(section):
@@ -314,6 +316,34 @@ def test_without_an_array_the_tissue_tells(tmp_path, section, words, move):
     assert f"80 if you {words}" in text
     prepared = prepare_here(tmp_path / "samples.csv", tmp_path / "forced", **{"tiles.min_tissue": 0.0})
     assert prepared.entries["S1"].num_spots > 0, "the user's word counts"
+
+
+@odd
+@pytest.mark.parametrize("factor", [0.5, 0.85, 1.2])
+def test_without_an_array_a_given_pitch_is_compared(tmp_path, section, factor):
+    section.xy_px = section.xy_px * factor
+    text = refused(write_section(tmp_path, without_array(section), "h5ad", pitch_um=100))
+    assert f"its spots are {100 * factor:.4g} um apart at 2 um/px but 100 um by the sheet's column pitch_um" in text
+    assert f"or multiply positions in other pixels by {1 / factor:.4g}" in text
+
+
+@odd
+@pytest.mark.parametrize("scale", [0.5, 0.17])
+def test_without_an_array_the_spots_diameter_tells_downscaled_pixels(tmp_path, section, scale):
+    section.xy_px, factors = section.xy_px * scale, {"spot_diameter_fullres": 32.5, "tissue_hires_scalef": scale}
+    section = without_array(section)
+    section.scale = factors
+    text = refused(write_section(tmp_path, section, "h5ad"))
+    assert f"its spots are {100 * scale:.3g} um apart at 2 um/px but 65 um wide" in text
+    assert f"multiply the positions by {1 / scale:.6g}, since they are in pixels of uns['spatial']" in text
+
+
+def test_cells_in_no_pattern_may_be_closer_than_a_spots_diameter(tmp_path, section):
+    """Tools for single cells write the scale factors of Visium all the same."""
+    section = without_array(section)
+    section.xy_px = np.random.default_rng(0).uniform(60, 380, (80, 2))
+    section.scale = {"spot_diameter_fullres": 89.0, "tissue_hires_scalef": 1.0}
+    assert header(write_section(tmp_path, section, "h5ad")).mpp == MPP
 
 
 def test_without_an_array_a_section_that_is_right_passes(tmp_path, section):
