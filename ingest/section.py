@@ -156,9 +156,13 @@ class _Cut:
         """Returns the section's usable spots with counts over the table's genes, and the rejects so far.
 
         Without expression, the spots are the whole tiles of a grid over the slide.
+
+        Raises:
+            SourceError: no spot of the expression is usable.
         """
         if expression is None:
             return _grid_spots(self.slide, self.tiles.size_px, self.scale), []
+        _require_usable(expression)
         return _over_table_genes(expression, gene_rows), list(expression.rejected)
 
     def screen(self, spots: Spots) -> tuple[Spots, np.ndarray, list[Reject]]:
@@ -267,6 +271,17 @@ def _measured_genes(expression: Expression, gene_rows: Mapping[str, int]) -> str
     listed = np.zeros(1 + max(gene_rows.values(), default=-1), bool)
     listed[[gene_rows[gene.gene_id] for gene in expression.genes]] = True
     return encode_rows(listed)
+
+
+def _require_usable(expression: Expression) -> None:
+    if len(expression.spots):
+        return
+    reasons = Counter(reject.reason for reject in expression.rejected)
+    listed = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    raise SourceError(
+        f"none of its {reasons.total()} spots can be used ({listed}): fix its column in_tissue or selected, give "
+        "counts and positions of the same section, or remove it from the sheet"
+    )
 
 
 def _require_on_tissue(num_on_tissue: int, num_whole: int, min_tissue: float) -> None:

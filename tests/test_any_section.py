@@ -47,7 +47,7 @@ def cases(draw):
         draw(st.sampled_from(_sayings(section["hexagonal"], form, image)))
         for form, image in zip(forms, drawn, strict=True)
     )
-    neighbour = draw(sections(tuple(genes))) | {"mpp": section["mpp"]}
+    neighbour = draw(sections(tuple(genes))) | {"mpp": section["mpp"], "seed": section["seed"] + 1}
     neighbour_form = draw(st.sampled_from(list(FORMS.values())).flatmap(lambda make: make("plain")))
     ratio = draw(st.sampled_from([1.0, 2.0]))
     return Case(section, forms, drawn, says, neighbour, neighbour_form, ratio, draw(st.integers(0, 999)))

@@ -13,7 +13,7 @@ from prepared_here import prepare_here
 from prepared_tables import write_sheet
 from scipy import sparse
 from section_checks import check_section
-from section_files import H5adForm, VisiumForm, write_section
+from section_files import H5adForm, LegacyForm, VisiumForm, write_section
 
 from ingest.prepare import dry_run
 from mclstexp.config import Config
@@ -164,6 +164,27 @@ def test_a_gene_without_probe_is_not_measured(tmp_path):
     assert "8 in common of 8 to 12" in found.plan.sources
 
 
+# ---------------------------------------------------------------- splits
+
+
+def test_one_slide_under_two_patients(tmp_path):
+    rows = []
+    for name, patient in (("TENX128", "PA"), ("TENX155", "PB")):
+        rows.append(write_section(section_of(), tmp_path, name, H5AD, patient_id=patient))
+    message = refused(tmp_path, *rows)
+    assert all(name in message for name in ("TENX128", "TENX155", "PA", "PB"))
+
+
+def test_patients_that_differ_in_case_are_named(tmp_path):
+    rows = [
+        write_section(section_of(seed), tmp_path, f"S{seed}", H5AD, patient_id=patient)
+        for seed, patient in ((1, "P1"), (2, "p1"))
+    ]
+    found = prepared(tmp_path, *rows)
+    warning = next(line for line in found.plan.sources.splitlines() if "p1" in line)
+    assert "P1" in warning
+
+
 # ---------------------------------------------------------------- usable files
 
 
@@ -245,6 +266,15 @@ def test_a_folder_with_other_endings(tmp_path):
     slides, left_out = list_slides(str(tmp_path))
     assert {slide.slide_id for slide in slides} == {"plain", "hd"}
     assert left_out == {"qptiff": 1}
+
+
+@pytest.mark.parametrize("fate", ["not_selected", "no_counts"])
+@pytest.mark.parametrize("form", [LegacyForm(), VisiumForm(), H5AD], ids=["legacy_st", "visium", "h5ad"])
+def test_a_section_without_any_usable_spot(tmp_path, form, fate):
+    section = section_of()
+    section = section.with_(fate=np.full(len(section), fate), counts=section.counts * (fate == "not_selected"))
+    message = refused(tmp_path, write_section(section, tmp_path, "S", form, mpp=1.0))
+    assert f"none of its {len(section)} spots can be used ({len(section)} {fate})" in message
 
 
 # ---------------------------------------------------------------- sheets
