@@ -149,4 +149,4 @@ def test_rows_beyond_the_list_are_not_measured() -> None:
 
 
 def _plain(entry: SectionEntry) -> str:
-    return entry.model_dump_json(exclude={"genes"})
+    return entry.model_dump_json(exclude_none=True)
