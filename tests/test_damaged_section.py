@@ -71,11 +71,11 @@ DAMAGES = {
     "exchanged": (lambda section: moved(section, section.y, section.x), "exchange x and y"),
     "mirrored_x": (
         lambda section: moved(section, section.pixels.shape[1] - section.x, section.y),
-        "mirror the image left to right",
+        "mirror the positions left to right",
     ),
     "mirrored_y": (
         lambda section: moved(section, section.x, section.pixels.shape[0] - section.y),
-        "mirror the image upside down",
+        "mirror the positions upside down",
     ),
     "array_exchanged": (
         lambda section: (section.with_(row=section.col, col=section.row), {}),
