@@ -15,8 +15,8 @@ from mclstexp.data.schema import SectionEntry
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 
-_COUNTS_PARTS = ("h5", "matrix", "expression")
-"""Files with counts: in a folder, else the sheet's column."""
+_COUNTS_PARTS = {"h5", "matrix", "expression"}
+"""Files with counts: one in a folder, else the sheet's column."""
 _FIX = "give them one patient_id if they are of one patient, else fix the files, or remove all but one from the sheet"
 
 
@@ -81,8 +81,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def _identities(row: SectionRow, contents: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """Yields what a section must not share with another patient's: what it is, its digest, the section in its file."""
     yield "image", contents["image"], ""
-    if row.measured:
-        part = next(part for part in _COUNTS_PARTS if part in contents)
+    for part in contents.keys() & _COUNTS_PARTS:
         yield "counts", contents[part], row.library_id or ""
 
 

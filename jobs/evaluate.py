@@ -44,6 +44,7 @@ def main() -> None:
     from mclstexp import cluster, progress, storage
     from mclstexp.data.schema import load_manifest
     from mclstexp.evaluation.evaluate import evaluate, held_out
+    from mclstexp.evaluation.markers import require_markers
     from mclstexp.evaluation.save import RECORD
     from mclstexp.evaluation.show import card_tables
     from mclstexp.model.encoders import require_encoder
@@ -51,6 +52,7 @@ def main() -> None:
     # Mistakes first
     marker_sets = markers(arguments.cohort, arguments.markers)
     model = _fetch(arguments.model, config)
+    require_markers(marker_sets, model.panel)
     names = held_out(model, load_manifest(arguments.data), arguments.sections)
     out = arguments.out or f"runs/scores/{model.digest}"
     if arguments.dry_run:

@@ -17,14 +17,15 @@ from mclstexp.training import finish
 from mclstexp.training.run import Run
 
 SIZES = {"A1": 30, "A2": 25, "B1": 40}  # tiles of each section
+ORGANS = {"A1": "skin", "A2": "lung", "B1": None}
 
 
 class _Manifest(SimpleNamespace):
     """Sections of random spots."""
 
     def section(self, name: str) -> SimpleNamespace:
-        groups = [SimpleNamespace(num_rows=SIZES[name])]
-        return SimpleNamespace(section_id=name, patient_id=name[0], num_spots=SIZES[name], row_groups=groups)
+        of = {"section_id": name, "patient_id": name[0], "species": "homo sapiens", "organ": ORGANS[name]}
+        return SimpleNamespace(**of, num_spots=SIZES[name], row_groups=[SimpleNamespace(num_rows=SIZES[name])])
 
     def patients(self, names: tuple[str, ...]) -> set[str]:
         return {self.section(name).patient_id for name in names}
@@ -79,3 +80,12 @@ def test_a_direct_regression_has_no_threshold_and_embeds_nothing(monkeypatch: py
     monkeypatch.setattr(finish, "embed_sections", None)
     run = _run(("A1", "B1"), (), **{"model.predictor": "regression"})
     assert finish._version(run, {"a": torch.zeros(1)}, 1, hidden).ood_similarity is None
+
+
+@pytest.mark.parametrize(
+    ("train", "organs"), [(("A1", "B1"), ("skin",)), (("A2", "A1"), ("lung", "skin")), (("B1",), ())]
+)
+def test_a_version_records_species_and_organs_of_its_training(train: tuple[str, ...], organs: tuple[str, ...]) -> None:
+    run = _run(train, ("A2",) if "A2" not in train else (), **{"model.predictor": "regression"})
+    training = finish._version(run, {"a": torch.zeros(1)}, 3, hidden).training
+    assert (training.species, training.organs) == (("homo sapiens",), organs)

@@ -7,7 +7,7 @@ import pytest
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError
-from mclstexp.evaluation.markers import load_markers, marker_columns
+from mclstexp.evaluation.markers import load_markers, marker_columns, require_markers
 
 SHIPPED = Path(__file__).parents[1] / "jobs" / "configs" / "markers.yaml"
 
@@ -65,3 +65,14 @@ def test_the_file_may_be_in_object_storage(s3: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the marker genes .*none.yaml"):
         load_markers(tmp_path / "none.yaml", "her2st")
+
+
+@pytest.mark.odd
+def test_markers_of_which_a_panel_has_none_are_refused_with_the_nearest_names(tmp_path: Path) -> None:
+    panel = GenePanel(("KRT8", "Krt18"), ("KRT8", "Krt18"), ("", ""))
+    wrong = load_markers(_file(tmp_path, "mine:\n  tumour: [krt8, KTR18]\n"), "mine")
+    with pytest.raises(ConfigError, match=r"none of the 2 marker genes: krt8 \(did you mean KRT8\?\); KTR18 \(did you"):
+        require_markers(wrong, panel)
+    half = load_markers(_file(tmp_path, "mine:\n  tumour: [KRT8, NOPE]\n  none: [MUC1]\n"), "mine")
+    require_markers(half, panel)
+    require_markers({}, panel)

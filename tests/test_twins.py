@@ -3,6 +3,7 @@
 import csv
 import gzip
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,15 @@ import pytest
 from prepared_tables import CONFIG, copy_of, run, write_sheet
 from scipy.sparse import csr_array
 from small_table import section_entry
+from visium_folders import LAYOUTS, section
 
 from ingest.header import read_header
-from ingest.plan import describe, make_plan
-from ingest.twins import counts_digest, require_own_counts
+from ingest.plan import describe, make_plan, source_digests
+from ingest.twins import counts_digest, require_own_counts, require_own_files
 from mclstexp import storage
 from mclstexp.data.folds import make_split, similar_patients
 from mclstexp.data.schema import MANIFEST, Manifest
+from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError, SplitError
 from mclstexp.settings import SplitConfig
 
@@ -68,6 +71,36 @@ def test_one_section_under_two_patients_is_refused_before_cutting(cohort, tmp_pa
 
 def test_one_section_twice_under_one_patient_is_prepared(cohort, tmp_path):
     assert len(plan_of(twins(cohort, tmp_path), tmp_path / "out").todo) == 2
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("make", LAYOUTS)
+def test_one_visium_matrix_under_two_patients_is_refused(tmp_path, make):
+    rows = []
+    for patient in ("A", "B"):
+        (tmp_path / patient).mkdir()
+        row = section(tmp_path, make(tmp_path / patient), section_id=patient, patient_id=patient)
+        (tmp_path / f"{patient}.png").write_bytes(patient.encode())
+        rows.append(row.model_copy(update={"image": f"{tmp_path}/{patient}.png"}))
+    with pytest.raises(SourceError, match=r"the same counts: A \(patient A, .*\); B \(patient B, .*") as caught:
+        require_own_files(rows, source_digests(rows, {}).contents)
+    assert "the same image" not in str(caught.value)
+    require_own_files(rows[:1], source_digests(rows, {}).contents)
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(("first", "second", "is_same"), [("L1", "L1", True), ("L1", "L2", False)])
+def test_sections_of_one_file_are_told_apart_by_their_names(tmp_path, first, second, is_same):
+    (tmp_path / "s.h5ad").write_bytes(b"counts")
+    rows = []
+    for patient, library in {"A": first, "B": second}.items():
+        image = tmp_path / f"{patient}.png"
+        image.write_bytes(patient.encode())
+        files = {"image": str(image), "expression": f"{tmp_path}/s.h5ad"}
+        rows.append(SectionRow(section_id=patient, patient_id=patient, format="h5ad", library_id=library, **files))
+    contents = source_digests(rows, {}).contents
+    with pytest.raises(SourceError, match="the same counts") if is_same else nullcontext():
+        require_own_files(rows, contents)
 
 
 @pytest.mark.odd

@@ -16,6 +16,7 @@ from mclstexp import storage
 from mclstexp.data.genes import GenePanel, align
 from mclstexp.errors import ConfigError, StorageError
 from mclstexp.evaluation.scores import ALL, HEG, HVG
+from mclstexp.messages import MAX_NAMED, did_you_mean
 
 _RESERVED = (ALL, HEG, HVG)
 _Genes = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
@@ -48,6 +49,23 @@ def load_markers(path: str | Path, cohort: str) -> dict[str, GenePanel]:
     for name, genes in cohorts[cohort].items():
         _check_set(f"{cohort}.{name} in {path}", name, genes)
     return {name: GenePanel.from_names(genes) for name, genes in cohorts[cohort].items()}
+
+
+def require_markers(markers: Mapping[str, GenePanel], panel: GenePanel) -> None:
+    """Checks that a panel has one of the marker genes at least; a score card names those that are missing.
+
+    Raises:
+        ConfigError: it has none; gives the nearest names of the panel.
+    """
+    columns, missing = marker_columns(markers, panel)
+    if not markers or any(map(len, columns.values())):
+        return
+    names = list(dict.fromkeys(gene for genes in missing.values() for gene in genes))
+    named = "; ".join(f"{gene} ({did_you_mean(gene, panel.names())})" for gene in names[:MAX_NAMED])
+    raise ConfigError(
+        f"the model's panel of {len(panel)} genes has none of the {len(names)} marker genes: {named}; correct the "
+        "markers file or --cohort, or leave --cohort out"
+    )
 
 
 def marker_columns(
