@@ -4,6 +4,10 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+TILED = {"tile": (128, 128), "photometric": "rgb"}
+UM = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
+PLANES = {"tile": (128, 128), "photometric": "minisblack"}
+
 
 def texture(height=700, width=900, seed=0):
     """A smooth colour field: resampling it hardly changes it, shifting it does."""
@@ -31,3 +35,18 @@ def write_pyramid(path, image, num_levels=3, mpp=0.5, **options):
 
 def write_plain(path, image, **options):
     Image.fromarray(image).save(path, **options)
+
+
+def write_ome(path, *levels, axes="YXS", names=None, sizes=UM, bigtiff=False, byteorder="<", **options):
+    """Writes one OME image whose levels are in SubIFDs."""
+    channels = {"Channel": {"Name": names}} if names else {}
+    with tifffile.TiffWriter(path, ome=True, bigtiff=bigtiff, byteorder=byteorder) as tiff:
+        first, *rest = levels
+        metadata = {"axes": axes} | sizes | channels
+        tiff.write(first, subifds=len(rest), metadata=metadata, **(TILED | options))
+        for level in rest:
+            tiff.write(level, subfiletype=1, **(TILED | options))
+
+
+def planes(image, order=(0, 1, 2)):
+    return np.ascontiguousarray(np.moveaxis(image, 2, 0)[list(order)])

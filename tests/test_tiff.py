@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from slide_files import texture, write_pyramid
+from slide_files import PLANES, TILED, UM, planes, texture, write_ome, write_pyramid
 
 from mclstexp.errors import SourceError
 from mclstexp.slides.slide import open_slide
 from mclstexp.slides.tiff_levels import is_shrunken
-
-TILED = {"tile": (128, 128), "photometric": "rgb"}
-UM = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
-PLANES = {"tile": (128, 128), "photometric": "minisblack"}
 
 
 @pytest.fixture(autouse=True)
@@ -39,21 +35,6 @@ def write_bare(path, *levels, subifds, **options):
             tiff.write(pages[0], subifds=len(pages) - 1 if subifds else None, metadata=None, **first, **options)
             for page in pages[1:]:
                 tiff.write(page, subfiletype=1, metadata=None, **options)
-
-
-def write_ome(path, *levels, axes="YXS", names=None, sizes=UM, bigtiff=False, byteorder="<", **options):
-    """Writes one OME image whose levels are in SubIFDs."""
-    channels = {"Channel": {"Name": names}} if names else {}
-    with tifffile.TiffWriter(path, ome=True, bigtiff=bigtiff, byteorder=byteorder) as tiff:
-        first, *rest = levels
-        metadata = {"axes": axes} | sizes | channels
-        tiff.write(first, subifds=len(rest), metadata=metadata, **(TILED | options))
-        for level in rest:
-            tiff.write(level, subfiletype=1, **(TILED | options))
-
-
-def planes(image, order=(0, 1, 2)):
-    return np.ascontiguousarray(np.moveaxis(image, 2, 0)[list(order)])
 
 
 def halves(image, num=2):

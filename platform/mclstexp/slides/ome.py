@@ -15,7 +15,11 @@ _MICROMETRES = {
     "micron": 1.0,
     "microns": 1.0,
     "micrometer": 1.0,
+    "micrometers": 1.0,
     "micrometre": 1.0,
+    "micrometres": 1.0,
+    "nanometer": 1e-3,
+    "nanometers": 1e-3,
     "mm": 1e3,
     "cm": 1e4,
     "dm": 1e5,
@@ -28,8 +32,9 @@ _MICROMETRES = {
     "inch": 25400.0,
     "ft": 304800.0,
 }
-_NO_UNIT = ("pixel", "reference frame")  # lengths that are no lengths
+_NO_UNIT = ("", "pixel", "pixels", "reference frame")  # lengths that are no lengths
 _COLOURS = {"red": 0, "r": 0, "green": 1, "g": 1, "blue": 2, "b": 2}
+_WORDS = re.compile(r"[\s:_.-]+")
 _UNNAMED = re.compile(r"(channel|ch|c)?[\s:_#.-]*[\d:]*")  # as programs number them
 
 
@@ -76,16 +81,16 @@ def to_micrometres(size: float, unit: str) -> float | None:
 
 
 def colour_order(channels: tuple[str, ...]) -> tuple[int, ...]:
-    """Returns where red, green and blue are among three channels: by their names, or in this order without names.
+    """Returns where red, green and blue are among three channels: by their names, or in this order if names tell none.
 
     Raises:
         SourceError: the channels are something else, such as stains of fluorescence.
     """
     names = [name.strip().lower() for name in channels]
-    colours = [_COLOURS.get(name) for name in names]
+    colours = [_COLOURS.get(_WORDS.split(name)[-1]) for name in names]  # the last word: `Brightfield-R`
     if len(names) == 3 and set(colours) == {0, 1, 2}:
         return tuple(colours.index(colour) for colour in range(3))
-    if all(_UNNAMED.fullmatch(name) for name in names):
+    if len(set(names)) == 1 or all(_UNNAMED.fullmatch(name) for name in names):
         return 0, 1, 2
     raise SourceError(
         f"its channels are {', '.join(channels)}, not red, green and blue: give the colour image of the H&E stain"

@@ -21,6 +21,7 @@ _OPAQUE = 255
 _ORIENTATION_TAG = 0x0112
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 _GZIP_MAGIC = b"\x1f\x8b"
+_GIT_LFS = b"version https://git-lfs"
 
 
 class Plain:
@@ -63,16 +64,29 @@ class Plain:
 def _open_image(file: IO[bytes] | str) -> Image.Image:
     """Opens a plain image, or an unpacked one, which cannot be a TIFF: Pillow needs its file."""
     if isinstance(file, str):
-        return Image.open(file, formats=["JPEG", "PNG", "TIFF", "JPEG2000"])
+        try:
+            return Image.open(file, formats=["JPEG", "PNG", "TIFF", "JPEG2000"])
+        except UnidentifiedImageError:
+            raise SourceError(_unknown_kind(file)) from None
     try:
         return Image.open(file, formats=["JPEG", "PNG"])
     except UnidentifiedImageError:
         raise SourceError("it is compressed by gzip and contains no JPEG or PNG; decompress it with gunzip") from None
 
 
+def _unknown_kind(path: str) -> str:
+    """Returns what is wrong with a file that no library knows as an image."""
+    with open(path, "rb") as file:
+        start = file.read(len(_GIT_LFS))
+    allowed = "give a slide that OpenSlide reads, or a TIFF, OME-TIFF, JPEG, PNG or JPEG 2000 image"
+    if start == _GIT_LFS:
+        return "it is a pointer of Git LFS instead of the image: fetch the image with git lfs pull"
+    return f"it {'cannot be read, it is damaged or of another kind' if start else 'is empty'}: {allowed}"
+
+
 def _require_plain(image: Image.Image) -> None:
     if getattr(image, "n_frames", 1) > 1:
-        raise SourceError("it holds several images and OpenSlide does not read it as a pyramid; store one image")
+        raise SourceError("it holds several images: store each in a file of its own")
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     if orientation not in (0, 1):
         raise SourceError(

@@ -85,11 +85,23 @@ def _open_generic(path: str, file: TiffFile, detected: str | None) -> Pyramid | 
             "resolution tags": stated_mpp(_tag_sizes(file, series.keyframe)),
         }
     )
-    if described or series.keyframe.compression not in _COMMON:
-        _require_decoded_colours(series.keyframe)
-        order = colour_order(described.channels) if described and "S" not in series.axes else (0, 1, 2)
-        return TiffLevels(path, plane_levels(series, order), mpp)
-    return Plain(path, mpp) if detected is None else Pyramid(path, mpp)
+    if not described and series.keyframe.compression in _COMMON:
+        if detected is None and len(file.pages) == 1:
+            return Plain(path, mpp)
+        if detected and (slide := _pyramid_of(path, mpp, _size(series))):
+            return slide
+    _require_decoded_colours(series.keyframe)
+    order = colour_order(described.channels) if described and "S" not in series.axes else (0, 1, 2)
+    return TiffLevels(path, plane_levels(series, order), mpp)
+
+
+def _pyramid_of(path: str, mpp: float | None, size: tuple[int, int]) -> Pyramid | None:
+    """Returns the slide as OpenSlide reads it; None if its finest level is another page, such as a small first one."""
+    slide = Pyramid(path, mpp)
+    if slide.dimensions[0] == size:
+        return slide
+    slide.close()
+    return None
 
 
 def _main_series(file: TiffFile) -> TiffPageSeries:
@@ -134,7 +146,7 @@ def _require_colour(series: TiffPageSeries, described: OmeImage | None) -> None:
         raise SourceError("planes that its OME-XML names are not in this file: export the slide as one file")
     of_colours = [axis for axis in "SCIQ" if described and edges.get(axis) == described.num_channels]
     channels = edges.pop(next(iter(of_colours), "S"), 1)
-    stack = [f"{num} along {_AXES.get(axis, axis)}" for axis, num in edges.items() if axis not in "XY"]
+    stack = [f"{num} along {_AXES.get(axis, axis)}" for axis, num in edges.items() if axis not in "XY" and num > 1]
     if stack:
         raise SourceError(f"it holds several images, {' x '.join(stack)}: store one image of colours")
     alpha = channels == 4 and bool(page.extrasamples) and page.extrasamples[0] in _ALPHA
