@@ -123,8 +123,13 @@ def _named(listed: Sequence[_Listed]) -> list[Gene]:
 
 
 def _genome_stripper(before_ids: Iterable[str]) -> Callable[[str], str]:
-    """Returns a function that takes the genome off a name: one that several ids of the source have, or a known one."""
-    genomes = [text for text, times in Counter(before_ids).items() if text and times > 1]
+    """Returns a function that takes the genome off a name: one that several ids of the source have, or a known one.
+
+    What is before ids and mostly differs from id to id is no genome but the symbols, some of which may repeat.
+    """
+    times = Counter(filter(None, before_ids))
+    are_symbols = 2 * len(times) > times.total()
+    genomes = [] if are_symbols else [text for text in times if times[text] > 1]
 
     def stripped(name: str) -> str:
         genome = next((each for each in genomes if name.startswith((f"{each}_", f"{each}-"))), "")

@@ -72,7 +72,8 @@ def _matrix(file: h5py.File, shape: tuple[int, int]) -> csr_array:
 def _features(file: h5py.File) -> Features:
     var: pd.DataFrame = part(file, _counts_at(file)[1])
     names = _texts(var.index)
-    ids, symbols, kinds = (_first_column(var, columns) for columns in (_ID_COLUMNS, _SYMBOL_COLUMNS, _KIND_COLUMNS))
+    ids, kinds = (_first_column(var, columns) for columns in (_ID_COLUMNS, _KIND_COLUMNS))
+    symbols = _symbols(var)
     if not kinds:  # `raw` may have names alone
         whole: pd.DataFrame = part(file, "var")
         kind_of = dict(zip(_texts(whole.index), _first_column(whole, _KIND_COLUMNS), strict=False))
@@ -89,6 +90,13 @@ def _are_made_of(names: list[str], symbols: list[str]) -> bool:
         symbol in ("", name) or name.startswith((f"{symbol}-", f"{symbol}."))
         for name, symbol in zip(names, symbols, strict=True)
     )
+
+
+def _symbols(var: pd.DataFrame) -> list[str]:
+    """Returns the column of symbols; none if its cells are numbers, yes and no, or mostly alike, whatever its name."""
+    cells = _first_column(var.select_dtypes(exclude=["number", "bool"]), _SYMBOL_COLUMNS)
+    filled = [cell for cell in cells if cell]
+    return cells if 2 * len(set(filled)) > len(filled) else []
 
 
 def _first_column(var: pd.DataFrame, names: tuple[str, ...]) -> list[str]:

@@ -209,7 +209,8 @@ def checked_counts(values: csr_array, spot_ids: list[str], genes: tuple[Gene, ..
         first = int(wrong.argmax())
         spot = spot_ids[int(np.searchsorted(counts.indptr, first, side="right")) - 1]
         gene = genes[counts.indices[first]].gene_id
-        hint = "; the values look normalised or log-transformed" if np.nanmax(data) < _MAX_LOG else ""
+        hint = "; the values look normalised or log-transformed" if np.nanmax(data, initial=0) < _MAX_LOG else ""
+        hint = "; leave out genes that were not measured" if np.isnan(data[first]) else f"{hint}: give raw counts"
         raise SourceError(f"gene {gene} of spot {spot} has the value {data[first]}, which is not a raw count{hint}")
     counts = counts.astype(np.int32)
     counts.eliminate_zeros()

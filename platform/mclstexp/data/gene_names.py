@@ -12,7 +12,7 @@ from typing import NamedTuple
 _SEPARATOR = r"[_. -]?"  # R and Seurat write a point or a dash for an underscore
 _GENOME = re.compile(
     r"(?P<genome>(?:GRC[hmzg]\d+|hg\d+|mm\d+|rn\d+|mRatBN[\d.]+|Rnor[_-]?[\d.]+|danRer\d+|BDGP\d+|dm\d+|WBcel\d+)"
-    r"(?:\.p\d+)?(?:-20\d\d-[A-Z])?)[_-]+(?P<rest>.+)"
+    r"(?:\.p\d+)?(?:-(?:20\d\d-[A-Z]|\d(?:\.\d){1,2}))?(?:[_-]premrna)?)[_-]+(?P<rest>.+)"
 )
 _STABLE_ID = re.compile(
     r"(?:(?P<before>.*[^_|-])[_|-]+)?"
@@ -23,6 +23,7 @@ _STABLE_ID = re.compile(
 )
 _KIND_OF_GENE = re.compile(
     r"(?!.*(?:control|guide)).*(?:gene|genes|gene expression|rna|coding)|gex|tec|ribozyme|artifact|"
+    r"antisense|sense (?:intronic|overlapping)|processed transcript|endogenous|housekeeping|"
 )
 _NO_KIND = frozenset({"nan", "na", "none", "<na>"})
 _OTHER_KINDS = {
@@ -37,15 +38,17 @@ _OTHER_KINDS = {
     "Antibody Capture": rf".+[_. -]total{_SEPARATOR}seq{_SEPARATOR}[a-d]([_. -].*)?|(?-i:ADT)[_-].+",
     "Multiplexing Capture": r"hashtag.*|(?-i:HTO)[_-].+|cmo\d{3}",
     "CRISPR Guide Capture": r"sgrna[_.-].+",
-    "reads without a gene": r"(__|--).+|n_(unmapped|multimapping|nofeature|ambiguous)",
+    "reads without a gene": r"(__|--).+|n_(unmapped|multimapping|nofeature|ambiguous)|no_feature|alignment_not_unique|"
+    r"too_low_aqual|not_aligned",
 }
 """Features that are not genes, by 10x's name for their kind where it has one: patterns of names, in any case
 but `ADT`, since worms have genes such as adt-1."""
 _OTHER = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in _OTHER_KINDS.items()}
 _ANY_OTHER = re.compile("|".join(f"(?:{pattern})" for pattern in _OTHER_KINDS.values()), re.IGNORECASE)
 _MONTH = r"(?:jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])"
+_ANY_MONTH = rf"(?:{_MONTH}|m[aä]r[sz]|avr|sept|set|ago|out|d[eé]c|dic)"
 _EXCEL = re.compile(
-    rf"X?(?:\d{{1,2}}[-. /]+(?i:{_MONTH})[.]?(?:[-. /]+\d{{2,4}})?"  # 1-Mar, 01. Mrz, 1-Mar-20
+    rf"X?(?:\d{{1,2}}[-. /]+(?i:{_ANY_MONTH})[.]?(?:[-. /]+\d{{2,4}})?"  # 1-Mar, 01. März, 1-sept., 1-Mar-20
     rf"|(?=[A-ZÄ])(?i:{_MONTH})[-. /]+\d{{2,4}}"  # Mar-01; worms have genes such as sep-1
     r"|\d{4}-\d\d-\d\d.*|\d{1,2}[./]\d{1,2}[./]\d{2,4}"  # 2020-03-01, 3/1/2020
     r"|\d(?:\.\d+)?[eE][+.]?\d+"  # 2.31E+13, a clone of RIKEN
