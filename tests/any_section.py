@@ -153,7 +153,8 @@ def _array(rng: np.random.Generator, hexagonal: bool, pitch_px: float) -> tuple[
 def _image(xy: np.ndarray, pitch_px: float, glass: float) -> np.ndarray:
     """Returns glass, tissue around all spots, and a patch for each."""
     extent = np.ptp(xy, axis=0)
-    width, height = np.ceil(xy.max(axis=0) + MARGIN_PX + glass * extent).astype(int).tolist()
+    needed = np.ceil(xy.max(axis=0) + MARGIN_PX + glass * extent).astype(int)
+    width, height = (needed + -needed % 4).tolist()  # levels of a pyramid are exact halves
     image = Image.new("RGB", (width, height), GLASS)
     draw = ImageDraw.Draw(image)
     neighbour = float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))

@@ -7,7 +7,10 @@ from section_files import H5adForm, ImageForm, LegacyForm, VisiumForm
 
 
 def property_test(num_examples):
-    """The same examples in every run, no database of them, and no search for smaller ones, which takes minutes."""
+    """Settings: no database of examples, and no search for smaller ones, which takes minutes.
+
+    The examples are those of the last run, unless other code is imported: hypothesis also tries its constants.
+    """
     return settings(
         max_examples=num_examples,
         derandomize=True,

@@ -55,7 +55,7 @@ def of_another(section):
     return shown(section, any_section(99, angle=10, edge_px=far, **kind).pixels)
 
 
-OTHER_IMAGE = "on tissue|belongs to one of"
+OTHER_IMAGE = "on tissue|belongs to one of|pixels of the full image of"
 ARRAY_SAYS = "mpp is .* in the sheet and [24] in the array of spots"
 DAMAGES = {
     "half": (lambda section: moved(section, section.x * 0.5, section.y * 0.5), "multiply the positions by 2"),
