@@ -1,4 +1,4 @@
-"""Columns of var and kinds that look like something else, genomes of several parts, and names that Excel made abroad."""
+"""Columns of var and kinds that look like something else, genomes of several parts, Excel's names abroad."""
 
 from pathlib import Path
 
