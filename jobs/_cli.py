@@ -142,7 +142,7 @@ def _metavar(annotation: object) -> str:
 def _value(field: FieldInfo, text: str) -> object:
     """Returns a command-line text as the plain value that pydantic validates."""
     if typing.get_origin(field.annotation) is tuple:
-        return [part for part in text.split(",") if part]
+        return [name for part in text.split(",") if (name := part.strip())]
     if text.lower() in ("none", "null") and type(None) in typing.get_args(field.annotation):
         return None
     return text

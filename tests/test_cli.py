@@ -57,6 +57,7 @@ def test_values_of_every_kind() -> None:
     given = ("--split.test_patients", "A,B", "--model.spot_width", "none", "--train.use_gpu", "--train.compile=false")
     config = _parse(*given, "--train.tower_lr", "3e-4", "--model.position=table")
     assert config.split.test_patients == ("A", "B")
+    assert _parse("--split.test_patients", " A, B ,").split.test_patients == ("A", "B")
     assert config.model.spot_width is None
     assert (config.train.use_gpu, config.train.compile) == (True, False)
     assert (config.train.tower_lr, config.model.position) == (3e-4, "table")

@@ -63,7 +63,7 @@ def test_all_faults_at_once_with_row_and_column(folder):
         write(
             folder,
             "A1,A,a.tif,legacy_st,a.tsv.gz,,0.69,100,,",
-            "A1,,none.tif,xenium,,,-1,nan,,",
+            "A1,,none.tif,xenium,,,-1,inf,,",
             "../up,A,c.svs,slide,b.h5ad,,x,,,",
         )
     )
@@ -74,7 +74,7 @@ def test_all_faults_at_once_with_row_and_column(folder):
         "row 3, column image: there is no file none.tif",
         "row 3, column format, got 'xenium'",
         "row 3, column mpp, got '-1'",
-        "row 3, column spot_diameter_um, got 'nan'",
+        "row 3, column spot_diameter_um, got 'inf'",
         "row 4, column section_id, got '../up'",
         "row 4, column mpp, got 'x'",
     ):
@@ -145,3 +145,27 @@ def test_sheet_in_object_storage(s3):
     assert read_sheet(f"{s3}/cohort/samples.csv", READERS)[0].image == f"{s3}/cohort/images/c.svs"
     storage.delete(f"{s3}/cohort/images/c.svs")
     assert "row 2, column image: there is no file images/c.svs" in faults(f"{s3}/cohort/samples.csv")
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("numbers", ["01", "12"])
+def test_row_numbers_that_pandas_or_r_writes_first_are_passed_over(folder, numbers):
+    rows = ["C1,C,c.svs,slide,,,,,,", "D1,D,c.svs,slide,,,0.25,,,"]
+    text = "".join(f"{cell},{row}\n" for cell, row in zip(("", *numbers), (HEADER, *rows), strict=True))
+    (folder / "samples.csv").write_text(text)
+    first, second = read_sheet(str(folder / "samples.csv"), READERS)
+    assert (first.section_id, first.patient_id, second.section_id, second.mpp) == ("C1", "C", "D1", 0.25)
+
+
+@pytest.mark.odd
+def test_a_nameless_first_column_of_anything_else_is_refused(folder):
+    (folder / "samples.csv").write_text(f",{HEADER}\nx,C1,C,c.svs,slide,,,,,,\n")
+    assert "row 2, cell 1, got 'x': its column has no name in the header" in faults(str(folder / "samples.csv"))
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("missing", ["NA", "nan", "N/A", "NULL"])
+def test_what_r_and_pandas_write_for_a_missing_cell_is_an_empty_one(folder, missing):
+    (row,) = read_sheet(write(folder, f"C1,C,c.svs,slide,{missing},{missing},{missing},{missing},,"), READERS)
+    assert (row.expression, row.positions, row.mpp, row.spot_diameter_um) == (None, None, None, None)
+    assert "format h5ad needs expression" in faults(write(folder, f"C1,C,c.svs,h5ad,{missing},,,,,"))

@@ -43,6 +43,13 @@ def test_a_long_temporary_folder_is_not_used_for_sockets(starts, monkeypatch, tm
     assert (folder.stat().st_mode & 0o777, folder.stat().st_uid) == (0o700, os.getuid())
 
 
+@pytest.mark.odd
+def test_a_temporary_folder_beyond_ascii_is_not_used_for_sockets(starts, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/tmp/ü")
+    cluster.connect(Config(), {})
+    assert starts[0][0]["_temp_dir"] == f"/tmp/ray-{os.getuid()}/ray"
+
+
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_short_temporary_folder_is_left_to_ray(starts, monkeypatch, name):
     monkeypatch.setenv(name, "/tmp/x")

@@ -121,14 +121,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _short_folder() -> str | None:
-    """Returns a folder for Ray's files if the path of its usual one is too long for sockets; else None.
+    """Returns a folder for Ray's files if sockets cannot have the path of its usual one; else None.
 
     Raises:
         ResourceError: there is none.
     """
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
     usual = os.path.abspath(os.environ[name]) if name else "/tmp"
-    if len(os.fsencode(f"{usual}/ray{_SOCKET}")) <= _MAX_SOCKET_BYTES:
+    is_short = len(os.fsencode(f"{usual}/ray{_SOCKET}")) <= _MAX_SOCKET_BYTES
+    if is_short and usual.isascii():
         return None
     folder = Path(_SHORT_FOLDER)
     try:
@@ -139,8 +140,9 @@ def _short_folder() -> str | None:
     except OSError as error:
         fault = error.strerror or str(error)
     if fault:
+        why = "is not ASCII" if is_short else "is too long"
         raise ResourceError(
-            f"Ray's sockets need a short path: {name}={usual} is too long and {folder} cannot be used ({fault}); set "
+            f"Ray needs a short path in ASCII: {name}={usual} {why} and {folder} cannot be used ({fault}); set "
             f"RAY_TMPDIR to a local folder of at most {_MAX_SOCKET_BYTES - len(_SOCKET) - len('/ray')} characters"
         )
     return f"{folder}/ray"  # Ray opens its own folder to all users

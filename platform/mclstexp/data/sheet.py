@@ -28,6 +28,7 @@ Fault = tuple[int, str]
 _REQUIRED_COLUMNS = ("section_id", "patient_id", "image", "format")
 _IDENTIFIER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
 _NUMBERS = ("mpp", "spot_diameter_um", "pitch_um")
+_MAY_BE_MISSING = (*_NUMBERS, "expression", "positions", "labels", "mirrored")
 _MISSING = frozenset({"na", "n/a", "nan", "none", "null"})
 """What tables write for a missing value, in lower case."""
 _SPECIES = {"human": "homo sapiens", "mouse": "mus musculus", "rat": "rattus norvegicus"}
@@ -152,14 +153,17 @@ def read_sheet(uri: str, formats: Mapping[str, Format] | None = None) -> list[Se
 
 
 def _read_lines(uri: str) -> list[tuple[int, dict[str, str]]]:
-    """Returns each row's line number and cells by column, with decimal points."""
+    """Returns each row's line number and cells by column, with decimal points and empty where R writes NA."""
     table = read_text_table(uri, "sample sheet", MAX_SHEET_BYTES)
     _require_columns(uri, table)
     return [(line, _with_points(cells, table)) for line, cells in table.rows]
 
 
 def _with_points(cells: dict[str, str], table: TextTable) -> dict[str, str]:
-    return {name: table.number(text) if name in _NUMBERS else text for name, text in cells.items()}
+    filled = {
+        name: "" if name in _MAY_BE_MISSING and text.lower() in _MISSING else text for name, text in cells.items()
+    }
+    return {name: table.number(text) if name in _NUMBERS else text for name, text in filled.items()}
 
 
 def _require_columns(uri: str, table: TextTable) -> None:

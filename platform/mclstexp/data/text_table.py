@@ -69,7 +69,7 @@ def read_text_table(uri: str, what: str, max_bytes: int | None = None) -> TextTa
         text = _decoded(storage.read(uri))
         separator, text = _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        lines = [(reader.line_num, cells) for cells in _stripped(reader) if any(cells)]
+        lines = _unnumbered([(reader.line_num, cells) for cells in _stripped(reader) if any(cells)])
         header = lines[0][1] if lines else []
         columns = tuple(re.sub(r"[\s-]+", "_", name.lower()) for name in header)
         return TextTable(tuple(filter(None, columns)), [_row(columns, *line) for line in lines[1:]], separator)
@@ -111,6 +111,15 @@ def _separator(text: str) -> tuple[str, str]:
 
 def _stripped(reader: Iterator[list[str]]) -> Iterator[list[str]]:
     return ([cell.strip() for cell in cells] for cells in reader)
+
+
+def _unnumbered(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """Returns the lines without a first column that has no name and counts the rows, as pandas and R write it."""
+    numbers = [cells[0] for _, cells in lines[1:]]
+    counted = any(numbers == [str(row + first) for row in range(len(numbers))] for first in (0, 1))
+    if not counted or not lines or lines[0][1][0]:
+        return lines
+    return [(line, ["", *cells[1:]]) for line, cells in lines]
 
 
 def _row(columns: tuple[str, ...], line: int, cells: list[str]) -> tuple[int, dict[str, str]]:

@@ -33,7 +33,7 @@ from mclstexp.prediction.slide_cache import clear
 from mclstexp.settings import PredictConfig
 
 EXTENSIONS = (
-    *("svs", "tif", "tiff", "btf", "tf8", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif"),
+    *("svs", "tif", "tiff", "btf", "tf2", "tf8", "ndpi", "vms", "vmu", "scn", "mrxs", "svslide", "bif"),
     *("jpg", "jpeg", "png", "jp2", "j2k", "jpx"),
 )
 """Endings of a folder's files that are slides: what OpenSlide, tifffile or Pillow reads."""
