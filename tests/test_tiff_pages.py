@@ -39,6 +39,18 @@ def test_the_slide_is_the_largest_page_wherever_it_is(tmp_path, order, tile):
 
 
 @pytest.mark.odd
+def test_a_mask_beside_the_slide_is_passed_over(tmp_path):
+    """As GDAL writes it into cloud-optimised TIFFs."""
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(texture(), photometric="rgb", tile=(128, 128), metadata=None)
+        mask = np.ones((700, 900), bool)
+        tiff.write(mask, photometric="mask", tile=(128, 128), subfiletype=4, metadata=None)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert (slide.width, slide.height) == (900, 700)
+        np.testing.assert_array_equal(slide.read_tile(333, 121, 224, 1.0), texture()[121:345, 333:557])
+
+
+@pytest.mark.odd
 @pytest.mark.parametrize(
     "names",
     [

@@ -105,13 +105,13 @@ def _pyramid_of(path: str, mpp: float | None, size: tuple[int, int]) -> Pyramid 
 
 
 def _main_series(file: TiffFile) -> TiffPageSeries:
-    """Returns the largest image with its levels, beside which there is none but labels and shrunken copies."""
+    """Returns the largest image with its levels, beside which there is none but labels, masks and shrunken copies."""
     by_size = sorted(file.series, key=_num_px, reverse=True)
     if not by_size:
         raise SourceError("it contains no image; copy or export it again")
     main, *others = by_size
     for other in others:
-        beside = other.name.lower().startswith(_SIDE_IMAGES) or other.keyframe.is_reduced
+        beside = other.name.lower().startswith(_SIDE_IMAGES) or other.keyframe.is_reduced or other.keyframe.is_mask
         beside |= is_shrunken(_size(other), _size(main))
         if not beside and _num_px(other) >= _MIN_OTHER_SHARE * _num_px(main):
             sizes = [f"{width} x {height} px" for width, height in map(_size, by_size)]
