@@ -84,7 +84,7 @@ def _resolution(row: SectionRow, layout: Layout, fit: ArrayFit | None, slide: Sl
     pitches_um = _pitches_um(row, layout, fit) if fit else ()
     if any(stated.values()):
         resolution = Resolution(*resolve_mpp(stated))
-        is_sure = row.pitch_um is not None or _has_scale(layout)
+        is_sure = row.pitch_um is not None or layout.bin_um is not None or _has_scale(layout)
         return _PitchCheck(resolution, layout, fit, slide, pitches_um, is_sure).judged() if fit else resolution
     if fit and len(pitches_um) > 1:
         raise SourceError(
@@ -99,6 +99,8 @@ def _pitches_um(row: SectionRow, layout: Layout, fit: ArrayFit) -> tuple[float, 
     """Returns what the distance of neighbouring spots may be; empty if anything may."""
     if row.pitch_um is not None:
         return (row.pitch_um,)
+    if layout.bin_um is not None:
+        return (layout.bin_um,)
     if fit.is_hexagonal or fit.is_exchanged:
         return (VISIUM_PITCH_UM,)
     return () if layout.mpp is not None else _SQUARE_PITCHES_UM

@@ -50,9 +50,13 @@ _TURNED = (
 def require_upright(row: SectionRow, layout: Layout, fit: ArrayFit, slide: Slide | None, mpp: float) -> None:
     """Checks that the image shows the array as it is, or as the mirror image that the sheet says it is.
 
+    Visium HD is left to the tissue, because Space Ranger numbers its bins as from the back of many images.
+
     Raises:
         SourceError: array and positions contradict that; gives the change that would fit.
     """
+    if layout.bin_um is not None:
+        return
     mirrored = bool(row.mirrored)
     if fit.is_exchanged:
         also = "" if fit.is_mirrored != mirrored else ", and x and y of the positions"
@@ -71,19 +75,23 @@ def require_upright(row: SectionRow, layout: Layout, fit: ArrayFit, slide: Slide
         )
 
 
-def require_best_orientation(xy_px: np.ndarray, fit: ArrayFit | None, slide: Slide, mask: TissueMask) -> None:
+def require_best_orientation(
+    xy_px: np.ndarray, layout: Layout, fit: ArrayFit | None, slide: Slide, mask: TissueMask
+) -> None:
     """Checks that no other orientation puts clearly more spots on tissue.
 
     Args:
         xy_px: centres of the usable spots, float64 (n, 2).
-        fit: of the section's array, which excludes that x and y are exchanged.
+        layout: the section's.
+        fit: of its array, which excludes that x and y are exchanged unless it is Visium HD's.
         slide: the image.
         mask: its tissue.
 
     Raises:
         SourceError: one does; names it, with the numbers of spots.
     """
-    mirrored = _mirrored("image") if fit else (_EXCHANGED, *_mirrored("image or the positions"))
+    by_array = fit is not None and layout.bin_um is None
+    mirrored = _mirrored("image") if by_array else (_EXCHANGED, *_mirrored("image or the positions"))
     if found := _better(xy_px, (*mirrored, *_TURNED), slide, mask):
         given = int(_on_tissue(xy_px, slide, mask).sum())
         change, number = found

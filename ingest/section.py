@@ -186,7 +186,7 @@ class _Cut:
         if spots.counts is not None:
             xy_px = np.stack([spots.x_px, spots.y_px], axis=1)
             if self.tiles.min_tissue > 0:
-                require_best_orientation(xy_px, self.fit, slide, mask)
+                require_best_orientation(xy_px, self.layout, self.fit, slide, mask)
             require_on_image(xy_px, self.layout, slide)
             _require_on_tissue(int((is_whole & on_tissue).sum()), int(is_whole.sum()), self.tiles.min_tissue)
         rejects = spots.rejects(~is_centred, "outside_image") + spots.rejects(is_centred & ~is_whole, "crosses_edge")

@@ -96,9 +96,9 @@ def _visium(folder, section, hires):
         for name, values in (("data", matrix.data), ("indices", matrix.indices), ("indptr", matrix.indptr)):
             file[f"matrix/{name}"] = values
         file["matrix/shape"] = np.array([len(GENES), 80])
-        file["matrix/barcodes"] = np.array(section.names, "S20")
+        file["matrix/barcodes"] = np.array(section.names, "S24")
         for name, values in (("id", GENES), ("name", GENES), ("feature_type", ["Gene Expression"] * len(GENES))):
-            file[f"matrix/features/{name}"] = np.array(values, "S20")
+            file[f"matrix/features/{name}"] = np.array(values, "S24")
     array, px = section.array_xy.astype(int), section.xy_px
     columns = (section.names, section.selected, array[:, 1], array[:, 0], px[:, 1], px[:, 0])
     names = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")

@@ -4,6 +4,7 @@ Counts are checked here for all readers. A value that is not a count stops the s
 whatever made it (a logarithm, a scaling, a broken export) has changed its neighbours as well.
 """
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ PICTURES = ("hires", "lowres")
 They only serve a check; a section's digest leaves them out, so that it is not cut again when they are added.
 """
 _MAX_COUNT = 2**31 - 1
+_BIN_OF_HD = re.compile(r"s_(\d+)um_\d+_\d+")  # size, row and column
 _MAX_LOG = 20.0  # log1p of five hundred million: data with a smaller maximum may be logarithms
 
 
@@ -97,7 +99,8 @@ class Spots:
         xy_px = np.stack([self.x_px, self.y_px], axis=1)
         known, on_array = (np.isfinite(xy).all(axis=1) for xy in (xy_px, array_xy))
         known &= on_array | ~on_array.any()
-        return Layout(array_xy[known], xy_px[known], scale.mpp, scale.spot_diameter_px, scale.pictures)
+        of_spots = (array_xy[known], xy_px[known], _bin_um(self.spot_id))
+        return Layout(*of_spots, scale.mpp, scale.spot_diameter_px, scale.pictures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +114,8 @@ class Layout:
     """Array column and row of each spot with a pixel position, float64 (m, 2); NaN without an array."""
     xy_px: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
     """The same spots' centres in pixels of the image, float64 (m, 2)."""
+    bin_um: float | None = None
+    """Edge of the bins if the spots are those of Visium HD, which have it in their names."""
     mpp: float | None = None
     """Micrometres per full-resolution pixel as the files state it (Visium HD)."""
     spot_diameter_px: float | None = None
@@ -159,6 +164,11 @@ class Preview:
     """Number of features that are left out because they are not genes, by kind."""
     layout: Layout = field(default_factory=Layout)
     """As in `Expression`."""
+
+
+def _bin_um(spot_id: np.ndarray) -> float | None:
+    bins = _BIN_OF_HD.match(str(spot_id[0])) if len(spot_id) else None
+    return float(bins[1]) if bins else None
 
 
 @contextmanager
