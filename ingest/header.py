@@ -145,7 +145,8 @@ def _resolution_lines(headers: Mapping[str, Header]) -> list[str]:
         f"resolution {_range([headers[name].mpp for name in names])} um/px by the {source}: {_sections(names)}"
         for source, names in sections.items()
     ]
-    return lines + [f"resolution {name}: {header.remark}" for name, header in headers.items() if header.remark]
+    lines += [f"resolution {name}: {header.remark}" for name, header in headers.items() if header.remark]
+    return lines + [f"spots      {name}: {each}" for name, header in headers.items() for each in header.preview.remarks]
 
 
 def _gene_lines(genes: Mapping[str, tuple[Gene, ...]], table: Sequence[Gene]) -> list[str]:

@@ -25,6 +25,9 @@ NAMES = [
     ("pixel_x", "pixel_y"),
     ("x_px", "y_px"),
     ("imagecol", "imagerow"),
+    ("pixel_col", "pixel_row"),
+    ("pxl_x", "pxl_y"),
+    ("image_x", "image_y"),
     ("col", "row"),
 ]
 
@@ -62,6 +65,8 @@ def test_named_columns_of_obs_tell_the_order_of_obsm(row, tmp_path, names, round
     data.obsm["spatial"] = np.stack([Y, X], axis=1)
     data.write_h5ad(row.expression)
     require_right(read(row, tmp_path))
+    (remark,) = read_preview(row, str(tmp_path)).remarks
+    assert remark == f"obsm['spatial'] is y, x by {names[0]} and {names[1]} of obs, and was read so"
 
 
 @pytest.mark.odd
@@ -69,6 +74,7 @@ def test_named_columns_of_obs_tell_the_order_of_obsm(row, tmp_path, names, round
 def test_named_columns_of_obs_that_say_nothing_new(row, tmp_path, scale):
     make(pxl_row_in_fullres=Y * scale, pxl_col_in_fullres=X * scale).write_h5ad(row.expression)
     require_right(read(row, tmp_path))
+    assert read_preview(row, str(tmp_path)).remarks == ()
 
 
 @pytest.mark.odd

@@ -110,7 +110,7 @@ def test_a_section_that_is_not_there_is_refused(row, tmp_path, wanted, advice, u
 def test_sections_that_nothing_tells_apart_are_refused(row, tmp_path, wanted):
     make(column=None, uns=("A1",)).write_h5ad(row.expression)
     text = refused(row.model_copy(update={"library_id": wanted}), tmp_path)
-    assert "the array positions of its 60 spots repeat, so they are of several sections" in text
+    assert "array positions or barcodes of its 60 spots repeat, so they are of several sections" in text
     assert "write one file per section" in text
 
 
@@ -146,6 +146,52 @@ def test_a_file_without_names_takes_no_name(row, tmp_path):
     )
 
 
+NAMED_APART = ["sampleid", "captureArea", "Library_ID", "donor_id", "condition"]
+SEQUENCES = np.random.default_rng(0).choice(list("ACGT"), (30, 16))
+
+
+def as_sequences(section):
+    return [f"{'LR'[section]}_{''.join(sequence)}-1-{section}" for sequence in SEQUENCES]
+
+
+def as_bins(section):
+    return [f"s_016um_{row:05d}_{column:05d}-1_{section}" for row, column in zip(ROW, COLUMN, strict=True)]
+
+
+def make_named(column, names_of):
+    """Both sections without array positions, with barcodes as joining makes them."""
+    data = make(column, uns=(), array=False)
+    data.obs_names = [*names_of(0), *names_of(1)]
+    return data
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("column", NAMED_APART)
+@pytest.mark.parametrize("names_of", [None, as_sequences, as_bins])
+def test_any_column_that_tells_sections_apart_names_them(row, tmp_path, column, names_of):
+    data = make_named(column, names_of) if names_of else make(column, uns=())
+    data.obs["leiden"] = pd.Categorical(["1", "2", "3"] * 20)
+    data.write_h5ad(row.expression)
+    assert f"it holds 2 sections by obs['{column}']: A1, B1; choose one with the column" in refused(row, tmp_path)
+    for section, name in enumerate(NAMES):
+        require_section(row.model_copy(update={"library_id": name}), tmp_path, section, None)
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("names_of", [as_sequences, as_bins])
+def test_barcodes_that_repeat_are_of_several_sections(row, tmp_path, names_of):
+    make_named(None, names_of).write_h5ad(row.expression)
+    assert "array positions or barcodes of its 60 spots repeat" in refused(row, tmp_path)
+
+
+@pytest.mark.odd
+def test_scale_factors_without_the_name_of_a_section(row, tmp_path):
+    data = make(None, uns=())[:30].copy()
+    data.uns["spatial"] = {"scalefactors": {"spot_diameter_fullres": 65.0}, "images": {}}
+    data.write_h5ad(row.expression)
+    require_section(row, tmp_path, 0, 65)
+
+
 @pytest.mark.odd
 def test_parts_of_one_slide_are_one_section(row, tmp_path):
     """Array positions that do not repeat show that `sample` does not name slides."""
@@ -161,8 +207,10 @@ def test_a_spot_of_no_library_belongs_to_no_section(row, tmp_path):
     data.obs["library_id"] = data.obs["library_id"].astype(object)
     data.obs.iloc[3, data.obs.columns.get_loc("library_id")] = np.nan
     data.write_h5ad(row.expression)
-    found = read(row.model_copy(update={"library_id": "A1"}), tmp_path)
-    assert found.spots.x_px.tolist() == np.delete(xy_of(0)[:, 0], 3).tolist()
+    chosen = row.model_copy(update={"library_id": "A1"})
+    assert read(chosen, tmp_path).spots.x_px.tolist() == np.delete(xy_of(0)[:, 0], 3).tolist()
+    (remark,) = read_preview(chosen, str(tmp_path)).remarks
+    assert remark == "1 of the file's 60 spots name no section and are in none"
 
 
 @pytest.mark.odd

@@ -188,3 +188,10 @@ def test_sections_of_both_ways_of_naming_share_their_genes(cohort: str, tmp_path
         np.testing.assert_array_equal(found[section_id], expected.loc[spots, ["GNAS", "FASN"]].to_numpy())
     assert (found["A1"].sum(axis=0) > 0).all()
     np.testing.assert_array_equal(found["A1"].sum(axis=0), found["V1"].sum(axis=0))
+
+
+def test_the_report_states_how_spots_were_read():
+    preview = Preview(tuple(BOTH), remarks=("3 of the file's 9 spots name no section and are in none",))
+    headers = {"S1": Header(0.5, "sheet", preview), "S2": Header(0.5, "sheet", Preview(tuple(BOTH)))}
+    lines = report(headers, merged_genes([], [BOTH])).splitlines()
+    assert [line for line in lines if line.startswith("spots")] == [f"spots      S1: {preview.remarks[0]}"]

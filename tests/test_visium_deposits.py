@@ -81,6 +81,15 @@ def test_names_and_packing_of_deposits(tmp_path, layout, prefix, in_one_folder, 
 
 
 @pytest.mark.odd
+@pytest.mark.parametrize("layout", [v1_h5, v1_mtx])
+def test_companions_that_macos_leaves_are_no_files_of_a_section(tmp_path, layout):
+    folder = rename(layout(tmp_path / "S1"), lambda name: f"GSM1_A_{name}")
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
+    require_right(section(tmp_path, folder), tmp_path)
+
+
+@pytest.mark.odd
 def test_words_of_a_kind_before_a_name_are_no_samples(tmp_path):
     folder = tmp_path / "GSM1"
     write_mtx(folder)

@@ -32,9 +32,8 @@ _KIND_COLUMNS = ("feature_types", "feature_type")
 def preview(paths: Mapping[str, str], row: SectionRow) -> Preview:
     """Returns genes and layout of a section in the local AnnData file `expression`."""
     with opened(paths["expression"]) as file:
-        layout = placed_spots(file, row.library_id).layout
-        features = _features(file)
-        return Preview(features.genes, features.left_out, layout)
+        placed, features = placed_spots(file, row.library_id), _features(file)
+        return Preview(features.genes, features.left_out, placed.layout, placed.remarks)
 
 
 def read(paths: Mapping[str, str], row: SectionRow) -> Expression:

@@ -21,7 +21,8 @@ from mclstexp.errors import SourceError
 
 _PIXEL_COLUMNS = (
     *(("pxl_col_in_fullres", "pxl_row_in_fullres"), ("pxl_col", "pxl_row"), ("pixel_x", "pixel_y"), ("x_px", "y_px")),
-    *(("imagecol", "imagerow"), ("image_col", "image_row")),
+    *(("pixel_col", "pixel_row"), ("pxl_x", "pxl_y"), ("px_x", "px_y")),
+    *(("imagecol", "imagerow"), ("image_col", "image_row"), ("image_x", "image_y")),
 )
 """Names of (x, y) that say pixels, in any case."""
 _XY_COLUMNS = (*_PIXEL_COLUMNS, ("x", "y"), ("col", "row"), ("0", "1"))
@@ -39,6 +40,8 @@ class Placed(NamedTuple):
     layout: Layout
     chosen: np.ndarray
     """The section's spots among those of the file, bool."""
+    remarks: tuple[str, ...]
+    """As in `Preview`."""
 
 
 def placed_spots(file: h5py.File, library_id: str | None) -> Placed:
@@ -49,17 +52,22 @@ def placed_spots(file: h5py.File, library_id: str | None) -> Placed:
     """
     all_obs: pd.DataFrame = part(file, "obs")
     libraries = _libraries(file)
-    chosen = choose_spots(all_obs, list(libraries), library_id)
+    chosen, num_nameless = choose_spots(all_obs, list(libraries), library_id)
     obs = all_obs[chosen]
     spot_id = obs.index.astype(str)
     obs = obs.set_axis("spot " + spot_id)
-    x_px, y_px = _pixels(file, obs, chosen).T
+    xy_px, remark = _pixels(file, obs, chosen)
+    x_px, y_px = xy_px.T
     array_row, array_col = _array(obs).T
     spots = Spots(spot_id.to_numpy(object), x_px, y_px, array_row, array_col)
     require_positions(spots)
     selected = flags(obs["in_tissue"]) if "in_tissue" in obs else np.ones(len(obs))
     library = library_of(obs, list(libraries), library_id)
-    return Placed(spots, selected, spots.layout(_scale(libraries[library]) if library else None), chosen)
+    nameless = (
+        f"{num_nameless} of the file's {len(all_obs)} spots name no section and are in none" if num_nameless else ""
+    )
+    layout = spots.layout(_scale(libraries[library]) if library else None)
+    return Placed(spots, selected, layout, chosen, tuple(filter(None, (remark, nameless))))
 
 
 def _array(obs: pd.DataFrame) -> np.ndarray:
@@ -69,8 +77,8 @@ def _array(obs: pd.DataFrame) -> np.ndarray:
     return np.rint(whole(numbers(obs[name]) for name in ARRAY_COLUMNS))
 
 
-def _pixels(file: h5py.File, obs: pd.DataFrame, chosen: np.ndarray) -> np.ndarray:
-    """Returns x, y in pixels, float64 (n, 2); NaN for a spot without position.
+def _pixels(file: h5py.File, obs: pd.DataFrame, chosen: np.ndarray) -> tuple[np.ndarray, str]:
+    """Returns x, y in pixels, float64 (n, 2), NaN for a spot without position; and what the user should know of them.
 
     Args:
         file: the AnnData file.
@@ -81,7 +89,7 @@ def _pixels(file: h5py.File, obs: pd.DataFrame, chosen: np.ndarray) -> np.ndarra
     if "obsm/spatial" not in file:
         if in_obs is None:
             raise SourceError(f"it has no obsm/spatial{_other_places(file)}; {_ALLOWED}")
-        return whole(numbers(obs[name]) for name in in_obs)
+        return whole(numbers(obs[name]) for name in in_obs), ""
     spatial = part(file, "obsm/spatial")
     if len(np.shape(spatial)) != 2 or len(spatial) != len(chosen) or np.shape(spatial)[1] < 2:
         raise SourceError(f"obsm['spatial'] is {np.shape(spatial)}, expected ({len(chosen)}, 2): x, y in pixels")
@@ -89,13 +97,13 @@ def _pixels(file: h5py.File, obs: pd.DataFrame, chosen: np.ndarray) -> np.ndarra
         pair = _pair(spatial.columns, _XY_COLUMNS)
         if pair is None:
             raise SourceError(f"obsm['spatial'] has the columns {', '.join(map(str, spatial.columns))}; {_ALLOWED}")
-        return whole(_numbers_in_spatial(spatial[name].to_numpy(object)[chosen], name, obs) for name in pair)
+        return whole(_numbers_in_spatial(spatial[name].to_numpy(object)[chosen], name, obs) for name in pair), ""
     xy_px = whole(_numbers_in_spatial(spatial[chosen, axis], axis, obs) for axis in (0, 1))
     if in_obs is not None:
         named = np.stack([pd.to_numeric(obs[name].astype(object), errors="coerce") for name in in_obs], axis=1)
         if _agree(named, xy_px[:, ::-1]) and not _agree(named, xy_px):
-            return xy_px[:, ::-1]
-    return xy_px
+            return xy_px[:, ::-1], f"obsm['spatial'] is y, x by {' and '.join(in_obs)} of obs, and was read so"
+    return xy_px, ""
 
 
 _ALLOWED = (
@@ -128,6 +136,8 @@ def _libraries(file: h5py.File) -> dict[str, h5py.Group]:
     spatial = file.get("uns/spatial")
     if not isinstance(spatial, h5py.Group):
         return {}
+    if "scalefactors" in spatial:
+        return {"spatial": spatial}
     return {name: node for name, node in spatial.items() if isinstance(node, h5py.Group) and "scalefactors" in node}
 
 

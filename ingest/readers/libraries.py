@@ -4,7 +4,9 @@ Sections of several slides share one array and one range of pixels, so that mixi
 for spots of another.
 """
 
+import re
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,14 +18,25 @@ ARRAY_COLUMNS = ("array_row", "array_col")
 _LIBRARY = "library_id"
 _SECTION_COLUMNS = (
     *("library", "sample_id", "sample", "sample_name", "section_id", "section", "section_name"),
-    *("slide_id", "slide", "slice", "slice_id", "orig.ident", "batch"),
+    *("slide_id", "slide", "slice", "slice_id", "capture_area", "orig.ident", "batch"),
 )
-"""Columns of `obs`, in any case, that name sections in files where nothing else does."""
+"""Columns of `obs`, in any case and without marks, that name sections in files where nothing else does."""
 _MAX_REPEATED = 0.1  # share of spots of one section that may have another's array position, for example by rounding
+_MIN_SPOTS = 16  # of a section, on average, in a column that is to name sections
+_SEQUENCE = r"([ACGT]{16}|s_\d+um_\d+_\d+)"  # what Space Ranger calls a place of an array, whatever is before or after
 
 
-def choose_spots(obs: pd.DataFrame, libraries: Collection[str], wanted: str | None) -> np.ndarray:
-    """Returns which spots are the section's, bool (n,).
+class Choice(NamedTuple):
+    """A section's spots in its file."""
+
+    spots: np.ndarray
+    """Which of the file's spots are the section's, bool (n,)."""
+    num_nameless: int
+    """Number of the file's spots that no section has, since the column that names sections is empty there."""
+
+
+def choose_spots(obs: pd.DataFrame, libraries: Collection[str], wanted: str | None) -> Choice:
+    """Returns which spots are the section's.
 
     Args:
         obs: table of the n spots.
@@ -35,17 +48,18 @@ def choose_spots(obs: pd.DataFrame, libraries: Collection[str], wanted: str | No
             names column and sections.
     """
     names = _names(obs, libraries)
-    chosen = np.full(len(obs), True)
+    chosen, num_nameless = np.full(len(obs), True), 0
     if wanted is None:
         _require_one_section(names, libraries, obs)
     elif (named := _named(names, libraries, wanted)) is not None:
-        chosen = named
+        chosen, num_nameless = (named == wanted).to_numpy(), int((named == "").sum())
     if _repeats(obs[chosen]):
         raise SourceError(
-            f"the array positions of its {int(chosen.sum())} spots repeat, so they are of several sections, and no "
-            f"column of obs ({_LIBRARY}, {some_of(_SECTION_COLUMNS)}) tells these apart: write one file per section"
+            f"array positions or barcodes of its {int(chosen.sum())} spots repeat, so they are of several sections, "
+            f"and no column of obs ({_LIBRARY}, {some_of(_SECTION_COLUMNS)} or any other) tells these apart: write one "
+            "file per section"
         )
-    return chosen
+    return Choice(chosen, num_nameless)
 
 
 def library_of(obs: pd.DataFrame, libraries: Collection[str], wanted: str | None) -> str | None:
@@ -61,7 +75,7 @@ def _require_one_section(names: Mapping[str, pd.Series], libraries: Collection[s
     on_one_array = len(_array_positions(obs)) > 0 and not _repeats(obs)
     for name, texts in names.items():
         sections = [text for text in texts.unique() if text]
-        is_certain = name.lower() == _LIBRARY or set(sections) <= set(libraries)
+        is_certain = _plain(name) == _plain(_LIBRARY) or set(sections) <= set(libraries)
         if len(sections) > 1 and (is_certain or (not on_one_array and 2 * len(sections) <= len(texts))):
             raise SourceError(
                 f"it holds {len(sections)} sections by obs[{name!r}]: {some_of(sections)}; choose one with the column "
@@ -74,11 +88,11 @@ def _require_one_section(names: Mapping[str, pd.Series], libraries: Collection[s
         )
 
 
-def _named(names: Mapping[str, pd.Series], libraries: Collection[str], wanted: str) -> np.ndarray | None:
-    """Returns the spots of a section; None if the file has one section, which is known by this name."""
+def _named(names: Mapping[str, pd.Series], libraries: Collection[str], wanted: str) -> pd.Series | None:
+    """Returns the column that names a section; None if the file has one section, which is known by this name."""
     found = next((texts for texts in names.values() if (texts == wanted).any()), None)
     if found is not None:
-        return (found == wanted).to_numpy()
+        return found
     several = [texts for texts in names.values() if texts.nunique() > 1]
     if wanted in libraries and not several:
         return None
@@ -97,7 +111,24 @@ def _constants(names: Mapping[str, pd.Series]) -> set[str]:
 
 
 def _repeats(obs: pd.DataFrame) -> bool:
-    return bool(_array_positions(obs).duplicated().mean() > _MAX_REPEATED)
+    """Returns whether spots share places of an array, as those of several sections do."""
+    return any(bool(each.duplicated().mean() > _MAX_REPEATED) for each in _places(obs))
+
+
+def _tells_apart(column: pd.Series, obs: pd.DataFrame) -> bool:
+    """Returns whether a column has a value for each of the sections of a file."""
+    if pd.api.types.is_float_dtype(column) or not 1 < column.nunique() <= len(column) / _MIN_SPOTS:
+        return False
+    section = pd.factorize(column)[0]
+    in_section = (each.assign(section=section[each.index]) for each in _places(obs))
+    return not any(each.duplicated().mean() > _MAX_REPEATED for each in in_section)
+
+
+def _places(obs: pd.DataFrame) -> list[pd.DataFrame]:
+    """Returns the array positions and barcodes of the spots that have some, by row number."""
+    array = _array_positions(obs.reset_index(drop=True))
+    sequence = pd.Series(obs.index.astype(str)).str.extract(_SEQUENCE).dropna()
+    return [each for each in (array, sequence) if len(each)]
 
 
 def _array_positions(obs: pd.DataFrame) -> pd.DataFrame:
@@ -107,11 +138,14 @@ def _array_positions(obs: pd.DataFrame) -> pd.DataFrame:
 def _names(obs: pd.DataFrame, libraries: Collection[str]) -> dict[str, pd.Series]:
     """Returns the columns that may name a spot's section, as text, the most certain first.
 
-    These are `library_id`, columns whose values are all among the libraries, and those with a usual name.
+    These are `library_id`, columns whose values are all among the libraries, those with a usual name, and if places of
+    the array repeat, any others that tell the sections apart.
     """
-    usual = {str(name).lower(): name for name in obs}
+    written = {_plain(str(name)): name for name in obs}
     of_libraries = [name for name in obs if _are_among(obs[name], libraries)]
-    order = [usual.get(_LIBRARY), *of_libraries, *(usual.get(name) for name in _SECTION_COLUMNS)]
+    usual = [written.get(_plain(name)) for name in _SECTION_COLUMNS]
+    others = [name for name in obs if _tells_apart(obs[name], obs)] if _repeats(obs) else []
+    order = [written.get(_plain(_LIBRARY)), *of_libraries, *usual, *others]
     return {str(name): _texts(obs[name]) for name in order if name is not None}
 
 
@@ -120,6 +154,10 @@ def _are_among(column: pd.Series, libraries: Collection[str]) -> bool:
         return False
     values = set(map(str, column.dropna().unique()))
     return bool(values) and values <= set(libraries)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def _texts(column: pd.Series) -> pd.Series:

@@ -164,6 +164,8 @@ class Preview:
     """Number of features that are left out because they are not genes, by kind."""
     layout: Layout = field(default_factory=Layout)
     """As in `Expression`."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know of how the files were read."""
 
 
 def _bin_um(spot_id: np.ndarray) -> float | None:

@@ -95,7 +95,9 @@ def _one(names: _Lists, folder: str, choices: Sequence[str], prefixed: bool) -> 
     listed = names(folder)
     found = [name for name in choices if name in listed]
     if not found and prefixed:
-        found = [name for choice in choices for name in listed if re.fullmatch(rf".+[._-]{re.escape(choice)}", name)]
+        found = [
+            name for choice in choices for name in listed if re.fullmatch(rf"(?!\._).+[._-]{re.escape(choice)}", name)
+        ]
         _require_one_sample([storage.join(folder, name) for name in found])
     return storage.join(folder, found[0]) if found else None
 
