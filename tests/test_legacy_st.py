@@ -370,3 +370,35 @@ def test_tables_of_two_sections_are_refused(st, tmp_path):
 
 def test_blank_lines_are_skipped(tmp_path: Path) -> None:
     assert _read_lines(tmp_path).spots.spot_id.tolist() == ["10x20", "11x20"]
+
+
+def _capital_headers(text):
+    header, _, rest = text.partition("\n")
+    return f"{header.upper()}\n{rest}".encode()
+
+
+def _utf_16(text):
+    return text.encode("utf-16")
+
+
+def _of_a_european_spreadsheet(text):
+    return text.replace("\t", ";").replace(".", ",").encode("utf-16")
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize("rewrite", [_capital_headers, _utf_16, _of_a_european_spreadsheet])
+def test_positions_that_a_spreadsheet_saved(st, tmp_path, rewrite):
+    path = Path(st.positions)
+    path.write_bytes(rewrite(path.read_text()))
+    found = read(st, tmp_path)
+    assert dict(zip(found.spots.spot_id, zip(found.spots.x_px, found.spots.y_px, strict=True), strict=True)) == {
+        f"{x}x{y}": xy for (x, y), xy in POSITIONS.items()
+    }
+
+
+@pytest.mark.odd
+def test_names_of_spots_that_r_put_an_x_before(st, tmp_path):
+    write_counts(Path(st.expression), {f"X{name}": row for name, row in COUNTS.items()})
+    found = read(st, tmp_path)
+    counts = dict(zip(found.spots.spot_id, found.spots.counts.toarray().tolist(), strict=True))
+    assert counts == COUNTS

@@ -250,6 +250,21 @@ def test_a_bad_cell_rejects_its_spot(tmp_path, column, reason, cell):
 
 
 @pytest.mark.odd
+def test_rows_without_barcode_are_rejected_by_their_line(tmp_path):
+    folder = v1_h5(tmp_path / "S1")
+    write_with(folder, "barcode", {30: "", 31: " "})
+    found = read(section(tmp_path, folder), tmp_path)
+    assert sorted(found.spots.spot_id) == [SECTION.barcode[i] for i in SECTION.expected if i not in (30, 31)]
+    reasons = {reject.spot_id: reject.reason for reject in found.rejected}
+    assert {name: reasons[name] for name in ("line 32", "line 33", SECTION.barcode[30], SECTION.barcode[31])} == {
+        "line 32": "no_counts",
+        "line 33": "no_counts",
+        SECTION.barcode[30]: "no_position",
+        SECTION.barcode[31]: "no_position",
+    }
+
+
+@pytest.mark.odd
 def test_a_null_in_parquet_rejects_its_spot(tmp_path):
     folder = hd(tmp_path / "S1")
     table = positions()

@@ -3,6 +3,7 @@
 One bad cell costs one spot. A column that is mostly bad is not what its name says, and ends the section.
 """
 
+import codecs
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,10 +17,11 @@ MAX_TEXT_BYTES = 512 * 2**20
 _FLAGS = {"true": 1.0, "t": 1.0, "yes": 1.0, "y": 1.0, "false": 0.0, "f": 0.0, "no": 0.0, "n": 0.0}
 _ALLOWED_FLAGS = "1 or 0, true or false, yes or no"
 _SEPARATORS = "\t,;"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path: str) -> str:
-    """Returns a local text file in UTF-8, plain or gzip, without byte order mark.
+    """Returns a local text file in UTF-8, or UTF-16 with a byte order mark, plain or gzip, without that mark.
 
     Raises:
         SourceError: it holds more than `MAX_TEXT_BYTES`.
@@ -29,7 +31,7 @@ def read_text(path: str) -> str:
         data = file.read(MAX_TEXT_BYTES + 1)
     if len(data) > MAX_TEXT_BYTES:
         raise SourceError(f"it is larger than {MAX_TEXT_BYTES} bytes: it is not a table of a section")
-    return data.decode("utf-8-sig")
+    return data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
 
 
 def first_line(text: str) -> str:

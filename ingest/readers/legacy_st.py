@@ -34,7 +34,8 @@ from mclstexp.errors import SourceError
 from mclstexp.slides.plain import open_unpacked
 
 _MAX_LINE_BYTES = 64 * 2**20
-_SPOT_NAME = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")
+_SPOT_NAME = re.compile(r"X?(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")  # R puts X before numbers
+_DECIMAL_COMMA = r"^([+-]?\d+),(\d+)$"
 _KIND = "table of legacy ST"
 _BYTE_ORDER_MARK = "\ufeff"
 _POSITION_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
@@ -171,7 +172,10 @@ def _table(text: str) -> pd.DataFrame:
     filled = [number for number, line in enumerate(text.splitlines(), 1) if line.strip(" ")]
     mark = separator(first_line(text))
     table = pd.read_csv(io.StringIO(text), sep=mark, dtype=str, skipinitialspace=True)
-    table = table.rename(columns=lambda name: name.strip())
+    names = [name.strip().lower() for name in table.columns]
+    table.columns = names if len(set(names)) == len(names) else [name.strip() for name in table.columns]
+    if mark == ";":
+        table = table.replace(_DECIMAL_COMMA, r"\1.\2", regex=True)
     table.index = pd.Index([f"line {number}" for number in filled[1 : len(table) + 1]])
     return table.dropna(how="all")
 

@@ -149,7 +149,8 @@ def _read_positions(path: str) -> tuple[Spots, np.ndarray]:
             raise SourceError(f"it has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
         if table.empty:
             raise SourceError("it has no spots")
-        barcodes = [str(name).strip() for name in table["barcode"]]
+        cells = zip(table["barcode"], table.index, strict=True)
+        barcodes = [str(name).strip() if pd.notna(name) and str(name).strip() else line for name, line in cells]
         require_unique(barcodes, "barcode")
         y_px, x_px = whole(numbers(table[name]) for name in _PIXELS).T
         array_row, array_col = whole(numbers(table[name]) for name in _ARRAY).T
