@@ -73,6 +73,15 @@ def test_a_run_goes_on_under_the_default_name_of_earlier_versions(table: Path) -
     assert _open(table).name == former, "another run may not hide it"
 
 
+def test_a_run_from_before_a_setting_goes_on_under_its_default_and_is_refused_under_another(table: Path) -> None:
+    run = _open(table)
+    assert "min_sections" not in json.loads(Path(run.uri, RECORD).read_text())["identity"]["genes"], "as before it"
+    assert _open(table, **{"genes.min_sections": 0.8}).name == run.name
+    assert _open(table, **{"genes.min_sections": 0.5}).name != run.name
+    with pytest.raises(RunError, match=r"genes\.min_sections: 0\.8 -> 0\.5"):
+        _open(table, run.name, **{"genes.min_sections": 0.5})
+
+
 def test_the_default_name_of_earlier_versions_is_not_taken_from_a_run_of_other_settings(table: Path) -> None:
     run = _open(table)
     former = f"run-{former_digest(run.config)}-{run.manifest.digest()[:6]}"

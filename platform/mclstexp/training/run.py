@@ -37,6 +37,10 @@ _FREE_TRAIN_SETTINGS = {
     "compile",
 }
 """Settings of `train` that say where and how a run is computed, and may change when it goes on."""
+_LATER_SETTINGS = {"genes": {"min_sections"}}
+"""Settings that earlier versions did not have, by block; their defaults give the same result as those versions."""
+
+_DEFAULTS: Mapping[str, dict[str, object]] = Config().model_dump(mode="json")
 
 Track = Callable[[Config, str, str | None], str]
 """Returns the id of a run's MLflow run from its settings, its name and the recorded id (None for a new run)."""
@@ -125,9 +129,17 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
 
 
 def identity(config: Config) -> dict[str, dict[str, object]]:
-    """Returns the settings that a run's result depends on, without those of where and on how many workers it runs."""
+    """Returns the settings that a run's result depends on, without those of where and on how many workers it runs.
+
+    A later setting at its default is left out, so that the runs of earlier versions go on.
+    """
     tree = config.model_dump(mode="json", include={"genes", "split", "model", "train", "retrieval"})
     tree["train"] = {name: value for name, value in tree["train"].items() if name not in _FREE_TRAIN_SETTINGS}
+    for block, later in _LATER_SETTINGS.items():
+        defaults = _DEFAULTS[block]
+        tree[block] = {
+            name: value for name, value in tree[block].items() if name not in later or value != defaults[name]
+        }
     return tree
 
 
@@ -168,7 +180,7 @@ def former_digest(config: Config) -> str:
 
     A setting that earlier versions did not have must be excluded here, for it would change every former name.
     """
-    later: Mapping[str, bool | set[str]] = {"predict": True, "tune": True, "genes": {"min_sections"}}
+    later: Mapping[str, bool | set[str]] = {"predict": True, "tune": True, **_LATER_SETTINGS}
     text = json.dumps(config.model_dump(mode="json", exclude=later), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -219,11 +231,11 @@ def _fit_panel(root: str, manifest: Manifest, split: Split, config: GenesConfig)
 
 
 def _require_same(record: RunRecord, name: str, config: Config, manifest: Manifest) -> None:
-    requested = identity(config)
+    requested = {block: _DEFAULTS[block] | fields for block, fields in identity(config).items()}
     changed = [
         f"{block}.{field}: {json.dumps(old)} -> {json.dumps(requested[block].get(field))}"
         for block, fields in record.identity.items()
-        for field, old in fields.items()
+        for field, old in (_DEFAULTS[block] | fields).items()
         if requested[block].get(field) != old
     ]
     if record.manifest_digest != manifest.digest():
