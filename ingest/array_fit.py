@@ -62,11 +62,12 @@ class ArrayFit:
 
 
 def fit_array(layout: Layout) -> ArrayFit | None:
-    """Returns the fit; None if fewer than 16 spots have an array position, or these are all on a line."""
+    """Returns the fit; None if fewer than 16 spots have an array position, or nearly all of these are on a line."""
     array_xy, xy_px = on_array(layout)
-    if len(array_xy) < MIN_SPOTS or np.linalg.matrix_rank(array_xy - array_xy.mean(axis=0)) < 2:
+    robust = _robust_fit(array_xy, xy_px) if len(array_xy) >= MIN_SPOTS else None
+    if robust is None:
         return None
-    first = _described(*_robust_fit(array_xy, xy_px), array_xy, xy_px)
+    first = _described(*robust, array_xy, xy_px)
     if not first.explains(array_xy, xy_px):
         return first
     kept = ~first.off(array_xy, xy_px)
@@ -121,8 +122,10 @@ def _least_squares(array_xy: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray,
     return px_per_step, centre_px - centre_steps @ px_per_step
 
 
-def _robust_fit(array_xy: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _robust_fit(array_xy: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns the affine fit through three spots that has the least median distance to all others.
+
+    None if all random triples are on a line.
 
     Least median of squares (Rousseeuw 1984, https://doi.org/10.1080/01621459.1984.10477105) over random triples:
     neither wrong pixels nor wrong array positions of some spots move it.
@@ -131,6 +134,8 @@ def _robust_fit(array_xy: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np
     triple = rng.integers(0, len(array_xy), (_NUM_TRIPLES, 3))
     steps, px = (xy[triple[:, 1:]] - xy[triple[:, :1]] for xy in (array_xy, xy_px))
     spans = np.abs(np.linalg.det(steps)) > 0
+    if not spans.any():
+        return None
     px_per_step = np.linalg.solve(steps[spans], px[spans])
     origin_px = xy_px[triple[spans, 0]] - np.einsum("ti,tij->tj", array_xy[triple[spans, 0]], px_per_step)
     judges = slice(None, None, math.ceil(len(array_xy) / _MAX_JUDGES))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from ingest.array_fit import MIN_SPOTS, ArrayFit, fit_array, nearest_distances, on_array
 from ingest.image_match import other_pixels, require_same_image, share_inside
@@ -22,6 +23,7 @@ VISIUM_PITCH_UM = 100.0
 _SQUARE_PITCHES_UM = (200.0, 150.0)  # legacy ST with 1,000 and 2,000 spots
 _POSSIBLE_PITCH_UM = (80.0, 400.0)  # of square arrays
 _MIN_INSIDE = 0.5
+_MAX_SHARED = 0.1  # of spots with the array position of another, as some rounded ones have
 _MAX_RATIO = 1.05  # of two lengths that are to be the same
 _PITCH_OVER_DIAMETER = (0.9, 5.0)  # spots do not overlap; arrays leave at most a few diameters between them
 _VISIUM_PITCH_OVER_DIAMETER = (1.25, 2.25)  # files state 45 to 80 um for spots of 55 um
@@ -52,6 +54,7 @@ def judged_resolution(row: SectionRow, layout: Layout, slide: Slide | None) -> R
         SourceError: nothing states a resolution, or sheet, files and image contradict each other.
     """
     require_same_image(layout, slide)
+    _require_own_places(layout)
     fit = fit_array(layout)
     if fit is not None:
         _require_order(layout, fit)
@@ -70,13 +73,29 @@ def array_mpp(layout: Layout, pitch_um: float) -> float | None:
     return pitch_um / fit.pitch_px if fit else None
 
 
+def _require_own_places(layout: Layout) -> None:
+    array_xy, _ = on_array(layout)
+    shared = pd.DataFrame(array_xy).duplicated()
+    if len(array_xy) >= MIN_SPOTS and shared.mean() > _MAX_SHARED:
+        raise SourceError(
+            f"{shared.sum()} of {len(array_xy)} spots have the array position of another: give the files of one "
+            "section, and each spot's own array position or none"
+        )
+
+
 def _require_order(layout: Layout, fit: ArrayFit) -> None:
     array_xy, xy_px = on_array(layout)
-    if not fit.explains(array_xy, xy_px):
+    if fit.explains(array_xy, xy_px):
+        return
+    num_off = fit.off(array_xy, xy_px).sum()
+    if num_off:
         raise SourceError(
-            f"{fit.off(array_xy, xy_px).sum()} of {len(xy_px)} spots are not where their array positions put them: "
+            f"{num_off} of {len(xy_px)} spots are not where their array positions put them: "
             "positions are mixed up; join tables by the spots' names, never by their order"
         )
+    raise SourceError(
+        f"the pixel positions of its {len(xy_px)} spots are on a line, and their array is not: give each spot's x and y"
+    )
 
 
 def _resolution(row: SectionRow, layout: Layout, fit: ArrayFit | None, slide: Slide | None) -> Resolution:

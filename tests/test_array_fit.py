@@ -54,6 +54,9 @@ def test_arrays_that_say_nothing():
     assert fit_array(Layout(square()[:15], square()[:15] * 290)) is None
     assert fit_array(Layout(np.full((30, 2), np.nan), square() * 290)) is None
     assert fit_array(Layout()) is None
+    nearly = np.zeros((2000, 2))
+    nearly[:3] = [(1, 2), (3, 4), (5, 1)]
+    assert fit_array(Layout(nearly, np.random.default_rng(0).random((2000, 2)))) is None
 
 
 @pytest.mark.odd

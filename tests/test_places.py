@@ -220,6 +220,31 @@ def test_mixed_up_spots_are_refused(tmp_path, format_, square):
 
 
 @odd
+@pytest.mark.parametrize(
+    ("format_", "fault"),
+    [
+        ("visium", "40 of 80 spots have the array position of another"),
+        ("h5ad", "array positions of its 80 spots repeat"),
+    ],
+)
+@pytest.mark.parametrize("array", ["twice", "mostly zero"])
+def test_spots_with_the_array_position_of_another_are_refused(tmp_path, section, format_, fault, array):
+    if array == "twice":
+        section.array_xy[40:], section.xy_px[40:] = section.array_xy[:40], section.xy_px[:40]
+    else:
+        section.array_xy[40:] = section.array_xy[0]
+    assert fault in refused(write_section(tmp_path, section, format_))
+
+
+@odd
+@every_format
+def test_pixel_positions_on_a_line_are_refused(tmp_path, section, format_):
+    section.xy_px[:, 1] = 60.0
+    text = refused(write_section(tmp_path, section, format_))
+    assert "the pixel positions of its 80 spots are on a line, and their array is not" in text
+
+
+@odd
 @every_format
 def test_a_few_spots_at_the_place_of_another_are_rejected_by_name(tmp_path, section, format_):
     section.xy_px[[3, 40, 77]] = section.xy_px[[40, 77, 3]]
