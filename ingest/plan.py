@@ -61,7 +61,7 @@ class Plan:
     stamps: Mapping[str, FileStamp]
     """Local files by path, for the next run."""
     headers: Mapping[str, Header]
-    """Headers of sections that are new or have changed sources."""
+    """Headers of sections that are new, have changed sources or were cut before genes were named as now."""
 
     @property
     def is_done(self) -> bool:
@@ -97,10 +97,10 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
     previous = None if version is None else _load_previous(root)
     entries = {entry.section_id: entry for entry in previous.sections} if previous else {}
 
-    # Headers of sections whose sources are new or changed; the others' resolution is in the table.
+    # Headers of sections whose sources are new or changed; the others' resolution and genes are in the table.
     sources, stamps, contents = source_digests(rows, load_stamps(root))
     require_own_files(rows, contents)
-    fresh = [row for row in rows if _source_digest(entries.get(row.section_id)) != sources[row.section_id]]
+    fresh = [row for row in rows if not _is_known(entries.get(row.section_id), sources[row.section_id])]
     headers = dict(zip((row.section_id for row in fresh), read_headers(fresh), strict=True))
     mpp = {row.section_id: _mpp(row.section_id, headers, entries) for row in rows}
     recipe = Recipe(config.tiles, _table_mpp(config.tiles, mpp, previous))
@@ -212,8 +212,14 @@ def _load_previous(root: str) -> Manifest:
         raise TableError(f"{error}; or remove {storage.join(root, MANIFEST)} to start over") from None
 
 
-def _source_digest(entry: SectionEntry | None) -> str | None:
-    return entry.fingerprint.split("-")[0] if entry else None
+def _is_known(entry: SectionEntry | None, source_digest: str) -> bool:
+    """Returns whether the table has what a section's headers state: its sources are the same, and so are gene names.
+
+    Genes were named otherwise in tables that do not say which ones a section measures.
+    """
+    if entry is None or entry.fingerprint.split("-")[0] != source_digest:
+        return False
+    return entry.genes is not None or not entry.measured
 
 
 def _settings_digest(recipe: Recipe) -> str:

@@ -1,6 +1,8 @@
 """A tile table prepared again: what is redone, and what survives a crash or a rival."""
 
 import csv
+import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import tifffile
@@ -17,7 +21,7 @@ from prepared_tables import add_count, copy_of, edit_counts, files, read_everyth
 
 from ingest import prepare as prepare_module
 from mclstexp import storage
-from mclstexp.data.schema import load_genes, load_manifest
+from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, load_genes, load_manifest
 from mclstexp.data.table import read_counts, read_sentence
 from mclstexp.errors import ConflictError
 
@@ -74,6 +78,29 @@ def test_changed_tile_settings_redo_all(two, tmp_path):
         assert report.redone == ("P1S1", "P2S1")
         assert run(two, tmp_path / "out", **settings).redone == ()
     assert run(two, tmp_path / "out", **settings, **{"tiles.allow_upsampling": True}).redone == ()
+
+
+def test_a_table_of_before_genes_were_named_as_now_is_cut_again(two, tmp_path):
+    out = tmp_path / "out"
+    first = run(two, out).manifest
+    genes = load_genes(str(out), first)
+    counts = {entry.section_id: read_counts(str(out), entry, len(genes)).toarray() for entry in first.sections}
+    names = [[f"GRCh38_{name}" if name else "" for name in column] for column in genes.to_pydict().values()]
+    old = pa.table(names, GENE_SCHEMA)
+    pq.write_table(old, out / first.genes_file)
+    tree = json.loads((out / MANIFEST).read_text()) | {"schema_version": 3}
+    tree["genes_sha256"] = hashlib.sha256((out / first.genes_file).read_bytes()).hexdigest()
+    for section in tree["sections"]:
+        section["fingerprint"] = f"{section['fingerprint'].split('-')[0]}-earlier"
+        del section["genes"], section["counts_digest"]
+    (out / MANIFEST).write_text(json.dumps(tree))
+
+    report = run(two, out)
+    named = load_genes(str(out), report.manifest)
+    assert named["gene_id"].to_pylist() == [*old["gene_id"].to_pylist(), *genes["gene_id"].to_pylist()]
+    for name, expected in counts.items():
+        again = read_counts(str(out), report.manifest.section(name), len(named)).toarray()
+        np.testing.assert_array_equal(again, np.hstack([np.zeros_like(expected), expected]))
 
 
 def test_sections_leave_with_the_sheet_and_their_files_one_run_later(own_two, cohort, tmp_path):
