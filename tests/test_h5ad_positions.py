@@ -142,6 +142,16 @@ def test_a_spot_off_the_array_is_rejected(row, tmp_path, name, text):
 
 
 @pytest.mark.odd
+def test_array_positions_of_minus_one_are_none(row, tmp_path):
+    data = make()
+    data.obs.loc[data.obs.index[[5, 9]], ["array_row", "array_col"]] = -1
+    data.write_h5ad(row.expression)
+    found = read(row, tmp_path)
+    require_right(found, [i for i in range(NUM_SPOTS) if i not in (5, 9)])
+    assert [reject.reason for reject in found.rejected] == ["no_array_position"] * 2
+
+
+@pytest.mark.odd
 def test_an_array_that_is_nowhere_known_is_none(row, tmp_path):
     make(array_row=np.nan).write_h5ad(row.expression)
     found = read(row, tmp_path)

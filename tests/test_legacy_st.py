@@ -149,11 +149,22 @@ def test_repeated_spots_are_named(st, tmp_path):
     assert "a_sel.tsv: spot appears more than once: 10x20" in refused(st, tmp_path)
 
 
+@pytest.mark.odd
 @pytest.mark.parametrize("xy", [(-1, 20), (70_000, 20)])
-def test_array_positions_out_of_range_are_named(st, tmp_path, xy):
+def test_an_array_position_out_of_range_costs_its_spot(st, tmp_path, xy):
     write_counts(tmp_path / "a.tsv.gz", COUNTS | {f"{xy[0]}x{xy[1]}": [1, 1, 1]})
     write_positions(tmp_path / "a_sel.tsv", POSITIONS | {xy: (1, 1)})
-    assert f"spot {xy[0]}x{xy[1]} has the array position" in refused(st, tmp_path)
+    found = read(st, tmp_path)
+    assert (f"{xy[0]}x{xy[1]}", 1, 1, "no_array_position") in found.rejected
+    assert xy not in map(tuple, found.layout.array_xy)
+
+
+@pytest.mark.odd
+def test_array_positions_mostly_out_of_range_are_refused(st, tmp_path):
+    moved = {f"{70_000 + i}x20": count for i, count in enumerate(COUNTS.values())}
+    write_counts(tmp_path / "a.tsv.gz", moved)
+    write_positions(tmp_path / "a_sel.tsv", {(70_000 + i, 20): (10 * i, 1) for i in range(len(COUNTS))})
+    assert "4 of 4 spots have array positions outside 0 to 65535" in refused(st, tmp_path)
 
 
 @pytest.mark.parametrize(

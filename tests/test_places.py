@@ -224,7 +224,7 @@ def test_mixed_up_spots_are_refused(tmp_path, format_, square):
     ("format_", "fault"),
     [
         ("visium", "40 of 80 spots have the array position of another"),
-        ("h5ad", "array positions of its 80 spots repeat"),
+        ("h5ad", "array positions or barcodes of its 80 spots repeat"),
     ],
 )
 @pytest.mark.parametrize("array", ["twice", "mostly zero"])

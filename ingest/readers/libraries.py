@@ -132,7 +132,11 @@ def _places(obs: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def _array_positions(obs: pd.DataFrame) -> pd.DataFrame:
-    return obs[[*ARRAY_COLUMNS]].dropna() if set(ARRAY_COLUMNS) <= set(obs) else obs.iloc[:0]
+    """Returns the known array positions, float64 (n, 2): a negative number stands for none."""
+    if not set(ARRAY_COLUMNS) <= set(obs):
+        return obs.iloc[:0]
+    array = obs[[*ARRAY_COLUMNS]].apply(lambda column: pd.to_numeric(column.astype(object), errors="coerce"))
+    return array[(array >= 0).all(axis=1)]
 
 
 def _names(obs: pd.DataFrame, libraries: Collection[str]) -> dict[str, pd.Series]:

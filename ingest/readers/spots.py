@@ -98,6 +98,7 @@ class Spots:
         array_xy = np.stack([self.array_col, self.array_row], axis=1)
         xy_px = np.stack([self.x_px, self.y_px], axis=1)
         known, on_array = (np.isfinite(xy).all(axis=1) for xy in (xy_px, array_xy))
+        on_array &= ~_off_arrays(self)
         known &= on_array | ~on_array.any()
         of_spots = (array_xy[known], xy_px[known], _bin_um(self.spot_id))
         return Layout(*of_spots, scale.mpp, scale.spot_diameter_px, scale.pictures)
@@ -241,17 +242,24 @@ def require_unique(names: list[str], what: str) -> None:
 
 
 def require_positions(spots: Spots) -> None:
-    """Refuses positions that no array has.
+    """Refuses positions that no array has; a few, such as -1 where one is unknown, cost their spots only.
 
     Raises:
-        SourceError: an array position is negative or above `MAX_ARRAY`; names the spot.
+        SourceError: more than half of the array positions are negative or above `MAX_ARRAY`; names a spot.
     """
-    array = np.stack([spots.array_row, spots.array_col])
-    wrong = ((array < 0) | (array > MAX_ARRAY)).any(axis=0)
-    if wrong.any():
+    wrong = _off_arrays(spots)
+    if wrong.sum() > len(spots) / 2:
         i = int(wrong.argmax())
-        got = tuple(array[:, i].tolist())
-        raise SourceError(f"spot {spots.spot_id[i]} has the array position (allowed: 0 to {MAX_ARRAY}) {got}")
+        raise SourceError(
+            f"{wrong.sum()} of {len(spots)} spots have array positions outside 0 to {MAX_ARRAY}, such as row "
+            f"{spots.array_row[i]:g}, column {spots.array_col[i]:g} of spot {spots.spot_id[i]}: give those of the array"
+        )
+
+
+def _off_arrays(spots: Spots) -> np.ndarray:
+    """Returns which spots have an array position that no array has, bool (n,)."""
+    row, column = spots.array_row, spots.array_col
+    return (np.minimum(row, column) < 0) | (np.maximum(row, column) > MAX_ARRAY)
 
 
 def split_usable(spots: Spots, selected: np.ndarray) -> tuple[Spots, list[Reject]]:
@@ -261,7 +269,7 @@ def split_usable(spots: Spots, selected: np.ndarray) -> tuple[Spots, list[Reject
         spots: without counts, none of them can be used.
         selected: bool (n,), or float64 (n,) of 1, 0 and NaN where it is unclear.
     """
-    lacks_array = np.isnan(spots.array_row + spots.array_col)
+    lacks_array = np.isnan(spots.array_row + spots.array_col) | _off_arrays(spots)
     tests = {
         "not_selected": selected == 0,
         "no_position": np.isnan(spots.x_px + spots.y_px),
