@@ -134,7 +134,14 @@ def test_missing_and_huge_sheets_are_refused(folder, monkeypatch):
     assert "larger than 10 bytes" in faults(write(folder, "C1,C,c.svs,slide,,,,,,"))
 
 
-@pytest.mark.parametrize("path", ["s3://key:secret@bucket/c.svs", "gs://bucket/c.svs"])
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("s3://key:secret@bucket/c.svs", "gs://bucket/c.svs", "~no_such_user/c.svs"),
+        *(pytest.param(f"{letter * 300}.svs", id=f"a name of 300 {letter}") for letter in "uü"),
+    ],
+)
 def test_paths_that_cannot_be_resolved(folder, path):
     assert "row 2, column image, got" in faults(write(folder, f"C1,C,{path},slide,,,,,,"))
 

@@ -102,6 +102,8 @@ def test_other_files_are_refused_without_their_bytes(tmp_path, name, read):
 
 
 FAULTS = {
+    "no line breaks": ("x" * 200_000, "is not a CSV file: its header has 200000 characters"),
+    "a cell without end": (SHEET + "x" * 200_000, "is not a CSV file: row 4: field larger"),
     "thousands between tabs": (SHEET.replace(",", "\t").replace("0.325", "1,325"), "row 3, column mpp, got '1,325'"),
     "decimal comma between commas": (SHEET.replace("0.325", '"0,325"'), "row 3, column mpp, got '0,325'"),
     "rows of the file are counted": ("\n\n" + SHEET.replace("B1", "B/1"), "row 5, column section_id, got 'B/1'"),

@@ -195,7 +195,10 @@ def _resolve(path: str, sheet_uri: str) -> str:
         raise StorageError("it is a path of Windows: give a path on this machine, with / between folders")
     if not path.startswith(("/", "~", "file:")) and "://" not in path:
         path = storage.join(sheet_uri.rsplit("/", 1)[0], path)
-    return as_spelled(storage.absolute(path))
+    try:
+        return as_spelled(storage.absolute(path))
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~ of no user
+        raise StorageError(str(error)) from error
 
 
 def _row_faults(line: int, error: ValidationError) -> Iterator[Fault]:
@@ -264,6 +267,6 @@ def _file_fault(line: int, column: str, path: str, sheet_uri: str, reader: Forma
         uri = _resolve(path, sheet_uri)
         uris = reader.files({column: uri}) if reader is not None and column in reader.needs else {column: uri}
         exists = uri not in uris.values() or storage.exists(uri)  # the reader has looked up all other files
-    except (StorageError, SourceError) as error:
+    except (StorageError, SourceError, OSError) as error:
         return line, f", column {column}, got {path!r}: {error}"
     return None if exists else (line, f", column {column}: there is no file {path}")

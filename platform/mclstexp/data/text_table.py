@@ -68,15 +68,12 @@ def read_text_table(uri: str, what: str, max_bytes: int | None = None) -> TextTa
             raise SheetError(f"{uri} is larger than {max_bytes} bytes: it is not a {what}")
         text = _decoded(storage.read(uri))
         separator, text = _separator(text)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        lines = _unnumbered([(reader.line_num, cells) for cells in _stripped(reader) if any(cells)])
+        lines = _unnumbered(list(_filled_lines(text, separator)))
         header = lines[0][1] if lines else []
         columns = tuple(re.sub(r"[\s-]+", "_", name.lower()) for name in header)
         return TextTable(tuple(filter(None, columns)), [_row(columns, *line) for line in lines[1:]], separator)
     except FileNotFoundError:
         raise SheetError(f"there is no {what} {uri}") from None
-    except csv.Error as error:
-        raise SheetError(f"the {what} {uri} is not a CSV file: row {reader.line_num}: {error}") from None
     except _TableFault as fault:
         raise SheetError(f"the {what} {uri} {fault}") from None
 
@@ -106,11 +103,21 @@ def _separator(text: str) -> tuple[str, str]:
     if named := _SEPARATOR_LINE.match(text):
         return named[1], text[named.end(1) :].lstrip('" ')
     header = next((line for line in text.splitlines() if line.strip("".join(_SEPARATORS) + ' "')), "")
+    if len(header) > csv.field_size_limit():
+        raise _TableFault(f"is not a CSV file: its header has {len(header)} characters")
     return max(_SEPARATORS, key=lambda separator: len(next(csv.reader([header], delimiter=separator), []))), text
 
 
-def _stripped(reader: Iterator[list[str]]) -> Iterator[list[str]]:
-    return ([cell.strip() for cell in cells] for cells in reader)
+def _filled_lines(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows with a filled cell: the line on which each ends, and its cells without spaces around them."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for cells in reader:
+            stripped = [cell.strip() for cell in cells]
+            if any(stripped):
+                yield reader.line_num, stripped
+    except csv.Error as error:
+        raise _TableFault(f"is not a CSV file: row {reader.line_num}: {error}") from None
 
 
 def _unnumbered(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
