@@ -101,6 +101,7 @@ def prepare_damaged(folder, section, form, damage, **cells):
     return prepare_here(write_sheet(folder, [row]), folder / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.odd
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("array", ARRAYS)

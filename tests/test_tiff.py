@@ -84,6 +84,7 @@ READ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.odd
 @pytest.mark.parametrize("form", READ)
 def test_tiles_and_thumbnails_of_what_programs_write(tmp_path, form):
