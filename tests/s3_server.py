@@ -41,6 +41,8 @@ def _seaweed(folder: Path, s3_port: int) -> list[str]:
         "-ip.bind=127.0.0.1",
         *(f"-{name}.port={port}" for name, port in ports.items()),
         f"-s3.port={s3_port}",
+        # Each bucket takes a volume; by itself the server allows as many as there are free GiB on the disk.
+        "-volume.max=100000",
         "-webdav=false",
         "-admin.ui=false",
         "-s3.port.iceberg=0",
