@@ -68,6 +68,22 @@ class Config(ConfigBlock):
             )
         if model.batch_norm == "sync" and not train.use_gpu:
             raise ValueError("model.batch_norm=sync needs train.use_gpu=true; use local or frozen on CPUs")
+        if model.image_views != ("image",) and not model.freeze_encoder:
+            raise ValueError(
+                f"model.image_views={','.join(model.image_views)} needs model.freeze_encoder=true; an encoder that is "
+                "trained sees the view `image` alone"
+            )
+        if len(set(model.image_views)) < len(model.image_views):
+            raise ValueError(f"model.image_views={','.join(model.image_views)} names a view twice")
+        if train.feature_draws and (not model.freeze_encoder or train.augmentation == "none"):
+            raise ValueError(
+                f"train.feature_draws={train.feature_draws} needs model.freeze_encoder=true and an augmentation other "
+                "than none"
+            )
+        if model.test_turns and model.freeze_encoder:
+            raise ValueError(
+                "model.test_turns=true needs model.freeze_encoder=false: stored features are of plain tiles"
+            )
         if train.batching == "random_spots" and model.position == "sinusoidal":
             raise ValueError(
                 "model.position=sinusoidal measures from the centre of a neighbourhood, which "

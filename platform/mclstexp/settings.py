@@ -81,6 +81,10 @@ class TilesConfig(ConfigBlock):
     """Maximum number of spots in a sentence, the unit of reading and of attention."""
     min_tissue: float = Field(0.1, ge=0, le=1)
     """Minimum share of tissue in a tile; tiles and measured spots with less are rejected."""
+    wide_um: float | None = Field(None, gt=0)
+    """Edge in micrometres of a second, wider view of each spot (618 is a good value); empty: tiles have one view."""
+    wide_px: int = Field(112, ge=16, le=2048)
+    """Edge of the wide view in pixels."""
 
 
 class GenesConfig(ConfigBlock):
@@ -126,17 +130,25 @@ class ModelConfig(ConfigBlock):
     """The two towers."""
 
     image_encoder: str = "densenet121"
-    """densenet121, resnet18, resnet50, vit_b_16, small_cnn (four layers, for tests) or timm/NAME (any timm model)."""
+    """A preset (densenet121, uni2-h, virchow2, h-optimus-0, ...; docs/encoders.md lists them) or timm/NAME."""
     image_weights: str = "random"
-    """`random`, `imagenet` (torchvision's cache or download), or a file (.pth, .safetensors; local or s3://)."""
-    input_scaling: Literal["imagenet", "unit", "bgr255"] = "imagenet"
-    """Pixels normalised with ImageNet's mean and deviation, only scaled to [0, 1], or blue first from 0 to 255."""
+    """`random`, `imagenet` (torchvision's cache or download), `hub` (the preset's place on the Hugging Face hub), or a
+    file (.safetensors, .pth, .bin; local or s3://)."""
+    image_layers: tuple[str, ...] = ()
+    """Pooled layers of the encoder that are joined to a view's features; empty: the preset's own pooled feature."""
+    image_views: tuple[Literal["image", "image_wide"], ...] = Field(("image",), min_length=1)
+    """Views of a spot whose features are joined; `image_wide` needs a tile table with wide views."""
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    """Number format of the stored features of a frozen encoder."""
+    input_scaling: Literal["imagenet", "unit", "bgr255"] | None = None
+    """Pixels normalised with ImageNet's mean and deviation, only scaled to [0, 1], or blue first from 0 to 255; empty:
+    as the encoder was trained."""
     test_turns: bool = False
     """Whether tiles are also flipped and turned, each in a fixed way, when they are embedded (published for Visium)."""
     predictor: Literal["retrieval", "regression"] = "retrieval"
     """Reads expression from the most similar measured spots, or regresses it directly from the tile (ST-Net)."""
     freeze_encoder: bool = False
-    """Whether the image encoder keeps its weights and batch statistics; only the layers on top learn."""
+    """Whether the image encoder keeps its weights: its features are computed once, and only the layers on top learn."""
     spot_layers: int = Field(4, ge=0, le=48)
     """Transformer blocks of the spot tower (its depth); 0: each spot is embedded on its own."""
     spot_width: int | None = Field(256, ge=8)
@@ -181,7 +193,11 @@ class TrainConfig(ConfigBlock):
     drop_spots: float = Field(0.3, ge=0, lt=1)
     """Largest share of a sentence's spots left out, redrawn for each sentence and epoch. Unused with `random_spots`."""
     augmentation: Literal["none", "default", "reference", "flips"] = "default"
-    """Flips, quarter turns and mild colour and stain jitter; the published recipe (Visium's: `flips`); or none."""
+    """Flips, quarter turns and mild colour and stain jitter; the published recipe (Visium's: `flips`); or none. With
+    `freeze_encoder` only the stored draws are augmented (`feature_draws`)."""
+    feature_draws: int = Field(0, ge=0, le=64)
+    """Augmented draws of each tile whose features are stored and used in turn; 0: the plain tile. Needs
+    `model.freeze_encoder`."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """Optimiser."""
     tower_lr: float = Field(1e-4, gt=0)

@@ -40,7 +40,7 @@ class ImageTower(nn.Module):
         self.encoder.requires_grad_(not config.freeze_encoder)
         if config.batch_norm == "sync" and not config.freeze_encoder:
             self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)
-        mean, std = _SCALINGS[config.input_scaling]
+        mean, std = _SCALINGS[config.input_scaling or "imagenet"]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 

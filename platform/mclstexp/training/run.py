@@ -37,7 +37,11 @@ _FREE_TRAIN_SETTINGS = {
     "compile",
 }
 """Settings of `train` that say where and how a run is computed, and may change when it goes on."""
-_LATER_SETTINGS = {"genes": {"min_sections"}}
+_LATER_SETTINGS = {
+    "genes": {"min_sections"},
+    "model": {"image_layers", "image_views", "feature_dtype"},
+    "train": {"feature_draws"},
+}
 """Settings that earlier versions did not have, by block; their defaults give the same result as those versions."""
 
 _DEFAULTS: Mapping[str, dict[str, object]] = Config().model_dump(mode="json")
