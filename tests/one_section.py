@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mclstexp import storage
-from mclstexp.data import table
+from mclstexp.data import row_groups
 from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, TILE_SCHEMA, Manifest, SectionEntry
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.slides.codec import encode_tile
@@ -84,7 +84,7 @@ def make_one(folder, root=None, sentences=None, section_id="S1", measured=True):
         thumbnail_scale=1.0,
     )
     write_manifest(root, entry)
-    table._read_footer.cache_clear()
+    row_groups.read_footer.cache_clear()
     return Made(root, entry, sentences)
 
 

@@ -10,7 +10,7 @@ import pytest
 from one_section import make_one, sentence
 
 from mclstexp import storage
-from mclstexp.data import table
+from mclstexp.data import row_groups
 from mclstexp.data.schema import TILE_SCHEMA, RowGroup
 from mclstexp.data.table import read_columns, read_sentence
 from mclstexp.errors import TableError
@@ -93,7 +93,7 @@ def replaced(made, data):
     metadata = pq.read_metadata(pa.BufferReader(data))
     footer_offset = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     group = RowGroup(offset=4, length=footer_offset - 4, num_rows=metadata.num_rows)
-    table._read_footer.cache_clear()
+    row_groups.read_footer.cache_clear()
     return made.entry.model_copy(
         update={
             "size_bytes": len(data),

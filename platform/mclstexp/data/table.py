@@ -1,20 +1,11 @@
-"""Section files of a tile table: one Parquet file per section, one row group per sentence, read by exact byte ranges.
+"""Section files of a tile table: one Parquet file per section, one row group per sentence (`row_groups`).
 
-A sentence costs one range request, because the manifest lists each row group's byte range and each process caches the
-footer. In return, files must be written by `write_section`, whose layout (chunks without gaps, page checksums, no
-embedded Arrow schema) readers verify. Stored types are never looked up by name, so a crafted extension type cannot run
-code.
+A sentence costs one range request, and each tile is verified by its checksum.
 """
 
-import hashlib
-import io
-import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,49 +14,17 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from mclstexp import storage
-from mclstexp.data.schema import TILE_SCHEMA, RowGroup, SectionEntry, load_manifest
+from mclstexp.data.row_groups import GroupedFile, column_ranges, fetch, open_parts, read_footer, write_groups
+from mclstexp.data.schema import TILE_SCHEMA, SectionEntry, load_manifest
 from mclstexp.errors import StorageError, TableError
 from mclstexp.slides.codec import decode_tile
 
 _REPEATING = ["section_id", "patient_id", "gene_index.list.element", "count.list.element"]
-_CACHED_FOOTERS = 1024  # about 50 KB each
-_PARALLEL_RANGES = 8
-_TAIL = struct.Struct("<i4s")  # footer length and magic at the end of a Parquet file
-_MAGIC = b"PAR1"
 
 
-@dataclass(frozen=True)
-class SectionFile:
-    """What the manifest records about a section file."""
-
-    size_bytes: int
-    sha256: str
-    footer_offset: int
-    row_groups: tuple[RowGroup, ...]
-
-
-def write_section(path: str | Path, sentences: Iterable[pa.Table]) -> SectionFile:
+def write_section(path: str | Path, sentences: Iterable[pa.Table]) -> GroupedFile:
     """Writes a local section file from its sentences (TILE_SCHEMA each), with one in memory at a time."""
-    with pq.ParquetWriter(
-        path,
-        TILE_SCHEMA,
-        compression="zstd",
-        use_dictionary=_REPEATING,
-        write_statistics=False,
-        write_page_checksum=True,
-        store_schema=False,
-    ) as writer:
-        for sentence in sentences:
-            writer.write_table(sentence, row_group_size=max(1, sentence.num_rows))
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.seek(-_TAIL.size, io.SEEK_END) + _TAIL.size
-        footer_length, _ = _TAIL.unpack(file.read(_TAIL.size))
-    metadata = pq.read_metadata(path)
-    groups = tuple(_byte_range(metadata.row_group(i)) for i in range(metadata.num_row_groups))
-    footer_offset = size - _TAIL.size - footer_length
-    _require_no_gaps(groups, footer_offset)
-    return SectionFile(size, digest, footer_offset, groups)
+    return write_groups(path, TILE_SCHEMA, sentences, "zstd", _REPEATING)
 
 
 def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
@@ -80,7 +39,8 @@ def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
     with _damage(entry, f"sentence {group_index}"):
         footer = _footer(root, entry)
         data = storage.read(_uri(root, entry), group.offset, group.length)
-        table = _open(entry, footer, {group.offset: data}).read_row_group(group_index, use_threads=False)
+        file = open_parts({group.offset: data}, entry.size_bytes, footer, TILE_SCHEMA)
+        table = file.read_row_group(group_index, use_threads=False)
         _verify_rows(entry, table, group.num_rows)
         _verify_tiles(entry, table)
     return table.cast(TILE_SCHEMA)
@@ -95,8 +55,9 @@ def read_columns(root: str, entry: SectionEntry, columns: Iterable[str]) -> pa.T
     names = list(columns)
     with _damage(entry, f"columns {', '.join(names)}"):
         footer = _footer(root, entry)
-        parts = _fetch(_uri(root, entry), _column_ranges(footer, {*names, "section_id"}))
-        table = _open(entry, footer, parts).read(columns=[*names, "section_id"], use_threads=False)
+        ranges = column_ranges(footer, {*names, "section_id"}, range(footer.num_row_groups))
+        file = open_parts(fetch(_uri(root, entry), ranges), entry.size_bytes, footer, TILE_SCHEMA)
+        table = file.read(columns=[*names, "section_id"], use_threads=False)
         _verify_rows(entry, table, entry.num_spots)
     return table.select(names).cast(pa.schema([TILE_SCHEMA.field(name) for name in names]))
 
@@ -139,105 +100,15 @@ def tile_crc(image: bytes) -> int:
     return zlib.crc32(image)
 
 
-def _byte_range(group: pq.RowGroupMetaData) -> RowGroup:
-    chunks = [_chunk_range(group.column(i)) for i in range(group.num_columns)]
-    start = min(offset for offset, _ in chunks)
-    return RowGroup(offset=start, length=sum(length for _, length in chunks), num_rows=group.num_rows)
-
-
-def _chunk_range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
-    return start, chunk.total_compressed_size
-
-
-def _require_no_gaps(groups: tuple[RowGroup, ...], footer_offset: int) -> None:
-    end = len(_MAGIC)
-    for group in groups:
-        assert group.offset == end, "row groups must follow each other without gaps"
-        end += group.length
-    assert end == footer_offset, "the footer must follow the last row group"
-
-
 def _uri(root: str, entry: SectionEntry) -> str:
     return storage.join(storage.absolute(root), entry.file)
 
 
 def _footer(root: str, entry: SectionEntry) -> pq.FileMetaData:
-    footer = _read_footer(_uri(root, entry), entry.footer_offset, entry.size_bytes - entry.footer_offset)
+    footer = read_footer(_uri(root, entry), entry.footer_offset, entry.size_bytes - entry.footer_offset)
     if footer.num_row_groups != len(entry.row_groups) or footer.num_rows != entry.num_spots:
         raise TableError(f"its footer has {footer.num_rows} rows and the manifest {entry.num_spots}")
     return footer
-
-
-@lru_cache(maxsize=_CACHED_FOOTERS)
-def _read_footer(uri: str, offset: int, length: int) -> pq.FileMetaData:
-    data = storage.read(uri, offset, length)
-    if b"ARROW:" in data:
-        raise TableError("it embeds Arrow type metadata, which no section file has")
-    return pq.read_metadata(pa.BufferReader(_MAGIC + data))
-
-
-def _open(entry: SectionEntry, footer: pq.FileMetaData, parts: dict[int, bytes]) -> pq.ParquetFile:
-    """Returns a reader over fetched parts of the file, keyed by their first byte."""
-    file = pq.ParquetFile(
-        pa.PythonFile(_Parts(parts, entry.size_bytes), mode="r"),
-        metadata=footer,
-        pre_buffer=False,
-        page_checksum_verification=True,
-        arrow_extensions_enabled=False,
-    )
-    if not file.schema_arrow.equals(TILE_SCHEMA):
-        raise TableError(f"its columns {file.schema_arrow.names} differ in name or type from {TILE_SCHEMA.names}")
-    return file
-
-
-class _Parts(io.RawIOBase):
-    """A file of which only some parts were fetched; reading other bytes is an error."""
-
-    def __init__(self, parts: dict[int, bytes], size: int) -> None:
-        self._parts, self._size, self._at = parts, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        for start, data in self._parts.items():
-            first = self._at - start
-            if 0 <= first < len(data) and size >= 0:
-                found = data[first : first + size]
-                self._at += len(found)
-                return found
-        raise OSError(f"its footer points to bytes {self._at}..{self._at + size}, outside the row group")
-
-
-def _column_ranges(footer: pq.FileMetaData, names: set[str]) -> list[tuple[int, int]]:
-    """Returns (offset, length) of the columns' chunks in all row groups, with adjacent ones joined."""
-    joined: list[tuple[int, int]] = []
-    for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
-        for chunk in (group.column(i) for i in range(group.num_columns)):
-            if chunk.path_in_schema.split(".")[0] not in names:
-                continue
-            start, length = _chunk_range(chunk)
-            if joined and sum(joined[-1]) == start:
-                start, length = joined[-1][0], joined.pop()[1] + length
-            joined.append((start, length))
-    return joined
-
-
-def _fetch(uri: str, ranges: list[tuple[int, int]]) -> dict[int, bytes]:
-    with ThreadPoolExecutor(_PARALLEL_RANGES) as pool:
-        parts = pool.map(lambda byte_range: storage.read(uri, *byte_range), ranges)
-        return {start: data for (start, _), data in zip(ranges, parts, strict=True)}
 
 
 def _verify_rows(entry: SectionEntry, table: pa.Table, num_rows: int) -> None:
