@@ -223,7 +223,8 @@ def _is_known(entry: SectionEntry | None, source_digest: str) -> bool:
 
 
 def _settings_digest(recipe: Recipe) -> str:
-    settings = recipe.tiles.model_dump(mode="json", exclude={"allow_upsampling"})
+    left_out = {"allow_upsampling"} | ({"wide_um", "wide_px"} if recipe.tiles.wide_um is None else set())
+    settings = recipe.tiles.model_dump(mode="json", exclude=left_out)  # without a wide view as before there was one
     settings |= {"mpp": recipe.mpp, "cutter": _CUTTER_VERSION}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]
 

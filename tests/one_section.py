@@ -8,7 +8,15 @@ import pyarrow.parquet as pq
 
 from mclstexp import storage
 from mclstexp.data import row_groups
-from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, TILE_SCHEMA, Manifest, SectionEntry
+from mclstexp.data.schema import (
+    GENE_SCHEMA,
+    MANIFEST,
+    TILE_SCHEMA,
+    WIDE_SCHEMA_VERSION,
+    WIDE_TILE_SCHEMA,
+    Manifest,
+    SectionEntry,
+)
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.slides.codec import encode_tile
 
@@ -53,13 +61,16 @@ class Made:
         return storage.join(self.root, self.entry.file)
 
 
-def make_one(folder, root=None, sentences=None, section_id="S1", measured=True):
-    """Writes a table of one section at `root`, or in a folder, with scratch files in that folder."""
+def make_one(folder, root=None, sentences=None, section_id="S1", measured=True, **wide):
+    """Writes a table of one section at `root`, or in a folder, with scratch files in that folder.
+
+    `wide` has wide_px and wide_mpp if the sentences have a wide view.
+    """
     root = root or str(folder / "table")
     if sentences is None:
         sentences = [sentence(first, num, measured=measured) for first, num in ((0, 9), (9, 8), (17, 8))]
     local = folder / "scratch.parquet"
-    written = write_section(local, sentences)
+    written = write_section(local, sentences, WIDE_TILE_SCHEMA if wide else TILE_SCHEMA)
     storage.upload(local, storage.join(root, "tiles/S1.parquet"))
     entry = SectionEntry(
         section_id=section_id,
@@ -83,12 +94,12 @@ def make_one(folder, root=None, sentences=None, section_id="S1", measured=True):
         thumbnail_file="",
         thumbnail_scale=1.0,
     )
-    write_manifest(root, entry)
+    write_manifest(root, entry, **wide)
     row_groups.read_footer.cache_clear()
     return Made(root, entry, sentences)
 
 
-def write_manifest(root, entry):
+def write_manifest(root, entry, **wide):
     genes = pa.table({name: [f"{name}{i}" for i in range(NUM_GENES)] for name in GENE_SCHEMA.names}, schema=GENE_SCHEMA)
     buffer = pa.BufferOutputStream()
     pq.write_table(genes, buffer)
@@ -102,6 +113,7 @@ def write_manifest(root, entry):
         genes_sha256="",
         num_genes=NUM_GENES,
         sections=(entry,),
+        **(wide | {"schema_version": WIDE_SCHEMA_VERSION} if wide else {}),
     )
     storage.write(storage.join(root, "genes.parquet"), buffer.getvalue().to_pybytes())
     storage.write(storage.join(root, MANIFEST), manifest.encode())

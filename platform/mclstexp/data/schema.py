@@ -9,22 +9,25 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from mclstexp import storage
-from mclstexp.errors import TableError
+from mclstexp.errors import ConfigError, TableError
 from mclstexp.messages import did_you_mean
 
-SCHEMA_VERSION = 4
-_READ_VERSIONS = (3, SCHEMA_VERSION)
+SCHEMA_VERSION, WIDE_SCHEMA_VERSION = 4, 5
+"""Tables with a wide view have a version of their own, because earlier code refuses their columns."""
+_READ_VERSIONS = (3, SCHEMA_VERSION, WIDE_SCHEMA_VERSION)
 """Tables of schema 3 do not say which genes a section measures."""
 MANIFEST = "manifest.json"
+IMAGE, IMAGE_WIDE = "image", "image_wide"
+"""Views of a spot: its tile, and a coarser look at more of its surroundings."""
 
 TILE_SCHEMA = pa.schema(
     [
@@ -45,6 +48,10 @@ TILE_SCHEMA = pa.schema(
         ("count", pa.list_(pa.int32())),
     ]
 )
+WIDE_TILE_SCHEMA = TILE_SCHEMA.append(pa.field(IMAGE_WIDE, pa.binary())).append(pa.field("crc_wide", pa.uint32()))
+"""Of tables with a wide view: a second encoded tile around the same centre, and its zlib.crc32."""
+CRC_COLUMNS = {IMAGE: "crc", IMAGE_WIDE: "crc_wide"}
+"""Column of each view's checksum."""
 REJECT_SCHEMA = pa.schema(
     [
         ("section_id", pa.string()),
@@ -155,6 +162,42 @@ class Manifest(_Record):
     num_genes: int
     sections: tuple[SectionEntry, ...]
     """Sorted by section_id."""
+    wide_px: int | None = None
+    """Edge of the wide view in pixels; None: the table has no wide view."""
+    wide_mpp: float | None = None
+    """Micrometres per pixel of the wide view."""
+
+    @model_validator(mode="after")
+    def _has_a_whole_wide_view(self) -> Self:
+        wide = self.schema_version == WIDE_SCHEMA_VERSION
+        if (self.wide_px is not None, self.wide_mpp is not None) != (wide, wide):
+            raise ValueError(
+                f"wide_px={self.wide_px} and wide_mpp={self.wide_mpp} do not fit schema version {self.schema_version}"
+            )
+        return self
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Views that the table has of each spot."""
+        return (IMAGE,) if self.wide_px is None else (IMAGE, IMAGE_WIDE)
+
+    def view_size_px(self, view: str) -> int:
+        """Returns the edge of a view's tiles in pixels.
+
+        Raises:
+            ConfigError: the table has no such view.
+        """
+        require_views(self, [view])
+        return self.wide_px if view == IMAGE_WIDE and self.wide_px is not None else self.tile_size_px
+
+    def view_mpp(self, view: str) -> float:
+        """Returns the micrometres per pixel of a view's tiles.
+
+        Raises:
+            ConfigError: the table has no such view.
+        """
+        require_views(self, [view])
+        return self.wide_mpp if view == IMAGE_WIDE and self.wide_mpp is not None else self.mpp
 
     @property
     def tile_size_um(self) -> float:
@@ -200,6 +243,21 @@ class Manifest(_Record):
         return hashlib.sha256(self.encode()).hexdigest()[:12]
 
 
+def require_views(manifest: Manifest, views: Sequence[str]) -> None:
+    """Checks that a table has all views that a model reads.
+
+    Raises:
+        ConfigError: it lacks one; says how to prepare the table with it.
+    """
+    missing = [view for view in views if view not in manifest.views]
+    if missing:
+        raise ConfigError(
+            f"model.image_views={','.join(views)} needs the view {', '.join(missing)}, the tile table has "
+            f"{', '.join(manifest.views)}; prepare it again with --tiles.wide_um 618 (jobs/prepare.py), or set "
+            f"model.image_views={','.join(manifest.views)}"
+        )
+
+
 def load_manifest(root: str) -> Manifest:
     """Returns the manifest of the tile table at `root`.
 
@@ -215,7 +273,7 @@ def load_manifest(root: str) -> Manifest:
         raise TableError(f"{uri} is damaged: {error}") from None
     found = tree.get("schema_version") if isinstance(tree, dict) else None
     if found not in _READ_VERSIONS:
-        readable = " and ".join(map(str, _READ_VERSIONS))
+        readable = ", ".join(map(str, _READ_VERSIONS))
         raise TableError(
             f"{uri} has schema version {found}, this code reads {readable}; prepare it again (jobs/prepare.py)"
         )

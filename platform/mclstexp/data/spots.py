@@ -235,19 +235,22 @@ class SentenceLoader:
 
 @dataclass(frozen=True)
 class TileLoader:
-    """The map function of embedding: one descriptor row in, the tiles of one padded sentence out.
+    """The map function of embedding: one descriptor row in, the tiles of one padded sentence out, in each view.
 
     It is defined here and not in `model`, so that tasks that decode import no torch.
     """
 
     root: str
     manifest: Manifest
+    views: tuple[str, ...]
+    """Views to decode; `schema.require_views` checks on the driver that the table has them."""
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Returns one padded sentence: image uint8 (1, L, size, size, 3) and mask (1, L)."""
+        """Returns one padded sentence: each view's tiles, uint8 (1, L, size, size, 3), and mask (1, L)."""
         entry = self.manifest.section(str(rows["section_id"][0]))
         table = read_sentence(self.root, entry, int(rows["group"][0]))
-        return pad({"image": decode_tiles(table["image"], self.manifest.tile_size_px)}, self.manifest.sentence_length)
+        tiles = {view: decode_tiles(table[view], self.manifest.view_size_px(view)) for view in self.views}
+        return pad(tiles, self.manifest.sentence_length)
 
 
 def kept_spots(num_spots: int, drop_spots: float, seed: int, epoch: int, sentence_id: str) -> np.ndarray:

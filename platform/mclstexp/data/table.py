@@ -15,20 +15,28 @@ from scipy.sparse import csr_array
 
 from mclstexp import storage
 from mclstexp.data.row_groups import GroupedFile, column_ranges, fetch, open_parts, read_footer, write_groups
-from mclstexp.data.schema import TILE_SCHEMA, SectionEntry, load_manifest
+from mclstexp.data.schema import CRC_COLUMNS, TILE_SCHEMA, WIDE_TILE_SCHEMA, SectionEntry, load_manifest
 from mclstexp.errors import StorageError, TableError
 from mclstexp.slides.codec import decode_tile
 
 _REPEATING = ["section_id", "patient_id", "gene_index.list.element", "count.list.element"]
 
 
-def write_section(path: str | Path, sentences: Iterable[pa.Table]) -> GroupedFile:
-    """Writes a local section file from its sentences (TILE_SCHEMA each), with one in memory at a time."""
-    return write_groups(path, TILE_SCHEMA, sentences, "zstd", _REPEATING)
+def write_section(path: str | Path, sentences: Iterable[pa.Table], schema: pa.Schema = TILE_SCHEMA) -> GroupedFile:
+    """Writes a local section file from its sentences, with one in memory at a time.
+
+    Args:
+        path: the file.
+        sentences: all of one schema.
+        schema: that schema, TILE_SCHEMA or WIDE_TILE_SCHEMA.
+    """
+    return write_groups(path, schema, sentences, "zstd", _REPEATING)
 
 
 def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
-    """Returns one sentence (TILE_SCHEMA) by one range request, with each tile verified by its checksum.
+    """Returns one sentence by one range request, with each tile of each view verified by its checksum.
+
+    Its schema is TILE_SCHEMA or, in tables with a wide view, WIDE_TILE_SCHEMA.
 
     The first sentence of a section in a process costs one more request, for the footer.
 
@@ -39,11 +47,11 @@ def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
     with _damage(entry, f"sentence {group_index}"):
         footer = _footer(root, entry)
         data = storage.read(_uri(root, entry), group.offset, group.length)
-        file = open_parts({group.offset: data}, entry.size_bytes, footer, TILE_SCHEMA)
+        file = open_parts({group.offset: data}, entry.size_bytes, footer, _schema_of(footer))
         table = file.read_row_group(group_index, use_threads=False)
         _verify_rows(entry, table, group.num_rows)
-        _verify_tiles(entry, table)
-    return table.cast(TILE_SCHEMA)
+        _verify_tiles(table)
+    return table.cast(_schema_of(footer))
 
 
 def read_columns(root: str, entry: SectionEntry, columns: Iterable[str]) -> pa.Table:
@@ -56,10 +64,10 @@ def read_columns(root: str, entry: SectionEntry, columns: Iterable[str]) -> pa.T
     with _damage(entry, f"columns {', '.join(names)}"):
         footer = _footer(root, entry)
         ranges = column_ranges(footer, {*names, "section_id"}, range(footer.num_row_groups))
-        file = open_parts(fetch(_uri(root, entry), ranges), entry.size_bytes, footer, TILE_SCHEMA)
+        file = open_parts(fetch(_uri(root, entry), ranges), entry.size_bytes, footer, _schema_of(footer))
         table = file.read(columns=[*names, "section_id"], use_threads=False)
         _verify_rows(entry, table, entry.num_spots)
-    return table.select(names).cast(pa.schema([TILE_SCHEMA.field(name) for name in names]))
+    return table.select(names).cast(pa.schema([WIDE_TILE_SCHEMA.field(name) for name in names]))
 
 
 def read_counts(root: str, entry: SectionEntry, num_genes: int | None = None) -> csr_array:
@@ -111,6 +119,11 @@ def _footer(root: str, entry: SectionEntry) -> pq.FileMetaData:
     return footer
 
 
+def _schema_of(footer: pq.FileMetaData) -> pa.Schema:
+    """Returns the schema that a section file with so many columns must have."""
+    return WIDE_TILE_SCHEMA if footer.num_columns == len(WIDE_TILE_SCHEMA) else TILE_SCHEMA
+
+
 def _verify_rows(entry: SectionEntry, table: pa.Table, num_rows: int) -> None:
     if table.num_rows != num_rows:
         raise TableError(f"it has {table.num_rows} rows and the manifest {num_rows}")
@@ -119,10 +132,13 @@ def _verify_rows(entry: SectionEntry, table: pa.Table, num_rows: int) -> None:
         raise TableError(f"it has rows of section {', '.join(sorted(map(str, found)))}")
 
 
-def _verify_tiles(entry: SectionEntry, table: pa.Table) -> None:
-    for spot_id, image, crc in zip(*(table[name].to_pylist() for name in ("spot_id", "image", "crc")), strict=True):
-        if tile_crc(image) != crc:
-            raise TableError(f"the tile of spot {spot_id} does not match its checksum")
+def _verify_tiles(table: pa.Table) -> None:
+    for view, crc in CRC_COLUMNS.items():
+        if view not in table.column_names:
+            continue
+        for spot_id, image, expected in zip(*(table[name].to_pylist() for name in ("spot_id", view, crc)), strict=True):
+            if tile_crc(image) != expected:
+                raise TableError(f"the tile of spot {spot_id} ({view}) does not match its checksum")
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -205,7 +205,9 @@ def _pipeline(
     with ordered():
         dataset = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(cast(Any, TileLoader(root, manifest)), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
+            .map_batches(
+                cast(Any, TileLoader(root, manifest, ("image",))), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES
+            )
             .map_batches(
                 _Embed,
                 fn_constructor_args=(ray.put(network),),
