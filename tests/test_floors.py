@@ -14,7 +14,7 @@ import scipy.stats
 from ingest.readers import READERS, legacy_st
 from mclstexp.data.sheet import read_sheet
 from mclstexp.errors import UserError
-from mclstexp.evaluation import floors
+from mclstexp.evaluation import floors, ridge
 from mclstexp.evaluation.floors import halve, noise_ceiling
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
@@ -60,22 +60,22 @@ def test_ridge_takes_the_alpha_of_smallest_error_on_groups_left_out(num_features
     features, target = (values.astype(np.float64) for values in _problem(80, num_features, noise))
     groups = np.repeat(["a", "b", "c"], [30, 30, 20])
     errors = []
-    for alpha in floors.ALPHAS:
+    for alpha in ridge.ALPHAS:
         folds = [(groups != left_out, groups == left_out) for left_out in "abc"]
         gaps = [_closed_form(features[i], target[i], alpha, features[o]) - target[o] for i, o in folds]
         errors.append(np.mean([(gap**2).mean() for gap in gaps]))
-    best = floors.ALPHAS[int(np.argmin(errors))]
-    floor = floors.RidgeFloor(features, target, groups)
+    best = ridge.ALPHAS[int(np.argmin(errors))]
+    floor = ridge.RidgeFloor(features, target, groups)
     asked = _problem(40, num_features, 0, seed=1)[0]
     assert floor.alpha == best
     np.testing.assert_allclose(floor.predict(asked), _closed_form(features, target, best, asked), rtol=1e-4, atol=1e-4)
 
 
 def test_ridge_samples_the_training_spots_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floors, "MAX_RIDGE_SPOTS", 60)
+    monkeypatch.setattr(ridge, "MAX_RIDGE_SPOTS", 60)
     features, target = _problem(200, 6, 0.1)
     groups = np.arange(200) % 2
-    first, again = (floors.RidgeFloor(features, target, groups) for _ in range(2))
+    first, again = (ridge.RidgeFloor(features, target, groups) for _ in range(2))
     np.testing.assert_array_equal(first.predict(features), again.predict(features))
     assert (pearson_per_gene(target, first.predict(features)) > 0.9).all()
 
@@ -83,7 +83,7 @@ def test_ridge_samples_the_training_spots_above_the_limit(monkeypatch: pytest.Mo
 def test_ridge_accepts_constant_features() -> None:
     features, target = _problem(60, 6, 0.1)
     features[:, 3] = 7
-    prediction = floors.RidgeFloor(features, target, np.arange(60) % 3).predict(features)
+    prediction = ridge.RidgeFloor(features, target, np.arange(60) % 3).predict(features)
     assert np.isfinite(prediction).all()
 
 
@@ -95,12 +95,12 @@ def test_constants_and_library_size_are_the_same_for_all_spots_and_for_all_genes
 
 def test_groups_are_patients_then_sections_then_stretches() -> None:
     patients, sections = np.array(["A", "A", "B"], object), np.array(["A1", "A2", "B1"], object)
-    assert list(floors.training_groups(patients, sections)) == ["A", "A", "B"]
-    assert list(floors.training_groups(patients[:2], sections[:2])) == ["A1", "A2"]
+    assert list(ridge.training_groups(patients, sections)) == ["A", "A", "B"]
+    assert list(ridge.training_groups(patients[:2], sections[:2])) == ["A1", "A2"]
     one = np.array(["A1"] * 10, object)
-    assert list(floors.training_groups(one, one)) == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert list(ridge.training_groups(one, one)) == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     with pytest.raises(UserError, match="at least 2 training spots"):
-        floors.training_groups(one[:1], one[:1])
+        ridge.training_groups(one[:1], one[:1])
 
 
 def _rates(depth: float) -> tuple[np.ndarray, np.ndarray]:
@@ -307,7 +307,7 @@ def test_most_genes_of_one_patient_still_choose_a_penalty() -> None:
 
 def test_where_all_is_measured_the_fit_is_one() -> None:
     _, target = _problem(90, 6, 0.1)
-    ((genes, spots),) = floors.measured_parts(target)
+    ((genes, spots),) = ridge.measured_parts(target)
     assert (genes.tolist(), spots.tolist()) == (list(range(5)), list(range(90)))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.data.spots import Batch, SpotReader
-from mclstexp.evaluation.floors import RidgeFloor
+from mclstexp.evaluation.ridge import RidgeFloor
 from mclstexp.evaluation.scores import gene_scores
 from mclstexp.model.embed import network_of
 from mclstexp.model.retrieval import retrieve

@@ -10,8 +10,8 @@ import pytest
 from ingest.readers import READERS
 from ingest.synthetic import CohortSpec, make_cohort
 from mclstexp.data.sheet import read_sheet
-from mclstexp.evaluation.floors import RidgeFloor
 from mclstexp.evaluation.metrics import pearson_per_gene
+from mclstexp.evaluation.ridge import RidgeFloor
 from mclstexp.slides.codec import decode_tile, encode_tile
 
 SPEC = CohortSpec(num_patients=4, array_side=12, pitch_px=32, num_genes=80, median_counts=2500)

@@ -15,30 +15,20 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from mclstexp import storage
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.spots import Batch, SpotReader
-from mclstexp.errors import UserError
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
+from mclstexp.evaluation.ridge import RidgeFloor, measured_parts, training_groups
 from mclstexp.evaluation.sections import MeasuredSection, normalise_section
 from mclstexp.model.embed import ImageNetwork, embed_sections, encoder_network, network_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show
 
 SEED = 0
-MAX_RIDGE_SPOTS = 20_000
-"""Spots that a ridge is fitted on, drawn at random: more cost memory and gain nothing, because it has at most some
-thousand weights per gene."""
-ALPHAS = tuple(10.0**power for power in range(-1, 7))
 NUM_SPLITS = 10
 """Random halvings over which the noise ceiling averages, so that it depends less on the seed."""
-_MAX_FOLDS = 5
-_NUM_BLOCKS = 4  # folds of a lone section: stretches of its stored order, so that neighbours mostly stay together
 Features = dict[str, dict[str, np.ndarray]]
 """Features of each section by the ridge that sees them, (M, F)."""
 Half = tuple[np.ndarray, np.ndarray]
@@ -85,86 +75,9 @@ class Floors:
         return ", ".join(f"{method} {ridge.alpha:g}" for method, ridge in self._ridges.items())
 
 
-class RidgeFloor:
-    """Ridge regression from standardised features to all genes at once (Hoerl and Kennard 1970).
-
-    The penalty is the one of smallest squared error in cross-validation over the training groups. Genes that are not
-    measured by the same spots have a regression for each of their `measured_parts`, with the penalty of the first.
-    """
-
-    def __init__(self, features: np.ndarray, target: np.ndarray, groups: np.ndarray, seed: int = 0) -> None:
-        """Fits on features (N, F) and target (N, G) of spots in `groups` (N,), see `training_groups`.
-
-        `target` is NaN where a spot's section does not measure a gene; a gene that no spot measures is predicted as 0.
-        """
-        self.alpha = 0.0
-        """The chosen penalty."""
-        self._num_genes = target.shape[1]
-        self._fitted: list[tuple[np.ndarray, Pipeline]] = []
-        for genes, spots in measured_parts(target):
-            if len(spots) > MAX_RIDGE_SPOTS:
-                spots = np.sort(np.random.default_rng(seed).choice(spots, MAX_RIDGE_SPOTS, replace=False))
-            seen, learnt = features[spots].astype(np.float64), target[np.ix_(spots, genes)]
-            if not self._fitted:
-                self.alpha = _best_alpha(seen, learnt, training_groups(groups[spots], groups[spots]))
-            self._fitted.append((genes, _pipeline(self.alpha).fit(seen, learnt)))
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """Returns predictions, float32 (M, G), for features (M, F)."""
-        predicted = np.zeros((len(features), self._num_genes), np.float32)
-        for genes, fitted in self._fitted:
-            values = fitted.predict(features.astype(np.float64))
-            predicted[:, genes] = values.reshape(len(features), -1)  # of one gene, sklearn returns a vector
-        return predicted
-
-
-def measured_parts(expression: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns sets of genes that are measured by the same spots, as indices of genes and of these spots, int64 each.
-
-    The set with the most values comes first; genes that no spot measures are in none.
-
-    Args:
-        expression: (N, G); NaN where a spot's section does not measure a gene.
-    """
-    measured = ~np.isnan(expression)
-    _, first, part = np.unique(np.packbits(measured, axis=0), axis=1, return_index=True, return_inverse=True)
-    parts = [
-        (np.flatnonzero(part.ravel() == index), np.flatnonzero(measured[:, gene])) for index, gene in enumerate(first)
-    ]
-    return sorted((each for each in parts if len(each[1])), key=lambda each: -len(each[0]) * len(each[1]))
-
-
-def _pipeline(alpha: float) -> Pipeline:
-    return make_pipeline(StandardScaler(), Ridge(alpha))
-
-
-def _best_alpha(features: np.ndarray, target: np.ndarray, groups: np.ndarray) -> float:
-    folds = GroupKFold(min(_MAX_FOLDS, len(np.unique(groups))))
-    search = GridSearchCV(
-        _pipeline(1.0), {"ridge__alpha": ALPHAS}, scoring="neg_mean_squared_error", cv=folds, refit=False
-    )
-    return float(search.fit(features, target, groups=groups).best_params_["ridge__alpha"])
-
-
 def constant(values: np.ndarray, num_spots: int) -> np.ndarray:
     """Returns the same expression (G,), such as the training spots' mean, for every scored spot, float32 (M, G)."""
     return np.tile(values.astype(np.float32), (num_spots, 1))
-
-
-def training_groups(patient_id: np.ndarray, section_id: np.ndarray) -> np.ndarray:
-    """Returns the group of each training spot, (N,); cross-validation keeps a group together.
-
-    Groups are patients if there are at least two, else sections, else stretches of the one section in stored order.
-
-    Raises:
-        UserError: there are fewer than two training spots.
-    """
-    for groups in (patient_id, section_id):
-        if len(np.unique(groups)) > 1:
-            return groups
-    if len(section_id) < 2:
-        raise UserError(f"floors need at least 2 training spots, the training sections have {len(section_id)}")
-    return np.arange(len(section_id)) * min(_NUM_BLOCKS, len(section_id)) // len(section_id)
 
 
 def floor_features(
