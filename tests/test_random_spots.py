@@ -5,7 +5,10 @@ import pyarrow as pa
 import pytest
 from small_table import manifest_of
 
+from mclstexp.config import Config
 from mclstexp.data import random_spots
+from mclstexp.data.genes import normalisers
+from mclstexp.data.spots import SpotReader
 from mclstexp.errors import ConfigError
 from mclstexp.slides.codec import encode_tile
 
@@ -13,7 +16,7 @@ from mclstexp.slides.codec import encode_tile
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_random_spots_are_an_exact_permutation_in_equal_steps(world_size: int) -> None:
     order = random_spots.spot_order(30, seed=0, epoch=1)
-    ranks = [random_spots.rank_slice(order, 8, rank, world_size) for rank in range(world_size)]
+    ranks = [random_spots.rank_slice(order, 8, rank, world_size, epoch=1) for rank in range(world_size)]
     assert {len(rows) for rows in ranks} == {4}
     for step in range(4):
         spots = np.concatenate([rows[step]["spots"] for rows in ranks])
@@ -28,7 +31,7 @@ def test_random_spots_are_loaded_from_any_chunk(monkeypatch: pytest.MonkeyPatch)
     spots = random_spots.EncodedSpots(pa.chunked_array([encoded[:3], encoded[3:4], encoded[4:]]), numbers, -numbers)
     monkeypatch.setattr(random_spots.ray, "get", lambda reference: reference)  # the store, which needs a cluster
     loader = random_spots.SpotLoader(spots, 16, None)  # type: ignore[arg-type]
-    batch = loader({"spots": np.array([[6, 0, 3, -1]])})
+    batch = loader({"spots": np.array([[6, 0, 3, -1]]), "epoch": np.array([0])})
     assert np.array_equal(batch["image"][0, :3], tiles[[6, 0, 3]])
     assert batch["expression"][0, :, 0].tolist() == [6, 0, 3, 0]
     assert batch["position"][0, :3, 0].tolist() == [-6, 0, -3]
@@ -36,8 +39,8 @@ def test_random_spots_are_loaded_from_any_chunk(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_data_that_would_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = manifest_of({"A1": 5})
-    assert random_spots.require_size(manifest, ["A1"], 8) == 50
+    reader = SpotReader("", manifest_of({"A1": 5}), np.zeros(3, np.int32), *normalisers(Config().genes), "none")
+    assert random_spots.require_size(reader, ["A1"], 8) == 50
     monkeypatch.setattr(random_spots, "MAX_BYTES", 499)
     with pytest.raises(ConfigError, match=r"use train\.batching=sentences"):
-        random_spots.require_size(manifest, ["A1"], 8)
+        random_spots.require_size(reader, ["A1"], 8)

@@ -1,11 +1,12 @@
-"""From stored rows to the arrays that models take: decoded tiles, panel expression, positions.
+"""From stored rows to the arrays that models take: decoded tiles or stored features, panel expression, positions.
 
 The training stream, the bank and the floors all read through `SpotReader`. It keeps no images and imports no torch, so
 that decode tasks start fast; the parts of a table that it needs travel with it.
 """
 
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from mclstexp import storage
 from mclstexp.config import Config
+from mclstexp.data.features import FeatureReader
 from mclstexp.data.genes import (
     GenePanel,
     Normaliser,
@@ -31,6 +33,8 @@ from mclstexp.slides.codec import decode_tile
 Batch = dict[str, np.ndarray]
 
 MAX_TABLE_POSITIONS = 65_536
+MAX_KEPT_BYTES = 2 * 2**30
+"""Memory for the sentences that one training worker keeps."""
 _TABLE_COLUMNS = {"table": ("array_col", "array_row"), "pixel_table": ("x_px", "y_px")}
 
 
@@ -52,35 +56,63 @@ class SpotReader:
     """Panel genes that a section does not measure, int64 (n,), for each section that lacks some."""
     stand_in: np.ndarray | None = None
     """What `expression` has for such a gene, float32 (G,); None: NaN."""
+    features: FeatureReader | None = None
+    """Stored features of the tiles of all sections that are read; None: the tiles themselves are read."""
 
-    def read(self, section_id: str, group: int, keep: np.ndarray | None = None) -> Batch:
+    @property
+    def image_input(self) -> str:
+        """Name of the array that the image tower takes: `image` or `features`."""
+        return "image" if self.features is None else "features"
+
+    def read(self, section_id: str, group: int, keep: np.ndarray | None = None, draw: int | None = None) -> Batch:
         """Returns one sentence's spots, or only its rows `keep`.
 
-        The arrays are image uint8 (n, size, size, 3); position float32 (n, 2); row int32 (n,), the row in the section;
-        and for measured sections expression and payload float32 (n, G), in the input and the target normalisation. A
-        gene that the section does not measure is NaN in payload, and in expression NaN or its `stand_in`.
+        The arrays are those of `read_spots`, and image uint8 (n, size, size, 3) or, with stored features and without
+        reading any tile, features float32 (n, F).
+
+        Args:
+            section_id: the section.
+            group: index of the sentence in the section.
+            keep: rows to return; None: all.
+            draw: the augmented draw whose features are read; None: those of the plain tiles.
 
         Raises:
-            TableError: the file is missing or damaged.
+            TableError: a file is missing or damaged.
         """
+        if self.features is not None:
+            features = self.features.read(section_id, group, draw)
+            return rows_of(self.read_spots(section_id, group) | {"features": features}, keep)
         spots, tiles = self.read_encoded(section_id, group)
-        if keep is not None:
-            spots = {name: values[keep] for name, values in spots.items()}
-            tiles = tiles.take(pa.array(keep))
-        return spots | {"image": decode_tiles(tiles, self.manifest.tile_size_px)}
+        tiles = tiles if keep is None else tiles.take(pa.array(keep))
+        return rows_of(spots, keep) | {"image": decode_tiles(tiles, self.manifest.tile_size_px)}
 
     def read_encoded(self, section_id: str, group: int) -> tuple[Batch, pa.Array]:
-        """Returns the arrays of `read` without `image`, and the encoded tiles."""
-        entry = self.manifest.section(section_id)
-        table = read_sentence(self.root, entry, group)
-        first = sum(part.num_rows for part in entry.row_groups[:group])
-        spots = {
-            "position": positions(table, self.position),
-            "row": np.arange(first, first + table.num_rows, dtype=np.int32),
+        """Returns the arrays of `read_spots`, and the encoded tiles."""
+        table = read_sentence(self.root, self.manifest.section(section_id), group)
+        return self._spots(section_id, group, table), table["image"].combine_chunks()
+
+    def read_spots(self, section_id: str, group: int) -> Batch:
+        """Returns one sentence's spots without their tiles.
+
+        The arrays are position float32 (n, 2); row int32 (n,), the row in the section; and for measured sections
+        expression and payload float32 (n, G), in the input and the target normalisation. A gene that the section does
+        not measure is NaN in payload, and in expression NaN or its `stand_in`.
+        """
+        columns = [*position_columns(self.position), "gene_index", "count"]
+        table = read_columns(self.root, self.manifest.section(section_id), columns, group)
+        return self._spots(section_id, group, table)
+
+    def read_none(self) -> Batch:
+        """Returns what the towers take of a sentence without spots: image or features, expression and position."""
+        size = self.manifest.tile_size_px
+        if self.features is None:
+            images = {"image": np.zeros((0, size, size, 3), np.uint8)}
+        else:
+            images = {"features": np.zeros((0, self.features.num_features), np.float32)}
+        return images | {
+            "expression": np.zeros((0, len(self.columns)), np.float32),
+            "position": np.zeros((0, 2), np.float32),
         }
-        if entry.measured:
-            spots |= self._expression(section_id, table)
-        return spots, table["image"].combine_chunks()
 
     def read_section(self, section_id: str) -> Batch:
         """Returns a measured section's expression, payload and position in stored order, without reading its images.
@@ -100,6 +132,15 @@ class SpotReader:
             **{column: np.full(entry.num_spots, name, object) for column, name in names.items()},
         }
 
+    def _spots(self, section_id: str, group: int, table: pa.Table) -> Batch:
+        entry = self.manifest.section(section_id)
+        first = sum(part.num_rows for part in entry.row_groups[:group])
+        spots = {
+            "position": positions(table, self.position),
+            "row": np.arange(first, first + table.num_rows, dtype=np.int32),
+        }
+        return spots | (self._expression(section_id, table) if entry.measured else {})
+
     def _expression(self, section_id: str, table: pa.Table) -> Batch:
         counts, totals = panel_counts(table["gene_index"], table["count"], self.columns)
         section_totals = self.gene_totals.get(section_id)
@@ -109,6 +150,48 @@ class SpotReader:
             expression[:, genes] = np.nan if self.stand_in is None else self.stand_in[genes]
             payload[:, genes] = np.nan
         return {"expression": expression, "payload": payload}
+
+
+class KeptReader:
+    """Reads stored features as a SpotReader does, and keeps sentences in memory from epoch to epoch.
+
+    What exceeds `max_bytes` is read again in every epoch. Nothing kept is given up for it: an epoch reads each sentence
+    once, so that the oldest one would always be the next to be needed. Several threads may read.
+    """
+
+    def __init__(self, reader: SpotReader, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        assert reader.features is not None
+        self.manifest, self.image_input, self.read_none = reader.manifest, reader.image_input, reader.read_none
+        self._reader, self._features, self._free_bytes = reader, reader.features, max_bytes
+        self._kept: dict[tuple[str, int] | tuple[str, int, int | None], Batch] = {}
+        self._lock = threading.Lock()
+
+    def read(self, section_id: str, group: int, keep: np.ndarray | None = None, draw: int | None = None) -> Batch:
+        """Returns features, expression and position, as `SpotReader.read`."""
+        features = self._once(
+            (section_id, group, draw), lambda: {"features": self._features.read(section_id, group, draw)}
+        )
+        return rows_of(self.read_spots(section_id, group) | features, keep)
+
+    def read_spots(self, section_id: str, group: int) -> Batch:
+        """Returns expression and position, as `SpotReader.read_spots`."""
+
+        def read() -> Batch:
+            spots = self._reader.read_spots(section_id, group)
+            return {name: spots[name] for name in ("expression", "position")}
+
+        return self._once((section_id, group), read)
+
+    def _once(self, key: tuple[str, int] | tuple[str, int, int | None], read: Callable[[], Batch]) -> Batch:
+        if key in self._kept:
+            return self._kept[key]
+        arrays = read()
+        num_bytes = sum(values.nbytes for values in arrays.values())
+        with self._lock:
+            if key not in self._kept and num_bytes <= self._free_bytes:
+                self._kept[key] = arrays
+                self._free_bytes -= num_bytes
+        return arrays
 
 
 def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
@@ -195,16 +278,21 @@ def _largest_coordinate(reader: SpotReader, entry: SectionEntry) -> int:
 class SentenceLoader:
     """The map function of the training stream: one descriptor row in, one padded sentence out."""
 
-    reader: SpotReader
+    reader: SpotReader | KeptReader
     drop_spots: float
     seed: int
+    num_draws: int = 0
+    """Stored draws of augmented tiles that the epochs take in turn; 0: the plain tiles."""
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Returns sentence_id, image, expression, position and mask with leading shape (1, sentence_length)."""
+        """Returns sentence_id, image or features, expression, position and mask of one sentence.
+
+        The leading shape is (1, sentence_length).
+        """
         length = self.reader.manifest.sentence_length
         section_id, group, sentence_id = (rows[key][0] for key in ("section_id", "group", "sentence_id"))
         if group < 0:
-            spots = self._empty()
+            spots = self.reader.read_none()
         else:
             spots = self._kept(str(section_id), int(group), str(sentence_id), int(rows["epoch"][0]))
             partner = (str(rows["expression_section"][0]), int(rows["expression_group"][0]))
@@ -212,25 +300,28 @@ class SentenceLoader:
                 spots = self._mispaired(spots, partner)
         return pad(spots, length) | {"sentence_id": np.array([sentence_id])}
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether it reads stored features instead of decoding tiles."""
+        return self.reader.image_input == "features"
+
+    def keeping(self) -> "SentenceLoader":
+        """Returns a loader of stored features that keeps what it reads, for all epochs of one process."""
+        assert isinstance(self.reader, SpotReader)
+        return replace(self, reader=KeptReader(self.reader))
+
     def _kept(self, section_id: str, group: int, sentence_id: str, epoch: int) -> Batch:
         num_spots = self.reader.manifest.section(section_id).row_groups[group].num_rows
         keep = kept_spots(num_spots, self.drop_spots, self.seed, epoch, sentence_id)
-        spots = self.reader.read(section_id, group, keep)
-        return {name: spots[name] for name in ("image", "expression", "position")}
+        draw = (zlib.crc32(sentence_id.encode()) + self.seed + epoch) % self.num_draws if self.num_draws else None
+        spots = self.reader.read(section_id, group, keep, draw)
+        return {name: spots[name] for name in (self.reader.image_input, "expression", "position")}
 
     def _mispaired(self, spots: Batch, partner: tuple[str, int]) -> Batch:
-        other = self.reader.read(*partner)
-        num_spots = min(len(spots["image"]), len(other["image"]))
+        other, images = self.reader.read_spots(*partner), spots[self.reader.image_input]
+        num_spots = min(len(images), len(other["expression"]))
         wrong = {name: other[name][:num_spots] for name in ("expression", "position")}
-        return {"image": spots["image"][:num_spots]} | wrong
-
-    def _empty(self) -> Batch:
-        size, num_genes = self.reader.manifest.tile_size_px, len(self.reader.columns)
-        return {
-            "image": np.zeros((0, size, size, 3), np.uint8),
-            "expression": np.zeros((0, num_genes), np.float32),
-            "position": np.zeros((0, 2), np.float32),
-        }
+        return {self.reader.image_input: images[:num_spots]} | wrong
 
 
 @dataclass(frozen=True)
@@ -251,6 +342,11 @@ class TileLoader:
         table = read_sentence(self.root, entry, int(rows["group"][0]))
         tiles = {view: decode_tiles(table[view], self.manifest.view_size_px(view)) for view in self.views}
         return pad(tiles, self.manifest.sentence_length)
+
+
+def rows_of(spots: Batch, keep: np.ndarray | None) -> Batch:
+    """Returns some rows of per-spot arrays; all with None."""
+    return spots if keep is None else {name: values[keep] for name, values in spots.items()}
 
 
 def kept_spots(num_spots: int, drop_spots: float, seed: int, epoch: int, sentence_id: str) -> np.ndarray:

@@ -54,19 +54,20 @@ def read_sentence(root: str, entry: SectionEntry, group_index: int) -> pa.Table:
     return table.cast(_schema_of(footer))
 
 
-def read_columns(root: str, entry: SectionEntry, columns: Iterable[str]) -> pa.Table:
-    """Returns some columns of a whole section in stored order, without reading the bytes of the others.
+def read_columns(root: str, entry: SectionEntry, columns: Iterable[str], group_index: int | None = None) -> pa.Table:
+    """Returns some columns of a section, or of one of its sentences, without reading the bytes of the others.
 
     Raises:
         TableError: the file is missing or damaged.
     """
-    names = list(columns)
-    with _damage(entry, f"columns {', '.join(names)}"):
+    names, sentence = list(columns), "" if group_index is None else f"sentence {group_index}, "
+    with _damage(entry, f"{sentence}columns {', '.join(names)}"):
         footer = _footer(root, entry)
-        ranges = column_ranges(footer, {*names, "section_id"}, range(footer.num_row_groups))
+        groups = range(footer.num_row_groups) if group_index is None else [group_index]
+        ranges = column_ranges(footer, {*names, "section_id"}, groups)
         file = open_parts(fetch(_uri(root, entry), ranges), entry.size_bytes, footer, _schema_of(footer))
-        table = file.read(columns=[*names, "section_id"], use_threads=False)
-        _verify_rows(entry, table, entry.num_spots)
+        table = file.read_row_groups(list(groups), columns=[*names, "section_id"], use_threads=False)
+        _verify_rows(entry, table, sum(entry.row_groups[group].num_rows for group in groups))
     return table.select(names).cast(pa.schema([WIDE_TILE_SCHEMA.field(name) for name in names]))
 
 

@@ -4,7 +4,7 @@ Both feeds answer the same questions (how many steps, which rows belong to a ran
 they are loaded, which ids a batch has), so that the training loop needs no branch.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,11 @@ import ray
 from mclstexp.config import Config
 from mclstexp.data import random_spots, stream
 from mclstexp.data.spots import Batch, SentenceLoader, SpotReader
-from mclstexp.data.stream import Sentence
+from mclstexp.data.stream import Sentence, StreamShare
 
 Ids = Collection[str | int]
+Rows = list[dict[str, object]]
+"""What a rank loads in an epoch, in this order."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class SentenceFeed:
         """Returns the number of steps of an epoch, or of its rest after `num_consumed`."""
         return -(-(len(self.sentences) - num_consumed) // self.batch_sentences)
 
-    def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> list[dict[str, object]]:
+    def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> Rows:
         """Returns the rank's stream rows of an epoch, without the consumed sentences."""
         order = stream.epoch_order(self.sentences, self.seed, epoch)
         order = stream.mispaired(order) if self.shuffle_pairs else order
@@ -62,11 +64,11 @@ class SpotFeed:
         """Returns the number of steps of an epoch, or of its rest after `num_consumed`."""
         return -(-(self.num_spots - num_consumed) // self.batch_spots)
 
-    def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> list[dict[str, object]]:
+    def rows(self, epoch: int, consumed: Ids, rank: int, world_size: int) -> Rows:
         """Returns the rank's stream rows of an epoch, without the consumed spots."""
         order = random_spots.spot_order(self.num_spots, self.seed, epoch)
         left = order[~np.isin(order, np.array(list(consumed), np.int64))]
-        return random_spots.rank_slice(left, self.batch_spots, rank, world_size)
+        return random_spots.rank_slice(left, self.batch_spots, rank, world_size, epoch)
 
     def rows_per_step(self, world_size: int) -> int:
         """Returns how many stream rows a rank takes in a step."""
@@ -89,10 +91,23 @@ def make_feed(config: Config, reader: SpotReader, section_ids: Collection[str]) 
     train, sections = config.train, sorted(section_ids)
     if train.batching == "sentences":
         sentences = stream.sentence_index(reader.manifest, sections)
-        loader = SentenceLoader(reader, train.drop_spots, train.seed)
+        loader = SentenceLoader(reader, train.drop_spots, train.seed, train.feature_draws)
         return SentenceFeed(sentences, loader, train.batch_sentences, train.seed, train.shuffle_pairs)
-    num_spots = random_spots.require_size(reader.manifest, sections, train.batch_spots)
+    num_spots = random_spots.require_size(reader, sections, train.batch_spots, train.feature_draws)
     partner = np.random.default_rng(train.seed).permutation(num_spots) if train.shuffle_pairs else None
-    encoded: ray.ObjectRef = random_spots.encode_spots(reader, sections)
-    spot_loader = random_spots.SpotLoader(encoded, reader.manifest.tile_size_px, partner)
+    encoded: ray.ObjectRef = random_spots.encode_spots(reader, sections, train.feature_draws)
+    reads_features = reader.features is not None
+    spot_loader = random_spots.SpotLoader(encoded, reader.manifest.tile_size_px, partner, reads_features)
     return SpotFeed(num_spots, spot_loader, train.batch_spots, train.seed)
+
+
+def open_batches(feed: Feed, world_size: int, share: StreamShare) -> Callable[[Rows], Iterator[Batch]]:
+    """Returns the map from an epoch's rows to its batches, for all epochs of a worker.
+
+    Tiles are decoded by tasks of Ray Data; stored features are read in the worker itself, which keeps them in memory.
+    """
+    batch_size = feed.rows_per_step(world_size)
+    if not feed.loader.reads_features:
+        return lambda rows: stream.stream(rows, feed.loader, batch_size, share)
+    load = feed.loader.keeping()
+    return lambda rows: stream.read_ahead(rows, load, batch_size)

@@ -64,10 +64,17 @@ def train_step(rank_state: RankState, batch: Batch) -> tuple[torch.Tensor, int]:
 
 
 def prepare_images(rank_state: RankState, batch: Batch, mask_SL: torch.Tensor) -> torch.Tensor:
-    """Returns the real tiles of a batch, augmented, float (n, 3, size, size); a blank one if the rank has none."""
-    tiles = torch.as_tensor(batch["image"]).flatten(0, 1)[mask_SL.flatten().cpu()].to(rank_state.device)
+    """Returns the real tiles of a batch, augmented, float (n, 3, size, size), or their stored features, float32 (n, F).
+
+    A rank that has none gets a blank one.
+    """
+    reads_features = "features" in batch
+    tiles = torch.as_tensor(batch["features" if reads_features else "image"]).flatten(0, 1)
+    tiles = tiles[mask_SL.flatten().cpu()].to(rank_state.device)
     if not len(tiles):
         tiles = tiles.new_zeros(1, *tiles.shape[1:])
+    if reads_features:
+        return tiles
     generator = torch.Generator(rank_state.device).manual_seed(_step_seed(rank_state, rank_state.rank))
     images = augment(tiles, rank_state.config.train.augmentation, generator)
     return images.contiguous(memory_format=torch.channels_last)
