@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy_reference import Floats, Integers
 
+from mclstexp.model.augment import augment
 from mclstexp.model.towers import TwoTowers
-from mclstexp.training.augment import augment
 
 GENES, POSITIONS, SIZE_PX = 60, 16, 64
 CONSTANT_GENE = 7

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from mclstexp.model.augment import augment, colour_jitter, rotate, stain_jitter
 from mclstexp.model.embed import fixed_turns
-from mclstexp.training.augment import augment, colour_jitter, rotate, stain_jitter
 
 TILES = torch.randint(0, 256, (16, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -21,13 +21,13 @@ from mclstexp.data.genes import normalisers
 from mclstexp.data.spots import Batch, SpotReader
 from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
+from mclstexp.model.augment import augment
 from mclstexp.model.bank import Bank, build_bank
 from mclstexp.model.embed import ImageNetwork
 from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve, retrieve
 from mclstexp.model.towers import ImageTower, TwoTowers, build_network, plain_tensors
 from mclstexp.settings import RetrievalConfig
-from mclstexp.training.augment import augment
 
 NEIGHBOURS = 12
 NUM_SPOTS = {"A1": 23, "A2": 30, "B1": 18, "B2": 14}

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mclstexp.model.augment import augment
 from mclstexp.model.losses import gather, pairs_loss
 from mclstexp.model.towers import TwoTowers, native_bf16
 from mclstexp.settings import ModelConfig, TrainConfig
-from mclstexp.training.augment import augment
 from mclstexp.training.step import make_optimizer
 
 pytestmark = [

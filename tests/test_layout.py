@@ -186,6 +186,7 @@ def test_what_ships_to_a_cluster_is_what_a_wheel_holds() -> None:
     [
         "ingest.header",
         "ingest.section",
+        "mclstexp.data.features",
         "mclstexp.data.random_spots",
         "mclstexp.data.spots",
         "mclstexp.prediction.inspect",

@@ -16,10 +16,10 @@ from torch import nn
 from mclstexp.config import Config
 from mclstexp.data.spots import Batch
 from mclstexp.errors import RunError
+from mclstexp.model.augment import augment
 from mclstexp.model.losses import gather, require_loss
 from mclstexp.model.towers import Network, uses_bf16
 from mclstexp.settings import TrainConfig
-from mclstexp.training.augment import augment
 from mclstexp.training.checkpoint import TrainState
 
 
