@@ -16,7 +16,7 @@ PACKAGES = ("platform/mclstexp", "ingest", "tuning")
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # nodes have their environment; uv would build another
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default; without it every task warns
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # workers wait for this poll at each checkpoint
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # workers wait for this poll at each checkpoint
 if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:  # Ray reads it when it is imported
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for clusters of its own; unset, it prints a notice
 

@@ -58,6 +58,7 @@ def main() -> None:
 
     require_encoder(config.model.image_encoder)
     require_loss(config)
+    config = cluster.side_by_side(config)
     marker_sets = markers(arguments.cohort, arguments.markers)
     manifest, protocol, floor = load_manifest(arguments.data), arguments.protocol, arguments.floor_weights
     warn_of_similar_patients(manifest)

@@ -55,7 +55,7 @@ def main() -> None:
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
     warn_of_similar_patients(manifest)
-    config = with_validation(manifest, config)
+    config = cluster.side_by_side(with_validation(manifest, config))
     search, trials = arguments.search, num_trials(space, arguments.search, arguments.trials)
     _launch.connect(config)  # a plan states how many trials run side by side
     name = arguments.name or default_name(arguments.out, manifest, config, space, search, trials)

@@ -19,7 +19,7 @@ def _node(pool: str | None = None, **amounts: float) -> dict:
 
 def _config(**settings: object) -> Config:
     named = {name.replace("_", ".", 1): value for name, value in settings.items()}
-    return override(Config(), {"train.batch_sentences": 12} | named)
+    return override(Config(), {"train.batch_sentences": 12, "train.cpus_per_worker": 1} | named)
 
 
 @pytest.fixture
@@ -146,6 +146,40 @@ def test_a_run_alone_embeds_with_half_of_the_cpus_or_with_every_gpu(nodes: list[
 def test_workers_stay_off_the_pool_that_decodes_for_them() -> None:
     assert cluster.worker_nodes(_config()) is None
     assert cluster.worker_nodes(_config(cluster_data_pool="cpu")) == {"pool": "!cpu"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "expected"),
+    [
+        ({}, 8, 8),
+        ({"train_cpus_per_worker": 3}, 8, 3),
+        ({"train_num_workers": 2}, 8, 1),
+        ({"cluster_local_cpus": 6, "cluster_data_cpus": 2}, 8, 4),
+        ({"cluster_local_cpus": 2}, 1, 1),
+    ],
+)
+def test_the_only_worker_here_has_all_cores(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], cores: int, expected: int
+) -> None:
+    monkeypatch.setattr(cluster, "get_num_cpus", lambda **_: cores)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    config = _config(**{"train_cpus_per_worker": None, **settings})
+    assert cluster.worker_cpus(config) == expected
+    assert cluster.side_by_side(config).train.cpus_per_worker == (config.train.cpus_per_worker or 1)
+
+
+def test_a_worker_on_a_running_cluster_has_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster.worker_cpus(_config(train_cpus_per_worker=None)) == 1
+
+
+def test_all_cores_leave_a_logical_cpu_for_the_data(nodes: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "get_num_cpus", lambda **_: 8)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    config = _config(train_cpus_per_worker=None)
+    nodes.append(_node(CPU=cluster.local_ray(config)["num_cpus"]))
+    assert nodes[0]["Resources"]["CPU"] == 9
+    cluster.require(config)
 
 
 def test_the_number_of_local_cpus_can_be_set() -> None:

@@ -127,3 +127,16 @@ def test_a_version_knows_how_the_tables_tiles_were_cut(table: Path) -> None:
     assert {f"tiles.{name}": tiles[name] for name in tiles if f"tiles.{name}" in recorded_tiles(run.manifest)} == (
         recorded_tiles(run.manifest)
     )
+
+
+def test_the_scaling_of_the_first_encoders_goes_under_the_name_that_it_had() -> None:
+    named = override(Config(), {"model.input_scaling": "imagenet"})
+    assert identity(Config()) == identity(named)
+    assert former_digest(Config()) == former_digest(named)
+    timm = {"model.image_encoder": "timm/vit_tiny_patch16_224"}  # its own scaling is another one
+    assert identity(override(Config(), timm)) != identity(override(named, timm))
+
+
+def test_the_former_name_of_a_run_with_open_cores_is_that_of_one_core() -> None:
+    one, two = (override(Config(), {"train.cpus_per_worker": number}) for number in (1, 2))
+    assert former_digest(Config()) == former_digest(one) != former_digest(two)

@@ -70,7 +70,7 @@ def num_local_cpus(config: Config, min_cpus: int) -> int:
 def local_ray(config: Config, min_cpus: int = 2) -> dict[str, Any]:
     """Returns the arguments of `ray.init` for a Ray on this machine, with enough logical CPUs for the run."""
     train = config.train
-    needed = train.num_workers * (train.cpus_per_worker + config.cluster.data_cpus)
+    needed = train.num_workers * (worker_cpus(config) + config.cluster.data_cpus)
     return {
         "address": "local",
         "num_cpus": num_local_cpus(config, max(needed, min_cpus)),
@@ -148,9 +148,30 @@ def _short_folder() -> str | None:
     return f"{folder}/ray"  # Ray opens its own folder to all users
 
 
+def worker_cpus(config: Config) -> int:
+    """Returns the CPUs of each training worker, where `train.cpus_per_worker` leaves them open too.
+
+    The only worker of a Ray on this machine gets all cores that its data stream leaves logical CPUs for.
+    """
+    train, room = config.train, config.cluster.local_cpus
+    if train.cpus_per_worker is not None:
+        return train.cpus_per_worker
+    if train.num_workers > 1 or "RAY_ADDRESS" in os.environ:
+        return 1
+    if room is None and ray.is_initialized():
+        room = int(ray.cluster_resources().get("CPU", 0))
+    cores = int(get_num_cpus(override_docker_cpu_warning=True))
+    return cores if room is None else max(1, min(cores, room - config.cluster.data_cpus))
+
+
+def side_by_side(config: Config) -> Config:
+    """Returns the configuration of runs that share a machine: workers have one CPU where it leaves that open."""
+    return override(config, {"train.cpus_per_worker": config.train.cpus_per_worker or 1}, "runs side by side")
+
+
 def worker_resources(config: Config) -> dict[str, float]:
     """Returns the resources that one training worker claims."""
-    claimed: dict[str, float] = {"CPU": config.train.cpus_per_worker}
+    claimed: dict[str, float] = {"CPU": worker_cpus(config)}
     return claimed | {"GPU": config.train.gpus_per_worker} if config.train.use_gpu else claimed
 
 
@@ -163,7 +184,7 @@ def plan(config: Config) -> str:
     """Returns in words what a training run requests."""
     train, gpus = config.train, f"{config.train.gpus_per_worker:g} GPU and " if config.train.use_gpu else ""
     return (
-        f"{train.num_workers} training worker(s) with {gpus}{train.cpus_per_worker} CPU(s) each, "
+        f"{train.num_workers} training worker(s) with {gpus}{worker_cpus(config)} CPU(s) each, "
         f"{config.cluster.data_cpus} CPU(s) each for its data stream (at least 1 in all), "
         f"{train.max_failures} restart(s) after failures"
     )
@@ -290,14 +311,14 @@ def _shortage(config: Config, nodes: list[Node]) -> str:
     if slots < train.num_workers:
         outside = f" outside cluster.data_pool={pool}" if pool else ""
         return (
-            f"the run requests {train.num_workers} worker(s) of {train.cpus_per_worker} CPU(s), the cluster's "
+            f"the run requests {train.num_workers} worker(s) of {worker_cpus(config)} CPU(s), the cluster's "
             f"{len(hosts)} node(s){outside} with {sum(_has(node, 'CPU') for node in hosts)} CPU(s) hold {slots}; lower "
             "train.num_workers or train.cpus_per_worker, or raise cluster.local_cpus on one machine"
         )
-    needed = train.num_workers * train.cpus_per_worker + 1
+    needed = train.num_workers * worker_cpus(config) + 1
     if total_cpus < needed:
         return (
-            f"the run requests {needed} CPUs ({train.num_workers} worker(s) of {train.cpus_per_worker} and 1 for their "
+            f"the run requests {needed} CPUs ({train.num_workers} worker(s) of {worker_cpus(config)} and 1 for their "
             f"data), the cluster has {total_cpus}; the data stream would starve: lower train.num_workers or "
             "train.cpus_per_worker, or raise cluster.local_cpus on one machine"
         )
@@ -323,7 +344,7 @@ def _hosts(config: Config, nodes: list[Node]) -> list[Node]:
 
 def _slots(config: Config, node: Node, data_cpus: int = 0) -> int:
     """Returns how many training workers fit on a node, each with `data_cpus` for its data."""
-    slots = _has(node, "CPU") // (config.train.cpus_per_worker + data_cpus)
+    slots = _has(node, "CPU") // (worker_cpus(config) + data_cpus)
     if not config.train.use_gpu:
         return slots
     each = int(1 / config.train.gpus_per_worker + _ROUNDING)  # one GPU serves each worker

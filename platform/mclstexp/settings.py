@@ -227,8 +227,9 @@ class TrainConfig(ConfigBlock):
     """GPU workers (nccl); else CPU workers (gloo)."""
     gpus_per_worker: float = Field(1.0, gt=0, le=1)
     """Share of a GPU for each worker with `use_gpu`; below 1 only with one worker, so that several runs share a GPU."""
-    cpus_per_worker: int = Field(1, ge=1)
-    """CPUs, and threads, of each training worker."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPUs, and threads, of each training worker; empty: all cores for the only worker of a run on this machine, else
+    1."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one."""
     keep_checkpoints: int = Field(2, ge=1)

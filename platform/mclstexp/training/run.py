@@ -44,6 +44,9 @@ _LATER_SETTINGS = {
 }
 """Settings that earlier versions did not have, by block; their defaults give the same result as those versions."""
 
+_FIRST_ENCODERS = {"densenet121", "resnet18", "resnet50", "vit_b_16", "small_cnn"}
+"""Encoders of earlier versions, all trained on pixels in ImageNet's scaling."""
+
 _DEFAULTS: Mapping[str, dict[str, object]] = Config().model_dump(mode="json")
 
 Track = Callable[[Config, str, str | None], str]
@@ -139,12 +142,20 @@ def identity(config: Config) -> dict[str, dict[str, object]]:
     """
     tree = config.model_dump(mode="json", include={"genes", "split", "model", "train", "retrieval"})
     tree["train"] = {name: value for name, value in tree["train"].items() if name not in _FREE_TRAIN_SETTINGS}
+    tree["model"]["input_scaling"] = _named_scaling(config)
     for block, later in _LATER_SETTINGS.items():
         defaults = _DEFAULTS[block]
         tree[block] = {
             name: value for name, value in tree[block].items() if name not in later or value != defaults[name]
         }
     return tree
+
+
+def _named_scaling(config: Config) -> str | None:
+    """Returns the input scaling as earlier versions recorded it: an encoder's own had to be named."""
+    model = config.model
+    own = "imagenet" if model.image_encoder in _FIRST_ENCODERS else None
+    return model.input_scaling or own
 
 
 def default_name(out: str, config: Config, manifest: Manifest) -> str:
@@ -184,8 +195,16 @@ def former_digest(config: Config) -> str:
 
     A setting that earlier versions did not have must be excluded here, for it would change every former name.
     """
-    later: Mapping[str, bool | set[str]] = {"predict": True, "tune": True, **_LATER_SETTINGS}
-    text = json.dumps(config.model_dump(mode="json", exclude=later), sort_keys=True)
+    later: Mapping[str, bool | set[str]] = {
+        "predict": True,
+        "tune": True,
+        "tiles": {"wide_um", "wide_px"},
+        **_LATER_SETTINGS,
+    }
+    tree = config.model_dump(mode="json", exclude=later)
+    tree["model"]["input_scaling"] = _named_scaling(config)
+    tree["train"]["cpus_per_worker"] = config.train.cpus_per_worker or 1  # what an open setting was then
+    text = json.dumps(tree, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
