@@ -16,7 +16,7 @@ from small_table import empty_manifest
 
 from mclstexp.config import override
 from mclstexp.data.genes import GenePanel
-from mclstexp.errors import ConfigError, ModelError
+from mclstexp.errors import ConfigError, ModelError, RunError
 from mclstexp.model.embed import network_of
 from mclstexp.model.towers import build_network
 from mclstexp.model.version import ModelVersion
@@ -61,6 +61,35 @@ def test_a_loaded_version_equals_the_saved_one(folder: Path) -> None:
     assert (loaded.bank.keys == saved.bank.keys).all()
     assert list(loaded.bank.spot_id) == list(saved.bank.spot_id)
     assert all(torch.equal(saved.weights[name], value) for name, value in loaded.towers().state_dict().items())
+
+
+def _spoilt(array: str) -> ModelVersion:
+    version = random_version()
+    assert version.bank is not None
+    if array == "weights":
+        version.weights["image_head.norm.bias"][3] = float("inf")
+    elif array == "threshold":
+        version.ood_similarity = float("nan")
+    else:
+        getattr(version.bank, array)[-1, -1] = np.nan
+    return version
+
+
+@pytest.mark.parametrize("array", ["weights", "keys", "payload", "directions", "threshold"])
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(
+    array: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = _spoilt(array)
+    with pytest.raises(RunError, match="is not finite: training has diverged, and no model version was written"):
+        version.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as earlier:  # which checked nothing
+        earlier.setattr(ModelVersion, "_not_finite", lambda self: None)
+        version.save(tmp_path)
+    if array == "threshold":  # JSON has no such number: null means that there is none
+        return
+    with pytest.raises(ModelError, match="is not finite, so no answer would be"):
+        ModelVersion.load(tmp_path)
 
 
 def test_the_same_version_has_the_same_bytes_and_name(folder: Path, tmp_path: Path) -> None:

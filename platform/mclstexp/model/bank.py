@@ -35,6 +35,8 @@ OOD_PERCENTILE = 1.0
 _OOD_SEED = 0
 _DONOR_SCHEMA = pa.schema([(name, pa.string()) for name in ("section_id", "patient_id", "spot_id")])
 _ARRAY_NAMES = ("keys", "payload", "directions")
+_CHECKED_AT_ONCE = 4096
+"""Spots that are checked for finite numbers at once: a bank may exceed the memory."""
 _MEASURED = "measured"
 _TYPES = {"F32": "<f4", "BOOL": "?"}
 """Types of stored arrays, as safetensors and NumPy call them."""
@@ -99,6 +101,15 @@ class Bank:
         """Returns the same bank with the payload of some genes, by their indices."""
         measured = None if self.measured is None else self.measured[:, columns]
         return replace(self, payload=self.payload[:, columns], measured=measured)
+
+    def not_finite(self) -> str | None:
+        """Returns the name of the first array with a number that is not finite, read block by block; None if none."""
+        for name in _ARRAY_NAMES:
+            values = getattr(self, name)
+            blocks = (values[start : start + _CHECKED_AT_ONCE] for start in range(0, len(values), _CHECKED_AT_ONCE))
+            if not all(np.isfinite(block).all() for block in blocks):
+                return f"{name} of the bank"
+        return None
 
     def save(self, folder: str | Path, made_for: Mapping[str, str]) -> None:
         """Writes the bank into a local folder, with a note of what it was made for: values by name."""

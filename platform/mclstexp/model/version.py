@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from mclstexp.config import Config, recorded_config
 from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.data.schema import Manifest
-from mclstexp.errors import ModelError
+from mclstexp.errors import ModelError, RunError
 from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
 from mclstexp.model.towers import TwoTowers, plain_tensors
@@ -31,7 +31,8 @@ from mclstexp.settings import TilesConfig
 
 MODEL_SCHEMA = 4
 _READ_SCHEMAS = (1, 2, 3, MODEL_SCHEMA)
-_FIX = "use the code that wrote it, or train it again with jobs/train.py"
+_RETRAIN = "train it again with jobs/train.py"
+_FIX = f"use the code that wrote it, or {_RETRAIN}"
 FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
 MPP_TOLERANCE = 0.02
 """Largest relative difference between the resolutions of a model's tiles and a table's."""
@@ -107,7 +108,16 @@ class ModelVersion:
         return model.eval()
 
     def save(self, folder: str | Path) -> None:
-        """Writes the version into an existing empty local folder."""
+        """Writes the version into an existing empty local folder.
+
+        Raises:
+            RunError: a weight or a number of the bank is not finite; nothing was written.
+        """
+        if found := self._not_finite():
+            raise RunError(
+                f"{found} is not finite: training has diverged, and no model version was written; lower "
+                "train.tower_lr and train.head_lr, raise train.warmup or use train.precision=fp32"
+            )
         folder = Path(folder)
         record = _ModelFile(
             schema_version=MODEL_SCHEMA,
@@ -132,7 +142,8 @@ class ModelVersion:
         """Returns the version that `save` wrote, in this or an earlier schema.
 
         Raises:
-            ModelError: a file is missing or was edited, the schema is unknown, or the bank belongs to another version.
+            ModelError: a file is missing or was edited, the schema is unknown, the bank belongs to another version, or
+                a number is not finite.
         """
         folder = Path(folder)
         _verify(folder)
@@ -159,6 +170,8 @@ class ModelVersion:
             ood_similarity=record.ood_similarity,
         )
         version._require_own_bank(folder)
+        if found := version._not_finite():
+            raise ModelError(f"{found} of the model version {folder} is not finite, so no answer would be; {_RETRAIN}")
         version.digest = _sha256(folder / FILES)[:12]
         return version
 
@@ -184,6 +197,15 @@ class ModelVersion:
                 f"the model's tiles are {own}, the table's {other}, which changes fine texture; prepare it with "
                 f"--tiles.encoding {self.config.tiles.encoding} --tiles.jpeg_quality {self.config.tiles.jpeg_quality}"
             )
+
+    def _not_finite(self) -> str | None:
+        """Returns the name of the first array with a number that is not finite; None if there is none."""
+        if self.ood_similarity is not None and not np.isfinite(self.ood_similarity):
+            return "ood_similarity"
+        for name, value in self.weights.items():
+            if not torch.isfinite(value).all():
+                return f"the weight {name}"
+        return None if self.bank is None else self.bank.not_finite()
 
     def _identity(self, folder: Path) -> dict[str, str]:
         """Returns the properties of this version that its bank depends on, by name."""

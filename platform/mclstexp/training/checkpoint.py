@@ -1,26 +1,41 @@
-"""A checkpoint: weights and optimiser state as safetensors, the rest as JSON. Loading executes no code.
+"""A checkpoint: learnt weights and optimiser state as safetensors, the rest as JSON. Loading executes no code.
+
+`state.json` has the digests of all files, its own content among them. Only finite numbers are stored, and what was
+changed, cut or lost is refused, at the price that saving and loading hash every byte. Checkpoints of earlier versions
+have no digests; their tensors are still checked for type, shape and finite numbers.
 
 The random state is not stored: every step seeds itself from (seed, epoch, step, rank), so that a checkpoint suits any
 number of workers.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import ConfigDict, TypeAdapter
+from safetensors import SafetensorError
 
 from mclstexp.errors import RunError
 from mclstexp.model.towers import plain_tensors
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_DIGESTS = "digests"
+_COUNTER = "num_batches_tracked"
+"""Last part of the name of batch norm's counters, the only whole numbers among the tensors."""
+_FROZEN = "image_tower."
+"""Prefix of frozen encoders' tensors, which earlier versions stored."""
 
 
 @dataclass
 class TrainState:
     """How far a run is."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     config: dict[str, object]
     epoch: int = 0
@@ -39,30 +54,132 @@ class TrainState:
         self.best_score, self.num_worse = (score, 0) if better else (self.best_score, self.num_worse + 1)
 
 
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    weights: dict[str, torch.Tensor]
+    slots: dict[str, torch.Tensor]
+    """State of the optimiser by "parameter.slot"."""
+    state: TrainState
+
+
 def save_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """Writes a checkpoint into an existing local folder."""
-    save_file(plain_tensors(model.state_dict()), Path(folder, WEIGHTS))
-    save_file(plain_tensors(dict(_flat(optimizer.state_dict()["state"]))), Path(folder, OPTIMIZER))
-    Path(folder, STATE).write_text(json.dumps(asdict(state)))
+    """Writes a checkpoint into an existing local folder.
+
+    Raises:
+        RunError: a weight or a moment of the optimiser is not finite; nothing was written.
+    """
+    tensors = {
+        WEIGHTS: plain_tensors(model.state_dict()),
+        OPTIMIZER: plain_tensors(dict(_flat(optimizer.state_dict()["state"]))),
+    }
+    for file, values in tensors.items():
+        if found := _not_finite(values):
+            raise RunError(
+                f"{found} of {file} is not finite after step {state.step}: training has diverged; lower "
+                "train.tower_lr and train.head_lr, raise train.warmup or use train.precision=fp32"
+            )
+    digests = {}
+    for file, values in tensors.items():
+        data = safetensors.torch.save(values)
+        Path(folder, file).write_bytes(data)
+        digests[file] = hashlib.sha256(data).hexdigest()
+    tree = asdict(state)
+    digests[STATE] = _digest(tree)
+    Path(folder, STATE).write_text(json.dumps(tree | {_DIGESTS: digests}))
+
+
+def read_checkpoint(folder: str) -> Checkpoint:
+    """Returns what a checkpoint in a local folder holds, checked.
+
+    Raises:
+        RunError: a file is missing, cut or changed, or has another content than a checkpoint.
+    """
+    try:
+        tree = json.loads(Path(folder, STATE).read_bytes())
+        digests = tree.pop(_DIGESTS, None)
+        weights, slots = (_read_tensors(Path(folder, file), digests) for file in (WEIGHTS, OPTIMIZER))
+        if digests is not None and digests[STATE] != _digest(tree):
+            raise RunError(f"{STATE} was changed after it was written")
+        state = TypeAdapter(TrainState).validate_json(json.dumps(tree))
+    except FileNotFoundError as error:
+        raise RunError(f"the checkpoint {folder} is damaged: {Path(error.filename).name} is missing") from error
+    except (RunError, OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise RunError(f"the checkpoint {folder} is damaged: {error}") from error
+    return Checkpoint(weights, slots, state)
 
 
 def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restores model and optimiser in place and returns the state.
 
     Raises:
-        RunError: the folder is not a complete checkpoint.
+        RunError: the checkpoint is damaged (see `read_checkpoint`) or of another network; nothing was changed.
     """
-    try:
-        weights, slots = load_file(Path(folder, WEIGHTS)), load_file(Path(folder, OPTIMIZER))
-        state = TrainState(**json.loads(Path(folder, STATE).read_text()))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{folder} is not a complete checkpoint: {error}; delete it to go on from the one before"
-        ) from error
+    weights, slots, state = read_checkpoint(folder)
+    weights = _learnt(weights, model)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _require_same(folder, weights, model.state_dict())
+    _require_same(folder, slots, _expected_slots(slots, parameters))
     model.load_state_dict(weights)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
     _match_memory_layout(optimizer)
     return state
+
+
+def _read_tensors(path: Path, digests: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
+    """Returns a file's tensors: those that were written, of numbers that training gives."""
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digests is not None and digests[path.name] != digest:
+        expected = str(digests[path.name])
+        raise RunError(f"{path.name} has SHA-256 {digest[:12]}..., {STATE} says {expected[:12]}...")
+    tensors = safetensors.torch.load(data)
+    for name, value in tensors.items():
+        if value.is_floating_point() == name.endswith(_COUNTER):
+            raise RunError(f"{name} of {path.name} is {value.dtype}")
+    if found := _not_finite(tensors):
+        raise RunError(f"{found} of {path.name} is not finite")
+    return tensors
+
+
+def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Returns the name of the first tensor with a number that is not finite."""
+    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+
+
+def _digest(tree: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _learnt(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns weights without those of a frozen encoder, where the network has none."""
+    if any(name.startswith(_FROZEN) for name in model.state_dict()):
+        return weights
+    return {name: value for name, value in weights.items() if not name.startswith(_FROZEN)}
+
+
+def _require_same(folder: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Checks that tensors have the names, shapes and types that a network or its optimiser has."""
+    found, wanted = (
+        {name: (tuple(value.shape), value.dtype) for name, value in group.items()} for group in (tensors, expected)
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            got, right = (
+                f"of shape {of[name][0]} and {of[name][1]}" if name in of else "missing" for of in (found, wanted)
+            )
+            raise RunError(f"the checkpoint {folder} is of another network: {name} is {got}, expected {right}")
+
+
+def _expected_slots(slots: Mapping[str, torch.Tensor], parameters: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Returns, for each stored slot of an existing parameter, a tensor of the shape and type it must have."""
+    expected = {}
+    for key in slots:
+        index, _, name = key.partition(".")
+        if index.isdecimal() and int(index) < len(parameters):
+            parameter = parameters[int(index)]
+            expected[key] = torch.zeros(()) if name == "step" else torch.empty_like(parameter, device="meta")
+    return expected
 
 
 def _match_memory_layout(optimizer: torch.optim.Optimizer) -> None:
