@@ -45,6 +45,8 @@ class Preset:
     """Repository on the Hugging Face hub; None: it is not there."""
     commit: str | None = None
     """Commit of that repository whose weights are meant; None: the newest, which the version then records."""
+    trident: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names under which TRIDENT stores features of this encoder, by layer."""
 
 
 PRESETS: dict[str, Preset] = {}

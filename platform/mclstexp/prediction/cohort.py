@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import gettempdir
@@ -71,6 +71,8 @@ class Cohort:
     @property
     def settings(self) -> dict[str, object]:
         """What all slides of one output have in common, beyond what the model fixes."""
+        if self.plan.features is not None:
+            return {"tiles": f"features of {self.plan.features.encoder}"}
         tiles = "given spots" if self.plan.positions else "a grid"
         return {"overlap": self.plan.overlap, "min_tissue": self.plan.tiles.min_tissue, "tiles": tiles}
 
@@ -152,11 +154,17 @@ def open_cohort(
             the model's.
     """
     sources, left_out = list_slides(samples, out)
-    warnings = compare_origins(read_sheet(samples) if _is_sheet(samples) else [], model.training)
+    warnings = compare_origins(read_sheet(samples) if is_sheet(samples) else [], model.training)
     positions = read_positions(spots) if spots else {}
     require_positions(sources, positions)
+    plan = replace(plan_of(model, out, config, assume_mpp), positions=positions)
+    return Cohort(sources, plan, left_out, warnings)
+
+
+def plan_of(model: ModelVersion, out: str, config: PredictConfig, assume_mpp: float | None) -> CohortPlan:
+    """Returns how slides are cut as a model's training tiles were."""
     free = {"min_tissue": config.min_tissue, "allow_upsampling": config.allow_upsampling}
-    plan = CohortPlan(
+    return CohortPlan(
         out=storage.absolute(out),
         tiles=model.config.tiles.model_copy(update=free | {"size_px": model.tile_size_px}),
         mpp=model.mpp,
@@ -166,12 +174,11 @@ def open_cohort(
         overlap=config.overlap,
         assume_mpp=assume_mpp,
         allow_other_stains=config.other_stains,
-        positions=positions,
     )
-    return Cohort(sources, plan, left_out, warnings)
 
 
-def _is_sheet(samples: str) -> bool:
+def is_sheet(samples: str) -> bool:
+    """Returns whether a cohort is named by a sheet; otherwise by a folder or prefix."""
     return samples.lower().endswith(".csv") or storage.exists(samples)
 
 
@@ -187,7 +194,7 @@ def list_slides(samples: str, out: str | None = None) -> tuple[list[SlideSource]
     Raises:
         SheetError: the sheet has faults, there is no slide, or two files give the same id.
     """
-    if _is_sheet(samples):
+    if is_sheet(samples):
         rows = read_sheet(samples)
         return [SlideSource(row.section_id, row.patient_id, row.site, row.image, row.mpp) for row in rows], {}
     uris = _visible_files(samples, out)
@@ -199,8 +206,8 @@ def list_slides(samples: str, out: str | None = None) -> tuple[list[SlideSource]
             f"there is no slide under {samples}{found}: give a sample sheet (.csv), or a folder or s3:// prefix that "
             f"holds files with one of the extensions {', '.join(EXTENSIONS)}"
         )
-    slides = [SlideSource(name, name, "", uri, None) for uri in images for name in [_slide_id(uri)]]
-    _require_unique(samples, slides)
+    slides = [SlideSource(name, name, "", uri, None) for uri in images for name in [slide_name(uri)]]
+    require_unique(samples, slides)
     return slides, left_out
 
 
@@ -272,12 +279,18 @@ def _name(uri: str) -> str:
     return uri.rsplit("/", 1)[1]
 
 
-def _slide_id(uri: str) -> str:
+def slide_name(uri: str) -> str:
+    """Returns the id of a slide of a folder: its file's name without extension, with `_` for unusual characters."""
     name = _name(uri).rpartition(".")[0]
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_ID]
 
 
-def _require_unique(samples: str, slides: list[SlideSource]) -> None:
+def require_unique(samples: str, slides: Iterable[SlideSource]) -> None:
+    """Checks that no two files of a folder give the same slide id.
+
+    Raises:
+        SheetError: some do; names them.
+    """
     files: dict[str, list[str]] = {}
     for slide in slides:
         files.setdefault(slide.slide_id, []).append(slide.image)

@@ -1,28 +1,29 @@
 """Inspects one slide before it is predicted: resolution, stain, tissue, and the tiles in the order of prediction.
 
+A slide whose features others have computed is described by their file instead (`feature_slides`).
+
 The findings are written to the slide's staging folder, the record last, and a later run reads them back. A slide
 without tissue is a result with no tiles. The small picture and the tissue mask are read separately, which is twice the
 work on a slide of a single level, so that both equal those of a tile table.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from mclstexp import storage
 from mclstexp.errors import SourceError
+from mclstexp.prediction.feature_slides import inspect_features
 from mclstexp.prediction.parts import (
     GRID,
     GRID_SCHEMA,
-    PREVIEW,
     RECORD,
-    THUMBNAIL,
+    Inspection,
     SlideRecord,
     remove_staging,
     staging_folder,
+    write_inspection,
+    write_record,
 )
 from mclstexp.prediction.plan import CohortPlan, SlideSource, fingerprint, key
 from mclstexp.prediction.slide_cache import staged
@@ -32,7 +33,6 @@ from mclstexp.slides.stain import not_h_and_e
 from mclstexp.slides.tiles import (
     MAX_UPSAMPLING,
     curve_order,
-    encode_picture,
     grid,
     inside,
     preview,
@@ -47,29 +47,22 @@ _MIN_ON_SLIDE = 0.5  # share of given positions
 _UM2_PER_MM2 = 1e6
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A slide that can be predicted."""
-
-    record: SlideRecord
-    staging: str
-    """URI of its staging folder."""
-
-
 def inspect(source: SlideSource, plan: CohortPlan) -> Inspection:
     """Returns the findings about a slide, from its staging folder if it was inspected before.
 
     Raises:
         SourceError: it is damaged, states no resolution and none is assumed, would be enlarged too much, shows no H&E
-            stain, or holds less than half of the given positions; a run may allow some of these.
+            stain, or holds less than half of the given positions; a run may allow some of these. Or its feature file
+            is not of what the model takes.
         FileNotFoundError, ResourceError, StorageError: its file is not available now.
     """
     found = fingerprint(source.image)
     inspection = _read_back(source, found, plan)
     if inspection is None:
-        with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path, open_slide(path) as slide:
-            inspection = _inspect(source, found, plan, slide)
-    _require_stain(inspection.record.not_h_and_e, plan)
+        with staged(source.image, plan.scratch, plan.scratch_budget_bytes) as path:
+            inspection = _inspect(source, found, plan, path)
+    if plan.features is None:
+        _require_stain(inspection.record.not_h_and_e, plan)
     return inspection
 
 
@@ -84,14 +77,22 @@ def _read_back(source: SlideSource, found: str, plan: CohortPlan) -> Inspection 
         except ValidationError:  # written by another version of this project: inspect again
             remove_staging(staging)
             continue
-        if record.image != source.image:  # moved since: the output must not name the old URI
-            record = record.model_copy(update={"image": source.image})
-            _write_record(record, staging)
-        return Inspection(record, staging)
+        if record.image == source.image:
+            return Inspection(record, staging)
+        moved = Inspection(record.model_copy(update={"image": source.image}), staging)
+        write_record(moved)  # the output must not name the old URI
+        return moved
     return None
 
 
-def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) -> Inspection:
+def _inspect(source: SlideSource, found: str, plan: CohortPlan, path: str) -> Inspection:
+    if plan.features is not None:
+        return inspect_features(source, found, plan, path)
+    with open_slide(path) as slide:
+        return _inspect_slide(source, found, plan, slide)
+
+
+def _inspect_slide(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) -> Inspection:
     mpp, origin = resolve_mpp({"sheet": source.mpp, "image": slide.mpp}, plan.assume_mpp)
     scale = tile_scale(plan.mpp, mpp)
     if 1 / scale > MAX_UPSAMPLING and not plan.tiles.allow_upsampling:
@@ -129,11 +130,9 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) ->
     staging = staging_folder(plan.out, source.slide_id, key(source, found, plan, assumed=origin == ASSUMED))
     left, top = corners(table, plan.tiles.size_px, scale)
     shown = preview(small, small_scale, mask.is_tissue, left, top, plan.tiles.size_px * scale)
-    storage.write(storage.join(staging, GRID), _parquet(table))
-    storage.write(storage.join(staging, THUMBNAIL), encode_picture(small))
-    storage.write(storage.join(staging, PREVIEW), encode_picture(shown))
-    _write_record(record, staging)
-    return Inspection(record, staging)
+    inspection = Inspection(record, staging)
+    write_inspection(inspection, table, small, shown)
+    return inspection
 
 
 def corners(table: pa.Table, size_px: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -181,13 +180,3 @@ def _require_on_slide(kept: np.ndarray, x: np.ndarray, y: np.ndarray, slide: Sli
         f"px and the tiles of {centred - int(kept.sum())} cross its edge ({exchanged} are inside with x and y "
         "exchanged): give positions in level-0 pixels of this image"
     )
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=False)
-    return sink.getvalue().to_pybytes()
-
-
-def _write_record(record: SlideRecord, staging: str) -> None:
-    storage.write(storage.join(staging, RECORD), record.model_dump_json(indent=1).encode())

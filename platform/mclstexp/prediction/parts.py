@@ -21,6 +21,7 @@ from safetensors.numpy import load, save
 from mclstexp import storage
 from mclstexp.errors import PartError, StorageError, TableError
 from mclstexp.slides.codec import decode_tile
+from mclstexp.slides.tiles import encode_picture
 
 PART_TILES = 256
 """Tiles of a part, the unit of embedding, writing and resuming."""
@@ -80,6 +81,15 @@ class SlideRecord(BaseModel):
     """Why the slide is flagged as not H&E; empty if it is not flagged."""
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """A slide that can be predicted."""
+
+    record: SlideRecord
+    staging: str
+    """URI of its staging folder."""
+
+
 class Answer(Protocol):
     """A model's answer for n tiles, as `retrieval.Retrieved`: `prediction` float32 (n, G), the others float32 (n,)."""
 
@@ -113,6 +123,27 @@ class Part:
 def staging_folder(out: str, slide_id: str, key: str) -> str:
     """Returns the URI of the folder that keeps a slide's unfinished prediction under a key."""
     return storage.join(out, STAGING, f"{slide_id}-{key}")
+
+
+def write_inspection(found: Inspection, grid: pa.Table, thumbnail: np.ndarray, preview: np.ndarray) -> None:
+    """Writes what was found about a slide into its staging folder, the record last.
+
+    Args:
+        found: the slide.
+        grid: its tiles, GRID_SCHEMA, in the order of prediction.
+        thumbnail, preview: the slide without and with its tiles drawn in, uint8 (height, width, 3).
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(grid, sink, compression="zstd", store_schema=False)
+    storage.write(storage.join(found.staging, GRID), sink.getvalue().to_pybytes())
+    storage.write(storage.join(found.staging, THUMBNAIL), encode_picture(thumbnail))
+    storage.write(storage.join(found.staging, PREVIEW), encode_picture(preview))
+    write_record(found)
+
+
+def write_record(found: Inspection) -> None:
+    """Writes the record of a slide into its staging folder."""
+    storage.write(storage.join(found.staging, RECORD), found.record.model_dump_json(indent=1).encode())
 
 
 def key_of_staging(uri: str) -> str:

@@ -23,7 +23,8 @@ from mclstexp import storage
 from mclstexp.cluster import MAX_RETRIES, ordered
 from mclstexp.data.spots import Batch
 from mclstexp.errors import ResourceError, SourceError, UserError
-from mclstexp.prediction.inspect import corners, inspect
+from mclstexp.prediction.feature_slides import FeatureReader
+from mclstexp.prediction.inspect import inspect
 from mclstexp.prediction.parts import (
     PART_TILES,
     SlideRecord,
@@ -77,10 +78,17 @@ class Row:
     """From read on: tiles of the part."""
     pixels: np.ndarray | None = None
     """read -> answer: uint8 (256, size, size, 3), zero behind the last tile and where the slide has no pixels."""
+    features: np.ndarray | None = None
+    """read -> answer, in the place of pixels: float32 (256, F), zero behind the last tile."""
     complete: np.ndarray | None = None
     """read -> answer: bool (256,), False for the same tiles."""
     answer: bytes | None = None
     """answer -> write: the part's file; empty in rows of another state than `tiles`."""
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """What the model embeds: the part's tiles, or their features."""
+        return tuple(values[: self.num_tiles] for values in (self.pixels, self.features) if values is not None)
 
     @classmethod
     def of(cls, batch: Batch) -> "Row":
@@ -221,45 +229,39 @@ class Inspect:
 class Read:
     """The actor that reads stretches: yields one row per part.
 
-    It keeps the last local pyramid open. It releases remote slides after each stretch, because a node's scratch folder
-    waits for whoever holds one, and plain images, because they fill memory.
+    It keeps the last local pyramid or feature file open. It releases remote slides after each stretch, because a node's
+    scratch folder waits for whoever holds one, and plain images, because they fill memory.
     """
 
     def __init__(self, plan: CohortPlan) -> None:
-        self._size_px = plan.tiles.size_px
-        self._reader = TileReader(plan)
+        self._reader = TileReader(plan) if plan.features is None else FeatureReader(plan)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """Takes a stretch, yields its parts with their pixels."""
+        """Takes a stretch, yields its parts with their pixels or features."""
         stretch = Row.of(batch)
         row = replace(stretch, parts=None)
         if stretch.state != TILES:
-            yield self._part(row, _NO_PART, []).batch()
+            yield self._without_tiles(row).batch()
             return
         try:
             record = read_record(stretch.staging)
             table = read_grid(stretch.staging, record.num_tiles)
-            left, top = corners(table, self._size_px, record.scale)
             for part in map(int, str(stretch.parts).split()):
-                rows = slice(part * PART_TILES, (part + 1) * PART_TILES)
-                tiles = self._reader.read(stretch.image_uri, left[rows], top[rows], record.scale)
-                yield self._part(row, part, tiles).batch()
+                tiles = table.slice(part * PART_TILES, PART_TILES)
+                columns: dict[str, Any] = self._reader.read_part(stretch.image_uri, tiles, record.scale)
+                yield replace(row, part=part, num_tiles=len(tiles), **columns).batch()
             if not record.reads_regions:
                 self._reader.release()
         except Exception as error:  # no fault of a slide stops another one
             self._reader.release()
-            yield self._part(_faulty(row, error), _NO_PART, []).batch()
+            yield self._without_tiles(_faulty(row, error)).batch()
         finally:
             if storage.is_s3(stretch.image_uri):
                 self._reader.release()
 
-    def _part(self, row: Row, part: int, tiles: list[np.ndarray | None]) -> Row:
-        pixels = np.zeros((PART_TILES, self._size_px, self._size_px, 3), np.uint8)
-        complete = np.zeros(PART_TILES, bool)
-        for index, tile in enumerate(tiles):
-            if tile is not None:
-                pixels[index], complete[index] = tile, True
-        return replace(row, part=part, num_tiles=len(tiles), pixels=pixels, complete=complete)
+    def _without_tiles(self, row: Row) -> Row:
+        columns: dict[str, Any] = self._reader.empty_part()
+        return replace(row, part=_NO_PART, num_tiles=0, **columns)
 
 
 class Answer:
@@ -277,22 +279,21 @@ class Answer:
     def __call__(self, batch: Batch) -> Batch:
         """Takes a part with its pixels, returns it with its answer."""
         row = Row.of(batch)
-        answered = replace(row, pixels=None, complete=None, answer=b"")
+        answered = replace(row, pixels=None, features=None, complete=None, answer=b"")
         if row.state != TILES:
             return answered.batch()
-        assert row.pixels is not None
         assert row.complete is not None
         try:
-            found = self.answer(row.pixels[: row.num_tiles])
+            found = self.answer(*row.inputs)
             return replace(answered, answer=encode_part(found, row.complete[: row.num_tiles])).batch()
         except Exception as error:  # a full GPU, perhaps: it may be free when the slide is tried again
             return _failed(answered, error).batch()
 
-    def answer(self, tiles: np.ndarray) -> "Retrieved":
-        """Returns the model's answer for tiles, uint8 (n, size, size, 3)."""
+    def answer(self, *inputs: np.ndarray) -> "Retrieved":
+        """Returns the model's answer for tiles, uint8 (n, size, size, 3), or for features, float32 (n, F)."""
         from mclstexp.model.retrieval import regressed, retrieve
 
-        queries = self._embed(tiles)
+        queries = self._embed(*inputs)
         return regressed(queries) if self._bank is None else retrieve(queries, self._bank, self._config, self._keys)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from mclstexp import storage
+from mclstexp.prediction.feature_files import FeatureNeeds
 from mclstexp.settings import TilesConfig
 
 _VERSION = 1
@@ -29,7 +30,7 @@ class SlideSource:
     patient_id: str
     site: str
     image: str
-    """Absolute URI."""
+    """Absolute URI; of the feature file if the plan takes features."""
     mpp: float | None
     """Micrometres per level-0 pixel, if the sheet states it."""
 
@@ -57,6 +58,8 @@ class CohortPlan:
     """Whether images that do not look like H&E are predicted, with a flag, instead of quarantined."""
     positions: Mapping[str, pa.Table] = field(default_factory=dict)
     """Given tile centres by slide (cohort.POSITION_SCHEMA); empty: a grid."""
+    features: FeatureNeeds | None = None
+    """What the slides' feature files must contain; None: tiles are cut from images."""
 
 
 def key(source: SlideSource, fingerprint: str, plan: CohortPlan, *, assumed: bool = False) -> str:
@@ -87,7 +90,9 @@ def key(source: SlideSource, fingerprint: str, plan: CohortPlan, *, assumed: boo
 
 def attempt_key(source: SlideSource, fingerprint: str, plan: CohortPlan) -> str:
     """Returns 16 hex digits of everything that a slide's quarantine depends on: the answer's key, what is allowed."""
-    allowed = [plan.assume_mpp, plan.allow_other_stains, plan.tiles.allow_upsampling]
+    allowed: list[object] = [plan.assume_mpp, plan.allow_other_stains, plan.tiles.allow_upsampling]
+    if plan.features is not None:  # a file that states no encoder counts as one of its folder's
+        allowed.append(plan.features.folder)
     return _digest([key(source, fingerprint, plan), *allowed])
 
 

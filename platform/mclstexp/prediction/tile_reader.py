@@ -8,8 +8,11 @@ from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
+import pyarrow as pa
 
 from mclstexp.errors import SourceError
+from mclstexp.prediction.inspect import corners
+from mclstexp.prediction.parts import PART_TILES
 from mclstexp.prediction.plan import CohortPlan
 from mclstexp.prediction.slide_cache import staged
 from mclstexp.settings import TilesConfig
@@ -47,6 +50,30 @@ class TileReader:
             FileNotFoundError, ResourceError, StorageError: its file is not available now.
         """
         return [self._tile(image, x, y, scale) for x, y in zip(left.tolist(), top.tolist(), strict=True)]
+
+    def read_part(self, image: str, table: pa.Table, scale: float) -> dict[str, np.ndarray]:
+        """Returns the columns of a part in the pipeline: `pixels` and `complete`, zero and False without pixels.
+
+        Args:
+            image: URI of the slide.
+            table: the tiles, GRID_SCHEMA, at most PART_TILES.
+            scale: level-0 pixels along a tile pixel.
+
+        Raises:
+            As `read`.
+        """
+        columns = self.empty_part()
+        left, top = corners(table, self._plan.tiles.size_px, scale)
+        for index, tile in enumerate(self.read(image, left, top, scale)):
+            if tile is not None:
+                columns["pixels"][index], columns["complete"][index] = tile, True
+        return columns
+
+    def empty_part(self) -> dict[str, np.ndarray]:
+        """Returns the columns of a part without tiles."""
+        size_px = self._plan.tiles.size_px
+        pixels = np.zeros((PART_TILES, size_px, size_px, 3), np.uint8)
+        return {"pixels": pixels, "complete": np.zeros(PART_TILES, bool)}
 
     def open(self, image: str) -> Slide:
         """Returns the open slide of a URI, after copying a remote one to this node."""

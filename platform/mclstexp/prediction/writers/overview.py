@@ -57,7 +57,7 @@ def draw_overview(path: Path, slide: PredictedSlide, columns: Sequence[int]) -> 
     first, *others = figure.subplots(down, across, squeeze=False).ravel()
     _draw_slide(first, thumbnail, record, 1.0)
     _draw_scale_bar(first, width * record.thumbnail_scale, record.mpp)
-    first.set_title("H&E")
+    first.set_title("slide" if record.not_h_and_e else "H&E")
 
     # One map per gene.
     for axes, name, label in zip(others, names, labels, strict=False):
