@@ -52,11 +52,11 @@ def main() -> None:
     from mclstexp.data.schema import load_manifest
     from mclstexp.evaluation.save import RECORD
     from mclstexp.evaluation.show import card_tables
-    from mclstexp.model.encoders import require_encoder
     from mclstexp.model.losses import require_loss
+    from mclstexp.model.weights import require_encoder
     from tuning import cross_validation as folds_of
 
-    require_encoder(config.model.image_encoder)
+    require_encoder(config.model.image_encoder, layers=config.model.image_layers)
     require_loss(config)
     config = cluster.side_by_side(config)
     marker_sets = markers(arguments.cohort, arguments.markers)

@@ -47,7 +47,7 @@ def main() -> None:
     from mclstexp.evaluation.markers import require_markers
     from mclstexp.evaluation.save import RECORD
     from mclstexp.evaluation.show import card_tables
-    from mclstexp.model.encoders import require_encoder
+    from mclstexp.model.weights import require_encoder
 
     # Mistakes first
     marker_sets = markers(arguments.cohort, arguments.markers)

@@ -32,10 +32,10 @@ class TrainArguments(JobArguments):
 def main() -> None:
     """Parses, checks, trains, registers."""
     arguments, config = parse(TrainArguments, __doc__ or "", EXAMPLE, BLOCKS)
-    from mclstexp.model.encoders import require_encoder
     from mclstexp.model.losses import require_loss
+    from mclstexp.model.weights import require_encoder
 
-    require_encoder(config.model.image_encoder)
+    require_encoder(config.model.image_encoder, layers=config.model.image_layers)
     require_loss(config)
     if arguments.dry_run:
         print(describe(config, BLOCKS))

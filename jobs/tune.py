@@ -44,13 +44,13 @@ def main() -> None:
     arguments, config = parse(TuneArguments, __doc__ or "", EXAMPLE, BLOCKS)
     from mclstexp import cluster, storage
     from mclstexp.data.schema import load_manifest
-    from mclstexp.model.encoders import require_encoder
     from mclstexp.model.losses import require_loss
+    from mclstexp.model.weights import require_encoder
     from tuning.forecast import plan
     from tuning.space import load_space, num_trials
     from tuning.sweep import default_name, with_validation
 
-    require_encoder(config.model.image_encoder)
+    require_encoder(config.model.image_encoder, layers=config.model.image_layers)
     require_loss(config)
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)

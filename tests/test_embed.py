@@ -2,9 +2,6 @@
 
 import os
 import threading
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -14,13 +11,12 @@ from ray.data import ExecutionResources
 from small_table import empty_manifest
 
 from mclstexp.cluster import ordered
-from mclstexp.config import Config
 from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ResourceError
-from mclstexp.model.embed import ImageNetwork, embed_sections, encoder_network
-from mclstexp.model.towers import TwoTowers
-from mclstexp.model.version import ModelVersion
-from mclstexp.settings import ModelConfig, TrainConfig
+from mclstexp.model.embed import ImageHead, ImageNetwork, embed_sections, encoder_network
+from mclstexp.model.frozen import frozen_encoder
+from mclstexp.model.towers import ImageTower, ProjectionHead, TwoTowers
+from mclstexp.settings import ModelConfig
 
 CPU = torch.device("cpu")
 TILES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
@@ -55,22 +51,6 @@ def test_the_image_side_alone_embeds_as_the_two_towers_do(l2_normalise: bool) ->
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_networks_digest_covers_everything_its_answers_depend_on() -> None:
-    plain = _network(_config())
-    same = [_network(_config()), _network(_config(temperature=0.3))]
-    assert {network.digest() for network in same} == {plain.digest()}
-    name, value = next(iter(plain.tower.items()))
-    others = [
-        replace(plain, tower=plain.tower | {name: value + 1}),
-        replace(plain, head=None),
-        replace(plain, precision="bf16"),
-        _network(_config(input_scaling="unit")),
-        _network(_config(test_turns=True)),
-        _network(_config(l2_normalise=False)),
-    ]
-    assert len({network.digest() for network in (plain, *others)}) == 1 + len(others)
-
-
 def test_other_tiles_do_not_change_an_embedding() -> None:
     embed = _network(_config()).build(CPU)
     assert embed(TILES)[2:3] == pytest.approx(embed(TILES[2:3]), abs=1e-6)
@@ -88,30 +68,33 @@ def test_with_test_turns_embedded_tiles_are_turned() -> None:
     assert turning(TILES[2:3]) == pytest.approx(found[2:3], abs=1e-6)
 
 
-@dataclass
-class _Version:
-    """What `encoder_network` reads of a model version."""
-
-    config: Config
-    tile_size_px: int = 32
-
-
-def test_features_of_random_weights_depend_on_the_seed_only() -> None:
-    version = cast(ModelVersion, _Version(Config(model=_config(), train=TrainConfig(precision="fp32"))))
-    first, again, other = (encoder_network(version, "random", seed).build(CPU)(TILES) for seed in (0, 0, 1))
-    assert first.shape == (5, 128)
-    assert np.array_equal(first, again)
-    assert not np.allclose(first, other)
-
-
-def test_an_encoder_loads_its_weights_before_it_is_built(tmp_path: Path) -> None:
-    version = cast(ModelVersion, _Version(Config(model=_config(), train=TrainConfig(precision="fp32"))))
-    torch.save(_towers(_config()).image_tower.encoder.state_dict(), tmp_path / "weights.pth")
-    network = encoder_network(version, str(tmp_path / "weights.pth"), 0)
-    (tmp_path / "weights.pth").unlink()
+def test_an_encoder_alone_gives_its_features_whatever_the_views_of_the_model() -> None:
+    config = _config(freeze_encoder=True, image_views=("image", "image_wide"), image_layers=("third", "pooled"))
+    encoder = frozen_encoder(config, 32, seed=3)
+    found = encoder_network(encoder, "fp32").build(CPU)(TILES)
+    torch.manual_seed(3)
+    tower = ImageTower(config, 32).eval()
     with torch.inference_mode():
-        expected = _towers(_config()).image_tower(torch.from_numpy(TILES).permute(0, 3, 1, 2) / 255).numpy()
-    assert network.build(CPU)(TILES) == pytest.approx(expected, abs=1e-5)
+        expected = tower(torch.from_numpy(TILES).permute(0, 3, 1, 2) / 255).numpy()
+    assert found.shape == (5, 96 + 128)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_views_of_a_spot_are_joined_before_the_head() -> None:
+    config = _config(freeze_encoder=True, image_views=("image", "image_wide"))
+    encoder, wide = frozen_encoder(config, 32, seed=3), TILES[:, ::2, ::2].copy()
+    torch.manual_seed(4)
+    head = ProjectionHead(256, 8, config.l2_normalise).eval()
+    tower = {f"encoder.{name}": value for name, value in encoder.state().items()}
+    network = ImageNetwork(config.model_dump(mode="json"), 32, tower, head.state_dict(), "fp32")
+    alone = encoder_network(encoder, "fp32").build(CPU)
+    features = np.concatenate([alone(TILES), alone(wide)], axis=1)
+    with torch.inference_mode():
+        expected = head(torch.from_numpy(features)).numpy()
+    assert network.build(CPU)(TILES, wide) == pytest.approx(expected, abs=1e-5)
+    by_head = ImageHead(config.model_dump(mode="json"), head.state_dict(), "fp32")
+    assert by_head.num_features == 256
+    assert by_head.build(CPU)(features) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_cluster_without_a_cpu_for_decoding_is_refused(

@@ -1,15 +1,20 @@
 """The towers against NumPy references written from the method's description; padding and empty sentences."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as tv
+from torchvision.transforms.v2 import InterpolationMode
 
-from mclstexp.model.towers import ImageTower, SpotTower, TwoTowers
+from mclstexp.model.presets import PRESETS, Transform
+from mclstexp.model.towers import ImageTower, SpotTower, TwoTowers, feature_width
 from mclstexp.settings import ModelConfig
 
 GENES, POSITIONS = 12, 9
+VIEWS = ("image", "image_wide")
 REFERENCE = ModelConfig(
     image_encoder="small_cnn",
     input_scaling="unit",
@@ -150,14 +155,38 @@ def test_a_learnt_scale_is_capped_and_still_learns() -> None:
     assert towers.log_scale.grad.item() > 0
 
 
-def test_a_frozen_encoder_learns_nothing_and_keeps_its_statistics() -> None:
-    config = ModelConfig(image_encoder="small_cnn", spot_width=16, freeze_encoder=True)
+def test_a_frozen_encoder_is_no_part_of_the_network() -> None:
+    config = ModelConfig(image_encoder="small_cnn", spot_width=16, freeze_encoder=True, image_views=VIEWS)
     towers = TwoTowers(config, GENES, 0, 32).train()
-    before = {name: value.clone() for name, value in towers.image_tower.state_dict().items()}
-    towers.embed_images(torch.rand(4, 3, 32, 32)).sum().backward()
-    assert all(parameter.grad is None for parameter in towers.image_tower.parameters())
+    assert not [name for name in towers.state_dict() if name.startswith("image_tower.")]
+    features = torch.rand(4, feature_width(config, 32))
+    assert features.shape[1] == 2 * 128
+    embedded = towers.embed_images(features)
+    torch.testing.assert_close(embedded, towers.image_head(features))
+    embedded.sum().backward()
     assert towers.image_head.project.weight.grad is not None
-    assert all(torch.equal(value, before[name]) for name, value in towers.image_tower.state_dict().items())
+
+
+def test_tiles_are_resized_cropped_and_normalised_as_the_preset_says(monkeypatch) -> None:
+    transform = Transform(resize_px=40, crop_px=32, mean=(0.7, 0.6, 0.5), std=(0.2, 0.3, 0.4))
+    preset = replace(PRESETS["small_cnn"], transform=transform)
+    monkeypatch.setitem(PRESETS, "small_cnn", preset)
+    tower = ImageTower(ModelConfig(image_encoder="small_cnn"), 56).eval()
+    picture = (np.random.default_rng(0).random((56, 56, 3)) * 255).astype(np.uint8)
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    resized = tv.resize(image, [40, 40], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    expected = tv.normalize(tv.center_crop(resized, [32, 32]), transform.mean, transform.std)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(image), tower.encoder(expected))
+
+
+def test_a_stated_scaling_replaces_the_encoders_own(monkeypatch) -> None:
+    preset = replace(PRESETS["small_cnn"], transform=Transform(mean=(0.7, 0.6, 0.5), std=(0.2, 0.3, 0.4)))
+    monkeypatch.setitem(PRESETS, "small_cnn", preset)
+    images = torch.rand(2, 3, 32, 32)
+    tower = ImageTower(ModelConfig(image_encoder="small_cnn", input_scaling="unit"), 32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tower(images), tower.encoder(images))
 
 
 def test_without_blocks_a_spot_is_embedded_from_its_own_expression() -> None:

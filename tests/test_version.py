@@ -231,7 +231,7 @@ def test_a_bank_that_is_not_listed_is_refused(folder: Path) -> None:
 def test_another_schema_is_refused(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
     _rewrite_record(folder, record | {"schema_version": 99, "new_field": 1})
-    with pytest.raises(ModelError, match=r"model schema 99, this code reads 1, 2, 3, 4; .*jobs/train\.py"):
+    with pytest.raises(ModelError, match=r"model schema 99, this code reads 1, 2, 3, 4, 5; .*jobs/train\.py"):
         ModelVersion.load(folder)
 
 
@@ -241,7 +241,7 @@ def _write_as_schema(schema: int, folder: Path) -> None:
         notes, arrays = file.metadata(), {name: file.get_tensor(name) for name in ("keys", "payload")}
     save_file(arrays, folder / "bank.safetensors", notes if schema == 3 else None)
     record = json.loads((folder / "model.json").read_text())
-    assert (record.pop("schema_version"), record["ood_similarity"]) == (4, 0.25)
+    assert (record.pop("schema_version"), record["ood_similarity"]) == (5, 0.25)
     record["config"]["predict"]["bank_shards"] = 2
     del record["training"]["validation_patients"]
     if schema == 1:

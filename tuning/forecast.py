@@ -59,8 +59,7 @@ def tile_seconds(config: Config, tile_size_px: int) -> float:
     """Returns the seconds per tile of a forward and backward pass of the image tower on one CPU core, or on a GPU."""
     torch.set_num_threads(1)  # with other work on a core, several threads wait for each other, up to 50 times as long
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = config.model.model_copy(update={"image_weights": "random"})
-    tower = ImageTower(settings, tile_size_px).to(device).to(memory_format=torch.channels_last).train()
+    tower = ImageTower(config.model, tile_size_px).to(device).to(memory_format=torch.channels_last).train()
     tiles = torch.rand(_TILES, 3, tile_size_px, tile_size_px, device=device).contiguous(
         memory_format=torch.channels_last
     )

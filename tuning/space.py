@@ -18,8 +18,8 @@ from ray import tune
 
 from mclstexp.config import Config, leaf_fields, unknown_setting
 from mclstexp.errors import ConfigError
-from mclstexp.model.encoders import require_encoder
 from mclstexp.model.losses import require_loss
+from mclstexp.model.weights import require_encoder
 
 VARIED_BLOCKS = ("model", "train", "retrieval")
 FIXED = (
@@ -183,5 +183,5 @@ def _require_allowed(name: str, value: object, config: Config) -> None:
     except ValidationError as error:
         raise ConfigError(f"{name}={value!r}: {error.errors()[0]['msg']}") from None
     changed = config.model_copy(update={block: changed_block})
-    require_encoder(changed.model.image_encoder)
+    require_encoder(changed.model.image_encoder, layers=changed.model.image_layers)
     require_loss(changed)

@@ -23,6 +23,7 @@ from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.ridge import RidgeFloor, measured_parts, training_groups
 from mclstexp.evaluation.sections import MeasuredSection, normalise_section
 from mclstexp.model.embed import ImageNetwork, embed_sections, encoder_network, network_of
+from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show
 
@@ -102,9 +103,10 @@ def floor_features(
     Raises:
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
-    networks = {"random": encoder_network(model, "random", SEED)}
-    if floor_weights:
-        networks["pretrained"] = encoder_network(model, floor_weights, SEED)
+    weights = {"random": "random"} | ({"pretrained": floor_weights} if floor_weights else {})
+    encoders = {word: _frozen(model, uri) for word, uri in weights.items()}
+    precision = model.config.train.precision
+    networks = {word: encoder_network(encoder, precision) for word, encoder in encoders.items()}
     networks["trained"] = replace(network_of(model), head=None)
     features: Features = {}
     for word, network in networks.items():
@@ -112,10 +114,17 @@ def floor_features(
         if feature_cache is None or word == "trained":
             found = _embed(reader, section_ids, network, what, show)
         else:
-            found = _embed_once(reader, section_ids, network, what, show, storage.join(feature_cache, word))
+            name = f"{encoders[word].record.digest[:16]}-{encoders[word].record.scaling}-{precision}"
+            found = _embed_once(reader, section_ids, network, what, show, storage.join(feature_cache, word, name))
         features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
         features[f"ridge on {what}"] = {name: arrays["embedding"] for name, arrays in found.items()}
     return features
+
+
+def _frozen(model: ModelVersion, image_weights: str) -> FrozenEncoder:
+    """Returns a model version's image encoder with other weights (as `model.image_weights`)."""
+    config = model.config.model.model_copy(update={"image_weights": image_weights})
+    return frozen_encoder(config, model.tile_size_px, SEED)
 
 
 def _embed(
@@ -130,7 +139,7 @@ def _embed_once(
 ) -> dict[str, Batch]:
     """Returns the same as `_embed`, but embeds only the sections that are not in the cache."""
     digests = {name: reader.manifest.section(name).sha256 for name in section_ids}
-    uris = {name: storage.join(cache, network.digest(), f"{name}-{digest}.npz") for name, digest in digests.items()}
+    uris = {name: storage.join(cache, f"{name}-{digest}.npz") for name, digest in digests.items()}
     missing = [name for name, uri in uris.items() if not storage.exists(uri)]
     for name, arrays in _embed(reader, missing, network, what, show).items() if missing else ():
         buffer = io.BytesIO()

@@ -6,36 +6,33 @@ work on the cluster and starts all actors of a pool at once, so runs that embed 
 cluster (`cluster.share_of_run`).
 """
 
-import hashlib
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import ray
-import safetensors.torch
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
 from mclstexp.cluster import MAX_RETRIES, ordered
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import Batch, TileLoader, pad
-from mclstexp.errors import ResourceError
-from mclstexp.model.towers import ImageTower, ProjectionHead, plain_tensors, uses_bf16
+from mclstexp.errors import ModelError, ResourceError
+from mclstexp.model.frozen import FrozenEncoder
+from mclstexp.model.towers import ImageTower, ProjectionHead, uses_bf16
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import ModelConfig
 
-_IMAGE_SETTINGS = ("image_encoder", "input_scaling", "test_turns", "predictor", "embedding_dim", "l2_normalise")
 _TILES_AT_ONCE = {"cpu": 16, "cuda": 64}  # larger batches are slower on a CPU (docs/scaling.md)
 _MIN_TILES_PER_ACTOR = 256  # below this, starting another actor (importing torch) costs more than it saves
 
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """An image tower, with or without its head, as data: it is built where it is used."""
+    """An image encoder with its head as data: it is built where it is used."""
 
     config: dict[str, object]
     """ModelConfig as a plain dict."""
@@ -47,71 +44,121 @@ class ImageNetwork:
     precision: str = "auto"
     """As `train.precision`."""
 
-    def digest(self) -> str:
-        """Returns 16 hex digits that name everything the answers depend on."""
-        settings = [self.config[name] for name in _IMAGE_SETTINGS]
-        digest = hashlib.sha256(json.dumps([settings, self.tile_size_px, self.precision]).encode())
-        for part in (self.tower, self.head or {}):
-            digest.update(safetensors.torch.save({name: value.contiguous() for name, value in part.items()}))
-        return digest.hexdigest()[:16]
+    def build(self, device: torch.device, batch: int | None = None) -> Callable[..., np.ndarray]:
+        """Returns the map from tiles to embeddings or features, float32 (n, D).
 
-    def build(self, device: torch.device, batch: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-        """Returns the map from tiles, uint8 (n, size, size, 3), n > 0, to embeddings or features, float32 (n, D).
+        It takes one array per view, in the order of `model.image_views`: uint8 (n, size, size, 3), n > 0.
 
         Args:
             device: the device that computes.
             batch: tiles that go through the network at once (another size may round differently); None: the device's
                 default.
         """
-        config = ModelConfig.model_validate(self.config | {"image_weights": "random"})
+        config = ModelConfig.model_validate(self.config)
         tower = ImageTower(config, self.tile_size_px)
         tower.load_state_dict(self.tower)
-        network = torch.nn.Sequential(tower)
-        if self.head is not None:
-            network.append(_head(config, tower.num_features, self.head))
-        network = network.eval().to(device).to(memory_format=torch.channels_last)
+        num_features = tower.num_features * len(config.image_views)
+        head = torch.nn.Identity() if self.head is None else _head(config, num_features, self.head)
+        tower = tower.eval().to(device).to(memory_format=torch.channels_last)
+        head = head.eval().to(device)
         bf16 = uses_bf16(self.precision, device)
         size = batch or _TILES_AT_ONCE[device.type]
 
-        def forward(tiles: np.ndarray) -> np.ndarray:
-            images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
+        def forward(views: list[np.ndarray]) -> np.ndarray:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return network(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
+                features = torch.cat([tower(_images(tiles, device)) for tiles in views], dim=1)
+                return head(features).float().cpu().numpy()
 
         @torch.inference_mode()
-        def embed(tiles: np.ndarray) -> np.ndarray:
-            tiles = fixed_turns(tiles) if config.test_turns else tiles
-            return np.concatenate([forward(tiles[start : start + size]) for start in range(0, len(tiles), size)])
+        def embed(*views: np.ndarray) -> np.ndarray:
+            turned = [fixed_turns(tiles) if config.test_turns else tiles for tiles in views]
+            starts = range(0, len(turned[0]), size)
+            return np.concatenate([forward([tiles[start : start + size] for tiles in turned]) for start in starts])
+
+        return embed
+
+
+@dataclass(frozen=True)
+class ImageHead:
+    """What a model learnt on top of a frozen encoder, as data: maps stored features to embeddings or predictions."""
+
+    config: dict[str, object]
+    """ModelConfig as a plain dict."""
+    head: dict[str, torch.Tensor]
+    """State dict of the projection or, in direct regression, of the map to genes."""
+    precision: str
+    """As `train.precision`."""
+
+    @property
+    def num_features(self) -> int:
+        """Width F of the features that it takes."""
+        first = "weight" if "weight" in self.head else "project.weight"
+        return self.head[first].shape[1]
+
+    def build(self, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+        """Returns the map from features, float32 (n, F), to embeddings or predictions, float32 (n, D)."""
+        config = ModelConfig.model_validate(self.config)
+        head = _head(config, self.num_features, self.head).eval().to(device)
+        bf16 = uses_bf16(self.precision, device)
+
+        @torch.inference_mode()
+        def embed(features: np.ndarray) -> np.ndarray:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return head(torch.from_numpy(features).to(device)).float().cpu().numpy()
 
         return embed
 
 
 def network_of(model: ModelVersion) -> ImageNetwork:
-    """Returns the image side of a model version."""
-    return image_network(model.config.model, model.tile_size_px, model.weights, model.config.train.precision)
+    """Returns the image side of a model version: its trained encoder, or its frozen one, and its head.
+
+    Raises:
+        ModelError: the weights of its frozen encoder cannot be found.
+    """
+    network = image_network(model.config.model, model.tile_size_px, model.weights, model.config.train.precision)
+    if model.encoder is None:
+        return network
+    return replace(network, tower={f"encoder.{name}": value for name, value in model.encoder.state().items()})
 
 
 def image_network(
     config: ModelConfig, tile_size_px: int, weights: Mapping[str, torch.Tensor], precision: str
 ) -> ImageNetwork:
     """Returns the image side of a network from its state dict."""
-    tower, head = (
-        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        for prefix in ("image_tower.", "image_head.")
-    )
+    tower, head = (_part(weights, prefix) for prefix in ("image_tower.", "image_head."))
     return ImageNetwork(config.model_dump(mode="json"), tile_size_px, tower, head, precision)
 
 
-def encoder_network(model: ModelVersion, image_weights: str, seed: int) -> ImageNetwork:
-    """Returns a model version's image encoder with other weights (as `model.image_weights`) and no head.
+def head_of(model: ModelVersion) -> ImageHead:
+    """Returns what a model version learnt on top of its frozen encoder.
 
     Raises:
-        ConfigError, ModelError: the weights cannot be loaded here, on the driver, or do not fit.
+        ModelError: its encoder was trained, so that it belongs to no stored features.
     """
-    torch.manual_seed(seed)
-    config = model.config.model.model_copy(update={"image_weights": image_weights})
-    tower = plain_tensors(ImageTower(config, model.tile_size_px).state_dict())
-    return ImageNetwork(config.model_dump(mode="json"), model.tile_size_px, tower, None, model.config.train.precision)
+    if model.encoder is None:
+        raise ModelError("the model trained its image encoder, so it takes images, not features of a frozen encoder")
+    return ImageHead(
+        model.config.model.model_dump(mode="json"),
+        _part(model.weights, "image_head."),
+        model.config.train.precision,
+    )
+
+
+def _part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _images(tiles: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Returns tiles, uint8 (n, size, size, 3), as float (n, 3, size, size) in [0, 1]."""
+    images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def encoder_network(encoder: FrozenEncoder, precision: str) -> ImageNetwork:
+    """Returns a frozen encoder without head: the network that maps the tiles of one view to its features."""
+    config = encoder.config.model_copy(update={"image_views": ("image",), "test_turns": False})
+    tower = {f"encoder.{name}": value for name, value in encoder.state().items()}
+    return ImageNetwork(config.model_dump(mode="json"), encoder.record.tile_size_px, tower, None, precision)
 
 
 def embed_sections(

@@ -1,241 +1,237 @@
-"""Image encoders by name: each maps float images (N, 3, size, size) to pooled features (N, F).
+"""Image encoders by name: each maps transformed images (N, 3, size, size) to pooled features (N, F).
 
-A new encoder is a line in `ENCODERS`. Weights are random, torchvision's for ImageNet, or a file, so nothing needs a
-download to run; files are read without executing pickled code. torchvision and timm are imported only where they are
-used, because either adds two seconds or more to the start of a process.
+Encoders are data (`presets.PRESETS`); here they become networks, with random weights (`weights.py` reads others).
+torchvision and timm are imported only where they are used, because either adds two seconds or more to the start of a
+process.
 """
 
-import http.client
-import tempfile
-import urllib.error
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
-from mclstexp import storage
-from mclstexp.errors import ConfigError, ModelError
-from mclstexp.messages import did_you_mean, some_of
+from mclstexp.errors import ConfigError
+from mclstexp.messages import did_you_mean
+from mclstexp.model.presets import PRESETS, Preset, Transform, Triple
 
-DOWNLOAD_TIMEOUT_S = 20
-_MAX_NAMED = 3
-
-
-class DenseNet121(nn.Module):
-    """DenseNet-121 up to its last batch norm, without the final ReLU, globally average-pooled: F = 1024.
-
-    Huang et al. 2017 (https://arxiv.org/abs/1608.06993); leaving out the ReLU is mclSTExp's change.
-    """
-
-    num_features = 1024
-
-    def __init__(self) -> None:
-        super().__init__()
-        from torchvision.models import densenet121
-
-        self.features = densenet121().features
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns features (N, 1024)."""
-        return F.adaptive_avg_pool2d(self.features(images), 1).flatten(1)
-
-
-class SmallCNN(nn.Module):
-    """Four strided convolutions, for tests and smoke runs: F = 128."""
-
-    num_features = 128
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 32, 64, 96, self.num_features)
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns features (N, 128)."""
-        return F.adaptive_avg_pool2d(self.features(images), 1).flatten(1)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """How an encoder is built, and which ImageNet weights it has."""
-
-    build: Callable[[int], nn.Module]
-    """Tile size in pixels to a module that ends in pooled features (N, F) and has F as `num_features`."""
-    imagenet: str | None = None
-    """torchvision's name of its ImageNet weights; None if there are none."""
-
-
-def _resnet(name: str, tile_size_px: int) -> nn.Module:
-    import torchvision
-
-    network = getattr(torchvision.models, name)()
-    network.num_features = network.fc.in_features
-    network.fc = nn.Identity()
-    return network
-
-
-def _vit(tile_size_px: int) -> nn.Module:
-    if tile_size_px % 16:
-        nearest = max(16, 16 * round(tile_size_px / 16))
-        raise ConfigError(f"model.image_encoder=vit_b_16 needs tiles.size_px in steps of 16; use {nearest}")
-    import torchvision
-
-    network = torchvision.models.vit_b_16(image_size=tile_size_px)
-    network.num_features = network.hidden_dim
-    network.heads = nn.Identity()
-    return network
-
-
-ENCODERS = {
-    "densenet121": Encoder(lambda tile_size_px: DenseNet121(), "DenseNet121_Weights.IMAGENET1K_V1"),
-    "resnet18": Encoder(partial(_resnet, "resnet18"), "ResNet18_Weights.IMAGENET1K_V1"),
-    "resnet50": Encoder(partial(_resnet, "resnet50"), "ResNet50_Weights.IMAGENET1K_V2"),
-    "vit_b_16": Encoder(_vit, "ViT_B_16_Weights.IMAGENET1K_V1"),
-    "small_cnn": Encoder(lambda tile_size_px: SmallCNN()),
-}
-"""The encoders by name, as `model.image_encoder` gives it. timm/NAME is every timm model beside them."""
 TIMM = "timm/"
+POOLED, CLASS, CLASS_MEAN = "pooled", "class", "class_mean"
+"""Layers: the network's own pooled output; of transformers the class token, alone or with the mean of patch tokens."""
+_PREFIX = "network."
+Pool = Callable[[nn.Module, torch.Tensor], dict[str, torch.Tensor]]
+"""Maps a network and its input to all layers on offer, (N, width) each."""
 
 
-def build_image_encoder(name: str, weights: str, tile_size_px: int) -> tuple[nn.Module, int]:
-    """Returns an encoder and its number of features F.
+class PooledEncoder(nn.Module):
+    """A network whose chosen pooled layers are joined to features (N, F)."""
+
+    def __init__(self, network: nn.Module, pool: Pool, layers: tuple[str, ...], former_prefix: str = "") -> None:
+        super().__init__()
+        self.network, self.layers = network, layers
+        self._pool, self._former_prefix = pool, former_prefix
+        self.widths: tuple[int, ...] = ()
+        """Features of each layer."""
+        self._register_load_state_dict_pre_hook(self._rename)
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return sum(self.widths)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns features (N, F) of images that were transformed as the preset says."""
+        pooled = self._pool(self.network, images)
+        return torch.cat([pooled[layer] for layer in self.layers], dim=1)
+
+    def own_name(self, name: str) -> str:
+        """Returns the name in this module's state dict of a tensor that a file, or an earlier version, calls `name`."""
+        return name if name.startswith(_PREFIX) else _PREFIX + name.removeprefix(self._former_prefix)
+
+    def _rename(self, state: dict[str, Any], prefix: str, *_: object) -> None:
+        for key in [key for key in state if key.startswith(prefix)]:
+            state[prefix + self.own_name(key.removeprefix(prefix))] = state.pop(key)
+
+
+def build_encoder(name: str, tile_size_px: int, layers: Sequence[str] = ()) -> PooledEncoder:
+    """Returns an encoder with random weights; the caller seeds torch.
 
     Args:
         name: as `model.image_encoder`.
-        weights: `random` (the caller seeds torch), `imagenet`, or a .pth or .safetensors file (local or s3://)
-            with the state dict of torchvision's model, of its `features`, or of this module.
-        tile_size_px: edge of the tiles, for encoders that are built for one size.
+        tile_size_px: edge of the tiles, for networks that are built for one size.
+        layers: pooled layers to join, in this order; none: the preset's own pooled feature.
 
     Raises:
-        ConfigError: the encoder is unknown, has no ImageNet weights, or cannot take tiles of this size.
-        ModelError: the weights cannot be read, or belong to another architecture.
+        ConfigError: the encoder or a layer is unknown, or it cannot take tiles of this size.
     """
-    encoder = _encoder(name).build(tile_size_px)
-    if weights == "imagenet":
-        _load(encoder, _imagenet_state(name), "imagenet")
-    elif weights != "random":
-        _load(encoder, _read_state(weights), weights)
-    width = getattr(encoder, "head_hidden_size", encoder.num_features)  # of timm: the input of its classifier
-    return encoder, cast(int, width)
+    preset = preset_of(name)
+    encoder = _unsized(name, preset, tile_size_px, chosen_layers(name, layers))
+    encoder.widths = layer_widths(name, tile_size_px, layers)[1]
+    return encoder
 
 
-def require_encoder(name: str, weights: str = "random") -> None:
-    """Checks on the driver, before workers start, that there is such an encoder and that its weights are available.
+@cache
+def _widths(name: str, tile_size_px: int) -> dict[str, int]:
+    """Returns the number of features of every layer on offer, from a pass of a network without memory."""
+    preset = preset_of(name)
+    edge = preset.transform.crop_px or preset.transform.resize_px or tile_size_px
+    with torch.device("meta"), torch.no_grad():
+        encoder = _unsized(name, preset, tile_size_px, preset.layers).eval()
+        pooled = encoder._pool(encoder.network, torch.zeros(1, 3, edge, edge))
+    return {layer: pooled[layer].shape[1] for layer in preset.layers}
+
+
+def layer_widths(name: str, tile_size_px: int, layers: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Returns the chosen layers of an encoder and the number of features of each, without its weights' memory.
 
     Raises:
-        ConfigError, ModelError: as `build_image_encoder`.
+        ConfigError: as `build_encoder`.
     """
-    _encoder(name)
-    if weights == "imagenet":
-        _imagenet_state(name)
-    elif weights != "random" and not storage.exists(weights):
-        raise ModelError(f"model.image_weights={weights}: no such file; give a file, imagenet or random")
+    chosen, widths = chosen_layers(name, layers), _widths(name, tile_size_px)
+    return chosen, tuple(widths[layer] for layer in chosen)
 
 
-def _encoder(name: str) -> Encoder:
+def preset_of(name: str) -> Preset:
+    """Returns the preset of `model.image_encoder`; of timm/NAME one made from timm's own facts.
+
+    Raises:
+        ConfigError: there is none; gives the nearest.
+    """
     if name.startswith(TIMM):
-        return _timm_encoder(name)
-    if name not in ENCODERS:
+        return _timm_preset(name.removeprefix(TIMM))
+    if name not in PRESETS:
         raise ConfigError(
             f"model.image_encoder={name} is neither a known encoder nor {TIMM}NAME of timm; "
-            f"{did_you_mean(name, ENCODERS)}"
+            f"{did_you_mean(name, PRESETS)}"
         )
-    return ENCODERS[name]
+    return PRESETS[name]
 
 
-def _timm_encoder(name: str) -> Encoder:
-    """Returns the timm model of this name, ending in its pooled features."""
-    import timm
+def chosen_layers(name: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Returns the pooled layers that `model.image_layers` asks of an encoder; of none, the preset's own.
 
-    known = name.removeprefix(TIMM)
-    if not timm.is_model(known):
-        near = did_you_mean(known, timm.list_models(), num_nearest=3)
-        raise ConfigError(f"model.image_encoder={name}: timm has no such model; {near}")
-    built_for = timm.get_pretrained_cfg(known)
-
-    def build(tile_size_px: int) -> nn.Module:
-        sized: dict[str, Any] = {"img_size": tile_size_px} if built_for and built_for.fixed_input_size else {}
-        return timm.create_model(known, pretrained=False, num_classes=0, **sized)
-
-    return Encoder(build)
+    Raises:
+        ConfigError: the encoder or a layer is unknown, or a layer is named twice.
+    """
+    preset = preset_of(name)
+    for layer in layers:
+        if layer not in preset.layers:
+            raise ConfigError(f"model.image_layers={layer} is no layer of {name}; it offers {', '.join(preset.layers)}")
+    if len(set(layers)) < len(layers):
+        raise ConfigError(f"model.image_layers={','.join(layers)} names a layer twice")
+    return tuple(layers) or preset.layers[:1]
 
 
-def _imagenet_state(name: str) -> dict[str, torch.Tensor]:
-    known_as = _encoder(name).imagenet
-    if known_as is None:
-        raise ConfigError(f"there are no ImageNet weights for {name}; use model.image_weights=random or a file")
+def _unsized(name: str, preset: Preset, tile_size_px: int, layers: tuple[str, ...]) -> PooledEncoder:
+    family, _, network = preset.build.partition("/")
+    if family == "timm":
+        return _timm(network, preset, tile_size_px, layers)
+    if preset.build in BUILDERS:
+        return BUILDERS[preset.build](layers)
+    return _torchvision(name, network, tile_size_px, layers)
+
+
+def _densenet121(layers: tuple[str, ...]) -> PooledEncoder:
+    from torchvision.models import densenet121
+
+    return PooledEncoder(densenet121().features, _pool_densenet, layers, "features.")
+
+
+def _pool_densenet(network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Pools transitions 2 and 3, and the last batch norm without the final ReLU.
+
+    Huang et al. 2017 (https://arxiv.org/abs/1608.06993); leaving out the ReLU is mclSTExp's change.
+    """
+    pooled, values = {}, images
+    for name, layer in network.named_children():
+        values = layer(values)
+        if name in ("transition2", "transition3", "norm5"):
+            pooled["norm" if name == "norm5" else name] = values.mean(dim=(2, 3))
+    return pooled
+
+
+def _small_cnn(layers: tuple[str, ...]) -> PooledEncoder:
+    """Returns four strided convolutions, for tests and smoke runs: 128 features, or 96 of the third."""
+    parts: list[nn.Module] = []
+    for before, after in pairwise((3, 32, 64, 96, 128)):
+        parts += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return PooledEncoder(nn.Sequential(*parts), _pool_small_cnn, layers, "features.")
+
+
+def _pool_small_cnn(network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    parts = list(network.children())
+    third = nn.Sequential(*parts[:-3])(images)
+    return {POOLED: nn.Sequential(*parts[-3:])(third).mean(dim=(2, 3)), "third": third.mean(dim=(2, 3))}
+
+
+BUILDERS: Mapping[str, Callable[[tuple[str, ...]], PooledEncoder]] = {
+    "densenet121": _densenet121,
+    "small_cnn": _small_cnn,
+}
+"""Networks of neither timm nor torchvision's plain output, by what a preset's `build` calls them."""
+
+
+def _torchvision(name: str, network: str, tile_size_px: int, layers: tuple[str, ...]) -> PooledEncoder:
     import torchvision
 
-    url = torchvision.models.get_weight(known_as).url
-    cached = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    if not cached.is_file():
-        _download(url, cached)
-    return _read_state(str(cached))
+    if network.startswith("vit"):
+        if tile_size_px % 16:
+            nearest = max(16, 16 * round(tile_size_px / 16))
+            raise ConfigError(f"model.image_encoder={name} needs tiles.size_px in steps of 16; use {nearest}")
+        module = getattr(torchvision.models, network)(image_size=tile_size_px)
+        module.heads = nn.Identity()
+    else:
+        module = getattr(torchvision.models, network)()
+        module.fc = nn.Identity()
+    return PooledEncoder(module, _pool_output, layers)
 
 
-def _download(url: str, target: Path) -> None:
-    import socket
+def _timm(network: str, preset: Preset, tile_size_px: int, layers: tuple[str, ...]) -> PooledEncoder:
+    import timm
 
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=target.stem.rsplit("-", 1)[1])
-    except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
-        raise ModelError(
-            f"model.image_weights=imagenet: the weights are not in {target}, and the network does not give them "
-            f"({error}); give a file with --model.image_weights FILE, or use random"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
+    arguments: dict[str, Any] = {name: _resolved(value) for name, value in preset.arguments.items()}
+    edge = preset.transform.crop_px or preset.transform.resize_px
+    known = timm.get_pretrained_cfg(network)
+    if edge is None and known and known.fixed_input_size:
+        arguments["img_size"] = tile_size_px
+    module = timm.create_model(network, pretrained=False, num_classes=0, **arguments)
+    return PooledEncoder(module, _pool_output if preset.layers == (POOLED,) else _pool_tokens, layers)
 
 
-def _read_state(uri: str) -> dict[str, torch.Tensor]:
-    try:
-        with tempfile.TemporaryDirectory() as scratch, storage.local_copy(uri, scratch) as path:
-            if path.endswith(".safetensors"):
-                return load_file(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise their own types, none of them public
-        raise ModelError(f"model.image_weights={uri} cannot be read as weights: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"model.image_weights={uri} does not contain a state dict of tensors")
-    return state
+def _resolved(value: object) -> object:
+    """Returns an argument of timm; layers are named, because presets import neither torch nor timm."""
+    if not isinstance(value, str):
+        return value
+    import timm.layers
+
+    return getattr(timm.layers, value, None) or getattr(nn, value, None) or value
 
 
-def _load(encoder: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Loads a state dict; its keys may omit the prefix `features.`, and its classifier is ignored."""
-    own = encoder.state_dict()
-    state = {_modern(key): value for key, value in state.items()}
-    if not own.keys() & state.keys():
-        state = {f"features.{key}": value for key, value in state.items()}
-    classifier = ("classifier.", "fc.", "head.", "heads.")
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(classifier)}
-    counters = {key: value for key, value in own.items() if key.endswith(".num_batches_tracked")}
-    state = counters | state  # older published files have no such counters; nothing here reads them
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if wrong:
-        raise ModelError(
-            f"the weights {origin} do not fit {type(encoder).__name__}: {len(wrong)} tensors are missing, extra or of "
-            f"another shape: {some_of(wrong, _MAX_NAMED)}"
-        )
-    encoder.load_state_dict(state)
+def _pool_output(network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {POOLED: network(images)}
 
 
-def _modern(key: str) -> str:
-    """Returns the key of torchvision's modules (`norm1`) for that of its published DenseNet files (`norm.1`)."""
-    for layer in ("norm", "relu", "conv"):
-        for number in ("1", "2"):
-            key = key.replace(f".{layer}.{number}.", f".{layer}{number}.")
-    return key
+def _pool_tokens(network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Pools the tokens of a transformer of timm; class and register tokens are not in the mean."""
+    tokens = network.forward_features(images)  # type: ignore[operator]  # of every transformer of timm
+    patches = tokens[:, network.num_prefix_tokens :]
+    return {CLASS: tokens[:, 0], CLASS_MEAN: torch.cat([tokens[:, 0], patches.mean(dim=1)], dim=1)}
+
+
+@cache
+def _timm_preset(network: str) -> Preset:
+    import timm
+
+    if not timm.is_model(network):
+        near = did_you_mean(network, timm.list_models(), num_nearest=3)
+        raise ConfigError(f"model.image_encoder={TIMM}{network}: timm has no such model; {near}")
+    known = timm.get_pretrained_cfg(network)
+    transform = Transform(mean=_triple(known.mean), std=_triple(known.std)) if known else Transform()
+    return Preset(f"{TIMM}{network}", transform=transform, licence=(known and known.license) or "not stated")
+
+
+def _triple(values: Sequence[float]) -> Triple:
+    red, green, blue = values
+    return red, green, blue

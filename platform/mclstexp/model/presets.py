@@ -49,5 +49,138 @@ class Preset:
     """Names under which TRIDENT stores features of this encoder, by layer."""
 
 
-PRESETS: dict[str, Preset] = {}
+_INIT = {"init_values": 1e-5}
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU", **_INIT}
+_AT_224 = Transform(resize_px=224)
+_GIGAPATH = Transform(resize_px=256, crop_px=224)
+_OPTIMUS = Transform(224, None, (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+_LUNIT = Transform(224, None, (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
+_TOKEN, _TOKEN_MEAN = ("class", "class_mean"), ("class_mean", "class")
+_AT_20X = (0.5, 0.5)
+_CC = "CC-BY-NC-ND-4.0"
+_APACHE = "Apache-2.0"
+_BSD = "BSD-3-Clause (torchvision)"
+_UNI2 = {
+    "img_size": 224,
+    "depth": 24,
+    "num_heads": 24,
+    "embed_dim": 1536,
+    "mlp_ratio": 2.66667 * 2,
+    "no_embed_class": True,
+    "reg_tokens": 8,
+    "dynamic_img_size": True,
+    **_SWIGLU,
+}
+_VIRCHOW = {"mlp_ratio": 5.3375, "global_pool": "", "dynamic_img_size": True, **_SWIGLU}
+_OPTIMUS_NETWORK = {"img_size": 224, "dynamic_img_size": False, **_INIT}
+_H0_MINI = {"img_size": 224, "reg_tokens": 4, "mlp_ratio": 5.33334, "no_embed_class": True, **_SWIGLU}
+
+PRESETS: dict[str, Preset] = {
+    "densenet121": Preset(
+        "densenet121",
+        layers=("norm", "transition3", "transition2"),
+        licence=_BSD,
+        imagenet="DenseNet121_Weights.IMAGENET1K_V1",
+    ),
+    "resnet18": Preset("torchvision/resnet18", licence=_BSD, imagenet="ResNet18_Weights.IMAGENET1K_V1"),
+    "resnet50": Preset("torchvision/resnet50", licence=_BSD, imagenet="ResNet50_Weights.IMAGENET1K_V2"),
+    "vit_b_16": Preset("torchvision/vit_b_16", licence=_BSD, imagenet="ViT_B_16_Weights.IMAGENET1K_V1"),
+    "small_cnn": Preset("small_cnn", layers=("pooled", "third"), licence="MIT"),
+    "uni": Preset(
+        "timm/vit_large_patch16_224",
+        {"img_size": 224, "dynamic_img_size": True, **_INIT},
+        _AT_224,
+        _TOKEN,
+        _AT_20X,
+        _CC,
+        stores_weights=False,
+        hub="MahmoodLab/UNI",
+    ),
+    "uni2-h": Preset(
+        "timm/vit_giant_patch14_224",
+        _UNI2,
+        _AT_224,
+        _TOKEN,
+        _AT_20X,
+        _CC,
+        stores_weights=False,
+        hub="MahmoodLab/UNI2-h",
+    ),
+    "virchow": Preset(
+        "timm/vit_huge_patch14_224", _VIRCHOW, _AT_224, _TOKEN_MEAN, _AT_20X, _APACHE, hub="paige-ai/Virchow"
+    ),
+    "virchow2": Preset(
+        "timm/vit_huge_patch14_224",
+        {"reg_tokens": 4, **_VIRCHOW},
+        _AT_224,
+        _TOKEN_MEAN,
+        (0.5, 2.0),
+        _CC,
+        stores_weights=False,
+        hub="paige-ai/Virchow2",
+    ),
+    "gigapath": Preset(
+        "timm/vit_giant_patch14_dinov2",
+        {"patch_size": 16, "img_size": 224, **_INIT},
+        _GIGAPATH,
+        _TOKEN,
+        _AT_20X,
+        f"{_APACHE} with conditions",
+        stores_weights=False,
+        hub="prov-gigapath/prov-gigapath",
+    ),
+    "gigapath-flash": Preset(
+        "timm/vit_small_patch16_224",
+        {"mlp_ratio": 2048 / 384, **_SWIGLU},
+        _GIGAPATH,
+        _TOKEN,
+        _AT_20X,
+        _APACHE,
+    ),
+    "h-optimus-0": Preset(
+        "timm/vit_giant_patch14_reg4_dinov2",
+        _OPTIMUS_NETWORK,
+        _OPTIMUS,
+        _TOKEN,
+        _AT_20X,
+        _APACHE,
+        hub="bioptimus/H-optimus-0",
+    ),
+    "h-optimus-1": Preset(
+        "timm/vit_giant_patch14_reg4_dinov2",
+        _OPTIMUS_NETWORK,
+        _OPTIMUS,
+        _TOKEN,
+        _AT_20X,
+        _CC,
+        stores_weights=False,
+        hub="bioptimus/H-optimus-1",
+    ),
+    "h0-mini": Preset(
+        "timm/vit_base_patch14_reg4_dinov2",
+        _H0_MINI,
+        _OPTIMUS,
+        _TOKEN_MEAN,
+        _AT_20X,
+        _CC,
+        stores_weights=False,
+        hub="bioptimus/H0-mini",
+    ),
+    "gpfm": Preset(
+        "timm/vit_large_patch14_dinov2",
+        {"img_size": 224, **_INIT},
+        _AT_224,
+        _TOKEN,
+        None,
+        _CC,
+        stores_weights=False,
+        hub="majiabo/GPFM",
+    ),
+    "lunit-s16": Preset(
+        "timm/vit_small_patch16_224", {}, _LUNIT, _TOKEN, _AT_20X, "non-commercial", stores_weights=False
+    ),
+    "lunit-s8": Preset(
+        "timm/vit_small_patch8_224", {}, _LUNIT, _TOKEN, _AT_20X, "non-commercial", stores_weights=False
+    ),
+}
 """The encoders by name, as `model.image_encoder` gives it. timm/NAME is every timm model beside them."""

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mclstexp.model.encoders import build_image_encoder
+from mclstexp.model.encoders import build_encoder, layer_widths, preset_of
+from mclstexp.model.presets import IMAGENET_MEAN, IMAGENET_STD, Transform, Triple
 from mclstexp.settings import ModelConfig
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_ZERO, _ONE = (0.0,) * 3, (1.0,) * 3
-_SCALINGS = {
+_ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+_SCALINGS: dict[str, tuple[Triple, Triple]] = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "unit": (_ZERO, _ONE),
-    "bgr255": (_ZERO, (1 / 255,) * 3),
+    "bgr255": (_ZERO, (1 / 255, 1 / 255, 1 / 255)),
 }
 """Mean and deviation that pixels in [0, 1] are normalised by, for each `model.input_scaling`."""
 SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
@@ -28,38 +28,84 @@ SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
 
 
 class ImageTower(nn.Module):
-    """An image encoder with the input scaling it expects; applies `freeze_encoder` and `batch_norm`."""
+    """An image encoder behind the transform that it expects; applies `batch_norm`. Its weights are random at first."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self, config: ModelConfig, tile_size_px: int) -> None:
         super().__init__()
-        self.config = config
-        self.encoder, self.num_features = build_image_encoder(config.image_encoder, config.image_weights, tile_size_px)
-        self.encoder.requires_grad_(not config.freeze_encoder)
+        self.config, self.transform = config, preset_of(config.image_encoder).transform
+        self.encoder = build_encoder(config.image_encoder, tile_size_px, config.image_layers)
+        self.num_features = self.encoder.num_features
         if config.batch_norm == "sync" and not config.freeze_encoder:
             self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)
-        mean, std = _SCALINGS[config.input_scaling or "imagenet"]
+        mean, std = input_scaling(config)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Returns features (N, F) of RGB images in [0, 1], float (N, 3, size, size)."""
+        images = _sized(images, self.transform)
         if self.config.input_scaling == "bgr255":
             images = images.flip(1)
         return self.encoder((images - self.mean) / self.std)
 
     def train(self, mode: bool = True) -> "ImageTower":
-        """Sets training mode, except that a frozen encoder stays in evaluation mode, as do frozen batch norms."""
+        """Sets training mode, except that frozen batch norms stay in evaluation mode."""
         super().train(mode)
-        if self.config.freeze_encoder:
-            self.encoder.eval()
-        elif self.config.batch_norm == "frozen":
+        if self.config.batch_norm == "frozen":
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+def input_scaling(config: ModelConfig) -> tuple[Triple, Triple]:
+    """Returns the mean and deviation that pixels in [0, 1] are normalised by."""
+    if config.input_scaling is not None:
+        return _SCALINGS[config.input_scaling]
+    transform = preset_of(config.image_encoder).transform
+    return transform.mean, transform.std
+
+
+def _sized(images: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """Returns images of the edge that an encoder takes: resized with antialiasing, then cut to their centre."""
+    edge = transform.resize_px
+    if edge is not None and images.shape[-1] != edge:
+        images = F.interpolate(images, (edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
+    if transform.crop_px is not None:
+        margin = (images.shape[-1] - transform.crop_px) // 2
+        images = images[..., margin : margin + transform.crop_px, margin : margin + transform.crop_px]
+    return images
+
+
+class FeatureTower(nn.Module):
+    """Stands for a frozen encoder, whose features are computed once and stored: passes them on."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns the features (N, F)."""
+        return features
+
+
+def feature_width(config: ModelConfig, tile_size_px: int) -> int:
+    """Returns the number of features F of a spot: of all views and layers that the settings join.
+
+    Raises:
+        ConfigError: the encoder or a layer is unknown.
+    """
+    _, widths = layer_widths(config.image_encoder, tile_size_px, config.image_layers)
+    return len(config.image_views) * sum(widths)
+
+
+def _image_tower(config: ModelConfig, tile_size_px: int) -> ImageTower | FeatureTower:
+    if config.freeze_encoder:
+        return FeatureTower(feature_width(config, tile_size_px))
+    return ImageTower(config, tile_size_px)
 
 
 class SpotTower(nn.Module):
@@ -195,7 +241,7 @@ class TwoTowers(nn.Module):
     def __init__(self, config: ModelConfig, num_genes: int, num_positions: int, tile_size_px: int) -> None:
         super().__init__()
         self.config = config
-        self.image_tower = ImageTower(config, tile_size_px)
+        self.image_tower = _image_tower(config, tile_size_px)
         self.spot_tower = SpotTower(config, num_genes, num_positions)
         self.image_head = ProjectionHead(self.image_tower.num_features, config.embedding_dim, config.l2_normalise)
         self.spot_head = ProjectionHead(self.spot_tower.width, config.embedding_dim, config.l2_normalise)
@@ -217,11 +263,11 @@ class TwoTowers(nn.Module):
     def forward(
         self, images: torch.Tensor, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns image embeddings (N, D) and spot embeddings (S, L, D)."""
+        """Returns image embeddings (N, D) and spot embeddings (S, L, D); for `images` see `embed_images`."""
         return self.embed_images(images), self.embed_spots(expression_SLG, position_SL2, mask_SL)
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns embeddings (N, D) of images in [0, 1], float (N, 3, size, size)."""
+        """Returns embeddings (N, D) of images in [0, 1], float (N, 3, size, size), or of stored features (N, F)."""
         return self.image_head(self.image_tower(images))
 
     def embed_spots(
@@ -239,7 +285,7 @@ class DirectRegression(nn.Module):
 
     def __init__(self, config: ModelConfig, num_genes: int, tile_size_px: int) -> None:
         super().__init__()
-        self.image_tower = ImageTower(config, tile_size_px)
+        self.image_tower = _image_tower(config, tile_size_px)
         self.image_head = nn.Linear(self.image_tower.num_features, num_genes)
         self.train()
 
@@ -252,7 +298,7 @@ class DirectRegression(nn.Module):
         """Does nothing: this scale is not learnt."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns predicted expression (N, G) of images in [0, 1], float (N, 3, size, size)."""
+        """Returns predicted expression (N, G) of images in [0, 1], float (N, 3, size, size), or of features (N, F)."""
         return self.image_head(self.image_tower(images))
 
 
@@ -262,8 +308,10 @@ Network = TwoTowers | DirectRegression
 def build_network(config: ModelConfig, num_genes: int, num_positions: int, tile_size_px: int) -> Network:
     """Returns the two towers, or with `model.predictor=regression` the direct regression, in training mode.
 
+    All weights are random. With `model.freeze_encoder` the network takes stored features instead of images.
+
     Raises:
-        ConfigError, ModelError: the image encoder is unknown, or its weights cannot be loaded.
+        ConfigError: the image encoder or a layer is unknown.
     """
     if config.predictor == "regression":
         return DirectRegression(config, num_genes, tile_size_px)

@@ -5,9 +5,10 @@ file's checksum, and its own digest names the version. A folder with a missing o
 bank made for other weights, genes, tiles or normalisers, whatever the checksums say. The price is that loading reads
 every byte once, also of a bank that is then read by memory map.
 
-Schema 4 stores the directions of the bank's keys. Earlier versions load too: without stored directions (1 to 3, they
-are computed), without a note of what the bank was made for (1 and 2), and without `ood_similarity` (1, so that tiles
-are not flagged as out of distribution).
+Schema 5 keeps a frozen encoder apart from what was learnt: its record always, its tensors where its licence allows a
+copy. Schema 4 stores the directions of the bank's keys. Earlier versions load too: without stored directions (1 to 3,
+they are computed), without a note of what the bank was made for (1 and 2), and without `ood_similarity` (1, so that
+tiles are not flagged as out of distribution).
 """
 
 import hashlib
@@ -21,19 +22,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mclstexp.config import Config, recorded_config
+from mclstexp.data.features import EncoderRecord
 from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.data.schema import Manifest
 from mclstexp.errors import ModelError, RunError
 from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
+from mclstexp.model.frozen import FrozenEncoder, encoder_from_state
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
 from mclstexp.model.towers import TwoTowers, plain_tensors
-from mclstexp.settings import TilesConfig
+from mclstexp.settings import ModelConfig, TilesConfig
 
-MODEL_SCHEMA = 4
-_READ_SCHEMAS = (1, 2, 3, MODEL_SCHEMA)
+MODEL_SCHEMA = 5
+_READ_SCHEMAS = (1, 2, 3, 4, MODEL_SCHEMA)
 _RETRAIN = "train it again with jobs/train.py"
 _FIX = f"use the code that wrote it, or {_RETRAIN}"
 FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
+ENCODER = "encoder.safetensors"
+"""Tensors of a frozen encoder, where its licence allows a copy."""
 MPP_TOLERANCE = 0.02
 """Largest relative difference between the resolutions of a model's tiles and a table's."""
 
@@ -69,6 +74,8 @@ class _ModelFile(BaseModel):
     num_positions: int
     training: TrainingRecord
     ood_similarity: float | None = None
+    encoder: EncoderRecord | None = None
+    wide: tuple[int, float] | None = None
 
 
 class ModelVersion:
@@ -84,6 +91,8 @@ class ModelVersion:
         weights: dict[str, torch.Tensor],
         bank: Bank | None,
         ood_similarity: float | None = None,
+        encoder: FrozenEncoder | None = None,
+        wide: tuple[int, float] | None = None,
     ) -> None:
         self.config, self.panel, self.training, self.bank = config, panel, training, bank
         self.tile_size_px, self.mpp = geometry
@@ -91,6 +100,10 @@ class ModelVersion:
         self.weights = weights
         self.ood_similarity = ood_similarity
         """Best cosine below which a tile is out of distribution; None if unknown."""
+        self.encoder = encoder
+        """The frozen image encoder; None if it was trained, so that its tensors are among `weights`."""
+        self.wide = wide
+        """Edge of the wide view in pixels and its micrometres per pixel; None: the model sees one view."""
         self.digest = ""
         """12 hex digits that name the version's content; empty until it is saved or loaded."""
 
@@ -102,8 +115,7 @@ class ModelVersion:
 
     def towers(self) -> TwoTowers:
         """Returns the two towers with the version's weights, in evaluation mode on the CPU."""
-        settings = self.config.model.model_copy(update={"image_weights": "random"})
-        model = TwoTowers(settings, len(self.panel), self.num_positions, self.tile_size_px)
+        model = TwoTowers(self.config.model, len(self.panel), self.num_positions, self.tile_size_px)
         model.load_state_dict(self.weights)
         return model.eval()
 
@@ -128,9 +140,13 @@ class ModelVersion:
             num_positions=self.num_positions,
             training=self.training,
             ood_similarity=self.ood_similarity,
+            encoder=self.encoder.record if self.encoder else None,
+            wide=self.wide,
         )
         (folder / MODEL).write_text(record.model_dump_json(indent=1))
         save_file(plain_tensors(self.weights), folder / WEIGHTS)
+        if self.encoder is not None and self.encoder.record.stores_weights:
+            save_file(plain_tensors(self.encoder.state()), folder / ENCODER)
         if self.bank is not None:
             self.bank.save(folder, self._identity(folder))
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
@@ -156,11 +172,14 @@ class ModelVersion:
                 )
             record = _ModelFile.model_validate(tree)
             weights = load_file(folder / WEIGHTS)
+            stored = load_file(folder / ENCODER) if (folder / ENCODER).is_file() else None
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error
+        config = recorded_config(record.config, str(folder))
+        encoder, weights = _encoder(config.model, record, weights, stored)
         version = cls(
-            config=recorded_config(record.config, str(folder)),
+            config=config,
             panel=GenePanel.from_json(record.panel),
             geometry=(record.tile_size_px, record.mpp),
             num_positions=record.num_positions,
@@ -168,6 +187,8 @@ class ModelVersion:
             weights=weights,
             bank=bank,
             ood_similarity=record.ood_similarity,
+            encoder=encoder,
+            wide=record.wide,
         )
         version._require_own_bank(folder)
         if found := version._not_finite():
@@ -237,6 +258,23 @@ class ModelVersion:
                 )
 
 
+def _encoder(
+    config: ModelConfig,
+    record: _ModelFile,
+    weights: dict[str, torch.Tensor],
+    stored: dict[str, torch.Tensor] | None,
+) -> tuple[FrozenEncoder | None, dict[str, torch.Tensor]]:
+    """Returns a version's frozen encoder, if it has one, and its learnt tensors; earlier schemas mixed the two."""
+    if record.encoder is not None:
+        return FrozenEncoder(config, record.encoder, stored), weights
+    if not config.freeze_encoder:
+        return None, weights
+    prefix = "image_tower.encoder."
+    frozen = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    learnt = {name: value for name, value in weights.items() if not name.startswith("image_tower.")}
+    return encoder_from_state(config, record.tile_size_px, frozen), learnt
+
+
 def _encoding(source: TilesConfig | Manifest) -> str:
     return f"jpeg of quality {source.jpeg_quality}" if source.encoding == "jpeg" else source.encoding
 
@@ -245,7 +283,11 @@ def _verify(folder: Path) -> None:
     """Checks that every file is listed in `files.json`, is there and has its checksum."""
     try:
         files = json.loads((folder / FILES).read_text())
-        unlisted = {MODEL, WEIGHTS, *(name for name in (ARRAYS, DONORS) if (folder / name).exists())} - files.keys()
+        unlisted = {
+            MODEL,
+            WEIGHTS,
+            *(name for name in (ARRAYS, DONORS, ENCODER) if (folder / name).exists()),
+        } - files.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder} is not a model version: {FILES} cannot be read ({error})") from error
     if unlisted:

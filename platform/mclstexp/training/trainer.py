@@ -19,8 +19,9 @@ from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
 from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve
-from mclstexp.model.towers import build_network, plain_tensors
+from mclstexp.model.towers import ImageTower, build_network, plain_tensors
 from mclstexp.model.version import ModelVersion
+from mclstexp.model.weights import load_weights
 from mclstexp.progress import Log, ProgressBoard, Show, followed, hidden
 from mclstexp.training.feed import make_feed
 from mclstexp.training.finish import finish, is_finished, load_model
@@ -150,6 +151,8 @@ def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     torch.manual_seed(run.config.train.seed)
     positions = num_positions(run.reader)
     network = build_network(run.config.model, len(run.panel), positions, run.manifest.tile_size_px)
+    if isinstance(network.image_tower, ImageTower):
+        load_weights(network.image_tower.encoder, run.config.model)
     return plain_tensors(network.state_dict())
 
 

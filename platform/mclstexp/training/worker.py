@@ -69,8 +69,7 @@ def build(plan: TrainPlan) -> RankState:
     context = ray.train.get_context()
     torch.manual_seed(config.train.seed)
     device = ray.train.torch.get_device()
-    settings = config.model.model_copy(update={"image_weights": "random"})
-    model = build_network(settings, plan.num_genes, plan.num_positions, plan.tile_size_px)
+    model = build_network(config.model, plan.num_genes, plan.num_positions, plan.tile_size_px)
     model.load_state_dict(ray.get(plan.initial_weights))
     model = model.to(device).to(memory_format=torch.channels_last)
     if config.train.compile:

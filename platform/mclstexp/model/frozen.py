@@ -1,0 +1,140 @@
+"""A frozen image encoder: a record that names it, and tensors that are found when a tile has to be encoded.
+
+Heads are trained on stored features, so that most work needs the record alone. The tensors are checked against the
+digest in the record wherever they come from: features of one encoder never meet a head of another.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+
+import torch
+
+from mclstexp import storage
+from mclstexp.data.features import EncoderRecord
+from mclstexp.errors import ModelError
+from mclstexp.model.encoders import PooledEncoder, build_encoder, layer_widths, preset_of
+from mclstexp.model.towers import input_scaling, plain_tensors
+from mclstexp.model.weights import load_state, load_weights, read_weights, weights_digest
+from mclstexp.settings import ModelConfig
+
+ENCODERS_VARIABLE = "MCLSTEXP_ENCODERS"
+"""Environment variable: a folder or s3:// prefix of weights files named DIGEST.safetensors, .bin or .pth."""
+_NAMED_WEIGHTS = ("random", "imagenet", "hub")
+
+
+class FrozenEncoder:
+    """A frozen encoder with, or without, its tensors at hand."""
+
+    def __init__(
+        self, config: ModelConfig, record: EncoderRecord, state: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        self.config, self.record = config, record
+        self._state = state
+
+    @property
+    def features_of_view(self) -> int:
+        """Number of features of one view."""
+        return sum(self.record.widths)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the state dict of its `PooledEncoder`, which is looked for if it is not at hand.
+
+        Raises:
+            ModelError: it is not found, or another file is in its place; names where it was looked for.
+        """
+        if self._state is None:
+            self._state = self._found()
+        return self._state
+
+    def with_weights(self, weights: str) -> "FrozenEncoder":
+        """Returns the encoder with the tensors of a file.
+
+        Raises:
+            ModelError: they are another encoder's; gives both digests.
+        """
+        return FrozenEncoder(self.config, self.record, self._read(weights))
+
+    def _found(self) -> dict[str, torch.Tensor]:
+        for weights in self._places():
+            return self._read(weights)
+        record, folder = self.record, os.environ.get(ENCODERS_VARIABLE)
+        looked = [f"{ENCODERS_VARIABLE} ({folder or 'not set'})", f"the recorded place ({record.uri or 'none'})"]
+        raise ModelError(
+            f"the weights of the frozen encoder {record.name} with digest {record.digest[:12]}... are not at hand: "
+            f"looked in {' and '.join(looked)}; give --model.image_weights FILE, or put the file as "
+            f"{record.digest}.safetensors into the folder that {ENCODERS_VARIABLE} names"
+        )
+
+    def _places(self) -> Iterator[str]:
+        """Yields where the weights are, the folder of the environment first."""
+        folder = os.environ.get(ENCODERS_VARIABLE)
+        if folder:
+            yield from (uri for uri in storage.list_files(folder) if PurePosixPath(uri).stem == self.record.digest)
+        if self.record.uri and (self.record.uri in _NAMED_WEIGHTS or storage.exists(self.record.uri)):
+            yield self.record.uri
+
+    def _read(self, weights: str) -> dict[str, torch.Tensor]:
+        encoder = build_encoder(self.record.name, self.record.tile_size_px, self.record.layers)
+        load_state(encoder, read_weights(self.record.name, weights), weights)
+        found = weights_digest(encoder)
+        if found != self.record.digest:
+            raise ModelError(
+                f"{weights} is not the encoder that the features and the model belong to: its digest is "
+                f"{found[:12]}..., the recorded one {self.record.digest[:12]}...; give the file of {self.record.name} "
+                "that they were made with"
+            )
+        return plain_tensors(encoder.state_dict())
+
+
+def frozen_encoder(config: ModelConfig, tile_size_px: int, seed: int) -> FrozenEncoder:
+    """Returns the frozen encoder of some settings with its tensors; reads its weights.
+
+    Args:
+        config: `image_encoder`, `image_weights`, `image_layers` and `input_scaling` count.
+        tile_size_px: edge of the tiles, for networks that are built for one size.
+        seed: of random weights.
+
+    Raises:
+        ConfigError, ModelError: there is no such encoder, or its weights cannot be read or do not fit.
+    """
+    torch.manual_seed(seed)
+    encoder = build_encoder(config.image_encoder, tile_size_px, config.image_layers)
+    load_weights(encoder, config)
+    uri = None if config.image_weights == "random" else config.image_weights
+    return _with_record(config, tile_size_px, encoder, uri)
+
+
+def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[str, torch.Tensor]) -> FrozenEncoder:
+    """Returns the frozen encoder of a model version that stored its tensors among the learnt ones (schema 1 to 4).
+
+    Raises:
+        ModelError: the tensors do not fit.
+    """
+    encoder = build_encoder(config.image_encoder, tile_size_px, config.image_layers)
+    load_state(encoder, state, "of the model version")
+    return _with_record(config, tile_size_px, encoder, None)
+
+
+def _with_record(config: ModelConfig, tile_size_px: int, encoder: PooledEncoder, uri: str | None) -> FrozenEncoder:
+    preset = preset_of(config.image_encoder)
+    layers, widths = layer_widths(config.image_encoder, tile_size_px, config.image_layers)
+    mean, std = input_scaling(config)
+    record = EncoderRecord(
+        name=config.image_encoder,
+        digest=weights_digest(encoder),
+        tile_size_px=tile_size_px,
+        layers=layers,
+        widths=widths,
+        resize_px=preset.transform.resize_px,
+        crop_px=preset.transform.crop_px,
+        scaling=config.input_scaling or "encoder",
+        mean=mean,
+        std=std,
+        licence=preset.licence,
+        stores_weights=preset.stores_weights,
+        hub=preset.hub,
+        commit=preset.commit,
+        uri=uri,
+    )
+    return FrozenEncoder(config, record, plain_tensors(encoder.state_dict()))

@@ -1,0 +1,79 @@
+"""Frozen encoders: found by their digest wherever they are, never mixed up with another file."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mclstexp.errors import ModelError
+from mclstexp.model.frozen import ENCODERS_VARIABLE, FrozenEncoder, frozen_encoder
+from mclstexp.settings import ModelConfig
+
+CONFIG = ModelConfig(image_encoder="small_cnn", freeze_encoder=True)
+
+
+def _saved(folder: Path, seed: int, suffix: str = ".safetensors") -> tuple[FrozenEncoder, Path]:
+    """Returns a frozen encoder read from a file, and the file."""
+    state, path = frozen_encoder(CONFIG, 32, seed).state(), folder / f"weights-{seed}{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return frozen_encoder(CONFIG.model_copy(update={"image_weights": str(path)}), 32, 9), path
+
+
+def test_random_weights_depend_on_the_seed_only() -> None:
+    first, again, other = (frozen_encoder(CONFIG, 32, seed) for seed in (0, 0, 1))
+    assert first.record == again.record
+    assert first.record.digest != other.record.digest
+    assert all(torch.equal(value, again.state()[name]) for name, value in first.state().items())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_the_digest_is_of_the_tensors_and_not_of_the_file(tmp_path: Path, suffix: str) -> None:
+    one, _ = _saved(tmp_path, 0)
+    other, path = _saved(tmp_path, 0, suffix)
+    assert one.record.digest == other.record.digest == frozen_encoder(CONFIG, 32, 0).record.digest
+    assert other.record.uri == str(path)
+    assert (one.record.layers, one.record.widths) == (("pooled",), (128,))
+
+
+@pytest.mark.parametrize("where", ["recorded", "environment", "given"])
+def test_the_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    encoder, path = _saved(tmp_path, 0)
+    expected, lost = encoder.state(), FrozenEncoder(CONFIG, encoder.record)
+    if where == "environment":
+        (tmp_path / "encoders").mkdir()
+        os.rename(path, tmp_path / "encoders" / f"{encoder.record.digest}.safetensors")
+        monkeypatch.setenv(ENCODERS_VARIABLE, str(tmp_path / "encoders"))
+    if where == "given":
+        lost = lost.with_weights(os.rename(path, tmp_path / "x.safetensors") or str(tmp_path / "x.safetensors"))
+    assert all(np.array_equal(value, expected[name]) for name, value in lost.state().items())
+
+
+def test_lost_weights_are_refused_with_where_they_were_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ENCODERS_VARIABLE, raising=False)
+    encoder, path = _saved(tmp_path, 0)
+    path.unlink()
+    with pytest.raises(ModelError, match=rf"{ENCODERS_VARIABLE} \(not set\) and the recorded place \({path}\)"):
+        FrozenEncoder(CONFIG, encoder.record).state()
+
+
+@pytest.mark.parametrize("where", ["recorded", "environment", "given"])
+def test_another_file_is_refused_with_both_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    encoder, path = _saved(tmp_path, 0)
+    other, wrong = _saved(tmp_path, 1)
+    lost = FrozenEncoder(CONFIG, encoder.record)
+    digests = rf"{other.record.digest[:12]}.*{encoder.record.digest[:12]}"
+    if where == "recorded":
+        os.replace(wrong, path)
+    if where == "environment":
+        os.rename(wrong, tmp_path / f"{encoder.record.digest}.safetensors")
+        monkeypatch.setenv(ENCODERS_VARIABLE, str(tmp_path))
+    with pytest.raises(ModelError, match=digests):
+        lost.with_weights(str(wrong)) if where == "given" else lost.state()
