@@ -88,7 +88,7 @@ def _weights(module: torch.nn.Module, prefix: str = "", names: dict[str, str] | 
 
 def _images(model: TwoTowers, tiles: np.ndarray) -> Floats:
     """The image side of the chain."""
-    weights = _weights(model.image_tower, "encoder.features.")
+    weights = _weights(model.image_tower, "encoder.network.")
     features = reference.densenet121(reference.scaled_images(tiles), weights)
     return reference.head(features, _weights(model.image_head, names=HEAD_NAMES))
 
@@ -123,7 +123,7 @@ def test_expression(config: Config, visium: Config, sections: dict[str, Section]
 
 def test_image_tower(model: TwoTowers, sections: dict[str, Section]) -> None:
     tiles = sections[TEST].tiles[:6]
-    features = reference.densenet121(reference.scaled_images(tiles), _weights(model.image_tower, "encoder.features."))
+    features = reference.densenet121(reference.scaled_images(tiles), _weights(model.image_tower, "encoder.network."))
     assert (features < 0).mean() > 0.1  # no final ReLU to hide behind
     assert features.std(axis=0).mean() > 0.01  # tiles tell themselves apart
     images = augment(torch.from_numpy(tiles), "none", torch.Generator())
@@ -136,7 +136,7 @@ def test_image_tower_of_visium(visium: Config, model: TwoTowers, sections: dict[
     tiles = sections[TEST].tiles[:6]
     tower = ImageTower(visium.model, SIZE_PX)
     tower.load_state_dict(model.image_tower.state_dict())
-    wanted = reference.densenet121(reference.visium_images(tiles), _weights(tower, "encoder.features."))
+    wanted = reference.densenet121(reference.visium_images(tiles), _weights(tower, "encoder.network."))
     images = augment(torch.from_numpy(tiles), "none", torch.Generator())
     with torch.no_grad():
         _close(tower.double().eval()(images.double()), wanted, 1e-5, 1e-2)  # of features up to 1e4
