@@ -38,7 +38,9 @@ class RankState:
     total_steps: int
     state: TrainState
     fresh_ids: list[str | int] = field(default_factory=list)
-    """Ids that this rank consumed since the last checkpoint."""
+    """Ids that this rank consumed since the last checkpoint of the epoch."""
+    next_checkpoint: float = 0.0
+    """Time of the monotonic clock from which the next checkpoint is due; only rank 0's counts."""
 
 
 def train_step(rank_state: RankState, batch: Batch) -> tuple[torch.Tensor, int]:

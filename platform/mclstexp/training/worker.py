@@ -27,6 +27,8 @@ from mclstexp.training.step import RankState, make_optimizer, train_step
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
 POST_EVERY_S = 0.5
+CHECKPOINT_SHARE = 0.1
+"""Largest share of its time that a run on stored features gives to checkpoints without a score."""
 PLACEMENT_GROUP = "placement_group"
 """Reported beside the metrics: id in hex of what reserves the workers' CPUs and GPUs, for those who stop the workers
 from outside."""
@@ -59,7 +61,7 @@ def train_worker(settings: dict[str, TrainPlan]) -> None:
         if is_out_of_patience(rank_state):
             return
         if epoch != rank_state.state.epoch:
-            rank_state.state.epoch, rank_state.state.consumed = epoch, []
+            rank_state.state.epoch, rank_state.state.consumed, rank_state.fresh_ids = epoch, [], []
         run_epoch(rank_state, plan, load)
 
 
@@ -118,7 +120,8 @@ def run_epoch(rank_state: RankState, plan: TrainPlan, load: Callable[[Rows], Ite
         if is_last and plan.validation and is_validated(state.epoch, train):
             scores = {VALIDATION_PCC: validate(rank_state, plan.validation)}
             state.judge(scores[VALIDATION_PCC])
-        if is_last or num_steps % train.checkpoint_every == 0:
+        is_end = is_last and state.epoch + 1 == train.epochs
+        if scores or is_end or ((is_last or num_steps % train.checkpoint_every == 0) and is_due(rank_state)):
             checkpoint(rank_state, loss, scores)
         meter.post(state, loss, scores, is_last)
 
@@ -128,12 +131,27 @@ def is_validated(epoch: int, train: TrainConfig) -> bool:
     return (epoch + 1) % train.validate_every == 0 or epoch + 1 == train.epochs
 
 
+def is_due(rank_state: RankState) -> bool:
+    """Returns whether it is time for a checkpoint; every rank must call it, rank 0 decides.
+
+    An epoch on stored features may take less time than its checkpoint. There a checkpoint follows another one only when
+    both have taken at most `CHECKPOINT_SHARE` of the time; a crash costs as little as ten checkpoints take.
+    """
+    if not rank_state.config.model.freeze_encoder:
+        return True
+    due = [time.monotonic() >= rank_state.next_checkpoint]
+    if rank_state.world_size > 1:
+        dist.broadcast_object_list(due, src=0)
+    return due[0]
+
+
 def checkpoint(rank_state: RankState, loss: torch.Tensor, scores: Metrics) -> None:
     """Stores the state and reports loss and scores; every rank takes part, rank 0 writes.
 
     All ranks wait until Ray Train's controller has recorded the checkpoint. The controller polls; without the wait a
     crash right after could lose several checkpoints.
     """
+    started = time.monotonic()
     rank_state.state.consumed += _all_ids(rank_state)
     group = ray.util.get_current_placement_group()
     state = {"step": rank_state.state.step, "epoch": rank_state.state.epoch}
@@ -147,6 +165,8 @@ def checkpoint(rank_state: RankState, loss: torch.Tensor, scores: Metrics) -> No
     else:
         ray.train.report(metrics)
     ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+    ended = time.monotonic()
+    rank_state.next_checkpoint = ended + (ended - started) / CHECKPOINT_SHARE
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
