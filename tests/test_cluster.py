@@ -7,7 +7,7 @@ import pytest
 from mclstexp import cluster
 from mclstexp.config import Config, override
 from mclstexp.errors import ResourceError
-from mclstexp.model.embed import num_embedders
+from mclstexp.model.tile_stream import num_embedders
 
 LOCAL = ["--data tiles", "--out s3://bucket/runs"]
 

@@ -117,7 +117,9 @@ class _OtherRuns:
 
 @pytest.mark.ray
 def test_a_run_embeds_within_its_share_while_others_use_the_rest(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mclstexp.model.embed._MIN_TILES_PER_ACTOR", 1)  # as many actors as a large table would start
+    monkeypatch.setattr(
+        "mclstexp.model.tile_stream._MIN_TILES_PER_ACTOR", 1
+    )  # as many actors as a large table would start
     manifest = load_manifest(tiles)
     names, network, found, reports = [manifest.sections[0].section_id], _network(_config()), {}, []
     others = _OtherRuns.remote()  # 4 of the session's 6 CPUs: half of all would leave none to read on
@@ -143,7 +145,7 @@ def test_a_run_embeds_within_its_share_while_others_use_the_rest(tiles: str, mon
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_process_that_keeps_dying_ends_the_job(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mclstexp.model.embed.MAX_RETRIES", 1)  # each takes the start of a process
+    monkeypatch.setattr("mclstexp.model.tile_stream.MAX_RETRIES", 1)  # each takes the start of a process
 
     class Deadly(ImageNetwork):  # local, so that it travels to the worker by value
         def build(self, device: torch.device) -> object:

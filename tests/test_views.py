@@ -69,7 +69,7 @@ def test_a_half_described_wide_view_is_damage(wide):
 def test_the_loader_decodes_the_views_that_it_is_asked_for(made, views):
     loader = TileLoader(made.root, load_manifest(made.root), views)
     found = loader({"section_id": np.array(["S1"]), "group": np.array([1])})
-    assert set(found) == {*views, "mask"}
+    assert set(found) == {*views, "mask", "section_id", "group"}
     assert found["mask"].sum() == 8
     if "image_wide" in views:
         np.testing.assert_array_equal(found["image_wide"][0, :8], wide_tiles(9, 8))

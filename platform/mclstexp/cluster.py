@@ -222,8 +222,8 @@ def runs_at_once(config: Config) -> int:
 def share_of_run(config: Config) -> dict[str, float]:
     """Returns the `cpu` and `gpu` that each of `runs_at_once` may use to embed tiles while the others train or embed.
 
-    Embedders take half of it (`embed.num_embedders`), which leaves a CPU to read tiles whatever the other runs do. At
-    least two CPUs and one GPU: with fewer a run could never embed.
+    Embedders take half of it (`tile_stream.num_embedders`), which leaves a CPU to read tiles whatever the other runs
+    do. At least two CPUs and one GPU: with fewer a run could never embed.
     """
     nodes, runs = _alive_nodes(), runs_at_once(config)
     cpus, gpus = (sum(_has(node, kind) for node in nodes) for kind in ("CPU", "GPU"))

@@ -337,11 +337,11 @@ class TileLoader:
     """Views to decode; `schema.require_views` checks on the driver that the table has them."""
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Returns one padded sentence: each view's tiles, uint8 (1, L, size, size, 3), and mask (1, L)."""
+        """Returns one padded sentence: each view's tiles, uint8 (1, L, size, size, 3), mask (1, L), and its names."""
         entry = self.manifest.section(str(rows["section_id"][0]))
         table = read_sentence(self.root, entry, int(rows["group"][0]))
         tiles = {view: decode_tiles(table[view], self.manifest.view_size_px(view)) for view in self.views}
-        return pad(tiles, self.manifest.sentence_length)
+        return pad(tiles, self.manifest.sentence_length) | {name: rows[name] for name in ("section_id", "group")}
 
 
 def rows_of(spots: Batch, keep: np.ndarray | None) -> Batch:

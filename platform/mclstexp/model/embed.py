@@ -1,33 +1,27 @@
 """Tiles to embeddings: the image side of a model, and its run over a tile table.
 
-CPU tasks decode, a pool of actors embeds. Sections are yielded one after the other in the given order, so that a
-caller can write one while the next is computed, and memory does not grow with the cohort. Ray Data does not see other
-work on the cluster and starts all actors of a pool at once, so runs that embed side by side each need a share of the
-cluster (`cluster.share_of_run`).
+Sections are yielded one after the other in the given order, so that a caller can write one while the next is computed,
+and memory does not grow with the cohort.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import numpy as np
 import ray
 import torch
-from ray.data import ActorPoolStrategy, DataContext
 
-from mclstexp.cluster import MAX_RETRIES, ordered
 from mclstexp.data.schema import Manifest
-from mclstexp.data.spots import Batch, TileLoader, pad
-from mclstexp.errors import ModelError, ResourceError
+from mclstexp.data.spots import Batch, pad
+from mclstexp.errors import ModelError
+from mclstexp.model.extractor import colours
 from mclstexp.model.frozen import FrozenEncoder
+from mclstexp.model.tile_stream import TILES_AT_ONCE, stream_sentences
 from mclstexp.model.towers import ImageTower, ProjectionHead, uses_bf16
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import ModelConfig
-
-_TILES_AT_ONCE = {"cpu": 16, "cuda": 64}  # larger batches are slower on a CPU (docs/scaling.md)
-_MIN_TILES_PER_ACTOR = 256  # below this, starting another actor (importing torch) costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class ImageNetwork:
         tower = tower.eval().to(device).to(memory_format=torch.channels_last)
         head = head.eval().to(device)
         bf16 = uses_bf16(self.precision, device)
-        size = batch or _TILES_AT_ONCE[device.type]
+        size = batch or TILES_AT_ONCE[device.type]
 
         def forward(views: list[np.ndarray]) -> np.ndarray:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -185,31 +179,16 @@ def embed_sections(
     Raises:
         ResourceError: the cluster has no CPU left to decode tiles beside the one that embeds.
     """
-    sentences, total, done = manifest.sentences(section_ids), manifest.num_spots(section_ids), 0
+    total, done = manifest.num_spots(section_ids), 0
     parts: list[Batch] = []
-    for (name, group), batch in zip(sentences, _pipeline(root, manifest, sentences, network), strict=True):
-        mask = batch.pop("mask")[0]
-        parts.append({key: values[0][mask] for key, values in batch.items()})
-        done += int(mask.sum())
+    network_ref = ray.put(network)
+    for name, group, batch in stream_sentences(root, manifest, section_ids, ("image",), _Embed, network_ref):
+        parts.append(batch)
+        done += len(batch["rgb"])
         show(what, done, total)
         if group + 1 == len(manifest.section(name).row_groups):
             yield name, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             parts = []
-
-
-def num_embedders(num_cpus: int, num_gpus: int) -> int:
-    """Number of actors that embed on so many CPUs and GPUs: one per GPU or, without GPUs, one per two CPUs.
-
-    Raises:
-        ResourceError: no CPU is left for reading; tasks that read would wait forever while actors occupy every CPU.
-    """
-    needed = 1 if num_gpus else 2
-    if num_cpus < needed:
-        raise ResourceError(
-            f"embedding needs {needed} CPU(s), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or "
-            "add a node"
-        )
-    return num_gpus or num_cpus // 2
 
 
 def fixed_turns(tiles: np.ndarray) -> np.ndarray:
@@ -235,40 +214,6 @@ def _head(config: ModelConfig, num_features: int, state: dict[str, torch.Tensor]
     return head
 
 
-def _allowed() -> tuple[int, int]:
-    """Returns the CPUs and GPUs that datasets made here may use: the cluster's, within the limits of `ordered`."""
-    cluster, limits = ray.cluster_resources(), DataContext.get_current().execution_options.resource_limits
-    return int(min(cluster.get("CPU", 0), limits.cpu)), int(min(cluster.get("GPU", 0), limits.gpu))
-
-
-def _pipeline(
-    root: str, manifest: Manifest, sentences: list[tuple[str, int]], network: ImageNetwork
-) -> Iterator[Batch]:
-    """Yields one padded batch (embedding, rgb, mask) per sentence, in order."""
-    num_cpus, num_gpus = _allowed()
-    num_tiles = sum(manifest.section(name).row_groups[group].num_rows for name, group in sentences)
-    actors = min(num_embedders(num_cpus, num_gpus), 1 + num_tiles // _MIN_TILES_PER_ACTOR)
-    rows = [{"section_id": name, "group": group} for name, group in sentences]
-    with ordered():
-        dataset = (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(
-                cast(Any, TileLoader(root, manifest, ("image",))), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES
-            )
-            .map_batches(
-                _Embed,
-                fn_constructor_args=(ray.put(network),),
-                batch_size=1,
-                compute=ActorPoolStrategy(size=min(actors, len(rows))),
-                num_gpus=1 if num_gpus else None,
-                num_cpus=None if num_gpus else 1,
-                max_restarts=MAX_RETRIES,
-                max_task_retries=MAX_RETRIES,
-            )
-        )
-    yield from cast(Iterable[Batch], dataset.iter_batches(batch_size=1, batch_format="numpy"))
-
-
 class _Embed:
     """Actor: embeds the tiles of one sentence, and takes the mean and deviation of their colours."""
 
@@ -279,6 +224,4 @@ class _Embed:
     def __call__(self, batch: Batch) -> Batch:
         mask = batch["mask"][0]
         tiles = batch["image"][0][mask]
-        pixels = tiles.reshape(len(tiles), -1, 3) / np.float32(255)
-        rgb = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
-        return pad({"embedding": self._embed(tiles), "rgb": rgb.astype(np.float32)}, len(mask))
+        return pad({"embedding": self._embed(tiles), "rgb": colours(tiles)}, len(mask))
