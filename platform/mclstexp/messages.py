@@ -25,3 +25,10 @@ def some_of(names: Collection[str], max_named: int = MAX_NAMED) -> str:
     listed = list(names)
     more = f" and {len(listed) - max_named} more" if len(listed) > max_named else ""
     return ", ".join(listed[:max_named]) + more
+
+
+def duration(seconds: float) -> str:
+    """Returns a forecast time in the unit that fits."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -181,8 +181,7 @@ def embed_sections(
     """
     total, done = manifest.num_spots(section_ids), 0
     parts: list[Batch] = []
-    network_ref = ray.put(network)
-    for name, group, batch in stream_sentences(root, manifest, section_ids, ("image",), _Embed, network_ref):
+    for name, group, batch in stream_sentences(root, manifest, section_ids, ("image",), _Embed, network):
         parts.append(batch)
         done += len(batch["rgb"])
         show(what, done, total)

@@ -225,9 +225,9 @@ def damaged_sections(tiles: str, table: FeatureManifest, section_ids: Iterable[s
 class _Extract:
     """Actor: the features of one sentence."""
 
-    def __init__(self, state: ray.ObjectRef, plain: FeatureManifest) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._extract = Extractor(ray.get(state), plain, device)
+    def __init__(self, network: ray.ObjectRef) -> None:
+        state, plain = ray.get(network)
+        self._extract = Extractor(state, plain, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __call__(self, batch: Batch) -> Batch:
         mask = batch["mask"][0]
@@ -248,11 +248,11 @@ def _sections(
         return
     what, total, done = "encoding: spots", manifest.num_spots(section_ids), 0
     show(what, 0, total, "starting")
-    state = ray.put(encoder.state())
+    network = (encoder.state(), plain)
 
     def shown() -> Iterator[tuple[str, Batch]]:
         nonlocal done
-        stream = stream_sentences(tiles, manifest, section_ids, plain.views, _Extract, state, plain)
+        stream = stream_sentences(tiles, manifest, section_ids, plain.views, _Extract, network)
         for name, _, blocks in stream:
             done += len(next(iter(blocks.values())))
             show(what, done, total, name)

@@ -10,6 +10,7 @@ from mclstexp.data.features import FeatureManifest
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import decode_tiles
 from mclstexp.data.table import read_sentence
+from mclstexp.messages import duration
 from mclstexp.model.extractor import Extractor
 from mclstexp.model.frozen import FrozenEncoder
 from mclstexp.model.tile_stream import TILES_AT_ONCE
@@ -37,7 +38,7 @@ def forecast(
     seconds, on = _seconds_per_spot(tiles, manifest, section_ids, encoder, plain)
     return (
         f"{num_spots} spots of {len(section_ids)} section(s), {gigabytes:.3g} GB; {1000 * seconds:.3g} ms per spot on "
-        f"{on}: about {_duration(num_spots * seconds)} there, divided among the cores or GPUs that encode"
+        f"{on}: about {duration(num_spots * seconds)} there, divided among the cores or GPUs that encode"
     )
 
 
@@ -61,9 +62,3 @@ def _seconds_per_spot(
         torch.set_num_threads(threads)
     cores = os.cpu_count() or 1
     return seconds, "a GPU here" if device.type == "cuda" else f"one of the {cores} CPU core(s) here"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

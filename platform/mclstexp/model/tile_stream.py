@@ -26,7 +26,7 @@ def stream_sentences(
     section_ids: Iterable[str],
     views: tuple[str, ...],
     actor: type,
-    *arguments: object,
+    network: object,
 ) -> Iterator[tuple[str, int, Batch]]:
     """Yields (section id, sentence, arrays of its spots) in stored order.
 
@@ -37,7 +37,7 @@ def stream_sentences(
         views: views to decode.
         actor: class of the actors that compute; called with what `TileLoader` returns, it returns padded arrays and
             `mask` (`spots.pad`).
-        arguments: of the actor's constructor.
+        network: what they compute with; the constructor gets a Ray reference to it.
 
     Raises:
         ResourceError: the cluster has no CPU left to decode tiles beside the one that computes.
@@ -56,7 +56,7 @@ def stream_sentences(
             .map_batches(cast(Any, loader), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
             .map_batches(
                 actor,
-                fn_constructor_args=arguments,
+                fn_constructor_args=(ray.put(network),),
                 batch_size=1,
                 compute=ActorPoolStrategy(size=min(actors, len(rows))),
                 num_gpus=1 if num_gpus else None,

@@ -17,6 +17,7 @@ import torch
 
 from mclstexp.cluster import guarded
 from mclstexp.errors import SourceError, UserError
+from mclstexp.messages import duration
 from mclstexp.model.embed import network_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import Cohort
@@ -169,8 +170,7 @@ def _in_words(
         f"{model.mpp:.4g} um/px, {sum(i.record.tile_area_mm2 for _, i in found):.4g} mm2 in the slides inspected",
         f"workers    {workers.num_readers} read ({1 / rates.read_s:.3g} tiles/s each), {workers.num_embedders} embed "
         f"and retrieve on {'GPUs' if workers.uses_gpu else 'CPUs'} ({1 / rates.embed_s:.3g} tiles/s each{timed})",
-        f"time       about {_duration(seconds)}; for 1,000 such slides "
-        f"{_duration(seconds / len(cohort.sources) * 1000)}",
+        f"time       about {duration(seconds)}; for 1,000 such slides {duration(seconds / len(cohort.sources) * 1000)}",
         f"memory     about {(in_flight + bank_bytes) / 2**30:.2g} GiB of object store, whatever the slides' sizes, and "
         f"{plain_bytes / 2**30:.2g} GiB for plain images, which are decoded whole",
         f"scratch    at most {cohort.plan.scratch_budget_bytes / 1e9:.3g} GB on each node, for remote slides",
@@ -178,9 +178,3 @@ def _in_words(
         f"({len(model.panel)} genes), and meanwhile {staged_bytes / 1e9:.3g} GB in its staging folder",
     ]
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
