@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -47,6 +47,8 @@ class TrainState:
     """Highest score on the validation patients; None before the first score."""
     num_worse: int = 0
     """Number of scores since the best one."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What was reported with the newest checkpoint."""
 
     def judge(self, score: float) -> None:
         """Records a score on the validation patients."""
@@ -113,14 +115,15 @@ def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.
     """Restores model and optimiser in place and returns the state.
 
     Raises:
-        RunError: the checkpoint is damaged (see `read_checkpoint`) or of another network; nothing was changed.
+        RunError: the checkpoint is damaged (see `read_checkpoint`) or of another network.
     """
     weights, slots, state = read_checkpoint(folder)
-    weights = _learnt(weights, model)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    _require_same(folder, weights, model.state_dict())
-    _require_same(folder, slots, _expected_slots(slots, parameters))
-    model.load_state_dict(weights)
+    _require_slots(folder, slots, parameters)
+    try:
+        model.load_state_dict(_learnt(weights, model))
+    except RuntimeError as error:
+        raise RunError(f"the checkpoint {folder} is of another network: {error}") from error
     optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
     _match_memory_layout(optimizer)
     return state
@@ -158,28 +161,16 @@ def _learnt(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[st
     return {name: value for name, value in weights.items() if not name.startswith(_FROZEN)}
 
 
-def _require_same(folder: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Checks that tensors have the names, shapes and types that a network or its optimiser has."""
-    found, wanted = (
-        {name: (tuple(value.shape), value.dtype) for name, value in group.items()} for group in (tensors, expected)
-    )
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            got, right = (
-                f"of shape {of[name][0]} and {of[name][1]}" if name in of else "missing" for of in (found, wanted)
+def _require_slots(folder: str, slots: Mapping[str, torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    """Checks that each slot is a number, or has the shape of an existing parameter."""
+    for key, value in slots.items():
+        index = int(first) if (first := key.partition(".")[0]).isdecimal() else len(parameters)
+        shape = parameters[index].shape if index < len(parameters) else None
+        if shape is None or value.shape not in (shape, ()):
+            raise RunError(
+                f"the checkpoint {folder} is of another network: {key} of {OPTIMIZER} has shape {tuple(value.shape)}, "
+                + (f"its parameter {tuple(shape)}" if shape is not None else f"there are {len(parameters)} parameters")
             )
-            raise RunError(f"the checkpoint {folder} is of another network: {name} is {got}, expected {right}")
-
-
-def _expected_slots(slots: Mapping[str, torch.Tensor], parameters: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Returns, for each stored slot of an existing parameter, a tensor of the shape and type it must have."""
-    expected = {}
-    for key in slots:
-        index, _, name = key.partition(".")
-        if index.isdecimal() and int(index) < len(parameters):
-            parameter = parameters[int(index)]
-            expected[key] = torch.zeros(()) if name == "step" else torch.empty_like(parameter, device="meta")
-    return expected
 
 
 def _match_memory_layout(optimizer: torch.optim.Optimizer) -> None:

@@ -4,14 +4,12 @@ Everything but the weights is made once, after training: bank and retrieval fit 
 embedding validation and training tiles again.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from mclstexp import storage
 from mclstexp.data.spots import num_positions
@@ -22,7 +20,8 @@ from mclstexp.model.towers import TwoTowers
 from mclstexp.model.version import FILES, ModelVersion, TrainingRecord
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import RetrievalConfig
-from mclstexp.training.checkpoint import STATE, WEIGHTS
+from mclstexp.training.checkpoint import read_checkpoint
+from mclstexp.training.history import local_checkpoint
 from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.validation import ValidationSection, choose_retrieval
 
@@ -61,12 +60,15 @@ def finished_model(run: Run, show: Show = hidden) -> ModelVersion | None:
 
 
 def finish(run: Run, checkpoint_uri: str, show: Show = hidden) -> None:
-    """Builds the bank, chooses the retrieval settings on the validation patients and publishes the model version."""
+    """Builds the bank, chooses the retrieval settings on the validation patients and publishes the model version.
+
+    Raises:
+        RunError: the checkpoint is damaged, or weights, bank or embeddings are not finite; nothing is published.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        weights_file = Path(scratch, WEIGHTS)
-        storage.download(storage.join(checkpoint_uri, WEIGHTS), weights_file)
-        state = json.loads(storage.read(storage.join(checkpoint_uri, STATE)))
-        version = _version(run, load_file(weights_file), state["epoch"] + 1, show)
+        with local_checkpoint(checkpoint_uri) as stored:
+            checkpoint = read_checkpoint(stored)
+        version = _version(run, checkpoint.weights, checkpoint.state.epoch + 1, show)
         folder = Path(scratch, FOLDER)
         folder.mkdir()
         version.save(folder)

@@ -9,9 +9,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-import ray.train
 from pydantic import BaseModel, ConfigDict
 
 from mclstexp import storage
@@ -22,8 +21,8 @@ from mclstexp.data.panel import fit_panel, require_counts
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.errors import RunError
-from mclstexp.progress import Metrics
 from mclstexp.settings import GenesConfig
+from mclstexp.training.history import StoredCheckpoint, newest_checkpoint
 
 RECORD = "run.json"
 _FREE_TRAIN_SETTINGS = {
@@ -88,13 +87,6 @@ class Run:
     def uri(self) -> str:
         """Folder of the run's record, checkpoints and model."""
         return storage.join(self.out, self.name)
-
-
-class LastCheckpoint(NamedTuple):
-    """A checkpoint and the metrics that were reported with it."""
-
-    uri: str
-    metrics: Metrics
 
 
 def open_run(data: str, out: str, name: str | None, config: Config, track: Track) -> Run:
@@ -227,19 +219,9 @@ def recorded_tiles(manifest: Manifest) -> dict[str, object]:
     return {f"tiles.{name}": value for name, value in cut.items()}
 
 
-def last_checkpoint(run: Run) -> LastCheckpoint | None:
-    """Returns the newest checkpoint of a run that no process is training; None if it has none."""
-    filesystem, path = storage.filesystem(run.uri)
-    try:
-        result = ray.train.Result.from_path(path, filesystem)
-    except RuntimeError:  # it was killed before its first checkpoint
-        return None
-    return LastCheckpoint(checkpoint_uri(run, result.checkpoint), result.metrics or {}) if result.checkpoint else None
-
-
-def checkpoint_uri(run: Run, checkpoint: ray.train.Checkpoint) -> str:
-    """Returns the URI of a checkpoint, whose own path has no scheme."""
-    return f"{'s3://' if storage.is_s3(run.out) else ''}{checkpoint.path}"
+def last_checkpoint(run: Run) -> StoredCheckpoint | None:
+    """Returns the newest sound checkpoint of a run that no process is training; None if it has none."""
+    return newest_checkpoint(run.uri)
 
 
 def _request(config: Config, manifest: Manifest) -> dict[str, object]:

@@ -25,7 +25,8 @@ from mclstexp.model.weights import load_weights
 from mclstexp.progress import Log, ProgressBoard, Show, followed, hidden
 from mclstexp.training.feed import make_feed
 from mclstexp.training.finish import finish, is_finished, load_model
-from mclstexp.training.run import Run, checkpoint_uri
+from mclstexp.training.history import StoredCheckpoint, best_checkpoint, mend_snapshot, newest_checkpoint
+from mclstexp.training.run import Run
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet
 from mclstexp.training.worker import TrainPlan, train_worker
 
@@ -81,7 +82,8 @@ def fit(
 
     Raises:
         UserError: an error of the workers that a user can fix.
-        RunError: the workers failed more often than train.max_failures allows.
+        RunError: the workers failed more often than train.max_failures allows, training diverged, or all checkpoints
+            are damaged.
         ModelError: retrieval.k exceeds the training spots.
         ConfigError: train.positives names no loss.
     """
@@ -91,6 +93,7 @@ def fit(
         resolve(run.config.retrieval, run.manifest.num_spots(run.split.train))
     plan = make_plan(run, board_name)
     early_stopping = bool(plan.validation and train.patience)
+    mend_snapshot(run.uri, by_score=early_stopping)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
@@ -116,12 +119,10 @@ def fit(
     )
     with followed(plan.board, train.epochs * plan.feed.num_steps(), log, show):
         try:
-            result = trainer.fit()
+            trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error, train.max_failures) from error
-    if result.checkpoint is None:
-        raise RunError(f"the run {run.name} ended without a checkpoint; see its log")
-    return checkpoint_uri(run, _best(result) if early_stopping else result.checkpoint)
+    return _best(run) if early_stopping else _known(run, newest_checkpoint(run.uri)).uri
 
 
 def make_plan(run: Run, board_name: str | None = None) -> TrainPlan:
@@ -131,6 +132,7 @@ def make_plan(run: Run, board_name: str | None = None) -> TrainPlan:
     validates = config.train.validate_every and run.split.validation
     return TrainPlan(
         config=config.model_dump(mode="json"),
+        run_uri=run.uri,
         feed=make_feed(config, run.reader, run.split.train),
         share=StreamShare(config.cluster.data_cpus, store_bytes, config.cluster.data_pool),
         num_genes=len(run.panel.gene_id),
@@ -156,14 +158,18 @@ def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     return plain_tensors(network.state_dict())
 
 
-def _best(result: ray.train.Result) -> ray.train.Checkpoint:
+def _best(run: Run) -> str:
     """Returns the checkpoint that scored best on the validation patients, and prints which it is."""
-    kept = result.best_checkpoints or []
-    scored = [(found, metrics) for found, metrics in kept if math.isfinite(metrics.get(VALIDATION_PCC, math.nan))]
-    best, metrics = max(scored, key=lambda one: one[1][VALIDATION_PCC])
-    epoch, score = metrics["epoch"] + 1, metrics[VALIDATION_PCC]
+    best = _known(run, best_checkpoint(run.uri))
+    epoch, score = best.metrics["epoch"] + 1, best.metrics.get(VALIDATION_PCC, math.nan)
     print(f"the model is the checkpoint after epoch {epoch}, best on the validation patients (PCC {score:.3f})")
-    return best
+    return best.uri
+
+
+def _known(run: Run, checkpoint: StoredCheckpoint | None) -> StoredCheckpoint:
+    if checkpoint is None:
+        raise RunError(f"the run {run.name} ended without a checkpoint; see its log")
+    return checkpoint
 
 
 def _cause(error: ray.train.TrainingFailedError, max_failures: int) -> UserError:

@@ -23,6 +23,7 @@ from mclstexp.progress import Metrics
 from mclstexp.settings import TrainConfig
 from mclstexp.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from mclstexp.training.feed import Feed, Rows, open_batches
+from mclstexp.training.history import local_checkpoint, newest_checkpoint
 from mclstexp.training.step import RankState, make_optimizer, train_step
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
@@ -39,6 +40,7 @@ class TrainPlan:
     """All that a worker needs; crosses process borders."""
 
     config: dict[str, object]
+    run_uri: str
     feed: Feed
     share: StreamShare
     num_genes: int
@@ -55,7 +57,7 @@ def train_worker(settings: dict[str, TrainPlan]) -> None:
     """Runs the rest of a training run on one rank; Ray Train calls it on every worker."""
     plan = settings["plan"]
     rank_state = build(plan)
-    resume(rank_state)
+    resume(rank_state, plan.run_uri)
     load = open_batches(plan.feed, rank_state.world_size, plan.share)
     for epoch in range(rank_state.state.epoch, rank_state.config.train.epochs):
         if is_out_of_patience(rank_state):
@@ -89,11 +91,13 @@ def build(plan: TrainPlan) -> RankState:
     )
 
 
-def resume(rank_state: RankState) -> None:
-    """Loads the run's newest checkpoint, if there is one."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
+def resume(rank_state: RankState, run_uri: str) -> None:
+    """Loads the run's newest sound checkpoint, if there is one; rank 0 chooses it for all."""
+    chosen = [newest_checkpoint(run_uri) if rank_state.rank == 0 else None]
+    if rank_state.world_size > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    if chosen[0] is not None:
+        with local_checkpoint(chosen[0].uri) as folder:
             rank_state.state = load_checkpoint(folder, rank_state.model, rank_state.optimizer)
 
 
@@ -158,6 +162,7 @@ def checkpoint(rank_state: RankState, loss: torch.Tensor, scores: Metrics) -> No
     # With early stopping Ray orders the checkpoints by their scores, so that each needs one.
     unscored = {VALIDATION_PCC: float("nan")} if rank_state.config.train.patience else {}
     metrics = {"loss": loss.item(), **state, **unscored, **scores, PLACEMENT_GROUP: group.id.hex() if group else ""}
+    rank_state.state.metrics = metrics
     if rank_state.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(folder, rank_state.model, rank_state.optimizer, rank_state.state)
