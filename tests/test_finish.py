@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from ood_reference import expected_threshold
+from random_version import random_version
 
 from mclstexp.config import Config, override
 from mclstexp.data.folds import Split
 from mclstexp.data.genes import GenePanel
+from mclstexp.errors import RunError
 from mclstexp.model.towers import TwoTowers
 from mclstexp.progress import hidden
 from mclstexp.training import finish
@@ -80,6 +82,16 @@ def test_a_direct_regression_has_no_threshold_and_embeds_nothing(monkeypatch: py
     monkeypatch.setattr(finish, "embed_sections", None)
     run = _run(("A1", "B1"), (), **{"model.predictor": "regression"})
     assert finish._version(run, {"a": torch.zeros(1)}, 1, hidden).ood_similarity is None
+
+
+@pytest.mark.parametrize("array", ["weights", "payload"])
+def test_a_model_whose_answer_is_not_finite_is_refused(array: str) -> None:
+    version = random_version()
+    finish.require_finite_answer(version)
+    values = version.weights["image_head.project.weight"] if array == "weights" else version.bank.payload
+    values[:] = float("inf")
+    with pytest.raises(RunError, match="answer to a probe is not finite: training has diverged"):
+        finish.require_finite_answer(version)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ number of workers.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def load_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _require_slots(folder, slots, parameters)
     try:
-        model.load_state_dict(_learnt(weights, model))
+        model.load_state_dict(learnt(weights, model.state_dict()))
     except RuntimeError as error:
         raise RunError(f"the checkpoint {folder} is of another network: {error}") from error
     optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(slots)})
@@ -154,9 +154,9 @@ def _digest(tree: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _learnt(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns weights without those of a frozen encoder, where the network has none."""
-    if any(name.startswith(_FROZEN) for name in model.state_dict()):
+def learnt(weights: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Returns weights without those of a frozen encoder, if there are none among the names of a network's tensors."""
+    if any(name.startswith(_FROZEN) for name in names):
         return weights
     return {name: value for name, value in weights.items() if not name.startswith(_FROZEN)}
 

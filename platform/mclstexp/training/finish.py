@@ -13,14 +13,15 @@ import torch
 
 from mclstexp import storage
 from mclstexp.data.spots import num_positions
+from mclstexp.errors import RunError
 from mclstexp.model.bank import Bank, build_bank, drawn_sections, ood_similarity
-from mclstexp.model.embed import embed_sections, network_of
+from mclstexp.model.embed import embed_sections, head_of, network_of
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.version import FILES, ModelVersion, TrainingRecord
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import RetrievalConfig
-from mclstexp.training.checkpoint import read_checkpoint
+from mclstexp.training.checkpoint import learnt, read_checkpoint
 from mclstexp.training.history import local_checkpoint
 from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.validation import ValidationSection, choose_retrieval
@@ -68,11 +69,35 @@ def finish(run: Run, checkpoint_uri: str, show: Show = hidden) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         with local_checkpoint(checkpoint_uri) as stored:
             checkpoint = read_checkpoint(stored)
-        version = _version(run, checkpoint.weights, checkpoint.state.epoch + 1, show)
+        weights = checkpoint.weights
+        if run.config.model.freeze_encoder:
+            weights = learnt(weights, ())
+        version = _version(run, weights, checkpoint.state.epoch + 1, show)
+        require_finite_answer(version)
         folder = Path(scratch, FOLDER)
         folder.mkdir()
         version.save(folder)
         storage.upload_folder(folder, model_uri(run), last=FILES)
+
+
+def require_finite_answer(version: ModelVersion) -> None:
+    """Checks that the model answers a grey tile, or features of zeros, with finite numbers.
+
+    Raises:
+        RunError: it does not.
+    """
+    cpu = torch.device("cpu")
+    if version.encoder is None:
+        grey = np.full((1, version.tile_size_px, version.tile_size_px, 3), 128, np.uint8)
+        embedding = network_of(version).build(cpu)(*[grey] * len(version.config.model.image_views))
+    else:
+        head = head_of(version)
+        embedding = head.build(cpu)(np.zeros((1, head.num_features), np.float32))
+    if not (np.isfinite(embedding).all() and np.isfinite(version.predict(embedding).prediction).all()):
+        raise RunError(
+            "the model's answer to a probe is not finite: training has diverged, and no model version was written; "
+            "lower train.tower_lr and train.head_lr, raise train.warmup or use train.precision=fp32"
+        )
 
 
 def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show) -> ModelVersion:
