@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -17,12 +18,16 @@ import openslide
 from PIL import Image
 
 from mclstexp.errors import SourceError, StorageError
+from mclstexp.slides.blocks import BACKGROUND, Blocks
 from mclstexp.slides.plain import Plain, is_opaque
 from mclstexp.slides.pyramid import Pyramid
 from mclstexp.slides.tiff import APERIO, GENERIC, is_tiff, open_tiff
 
 _MAX_REGION_PX = 2048  # edge of one read from a level
 _SAME_DOWNSAMPLE = 1.02  # ratio up to which downsamples count as equal
+_MIN_RESAMPLED = 2  # stored or shrunken pixels along a pixel of a wide view: with fewer, the way they were shrunk shows
+_MAX_SHRINK = 8  # bounds one read from a level
+_WHITE = (255, 255, 255)
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE, errno.ENOMEM)
 """Faults of the file system or the machine; Pillow's own errors have no number."""
 _FILE_FAULTS = (OSError, EOFError, SyntaxError, ValueError, Warning)
@@ -71,6 +76,8 @@ class Slide:
         """Whether a region can be read without decoding the whole image."""
         self.scanned_from = levels.scanned_from
         """x and y of the scanned region's corner, where some viewers place their origin; (0, 0) in most files."""
+        self._blocks: dict[tuple[int, int], Blocks] = {}
+        """Shrunken levels, by level and factor."""
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +97,30 @@ class Slide:
         image, complete = self._read_box(left, top, scale, size_px, size_px)
         return np.asarray(image) if complete else None
 
+    def read_wide(self, left: float, top: float, size_px: int, scale: float) -> np.ndarray:
+        """Returns a coarse tile, uint8 (size_px, size_px, 3), as `read_tile`, which may extend beyond the image.
+
+        There, and where pixels are missing, it shows `BACKGROUND`. It is resampled from at least two pixels along a
+        pixel, of the coarsest level that has them, shrunk once in blocks that all wide tiles of the slide share.
+
+        Raises:
+            SourceError: the file is damaged there.
+        """
+        level = self._level(scale / _MIN_RESAMPLED)
+        down = self._levels.downsamples[level]
+        shrink = min(_MAX_SHRINK, max(1, int(scale / down / _MIN_RESAMPLED)))
+        if (level, shrink) not in self._blocks:
+            read = partial(self._read_region, level)
+            self._blocks[level, shrink] = Blocks(read, self._levels.dimensions[level], shrink)
+        pixel = down * shrink
+        box = np.array([left, top, left + size_px * scale, top + size_px * scale]) / pixel
+        margin = math.ceil(scale / pixel) + 1
+        first = np.floor(box[:2]).astype(int) - margin
+        last = np.ceil(box[2:]).astype(int) + margin
+        region = self._blocks[level, shrink].region(*first.tolist(), *(last - first).tolist())
+        box -= [*first, *first]
+        return np.asarray(region.resize((size_px, size_px), Image.Resampling.BILINEAR, box=tuple(box.tolist())))
+
     def thumbnail(self, scale: float) -> np.ndarray:
         """Returns the slide shrunk by `scale`, uint8 (height, width, 3), white where it has no pixels.
 
@@ -99,9 +130,19 @@ class Slide:
         width, height = (max(1, int(edge / scale)) for edge in (self.width, self.height))
         return np.asarray(self._read_box(0.0, 0.0, scale, width, height)[0])
 
+    def _level(self, scale: float) -> int:
+        """Returns the coarsest level that is not coarser than `scale`."""
+        return max(i for i, down in enumerate(self._levels.downsamples) if i == 0 or down <= scale * _SAME_DOWNSAMPLE)
+
+    def _read_region(self, level: int, left: int, top: int, width: int, height: int) -> Image.Image:
+        """Returns a region within a level as RGB, with background where pixels are missing."""
+        with _image_errors(self._name):
+            region = self._levels.read(level, left, top, width, height)[0]
+        return _opaque(region, BACKGROUND)[0]
+
     def _read_box(self, left: float, top: float, scale: float, width: int, height: int) -> tuple[Image.Image, bool]:
         """Returns width x height pixels of edge `scale`, read in bounded parts, and whether no pixel is missing."""
-        level = max(i for i, down in enumerate(self._levels.downsamples) if i == 0 or down <= scale * _SAME_DOWNSAMPLE)
+        level = self._level(scale)
         step = max(1, int(_MAX_REGION_PX * self._levels.downsamples[level] / scale))
         whole, complete = Image.new("RGB", (width, height)), True
         for y in range(0, height, step):
@@ -124,7 +165,7 @@ class Slide:
         last = np.clip(np.ceil(box[2:]).astype(int) + margin, first + 1, edges)
         with _image_errors(self._name):
             region, *origin = self._levels.read(level, *first.tolist(), *(last - first).tolist())
-        image, complete = _on_white(region)
+        image, complete = _opaque(region, _WHITE)
         if not exact:
             box = np.clip(box - [*origin, *origin], 0, [*image.size, *image.size])
             image = image.resize(size, Image.Resampling.BILINEAR, box=tuple(box.tolist()))
@@ -167,9 +208,9 @@ def _image_errors(name: str) -> Iterator[None]:
         raise SourceError(f"image {name}: {error}") from None
 
 
-def _on_white(region: Image.Image) -> tuple[Image.Image, bool]:
-    """Returns a region as RGB, and whether no pixel is missing (OpenSlide leaves holes transparent)."""
+def _opaque(region: Image.Image, behind: tuple[int, int, int]) -> tuple[Image.Image, bool]:
+    """Returns a region as RGB over a colour, and whether no pixel is missing (OpenSlide leaves holes transparent)."""
     if region.mode == "RGB" or is_opaque(region):
         return region.convert("RGB"), True
-    white = Image.new("RGBA", region.size, "white")
-    return Image.alpha_composite(white, region).convert("RGB"), False
+    backdrop = Image.new("RGBA", region.size, behind)
+    return Image.alpha_composite(backdrop, region).convert("RGB"), False
