@@ -23,7 +23,7 @@ from ingest.twins import require_own_files
 from mclstexp import storage
 from mclstexp.config import Config
 from mclstexp.data.folds import similar_patients
-from mclstexp.data.schema import MANIFEST, Manifest, SectionEntry, load_genes, load_manifest
+from mclstexp.data.schema import IMAGE, IMAGE_WIDE, MANIFEST, Manifest, SectionEntry, load_genes, load_manifest
 from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import ConfigError, SourceError, TableError
 from mclstexp.settings import TilesConfig
@@ -104,6 +104,7 @@ def make_plan(sheet_uri: str, out_uri: str, config: Config, read_headers: ReadHe
     headers = dict(zip((row.section_id for row in fresh), read_headers(fresh), strict=True))
     mpp = {row.section_id: _mpp(row.section_id, headers, entries) for row in rows}
     recipe = Recipe(config.tiles, _table_mpp(config.tiles, mpp, previous))
+    _require_wider(recipe)
     _require_no_upsampling(recipe, mpp)
 
     # Sections are done if both sources and settings are those of their entry.
@@ -142,6 +143,7 @@ def describe(plan: Plan) -> str:
         f"table      {plan.root}",
         f"tiles      {tiles.size_px} px at {recipe.mpp:.4g} um/px = {tiles.size_px * recipe.mpp:.4g} um, "
         f"{tiles.encoding}{quality}, sentences of at most {tiles.sentence_length}",
+        f"views      {_views(recipe)}",
         f"genes      {len(plan.genes)}",
         f"unchanged  {len(plan.kept)} section(s)",
         f"to remove  {', '.join(plan.removed) or 'none'}",
@@ -154,6 +156,13 @@ def describe(plan: Plan) -> str:
             f"  {row.section_id}: patient {row.patient_id}, {row.format}, {plan.mpp[row.section_id]:.4g} um/px, {how}"
         )
     return "\n".join([*lines, plan.sources]).rstrip()
+
+
+def _views(recipe: Recipe) -> str:
+    if recipe.wide_mpp is None:
+        return IMAGE
+    size_px, wide_um = recipe.tiles.wide_px, recipe.tiles.wide_um
+    return f"{IMAGE}, {IMAGE_WIDE} ({size_px} px at {recipe.wide_mpp:.4g} um/px = {wide_um:.4g} um)"
 
 
 class Sources(NamedTuple):
@@ -252,13 +261,32 @@ def _table_mpp(tiles: TilesConfig, mpp: Mapping[str, float], previous: Manifest 
     return min(times, key=lambda value: (-times[value], value))  # the same for any order of the sheet
 
 
+def _require_wider(recipe: Recipe) -> None:
+    """Refuses a wide view that shows no more than the tile itself."""
+    tiles, tile_um = recipe.tiles, recipe.tiles.size_px * recipe.mpp
+    if tiles.wide_um is not None and tiles.wide_um <= tile_um:
+        raise ConfigError(
+            f"tiles.wide_um={tiles.wide_um:.4g} is not wider than the tile of {tiles.size_px} px x {recipe.mpp:.4g} "
+            f"um/px = {tile_um:.4g} um; raise tiles.wide_um (to {4 * tile_um:.4g}, for example), or leave it empty"
+        )
+
+
 def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
-    enlarged = {name: value / recipe.mpp for name, value in mpp.items() if value > MAX_UPSAMPLING * recipe.mpp}
+    tiles = recipe.tiles
+    _require_not_enlarged(f"tiles.mpp={recipe.mpp:.4g}", "raise tiles.mpp", recipe.mpp, recipe, mpp)
+    if recipe.wide_mpp is not None:
+        named = f"tiles.wide_um={tiles.wide_um:.4g} in tiles.wide_px={tiles.wide_px}"
+        _require_not_enlarged(named, "lower tiles.wide_px", recipe.wide_mpp, recipe, mpp)
+
+
+def _require_not_enlarged(setting: str, fix: str, target: float, recipe: Recipe, mpp: Mapping[str, float]) -> None:
+    """Refuses a view's resolution that is much finer than that of a section."""
+    enlarged = {name: value / target for name, value in mpp.items() if value > MAX_UPSAMPLING * target}
     if enlarged and not recipe.tiles.allow_upsampling:
         named = ", ".join(f"{name} by {factor:.3g}" for name, factor in enlarged.items())
         raise ConfigError(
-            f"tiles.mpp={recipe.mpp:.4g} would enlarge {named}; at most {MAX_UPSAMPLING} is allowed: raise tiles.mpp "
-            "unless a model needs it, or set tiles.allow_upsampling=true"
+            f"{setting} would enlarge {named}; at most {MAX_UPSAMPLING} is allowed: {fix} unless a model needs it, or "
+            "set tiles.allow_upsampling=true"
         )
 
 

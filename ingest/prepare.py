@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ from ingest.twins import require_own_counts
 from mclstexp import storage
 from mclstexp.cluster import MAX_RETRIES, guarded
 from mclstexp.config import Config
-from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, Manifest, SectionEntry
+from mclstexp.data.schema import GENE_SCHEMA, MANIFEST, WIDE_SCHEMA_VERSION, Manifest, SectionEntry
 from mclstexp.data.sheet import SectionRow
 from mclstexp.errors import SourceError
 from mclstexp.progress import Show, hidden
@@ -184,6 +185,7 @@ def _publish(plan: Plan, entries: Iterable[SectionEntry]) -> Manifest | None:
         genes_sha256=genes_sha256,
         num_genes=len(plan.genes),
         sections=sections,
+        **_wide_fields(plan),
     )
     candidates = [uri for folder in _FOLDERS for uri in storage.list_files(storage.join(plan.root, folder))]
     storage.publish(storage.join(plan.root, MANIFEST), manifest.encode(), plan.version)
@@ -192,6 +194,17 @@ def _publish(plan: Plan, entries: Iterable[SectionEntry]) -> Manifest | None:
         if uri.removeprefix(f"{plan.root}/") not in needed and _OWN_FILE.fullmatch(uri.rsplit("/", 1)[1]):
             storage.delete(uri)
     return manifest
+
+
+def _wide_fields(plan: Plan) -> dict[str, Any]:
+    """Returns what the manifest records of the wide view; nothing without one."""
+    if plan.recipe.wide_mpp is None:
+        return {}
+    return {
+        "schema_version": WIDE_SCHEMA_VERSION,
+        "wide_px": plan.recipe.tiles.wide_px,
+        "wide_mpp": plan.recipe.wide_mpp,
+    }
 
 
 def _named_files(manifest: Manifest) -> set[str]:

@@ -27,7 +27,7 @@ from ingest.readers.labels import read_labels
 from ingest.readers.spots import Expression, Layout, Reject, Spots, require_positions
 from ingest.twins import counts_digest
 from mclstexp import storage
-from mclstexp.data.schema import REJECT_SCHEMA, TILE_SCHEMA, SectionEntry, encode_rows
+from mclstexp.data.schema import IMAGE_WIDE, REJECT_SCHEMA, TILE_SCHEMA, WIDE_TILE_SCHEMA, SectionEntry, encode_rows
 from mclstexp.data.sheet import SectionRow
 from mclstexp.data.table import tile_crc, write_section
 from mclstexp.errors import SourceError
@@ -58,6 +58,11 @@ class Recipe:
     mpp: float
     """Micrometres per tile pixel; `tiles.mpp` resolved."""
 
+    @property
+    def wide_mpp(self) -> float | None:
+        """Micrometres per pixel of the wide view; None without one."""
+        return None if self.tiles.wide_um is None else self.tiles.wide_um / self.tiles.wide_px
+
 
 def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], root: str, digest: str) -> SectionEntry:
     """Writes one section's tiles, rejects and thumbnail under `root` and returns its manifest entry.
@@ -80,12 +85,14 @@ def cut_section(row: SectionRow, recipe: Recipe, gene_rows: Mapping[str, int], r
         with storage.local_copy(row.image, scratch) as image, open_slide(image) as slide:
             layout = expression.layout if expression else Layout()
             mpp = judged_resolution(row, layout, slide).mpp
-            cut = _Cut(row, recipe.tiles, slide, layout, fit_array(layout), mpp, tile_scale(recipe.mpp, mpp))
+            scale = tile_scale(recipe.mpp, mpp)
+            wide_scale = None if recipe.wide_mpp is None else tile_scale(recipe.wide_mpp, mpp)
+            cut = _Cut(row, recipe.tiles, slide, layout, fit_array(layout), mpp, scale, wide_scale)
             spots, rejected = cut.read_spots(expression, gene_rows)
             spots, tissue_fraction, unfit = cut.screen(spots)
             rejected += unfit
             labels = _read_labels(row, spots, scratch)
-            written = write_section(local, cut.sentences(spots, labels, tissue_fraction, rejected))
+            written = write_section(local, cut.sentences(spots, labels, tissue_fraction, rejected), cut.schema)
             num_labelled = pq.read_table(local, columns=["label"])["label"].drop_null().length()
             small, scale = small_picture(slide)
             thumbnail = encode_picture(small)
@@ -151,6 +158,13 @@ class _Cut:
     """Micrometres per level-0 pixel."""
     scale: float
     """Level-0 pixels along a tile pixel."""
+    wide_scale: float | None
+    """Level-0 pixels along a pixel of the wide view; None without one."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the section's sentences."""
+        return TILE_SCHEMA if self.wide_scale is None else WIDE_TILE_SCHEMA
 
     def read_spots(self, expression: Expression | None, gene_rows: Mapping[str, int]) -> tuple[Spots, list[Reject]]:
         """Returns the section's usable spots with counts over the table's genes, and the rejects so far.
@@ -206,7 +220,7 @@ class _Cut:
     def sentences(
         self, spots: Spots, labels: np.ndarray, tissue_fraction: np.ndarray, rejected: list[Reject]
     ) -> Iterator[pa.Table]:
-        """Yields the section's sentences (TILE_SCHEMA) in curve order; adds tiles without pixels to `rejected`."""
+        """Yields the section's sentences (`schema`) in curve order; adds tiles without pixels to `rejected`."""
         for rows in cut_evenly(curve_order(spots.x_px, spots.y_px), self.tiles.sentence_length):
             part = spots.take(rows)
             images = self._read_tiles(part)
@@ -219,13 +233,24 @@ class _Cut:
 
     def _read_tiles(self, spots: Spots) -> list[np.ndarray | None]:
         size, scale = self.tiles.size_px, self.scale
-        corners = zip(*(tile_corner(centre, size, scale).tolist() for centre in (spots.x_px, spots.y_px)), strict=True)
-        return [self.slide.read_tile(left, top, size, scale) for left, top in corners]
+        return [self.slide.read_tile(left, top, size, scale) for left, top in _corners(spots, size, scale)]
+
+    def _wide_columns(self, spots: Spots) -> dict[str, object]:
+        """Returns the columns of the wide view; none without one."""
+        if self.wide_scale is None:
+            return {}
+        size, scale = self.tiles.wide_px, self.wide_scale
+        tiles = (self.slide.read_wide(left, top, size, scale) for left, top in _corners(spots, size, scale))
+        encoded = [self._encoded(tile) for tile in tiles]
+        return {IMAGE_WIDE: encoded, "crc_wide": pa.array(map(tile_crc, encoded), pa.uint32())}
+
+    def _encoded(self, tile: np.ndarray) -> bytes:
+        return encode_tile(tile, self.tiles.encoding, self.tiles.jpeg_quality)
 
     def _sentence(
         self, spots: Spots, labels: np.ndarray, tissue_fraction: np.ndarray, tiles: list[np.ndarray]
     ) -> pa.Table:
-        encoded = [encode_tile(tile, self.tiles.encoding, self.tiles.jpeg_quality) for tile in tiles]
+        encoded = [self._encoded(tile) for tile in tiles]
         gene_index, count = _count_lists(spots)
         columns = {
             "section_id": [self.row.section_id] * len(spots),
@@ -244,7 +269,13 @@ class _Cut:
             "gene_index": gene_index,
             "count": count,
         }
-        return pa.table(columns, schema=TILE_SCHEMA)
+        return pa.table(columns | self._wide_columns(spots), schema=self.schema)
+
+
+def _corners(spots: Spots, size_px: int, scale: float) -> Iterator[tuple[float, float]]:
+    """Yields the left and top of tiles around the spots."""
+    left, top = (tile_corner(centre, size_px, scale).tolist() for centre in (spots.x_px, spots.y_px))
+    return zip(left, top, strict=True)
 
 
 def _grid_spots(slide: Slide, size_px: int, scale: float) -> Spots:

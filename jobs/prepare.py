@@ -51,6 +51,7 @@ def main() -> None:
     _print_sections(report)
     if report.sources:
         print(report.sources)
+    print(f"views of each spot: {', '.join(report.manifest.views)}")
     print(f"{len(report.redone)} sections cut, {len(report.unchanged)} unchanged, {len(report.removed)} removed")
     print(f"tile table {report.root}")
 

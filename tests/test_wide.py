@@ -7,14 +7,13 @@ import pytest
 import tifffile
 from PIL import Image
 from slide_files import texture, write_ome, write_plain, write_pyramid
+from wide_reference import reference
 
 from mclstexp.errors import SourceError
 from mclstexp.slides import blocks
 from mclstexp.slides.slide import open_slide
 
 SIZE = 32
-BEYOND = 640
-"""Pixels of background around the image in the reference: more than any tile here extends beyond it."""
 
 
 @cache
@@ -56,22 +55,6 @@ def path(request, tmp_path):
     return tmp_path / request.param
 
 
-def weights(start, size, scale, length):
-    """Each output pixel's weights, float64 (size, length): a triangle twice as wide as it, over whole pixels."""
-    centre = start + (np.arange(size)[:, None] + 0.5) * scale
-    triangle = np.clip(1 - np.abs(np.arange(length)[None] + 0.5 - centre) / max(scale, 1), 0, None)
-    return triangle / triangle.sum(axis=1, keepdims=True)
-
-
-def reference(image, left, top, scale):
-    plane = np.pad(image.astype(float), ((BEYOND, BEYOND), (BEYOND, BEYOND), (0, 0)), constant_values=240)
-    rows, columns = (
-        weights(start + BEYOND, SIZE, scale, length)
-        for start, length in ((top, plane.shape[0]), (left, plane.shape[1]))
-    )
-    return np.einsum("iy,yxc,jx->ijc", rows, plane, columns, optimize=True)
-
-
 @pytest.mark.parametrize("scale", [1.0, 1.7, 4.0, 8.3, 21.0])
 def test_a_wide_tile_is_the_resampled_plane_around_the_slide(path, scale):
     """Within 1.5 grey values on average and 7 at the most, where pixels have noise of 30."""
@@ -84,7 +67,7 @@ def test_a_wide_tile_is_the_resampled_plane_around_the_slide(path, scale):
             (440 - 0.7 * edge, 250.0),
         ]:
             tile = slide.read_wide(left, top, SIZE, scale)
-            off = np.abs(tile - reference(speckled(), left, top, scale))
+            off = np.abs(tile - reference(speckled(), left, top, SIZE, scale))
             assert (tile.shape, tile.dtype) == ((SIZE, SIZE, 3), np.uint8)
             assert off.mean() < 1.5
             assert off.max() < 7.0
