@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mclstexp.config import Config
 from mclstexp.errors import ConfigError, PredictError
@@ -30,8 +30,11 @@ class PredictArguments(JobArguments):
 
     model: str
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder."""
-    samples: str
+    samples: str | None = None
     """Slides: a sample sheet (.csv), a folder or an s3:// prefix."""
+    features: str | None = None
+    """Folder or s3:// prefix of features that TRIDENT has extracted, one .h5 per slide, in the place of slides;
+    --samples may then be a sheet with their patients and resolutions."""
     out: str
     """Where SLIDE.parquet, SLIDE.h5ad and previews go."""
     genes: tuple[str, ...] = ()
@@ -43,6 +46,14 @@ class PredictArguments(JobArguments):
     explain: str | None = None
     """SLIDE,X,Y: lists the reference spots that the tile there was predicted from, and predicts nothing."""
 
+    @model_validator(mode="after")
+    def _has_slides(self) -> "PredictArguments":
+        if self.samples is None and self.features is None:
+            raise ValueError("give the slides with --samples, or features of them with --features")
+        if self.features is not None and self.spots is not None:
+            raise ValueError("--spots has no effect on --features, whose tiles are cut already; leave one out")
+        return self
+
 
 def main() -> None:
     """Parses, fetches the version, and plans, explains or predicts."""
@@ -52,13 +63,12 @@ def main() -> None:
     from mclstexp import tracking
     from mclstexp.data.genes import find_genes
     from mclstexp.model.version import ModelVersion
-    from mclstexp.prediction.cohort import open_cohort
     from mclstexp.prediction.slide_cache import clear
 
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
     find_genes(model.panel, arguments.genes)
-    cohort = open_cohort(arguments.samples, model, arguments.out, config.predict, arguments.spots, arguments.assume_mpp)
+    cohort = _cohort(arguments, model, config)
     if not arguments.explain and not arguments.dry_run:
         _predict(arguments, model, cohort, config)
         return
@@ -69,6 +79,18 @@ def main() -> None:
             _plan(model, cohort, config)
     finally:
         clear(cohort.plan.scratch)
+
+
+def _cohort(arguments: PredictArguments, model: "ModelVersion", config: Config) -> "Cohort":
+    """Returns the slides to predict, by their images or by feature files."""
+    from mclstexp.prediction.cohort import open_cohort
+    from mclstexp.prediction.feature_cohort import open_feature_cohort
+
+    out, samples, assumed = arguments.out, arguments.samples, arguments.assume_mpp
+    if arguments.features is not None:
+        return open_feature_cohort(arguments.features, model, out, config.predict, samples, assumed)
+    assert samples is not None  # the arguments are checked
+    return open_cohort(samples, model, out, config.predict, arguments.spots, assumed)
 
 
 def _plan(model: "ModelVersion", cohort: "Cohort", config: Config) -> None:
@@ -130,8 +152,8 @@ def _predict(arguments: PredictArguments, model: "ModelVersion", cohort: "Cohort
 
     _launch.connect(config, max(MIN_CPUS, config.predict.num_cpus or 0))
     cluster.require_to_predict(config)
-    uris = [f"--samples {arguments.samples}", f"--out {arguments.out}"]
-    uris += [f"--spots {arguments.spots}"] if arguments.spots else []
+    paths = {name: getattr(arguments, name) for name in ("samples", "features", "spots", "out")}
+    uris = [f"--{name} {path}" for name, path in paths.items() if path]
     cluster.require_shared(config, uris, uses_tracking=arguments.model.startswith("models:/"))
     started, drawn = time.monotonic(), DrawReport()
     with bars() as show:

@@ -18,6 +18,7 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import load_manifest
 from mclstexp.model.bank import Bank
+from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.nearest import KEY_BLOCK
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.version import ModelVersion, TrainingRecord
@@ -62,10 +63,11 @@ def predict_calmly(tiles: str, cohort: str, folder: Path) -> PredictedCohort:
     return PredictedCohort(model, slides, out)
 
 
-def untrained_model(tiles: str, folder: Path) -> ModelVersion:
+def untrained_model(tiles: str, folder: Path, **settings: object) -> ModelVersion:
     """Saves and loads an untrained model with a random bank of two key blocks, made for a tile table."""
     manifest = load_manifest(tiles)
-    config = override(Config(), SETTINGS | recorded_tiles(manifest))
+    changed = {f"model.{name}": value for name, value in settings.items()}
+    config = override(Config(), SETTINGS | recorded_tiles(manifest) | changed)
     measured = [entry.section_id for entry in manifest.sections if entry.measured]
     panel: GenePanel = fit_panel(tiles, manifest, measured, config.genes)
     torch.manual_seed(0)
@@ -83,7 +85,9 @@ def untrained_model(tiles: str, folder: Path) -> ModelVersion:
     )
     weights = TwoTowers(config.model, len(panel), 0, manifest.tile_size_px).state_dict()
     geometry = (manifest.tile_size_px, manifest.mpp)
-    version = ModelVersion(config, panel, geometry, 0, record, weights, Bank.of(keys, payload, names, names, names))
+    encoder = frozen_encoder(config.model, manifest.tile_size_px, 0) if config.model.freeze_encoder else None
+    bank = Bank.of(keys, payload, names, names, names)
+    version = ModelVersion(config, panel, geometry, 0, record, weights, bank, encoder=encoder)
     folder.mkdir()
     version.save(folder)
     return ModelVersion.load(folder)

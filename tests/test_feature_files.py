@@ -22,6 +22,7 @@ from mclstexp.prediction.inspect import inspect
 from mclstexp.prediction.parts import GRID, PART_TILES, read_thumbnail
 from mclstexp.prediction.pipeline import QUARANTINED, TILES
 from mclstexp.prediction.plan import CohortPlan, SlideSource, attempt_key
+from mclstexp.prediction.slide_cache import clear
 from mclstexp.settings import ModelConfig, TilesConfig
 
 WIDTH, NUM_TILES, EDGE_PX = 24, PART_TILES + 44, 512
@@ -97,6 +98,15 @@ def test_parts_have_the_features_of_their_tiles(tmp_path: Path) -> None:
     assert not rows[1]["features"][44:].any()
     assert [int(row["complete"].sum()) for row in rows] == [256, 44]
     assert not any("pixels" in row for row in rows)
+
+
+def test_a_remote_file_is_read_from_a_copy_that_is_released(tmp_path: Path, s3: str) -> None:
+    storage.upload(slide_of(tmp_path).image, f"{s3}/features_uni_v1/a.h5")
+    source, plan = SlideSource("a", "P", "", f"{s3}/features_uni_v1/a.h5", None), make_plan(tmp_path)
+    rows = read_all(source, plan)
+    np.testing.assert_array_equal(np.concatenate([row["features"] for row in rows])[:NUM_TILES], tiles_of()[0])
+    clear(plan.scratch)
+    assert not Path(plan.scratch).exists(), "nobody uses it any more"
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float64])

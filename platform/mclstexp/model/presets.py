@@ -46,7 +46,7 @@ class Preset:
     commit: str | None = None
     """Commit of that repository whose weights are meant; None: the newest, which the version then records."""
     trident: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names under which TRIDENT stores features of this encoder, by layer."""
+    """Names under which TRIDENT stores features of this encoder, by layer; widths tell layers of one name apart."""
 
 
 _INIT = {"init_values": 1e-5}
@@ -95,6 +95,7 @@ PRESETS: dict[str, Preset] = {
         _CC,
         stores_weights=False,
         hub="MahmoodLab/UNI",
+        trident={"class": ("uni_v1",)},
     ),
     "uni2-h": Preset(
         "timm/vit_giant_patch14_224",
@@ -105,9 +106,17 @@ PRESETS: dict[str, Preset] = {
         _CC,
         stores_weights=False,
         hub="MahmoodLab/UNI2-h",
+        trident={"class": ("uni_v2",)},
     ),
     "virchow": Preset(
-        "timm/vit_huge_patch14_224", _VIRCHOW, _AT_224, _TOKEN_MEAN, _AT_20X, _APACHE, hub="paige-ai/Virchow"
+        "timm/vit_huge_patch14_224",
+        _VIRCHOW,
+        _AT_224,
+        _TOKEN_MEAN,
+        _AT_20X,
+        _APACHE,
+        hub="paige-ai/Virchow",
+        trident={"class_mean": ("virchow",), "class": ("virchow",)},
     ),
     "virchow2": Preset(
         "timm/vit_huge_patch14_224",
@@ -118,6 +127,7 @@ PRESETS: dict[str, Preset] = {
         _CC,
         stores_weights=False,
         hub="paige-ai/Virchow2",
+        trident={"class_mean": ("virchow2",), "class": ("virchow2-cls", "virchow2")},
     ),
     "gigapath": Preset(
         "timm/vit_giant_patch14_dinov2",
@@ -128,6 +138,7 @@ PRESETS: dict[str, Preset] = {
         f"{_APACHE} with conditions",
         stores_weights=False,
         hub="prov-gigapath/prov-gigapath",
+        trident={"class": ("gigapath",)},
     ),
     "gigapath-flash": Preset(
         "timm/vit_small_patch16_224",
@@ -136,6 +147,7 @@ PRESETS: dict[str, Preset] = {
         _TOKEN,
         _AT_20X,
         _APACHE,
+        trident={"class": ("gigapath-flash",)},
     ),
     "h-optimus-0": Preset(
         "timm/vit_giant_patch14_reg4_dinov2",
@@ -145,6 +157,7 @@ PRESETS: dict[str, Preset] = {
         _AT_20X,
         _APACHE,
         hub="bioptimus/H-optimus-0",
+        trident={"class": ("hoptimus0",)},
     ),
     "h-optimus-1": Preset(
         "timm/vit_giant_patch14_reg4_dinov2",
@@ -155,6 +168,7 @@ PRESETS: dict[str, Preset] = {
         _CC,
         stores_weights=False,
         hub="bioptimus/H-optimus-1",
+        trident={"class": ("hoptimus1",)},
     ),
     "h0-mini": Preset(
         "timm/vit_base_patch14_reg4_dinov2",
@@ -165,6 +179,7 @@ PRESETS: dict[str, Preset] = {
         _CC,
         stores_weights=False,
         hub="bioptimus/H0-mini",
+        trident={"class_mean": ("h0-mini",), "class": ("h0-mini",)},
     ),
     "gpfm": Preset(
         "timm/vit_large_patch14_dinov2",
@@ -175,12 +190,20 @@ PRESETS: dict[str, Preset] = {
         _CC,
         stores_weights=False,
         hub="majiabo/GPFM",
+        trident={"class": ("gpfm",)},
     ),
     "lunit-s16": Preset(
         "timm/vit_small_patch16_224", {}, _LUNIT, _TOKEN, _AT_20X, "non-commercial", stores_weights=False
     ),
     "lunit-s8": Preset(
-        "timm/vit_small_patch8_224", {}, _LUNIT, _TOKEN, _AT_20X, "non-commercial", stores_weights=False
+        "timm/vit_small_patch8_224",
+        {},
+        _LUNIT,
+        _TOKEN,
+        _AT_20X,
+        "non-commercial",
+        stores_weights=False,
+        trident={"class": ("lunit-vits8",)},
     ),
 }
 """The encoders by name, as `model.image_encoder` gives it. timm/NAME is every timm model beside them."""

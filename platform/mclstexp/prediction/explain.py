@@ -1,7 +1,7 @@
 """Why a tile was predicted as it was: the reference spots that voted for it.
 
-The tile is read and embedded again, in this process, which costs a second; a prediction need not keep
-anything for it.
+The tile (or its features, where others computed them) is read and embedded again, in this process, which costs a
+second; a prediction need not keep anything for it.
 """
 
 import tempfile
@@ -14,13 +14,12 @@ import torch
 
 from mclstexp.data.genes import AFTER_NAME, find_genes, unique_labels
 from mclstexp.errors import ModelError, SourceError
-from mclstexp.model.embed import network_of
 from mclstexp.model.retrieval import explain, resolve
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import Cohort
 from mclstexp.prediction.inspect import corners, inspect
 from mclstexp.prediction.parts import read_grid
-from mclstexp.prediction.tile_reader import TileReader
+from mclstexp.prediction.pipeline import network_for, reader_of
 
 
 def explain_tile(
@@ -43,22 +42,22 @@ def explain_tile(
     if model.bank is None:
         raise ModelError("the model is a direct regression: no reference spots vote for its predictions")
     source = cohort.source(slide_id)
-    with tempfile.TemporaryDirectory() as scratch, TileReader(cohort.plan) as reader:
+    with tempfile.TemporaryDirectory() as scratch, reader_of(cohort.plan) as reader:
         inspection = inspect(source, replace(cohort.plan, out=scratch))
         record, size_px = inspection.record, cohort.plan.tiles.size_px
         table = read_grid(inspection.staging, record.num_tiles)
         left, top = corners(table, size_px, record.scale)
         row = _covering(left, top, size_px * record.scale, x_px, y_px, slide_id)
-        (tile,) = reader.read(source.image, left[row : row + 1], top[row : row + 1], record.scale)
-    if tile is None:
+        columns = reader.read_part(source.image, table.slice(row, 1), record.scale)
+    if not columns.pop("complete")[0]:
         raise SourceError(f"slide {slide_id} has no pixels at {x_px:g}, {y_px:g}")
-    embed = network_of(model).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    query = embed(tile[None])[0]
+    embed = network_for(model, cohort.plan).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    query = embed(*(values[:1] for values in columns.values()))[0]
     chosen = find_genes(model.panel, genes)
     panel = model.panel.take(chosen)
-    columns = dict(zip(unique_labels(panel.names(), panel.gene_id, form=AFTER_NAME), chosen, strict=True))
+    payload = dict(zip(unique_labels(panel.names(), panel.gene_id, form=AFTER_NAME), chosen, strict=True))
     config = resolve(model.config.retrieval, len(model.bank))
-    return str(table["spot_id"][row]), explain(query, model.bank, config, len(model.bank), columns)
+    return str(table["spot_id"][row]), explain(query, model.bank, config, len(model.bank), payload)
 
 
 def _covering(left: np.ndarray, top: np.ndarray, edge: float, x: float, y: float, slide_id: str) -> int:

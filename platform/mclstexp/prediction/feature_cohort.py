@@ -4,21 +4,54 @@ What all files have in common (the model's own needs, the encoder that the folde
 the driver; each file's own facts when its slide is inspected.
 """
 
+from dataclasses import replace
+
 from mclstexp import storage
 from mclstexp.data.features import EncoderRecord
-from mclstexp.data.sheet import SectionRow
+from mclstexp.data.sheet import SectionRow, read_sheet
 from mclstexp.errors import PredictError, SheetError
 from mclstexp.messages import some_of
 from mclstexp.model.presets import PRESETS
-from mclstexp.prediction.cohort import require_unique, slide_name
+from mclstexp.model.version import ModelVersion
+from mclstexp.prediction.cohort import Cohort, plan_of, require_unique, slide_name
 from mclstexp.prediction.feature_files import FeatureNeeds
+from mclstexp.prediction.origin import compare_origins
 from mclstexp.prediction.plan import SlideSource
-from mclstexp.settings import ModelConfig
+from mclstexp.settings import ModelConfig, PredictConfig
 
 ENDING = ".h5"
 _FOLDER = "features_"
 """TRIDENT's folders of features begin so; the encoder's name follows."""
 _GIVE_SLIDES = "give the slides themselves with --samples"
+
+
+def open_feature_cohort(
+    folder: str,
+    model: ModelVersion,
+    out: str,
+    config: PredictConfig,
+    sheet: str | None = None,
+    assume_mpp: float | None = None,
+) -> Cohort:
+    """Returns the slides of a folder or `s3://` prefix of feature files, or those of a sheet, for one model.
+
+    Args:
+        folder: has one file per slide, as TRIDENT writes them.
+        model: the version that predicts.
+        out: root of the predictions.
+        config: prediction's settings; those of cutting slides have no effect.
+        sheet: sample sheet whose slides are predicted, with their patients and exact resolutions; None: all files.
+        assume_mpp: micrometres per level-0 pixel of slides whose resolution neither the file nor the sheet states.
+
+    Raises:
+        PredictError: the model takes no features of such files, or the folder is another encoder's; names both.
+        SheetError: there is no file, or the sheet has faults.
+    """
+    needs = feature_needs(model.encoder.record if model.encoder else None, model.config.model, folder)
+    rows = None if sheet is None else read_sheet(sheet)
+    sources = list_feature_files(folder) if rows is None else [_source(row, folder) for row in rows]
+    plan = replace(plan_of(model, out, config, assume_mpp), features=needs)
+    return Cohort(sources, plan, warnings=compare_origins(rows or [], model.training))
 
 
 def feature_needs(encoder: EncoderRecord | None, config: ModelConfig, folder: str) -> FeatureNeeds:

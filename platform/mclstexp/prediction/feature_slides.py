@@ -6,6 +6,7 @@ tiles cover.
 """
 
 from contextlib import ExitStack
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -83,7 +84,7 @@ def inspect_features(source: SlideSource, found: str, plan: CohortPlan, path: st
 
 
 class FeatureReader:
-    """Reads the features of tiles from feature files and keeps the last one open."""
+    """Reads features of tiles from feature files and keeps the last one open; a context manager that releases it."""
 
     def __init__(self, plan: CohortPlan) -> None:
         assert plan.features is not None
@@ -91,6 +92,14 @@ class FeatureReader:
         self._resources = ExitStack()
         self._uri = ""
         self._file: FeatureFile | None = None
+
+    def __enter__(self) -> "FeatureReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
 
     def read(self, uri: str, table: pa.Table) -> np.ndarray:
         """Returns the features of consecutive tiles of a slide, float32 (n, F).
@@ -104,7 +113,7 @@ class FeatureReader:
             FileNotFoundError, ResourceError, StorageError: it is not available now.
         """
         start = int(table["spot_id"][0].as_py())
-        return self._open(uri).read(start, start + len(table))
+        return self.open(uri).read(start, start + len(table))
 
     def read_part(self, uri: str, table: pa.Table, scale: float) -> dict[str, np.ndarray]:
         """Returns the columns of a part in the pipeline: `features` and `complete`; `scale` plays no part.
@@ -122,17 +131,18 @@ class FeatureReader:
         features = np.zeros((PART_TILES, self._width), np.float32)
         return {"features": features, "complete": np.zeros(PART_TILES, bool)}
 
-    def release(self) -> None:
-        """Closes the open file, if any, and frees the copy of a remote one."""
-        self._file = None
-        self._resources.close()
-
-    def _open(self, uri: str) -> FeatureFile:
+    def open(self, uri: str) -> FeatureFile:
+        """Returns the open feature file of a URI, after copying a remote one to this node."""
         if self._file is None or self._uri != uri:
             self.release()
             path = self._resources.enter_context(staged(uri, self._plan.scratch, self._plan.scratch_budget_bytes))
             self._file, self._uri = self._resources.enter_context(FeatureFile(path)), uri
         return self._file
+
+    def release(self) -> None:
+        """Closes the open file, if any, and frees the copy of a remote one."""
+        self._file = None
+        self._resources.close()
 
 
 def _require_encoder(facts: FeatureFacts, plan: CohortPlan) -> None:

@@ -18,15 +18,13 @@ import torch
 from mclstexp.cluster import guarded
 from mclstexp.errors import SourceError, UserError
 from mclstexp.messages import duration
-from mclstexp.model.embed import network_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import Cohort
-from mclstexp.prediction.inspect import Inspection, corners, inspect
-from mclstexp.prediction.parts import PART_TILES, num_parts, read_grid
-from mclstexp.prediction.pipeline import WorkerCounts, embedding_device, stretch_parts
+from mclstexp.prediction.inspect import inspect
+from mclstexp.prediction.parts import PART_TILES, Inspection, num_parts, read_grid
+from mclstexp.prediction.pipeline import WorkerCounts, embedding_device, network_for, reader_of, stretch_parts
 from mclstexp.prediction.plan import CohortPlan, SlideSource
 from mclstexp.prediction.slide_cache import clear
-from mclstexp.prediction.tile_reader import TileReader
 from mclstexp.slides.plain import PLAIN_BYTES_PER_PX
 
 MAX_INSPECTED = 24
@@ -122,22 +120,23 @@ def _timed(
     if not inspection.record.num_tiles:
         raise SourceError(f"none of the {len(found)} slides inspected shows tissue; lower predict.min_tissue")
     scale, grid = inspection.record.scale, read_grid(inspection.staging, inspection.record.num_tiles)
-    left, top = corners(grid.slice(0, _TIMED_TILES), plan.tiles.size_px, scale)
-    with TileReader(plan) as reader:
+    timed = grid.slice(0, _TIMED_TILES)
+    with reader_of(plan) as reader:
         reader.open(source.image)
         started = time.perf_counter()
-        tiles = [tile for tile in reader.read(source.image, left, top, scale) if tile is not None]
+        columns = reader.read_part(source.image, timed, scale)
         read_s = time.perf_counter() - started
-    if not tiles:
+    complete = np.flatnonzero(columns.pop("complete"))
+    if not len(complete):
         raise SourceError(f"slide {source.slide_id} has no pixels at its tissue")
     torch.set_num_threads(1)  # as each actor has one CPU
     device = embedding_device(uses_gpu)
-    embed = network_of(model).build(device)
-    batch = np.stack((tiles * _TIMED_TILES)[:_TIMED_TILES])
-    model.predict(embed(batch[:1]))
+    embed = network_for(model, plan).build(device)
+    batch = [values[np.resize(complete, _TIMED_TILES)] for values in columns.values()]
+    model.predict(embed(*(values[:1] for values in batch)))
     started = time.perf_counter()
-    model.predict(embed(batch))
-    return _Rates(read_s / len(left), (time.perf_counter() - started) / len(batch), device.type == "cuda")
+    model.predict(embed(*batch))
+    return _Rates(read_s / len(timed), (time.perf_counter() - started) / _TIMED_TILES, device.type == "cuda")
 
 
 def _in_words(
@@ -157,7 +156,10 @@ def _in_words(
     timed = ", timed on a CPU because there is no GPU" if workers.uses_gpu and not rates.on_gpu else ""
     plain = [i.record.width_px * i.record.height_px for _, i in found if not i.record.reads_regions]
     plain_bytes = PLAIN_BYTES_PER_PX * max(plain, default=0) * num_reading
-    part_bytes = PART_TILES * model.tile_size_px**2 * 3
+    features = cohort.plan.features
+    part_bytes = PART_TILES * (
+        model.tile_size_px**2 * 3 if features is None else features.width * _STAGED_BYTES_PER_VALUE
+    )
     bank_bytes = 0 if model.bank is None else model.bank.keys.nbytes * 2 + model.bank.payload.nbytes
     staged_bytes = max(tiles) * len(model.panel) * _STAGED_BYTES_PER_VALUE * workers.num_readers
     in_flight = part_bytes * (_PARTS_IN_FLIGHT * workers.num_readers + 2 * workers.num_embedders)

@@ -42,6 +42,7 @@ from mclstexp.settings import PredictConfig, RetrievalConfig
 if TYPE_CHECKING:  # the steps before the answer start without torch
     import torch
 
+    from mclstexp.model.embed import ImageHead, ImageNetwork
     from mclstexp.model.retrieval import Retrieved
     from mclstexp.model.version import ModelVersion
 
@@ -172,7 +173,7 @@ def pipeline(sources: Sequence[SlideSource], plan: CohortPlan, model: "ModelVers
             )
             .map_batches(
                 Answer,
-                fn_constructor_args=_answer_arguments(model, workers.uses_gpu),
+                fn_constructor_args=_answer_arguments(model, plan, workers.uses_gpu),
                 compute=ActorPoolStrategy(min_size=1, max_size=workers.num_embedders),
                 num_gpus=1 if workers.uses_gpu else None,
                 num_cpus=0 if workers.uses_gpu else 1,
@@ -197,6 +198,22 @@ def embedding_device(uses_gpu: bool) -> "torch.device":
     import torch
 
     return torch.device("cuda" if uses_gpu and torch.cuda.is_available() else "cpu")
+
+
+def reader_of(plan: CohortPlan) -> TileReader | FeatureReader:
+    """Returns what reads the parts of a plan's slides."""
+    return TileReader(plan) if plan.features is None else FeatureReader(plan)
+
+
+def network_for(model: "ModelVersion", plan: CohortPlan) -> "ImageNetwork | ImageHead":
+    """Returns what embeds the parts of a plan's slides.
+
+    Raises:
+        ModelError: the weights of its frozen encoder cannot be found.
+    """
+    from mclstexp.model.embed import head_of, network_of
+
+    return network_of(model) if plan.features is None else head_of(model)
 
 
 @dataclass(frozen=True)
@@ -234,7 +251,7 @@ class Read:
     """
 
     def __init__(self, plan: CohortPlan) -> None:
-        self._reader = TileReader(plan) if plan.features is None else FeatureReader(plan)
+        self._reader = reader_of(plan)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Takes a stretch, yields its parts with their pixels or features."""
@@ -325,15 +342,14 @@ def _one_row_per_block() -> Iterator[None]:
 
 
 def _answer_arguments(
-    model: "ModelVersion", uses_gpu: bool
+    model: "ModelVersion", plan: CohortPlan, uses_gpu: bool
 ) -> tuple[ray.ObjectRef, ray.ObjectRef, RetrievalConfig, bool]:
     """Returns the arguments of `Answer`, with network and bank in the object store once for all actors."""
-    from mclstexp.model.embed import network_of
     from mclstexp.model.retrieval import resolve
 
     bank = model.bank
     config = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
-    return ray.put(network_of(model)), ray.put(bank), config, uses_gpu
+    return ray.put(network_for(model, plan)), ray.put(bank), config, uses_gpu
 
 
 def _faulty(row: Row, error: Exception) -> Row:
