@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mclstexp import storage
 from mclstexp.errors import ModelError
 from mclstexp.model.frozen import ENCODERS_VARIABLE, FrozenEncoder, frozen_encoder
 from mclstexp.settings import ModelConfig
@@ -52,6 +53,34 @@ def test_the_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     if where == "given":
         lost = lost.with_weights(os.rename(path, tmp_path / "x.safetensors") or str(tmp_path / "x.safetensors"))
     assert all(np.array_equal(value, expected[name]) for name, value in lost.state().items())
+
+
+def test_the_weights_are_found_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
+    encoder, path = _saved(tmp_path, 0, ".bin")
+    storage.write(f"{s3}/encoders/{encoder.record.digest}.bin", path.read_bytes())
+    path.unlink()
+    monkeypatch.setenv(ENCODERS_VARIABLE, f"{s3}/encoders")
+    found = FrozenEncoder(CONFIG, encoder.record).state()
+    assert all(torch.equal(value, found[name]) for name, value in encoder.state().items())
+
+
+def test_a_place_relative_to_this_folder_is_recorded_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = _saved(tmp_path, 0)
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG.model_copy(update={"image_weights": path.name})
+    assert frozen_encoder(config, 32, 0).record.uri == str(path)
+
+
+def test_random_weights_have_no_licence_and_pretrained_ones_the_preset_s(tmp_path: Path) -> None:
+    """lunit-s16, the smallest preset whose licence allows no copy."""
+    config = CONFIG.model_copy(update={"image_encoder": "lunit-s16"})
+    encoder = frozen_encoder(config, 32, 0)
+    assert (encoder.record.licence, encoder.record.stores_weights, encoder.record.hub) == ("", True, None)
+    save_file(encoder.state(), tmp_path / "lunit.safetensors")
+    config = config.model_copy(update={"image_weights": str(tmp_path / "lunit.safetensors")})
+    record = frozen_encoder(config, 32, 0).record
+    assert (record.licence, record.stores_weights) == ("non-commercial", False)
+    assert record.digest == encoder.record.digest
 
 
 def test_lost_weights_are_refused_with_where_they_were_looked_for(

@@ -47,6 +47,13 @@ class FrozenEncoder:
             self._state = self._found()
         return self._state
 
+    def not_finite(self) -> str | None:
+        """Returns the name of the first tensor at hand with a number that is not finite; None if there is none."""
+        for name, value in (self._state or {}).items():
+            if not torch.isfinite(value).all():
+                return name
+        return None
+
     def with_weights(self, weights: str) -> "FrozenEncoder":
         """Returns the encoder with the tensors of a file.
 
@@ -101,7 +108,8 @@ def frozen_encoder(config: ModelConfig, tile_size_px: int, seed: int) -> FrozenE
     torch.manual_seed(seed)
     encoder = build_encoder(config.image_encoder, tile_size_px, config.image_layers)
     load_weights(encoder, config)
-    uri = None if config.image_weights == "random" else config.image_weights
+    weights = config.image_weights
+    uri = None if weights == "random" else weights if weights in _NAMED_WEIGHTS else storage.absolute(weights)
     return _with_record(config, tile_size_px, encoder, uri)
 
 
@@ -117,7 +125,7 @@ def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[st
 
 
 def _with_record(config: ModelConfig, tile_size_px: int, encoder: PooledEncoder, uri: str | None) -> FrozenEncoder:
-    preset = preset_of(config.image_encoder)
+    preset, is_random = preset_of(config.image_encoder), config.image_weights == "random"
     layers, widths = layer_widths(config.image_encoder, tile_size_px, config.image_layers)
     mean, std = input_scaling(config)
     record = EncoderRecord(
@@ -131,10 +139,10 @@ def _with_record(config: ModelConfig, tile_size_px: int, encoder: PooledEncoder,
         scaling=config.input_scaling or "encoder",
         mean=mean,
         std=std,
-        licence=preset.licence,
-        stores_weights=preset.stores_weights,
-        hub=preset.hub,
-        commit=preset.commit,
+        licence="" if is_random else preset.licence,
+        stores_weights=is_random or preset.stores_weights,
+        hub=None if is_random else preset.hub,
+        commit=None if is_random else preset.commit,
         uri=uri,
     )
     return FrozenEncoder(config, record, plain_tensors(encoder.state_dict()))

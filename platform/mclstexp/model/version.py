@@ -226,18 +226,23 @@ class ModelVersion:
         for name, value in self.weights.items():
             if not torch.isfinite(value).all():
                 return f"the weight {name}"
+        if self.encoder is not None and (found := self.encoder.not_finite()):
+            return f"the weight {found} of the frozen encoder"
         return None if self.bank is None else self.bank.not_finite()
 
     def _identity(self, folder: Path) -> dict[str, str]:
         """Returns the properties of this version that its bank depends on, by name."""
         spot, target = normalisers(self.config.genes)
-        return {
+        identity = {
             "weights": f"with SHA-256 {_sha256(folder / WEIGHTS)[:12]}...",
             "a panel": f"of {len(self.panel)} genes with SHA-256 {_sha256_of(self.panel.to_json())[:12]}...",
             "tiles": f"of {self.tile_size_px} px at {self.mpp!r} um/px",
             "spots": f"in {spot.unit()}",
             "a target": f"in {target.unit()}",
         }
+        if self.encoder is not None:
+            identity["a frozen encoder"] = f"with digest {self.encoder.record.digest[:12]}..."
+        return identity
 
     def _require_own_bank(self, folder: Path) -> None:
         """Checks that there is a bank if and only if the version retrieves, and that it was made for this version."""

@@ -1,0 +1,166 @@
+"""A version of a frozen encoder: learnt tensors in one file, the encoder's apart or nowhere; earlier schemas load."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_version import random_version
+from safetensors.torch import load_file, save_file
+
+from mclstexp.config import override
+from mclstexp.errors import ModelError, RunError
+from mclstexp.model.embed import head_of, network_of
+from mclstexp.model.frozen import ENCODERS_VARIABLE, FrozenEncoder, frozen_encoder
+from mclstexp.model.towers import ImageTower, TwoTowers
+from mclstexp.model.version import ModelVersion
+
+CPU = torch.device("cpu")
+TILES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+
+
+def _frozen_version(weights: str = "random") -> ModelVersion:
+    version = random_version()
+    settings = {"model.freeze_encoder": True, "model.image_weights": weights, "train.precision": "fp32"}
+    version.config = override(version.config, settings)
+    torch.manual_seed(1)
+    version.weights = TwoTowers(version.config.model, 3, 0, 32).state_dict()
+    version.encoder = frozen_encoder(version.config.model, 32, 2)
+    return version
+
+
+def _gated(version: ModelVersion) -> ModelVersion:
+    """Returns the version as if its encoder's licence allowed no copy."""
+    assert version.encoder is not None
+    record = version.encoder.record.model_copy(update={"stores_weights": False, "licence": "CC-BY-NC-ND-4.0"})
+    version.encoder = FrozenEncoder(version.config.model, record, version.encoder.state())
+    return version
+
+
+def _saved(version: ModelVersion, folder: Path) -> Path:
+    folder.mkdir()
+    version.save(folder)
+    return folder
+
+
+def _embedded(version: ModelVersion) -> np.ndarray:
+    return network_of(version).build(CPU)(TILES)
+
+
+def _update_checksums(folder: Path, names: list[str]) -> None:
+    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "files.json").write_text(json.dumps(files))
+
+
+def test_a_version_holds_what_was_learnt_and_its_encoder_apart(tmp_path: Path) -> None:
+    version = _frozen_version()
+    folder = _saved(version, tmp_path / "version")
+    assert not any(name.startswith("image_tower.") for name in load_file(folder / "weights.safetensors"))
+    loaded = ModelVersion.load(folder)
+    assert loaded.encoder is not None
+    assert version.encoder is not None
+    assert loaded.encoder.record == version.encoder.record
+    assert set(load_file(folder / "encoder.safetensors")) == set(version.encoder.state())
+    assert np.array_equal(_embedded(loaded), _embedded(version))
+
+
+def test_the_head_on_features_answers_as_the_whole_network_does(tmp_path: Path) -> None:
+    version = ModelVersion.load(_saved(_frozen_version(), tmp_path / "version"))
+    assert version.encoder is not None
+    tower = ImageTower(version.config.model, 32).eval()
+    tower.encoder.load_state_dict(version.encoder.state())
+    with torch.inference_mode():
+        features = tower(torch.from_numpy(TILES).permute(0, 3, 1, 2) / 255).numpy()
+    assert head_of(version).build(CPU)(features) == pytest.approx(_embedded(version), abs=1e-5)
+
+
+def test_an_encoder_whose_licence_allows_no_copy_is_found_by_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = _gated(_frozen_version())
+    folder = _saved(version, tmp_path / "version")
+    assert not (folder / "encoder.safetensors").exists()
+    loaded = ModelVersion.load(folder)
+    assert head_of(loaded).num_features == 128  # needs no encoder
+    monkeypatch.delenv(ENCODERS_VARIABLE, raising=False)
+    with pytest.raises(ModelError, match=r"small_cnn with digest \w+\.\.\. are not at hand"):
+        network_of(loaded)
+    assert version.encoder is not None
+    save_file(version.encoder.state(), tmp_path / f"{version.encoder.record.digest}.safetensors")
+    monkeypatch.setenv(ENCODERS_VARIABLE, str(tmp_path))
+    assert np.array_equal(_embedded(loaded), _embedded(version))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_trained_encoder_is_always_among_the_weights(tmp_path: Path, stored: bool) -> None:
+    version = random_version()
+    if not stored:  # a licence that allows no copy of the pretrained weights
+        version.config = override(version.config, {"model.image_encoder": "lunit-s16"})
+        version.weights = TwoTowers(version.config.model, 3, 0, 32).state_dict()
+    folder = _saved(version, tmp_path / "version")
+    assert ModelVersion.load(folder).encoder is None
+    assert any(name.startswith("image_tower.") for name in load_file(folder / "weights.safetensors"))
+
+
+def test_an_encoder_with_a_number_that_is_not_finite_is_neither_saved_nor_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = _frozen_version()
+    assert version.encoder is not None
+    name = next(iter(version.encoder.state()))
+    version.encoder.state()[name].view(-1)[0] = float("nan")
+    with pytest.raises(RunError, match=f"the weight {name} of the frozen encoder is not finite"):
+        version.save(tmp_path)
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(ModelVersion, "_not_finite", lambda self: None)
+        folder = _saved(version, tmp_path / "version")
+    with pytest.raises(ModelError, match=r"of the frozen encoder of the model version .* is not finite"):
+        ModelVersion.load(folder)
+
+
+def test_a_bank_of_another_frozen_encoder_is_refused_with_both_digests(tmp_path: Path) -> None:
+    version = _frozen_version()
+    folder = _saved(version, tmp_path / "version")
+    assert version.encoder is not None
+    other = frozen_encoder(version.config.model, 32, 3)
+    record = json.loads((folder / "model.json").read_text())
+    record["encoder"] = json.loads(other.record.model_dump_json())
+    (folder / "model.json").write_text(json.dumps(record))
+    save_file(other.state(), folder / "encoder.safetensors")
+    _update_checksums(folder, list(json.loads((folder / "files.json").read_text())))
+    digests = (each.record.digest[:12] for each in (version.encoder, other))
+    with pytest.raises(ModelError, match="made for a frozen encoder with digest {}.* with digest {}".format(*digests)):
+        ModelVersion.load(folder)
+
+
+def test_a_frozen_version_of_schema_4_loads_and_answers_equally(tmp_path: Path) -> None:
+    """It mixed the frozen encoder, under its former names, with what was learnt."""
+    version = _frozen_version()
+    assert version.encoder is not None
+    folder = _saved(version, tmp_path / "version")
+    former = {
+        f"image_tower.encoder.features.{name.removeprefix('network.')}": value
+        for name, value in version.encoder.state().items()
+    }
+    save_file({**version.weights, **former}, folder / "weights.safetensors")
+    (folder / "encoder.safetensors").unlink()
+    record = json.loads((folder / "model.json").read_text())
+    for setting in ("image_layers", "image_views", "feature_dtype"):
+        del record["config"]["model"][setting]
+    record["config"]["model"]["input_scaling"] = "imagenet"
+    del record["encoder"], record["wide"]
+    (folder / "model.json").write_text(json.dumps(record | {"schema_version": 4}))
+    assert version.bank is not None
+    names = ["model.json", "weights.safetensors", "bank.safetensors", "bank_donors.parquet"]
+    sha = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    made_for = version._identity(folder) | {"weights": f"with SHA-256 {sha[:12]}..."}
+    del made_for["a frozen encoder"]
+    version.bank.save(folder, made_for)
+    _update_checksums(folder, names)
+    loaded = ModelVersion.load(folder)
+    assert loaded.encoder is not None
+    assert loaded.encoder.record.digest == version.encoder.record.digest
+    assert loaded.weights.keys() == version.weights.keys()
+    assert np.array_equal(_embedded(loaded), _embedded(version))
