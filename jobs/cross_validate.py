@@ -35,6 +35,8 @@ class CrossValidateArguments(JobArguments):
     """Name of the cross-validation; the same name resumes it. Default made from settings and data."""
     folds: tuple[str, ...] = ()
     """Patients or sections to hold out in turn now; default all."""
+    features: Literal["make", "require"] = "make"
+    """With a frozen encoder: make features that are not stored yet first, or require that all are stored."""
     floor_weights: str | None = None
     """`imagenet` or a file: adds a ridge on that encoder's features as a floor."""
     cohort: str | None = None
@@ -54,6 +56,7 @@ def main() -> None:
     from mclstexp.evaluation.show import card_tables
     from mclstexp.model.losses import require_loss
     from mclstexp.model.weights import require_encoder
+    from mclstexp.training.stored import store_features
     from tuning import cross_validation as folds_of
 
     require_encoder(config.model.image_encoder, layers=config.model.image_layers)
@@ -74,6 +77,8 @@ def main() -> None:
 
     for weights in (config.model.image_weights, floor or "random"):
         require_encoder(config.model.image_encoder, weights)
+    if arguments.features == "require":
+        store_features(arguments.data, folds_of.read_sections(manifest, folds), [config], make=False)
     _launch.connect(config)
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {uri}"])
     cluster.require(config)

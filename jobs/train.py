@@ -4,7 +4,7 @@
 Run the same command again and it resumes where it stopped.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
@@ -27,6 +27,8 @@ class TrainArguments(JobArguments):
     """Folder of the runs: checkpoints and models."""
     name: str | None = None
     """Name of the run; the same name resumes it. Default made from settings and data."""
+    features: Literal["make", "require"] = "make"
+    """With a frozen encoder: make features that are not stored yet first, or require that all are stored."""
 
 
 def main() -> None:
@@ -43,6 +45,8 @@ def main() -> None:
         return
 
     require_encoder(config.model.image_encoder, config.model.image_weights)
+    if arguments.features == "require":
+        _require_features(arguments.data, config)
     _launch.connect(config)
     from mclstexp import cluster, progress, tracking
     from mclstexp.training.finish import is_finished
@@ -68,6 +72,15 @@ def main() -> None:
         finally:
             metrics.close()
     _register(opened)
+
+
+def _require_features(data: str, config: "Config") -> None:
+    from mclstexp.data.folds import make_split
+    from mclstexp.data.schema import load_manifest
+    from mclstexp.training.stored import store_features
+
+    split = make_split(load_manifest(data), config.split)
+    store_features(data, (*split.train, *split.validation), [config], make=False)
 
 
 def _plan(data: str, config: "Config") -> str:

@@ -37,6 +37,8 @@ class TuneArguments(JobArguments):
     """Name of the sweep; the same name resumes it. Default made from settings, space and data."""
     promote: bool = False
     """Register the best model as challenger, and as champion if it is better."""
+    features: Literal["make", "require"] = "make"
+    """With a frozen encoder: make features that are not stored yet first, or require that all are stored."""
 
 
 def main() -> None:
@@ -46,9 +48,10 @@ def main() -> None:
     from mclstexp.data.schema import load_manifest
     from mclstexp.model.losses import require_loss
     from mclstexp.model.weights import require_encoder
+    from mclstexp.training.stored import store_features
     from tuning.forecast import plan
-    from tuning.space import load_space, num_trials
-    from tuning.sweep import default_name, with_validation
+    from tuning.space import feature_configs, load_space, num_trials
+    from tuning.sweep import default_name, read_sections, with_validation
 
     require_encoder(config.model.image_encoder, layers=config.model.image_layers)
     require_loss(config)
@@ -56,6 +59,8 @@ def main() -> None:
     manifest = load_manifest(arguments.data)
     warn_of_similar_patients(manifest)
     config = cluster.side_by_side(with_validation(manifest, config))
+    if arguments.features == "require":
+        store_features(arguments.data, read_sections(manifest, config), feature_configs(space, config), make=False)
     search, trials = arguments.search, num_trials(space, arguments.search, arguments.trials)
     _launch.connect(config)  # a plan states how many trials run side by side
     name = arguments.name or default_name(arguments.out, manifest, config, space, search, trials)

@@ -30,6 +30,7 @@ from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Log, Metrics, ProgressBoard, Show, hidden
 from mclstexp.tracking import MetricLog
 from mclstexp.training.run import Run, TrackedRecord, former_digest, identity, open_run
+from mclstexp.training.stored import store_features
 from mclstexp.training.trainer import train_to_end
 from tuning.study import Track, open_record, study_name
 
@@ -127,12 +128,26 @@ def make_folds(manifest: Manifest, config: Config, protocol: str, only: Sequence
     return folds
 
 
+def read_sections(manifest: Manifest, folds: Sequence[Fold]) -> list[str]:
+    """Returns the sections that any of the folds trains on, validates on or tests on."""
+    splits = [make_split(manifest, fold.config.split) for fold in folds]
+    return sorted({name for split in splits for name in (*split.train, *split.validation, *split.test)})
+
+
 def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[str, str]:
-    """Runs all folds that are not scored yet; returns the failed ones with their reasons. Ray must be connected."""
+    """Runs all folds that are not scored yet; returns the failed ones with their reasons. Ray must be connected.
+
+    Features of a frozen encoder are made before, so that no two folds make the same.
+
+    Raises:
+        ConfigError, ModelError: features cannot be made.
+    """
     folds, study = _for_tasks(folds, study)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
     task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(cluster.guarded)
     waiting = [fold for fold in folds if not is_scored(study, fold.name)]
+    sections = read_sections(load_manifest(study.data), waiting)
+    store_features(study.data, sections, [fold.config for fold in waiting[:1]], show)
     num_done = len(folds) - len(waiting)
     failed: dict[str, str] = {}
     running: dict[ray.ObjectRef, tuple[Fold, ray.actor.ActorHandle]] = {}

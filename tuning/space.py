@@ -7,7 +7,9 @@ A YAML file maps dotted names to a list of values or to a range:
 """
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 from ray import tune
 
-from mclstexp.config import Config, leaf_fields, unknown_setting
+from mclstexp.config import Config, leaf_fields, override, unknown_setting
 from mclstexp.errors import ConfigError
 from mclstexp.model.losses import require_loss
 from mclstexp.model.weights import require_encoder
@@ -28,6 +30,13 @@ FIXED = (
     *("train.checkpoint_every", "train.keep_checkpoints", "train.max_failures"),
 )
 """Settings that all trials share: early stopping sets a trial's length, the others say where it runs."""
+
+OF_FEATURES = (
+    *("model.freeze_encoder", "model.image_encoder", "model.image_weights", "model.image_layers", "model.image_views"),
+    *("model.feature_dtype", "model.input_scaling"),
+    *("train.feature_draws", "train.augmentation", "train.precision", "train.seed"),
+)
+"""Settings that the stored features of a frozen encoder depend on."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,19 @@ def param_space(space: Space, search: str) -> dict[str, Any]:
         ConfigError: a grid over a range.
     """
     return {name: entry.domain(search == "grid") for name, entry in space.items()}
+
+
+def feature_configs(space: Space, config: Config) -> list[Config]:
+    """Returns the settings with every combination of the listed values that features of a frozen encoder depend on.
+
+    Combinations that contradict each other are left out: their trials fail with the reason.
+    """
+    varied = {name: entry.values for name, entry in space.items() if name in OF_FEATURES and isinstance(entry, Choice)}
+    configs = []
+    for values in product(*varied.values()):
+        with suppress(ConfigError):
+            configs.append(override(config, dict(zip(varied, values, strict=True)), "the search space"))
+    return configs
 
 
 def num_trials(space: Space, search: str, requested: int) -> int:

@@ -34,9 +34,10 @@ from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError
 from mclstexp.progress import Show, hidden
 from mclstexp.training.run import TrackedRecord, former_digest, identity
+from mclstexp.training.stored import store_features
 from mclstexp.training.validation import VALIDATION_PCC
 from mclstexp.training.worker import PLACEMENT_GROUP
-from tuning.space import Space, digest, param_space
+from tuning.space import Space, digest, feature_configs, param_space
 from tuning.study import Track, open_record, study_name
 from tuning.trial import EPOCHS, TrialPlan, run_trial
 
@@ -133,12 +134,24 @@ def open_sweep(data: str, uri: str, config: Config, space: Space, search: str, t
     return Sweep(plan, uri, space, search, trials)
 
 
+def read_sections(manifest: Manifest, config: Config) -> list[str]:
+    """Returns the sections that the trials train on and validate on."""
+    split = make_split(manifest, config.split)
+    return [*split.train, *split.validation]
+
+
 def run_trials(sweep: Sweep, show: Show = hidden) -> list[Trial]:
     """Runs all trials that have not ended yet and returns the outcomes of all. Ray must be connected.
 
+    Features of frozen encoders are made before, so that no two trials make the same.
+
     Raises:
         RunError: an interrupt, after which Ray Tune returns as if all trials had ended.
+        ConfigError, ModelError: features cannot be made.
     """
+    plan = sweep.plan
+    sections = read_sections(load_manifest(plan.data), plan.config)
+    store_features(plan.data, sections, feature_configs(sweep.space, plan.config), show)
     with _shown(show, sweep.trials):
         results = _tuner(sweep).fit()
     # The result of a trial that failed before its first score has no settings; Ray Tune's own record has them.

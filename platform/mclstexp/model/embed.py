@@ -131,11 +131,12 @@ def head_of(model: ModelVersion) -> ImageHead:
     """
     if model.encoder is None:
         raise ModelError("the model trained its image encoder, so it takes images, not features of a frozen encoder")
-    return ImageHead(
-        model.config.model.model_dump(mode="json"),
-        _part(model.weights, "image_head."),
-        model.config.train.precision,
-    )
+    return image_head(model.config.model, model.weights, model.config.train.precision)
+
+
+def image_head(config: ModelConfig, weights: Mapping[str, torch.Tensor], precision: str) -> ImageHead:
+    """Returns what a network learnt on top of a frozen encoder, from its state dict."""
+    return ImageHead(config.model_dump(mode="json"), _part(weights, "image_head."), precision)
 
 
 def _part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

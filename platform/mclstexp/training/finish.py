@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mclstexp import storage
+from mclstexp.data.schema import IMAGE_WIDE, Manifest
 from mclstexp.data.spots import num_positions
 from mclstexp.errors import RunError
 from mclstexp.model.bank import Bank, build_bank, drawn_sections, ood_similarity
@@ -24,6 +25,7 @@ from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import learnt, read_checkpoint
 from mclstexp.training.history import local_checkpoint
 from mclstexp.training.run import Run, last_checkpoint
+from mclstexp.training.stored import with_features
 from mclstexp.training.validation import ValidationSection, choose_retrieval
 
 FOLDER = "model"
@@ -66,6 +68,7 @@ def finish(run: Run, checkpoint_uri: str, show: Show = hidden) -> None:
     Raises:
         RunError: the checkpoint is damaged, or weights, bank or embeddings are not finite; nothing is published.
     """
+    run = with_features(run, show)
     with tempfile.TemporaryDirectory() as scratch:
         with local_checkpoint(checkpoint_uri) as stored:
             checkpoint = read_checkpoint(stored)
@@ -110,6 +113,8 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
         training=_training_record(run, epochs),
         weights=weights,
         bank=None,
+        encoder=run.encoder,
+        wide=_wide(manifest) if IMAGE_WIDE in config.model.image_views else None,
     )
     if config.model.predictor == "regression":
         return version
@@ -121,6 +126,11 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
     version.config = config.model_copy(update={"retrieval": chosen})
     version.ood_similarity = ood_similarity({name: queries[name] for name in drawn}, bank)
     return version
+
+
+def _wide(manifest: Manifest) -> tuple[int, float]:
+    assert manifest.wide_px is not None, "a run that reads the wide view has a table with it"
+    return manifest.wide_px, manifest.view_mpp(IMAGE_WIDE)
 
 
 def _training_record(run: Run, epochs: int) -> TrainingRecord:
@@ -153,6 +163,9 @@ def _embedded(run: Run, version: ModelVersion, names: Sequence[str], show: Show)
     """Returns the image embeddings of sections by their names, float32 (N, D) each."""
     if not names:
         return {}
+    if run.reader.features is not None:
+        embed = head_of(version).build(torch.device("cpu"))
+        return {name: embed(run.reader.features.read_section(name)) for name in names}
     parts = embed_sections(run.reader.root, run.manifest, names, network_of(version), show)
     return {name: arrays["embedding"] for name, arrays in parts}
 

@@ -18,9 +18,10 @@ from mclstexp.config import Config, override
 from mclstexp.data.folds import Split, make_split
 from mclstexp.data.genes import GenePanel, align
 from mclstexp.data.panel import fit_panel, require_counts
-from mclstexp.data.schema import Manifest, load_genes, load_manifest
+from mclstexp.data.schema import Manifest, load_genes, load_manifest, require_views
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.errors import RunError
+from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
 from mclstexp.settings import GenesConfig
 from mclstexp.training.history import StoredCheckpoint, newest_checkpoint
 
@@ -82,6 +83,8 @@ class Run:
     panel: GenePanel
     reader: SpotReader
     mlflow_run_id: str
+    encoder: FrozenEncoder | None = None
+    """The frozen image encoder; None if the encoder is trained."""
 
     @property
     def uri(self) -> str:
@@ -101,13 +104,18 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
 
     Raises:
         TableError, SplitError: the data or the split is not usable.
-        ConfigError: the panel cannot be made, or a section lists its genes under other names.
+        ConfigError: the panel cannot be made, a section lists its genes under other names, or the table lacks a view.
+        ModelError: the weights of the frozen encoder cannot be read or do not fit.
         RunError: the name belongs to a run with other settings or data.
     """
     root = storage.absolute(data)
     manifest = load_manifest(root)
     config = override(config, recorded_tiles(manifest), "the tile table")  # so that a version knows how they were cut
     split = make_split(manifest, config.split)
+    require_views(manifest, config.model.image_views)
+    encoder = None
+    if config.model.freeze_encoder:
+        encoder = frozen_encoder(config.model, manifest.tile_size_px, config.train.seed)
     name = name or default_name(out, config, manifest)
     uri = storage.join(storage.absolute(out), name, RECORD)
 
@@ -124,7 +132,7 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
 
     panel = GenePanel.from_json(record.panel)
     reader = make_reader(root, manifest, panel, config, split.train)
-    return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id)
+    return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id, encoder)
 
 
 def identity(config: Config) -> dict[str, dict[str, object]]:

@@ -27,6 +27,7 @@ from mclstexp.training.feed import make_feed
 from mclstexp.training.finish import finish, is_finished, load_model
 from mclstexp.training.history import StoredCheckpoint, best_checkpoint, mend_snapshot, newest_checkpoint
 from mclstexp.training.run import Run
+from mclstexp.training.stored import with_features
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet
 from mclstexp.training.worker import TrainPlan, train_worker
 
@@ -57,6 +58,8 @@ def train_and_finish(run: Run, log: Log, show: Show = hidden, limits: ExecutionR
         UserError: as `fit`.
     """
     if not is_finished(run):
+        with cluster.ordered(limits):
+            run = with_features(run, show)
         checkpoint = fit(run, log, show)
         with cluster.ordered(limits):
             finish(run, checkpoint, show)
@@ -87,7 +90,7 @@ def fit(
         ModelError: retrieval.k exceeds the training spots.
         ConfigError: train.positives names no loss.
     """
-    train = run.config.train
+    run, train = with_features(run, show), run.config.train
     require_loss(run.config)
     if run.config.model.predictor == "retrieval":
         resolve(run.config.retrieval, run.manifest.num_spots(run.split.train))

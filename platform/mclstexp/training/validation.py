@@ -7,7 +7,7 @@ suits validation sets of minutes, not of hours (the group's time limit is five m
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mclstexp.data.spots import SpotReader, decode_tiles
 from mclstexp.evaluation.metrics import heg_pcc, highest_genes, mean_by_patient
 from mclstexp.model.bank import Bank, build_bank
-from mclstexp.model.embed import image_network
+from mclstexp.model.embed import image_head, image_network
 from mclstexp.model.retrieval import neighbours, resolve, weighted_mean, weights
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import RetrievalConfig
@@ -84,11 +84,20 @@ def best_score(sections: Sequence[ValidationSection], bank: Bank, config: Retrie
 
 def _embed_share(rank_state: RankState, data: ValidationSet) -> dict[_SentenceKey, np.ndarray]:
     """Returns the embeddings (in direct regression: the predictions) of the rank's share of sentences."""
-    config, size_px = rank_state.config, data.reader.manifest.tile_size_px
-    weights = rank_state.model.state_dict()
-    embed = image_network(config.model, size_px, weights, config.train.precision).build(rank_state.device)
     share = data.reader.manifest.sentences(data.validation)[rank_state.rank :: rank_state.world_size]
-    return {sentence: embed(decode_tiles(data.reader.read_encoded(*sentence)[1], size_px)) for sentence in share}
+    embed = _embedder(rank_state, data.reader)
+    return {sentence: embed(*sentence) for sentence in share}
+
+
+def _embedder(rank_state: RankState, reader: SpotReader) -> Callable[[str, int], np.ndarray]:
+    """Returns the map from a sentence (section id, row group) to its embeddings, from its features or its tiles."""
+    config, weights, size_px = rank_state.config, rank_state.model.state_dict(), reader.manifest.tile_size_px
+    features = reader.features
+    if features is not None:
+        of_features = image_head(config.model, weights, config.train.precision).build(rank_state.device)
+        return lambda section_id, group: of_features(features.read(section_id, group))
+    of_tiles = image_network(config.model, size_px, weights, config.train.precision).build(rank_state.device)
+    return lambda section_id, group: of_tiles(decode_tiles(reader.read_encoded(section_id, group)[1], size_px))
 
 
 def _gathered(rank_state: RankState, share: dict[_SentenceKey, np.ndarray]) -> dict[_SentenceKey, np.ndarray]:
