@@ -1,13 +1,17 @@
 """Features of a tile table: equal to a plain forward pass, computed once, and never another encoder's."""
 
+import pickle
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from feature_tables import plain_table
+from small_table import empty_manifest
 from torch.nn.functional import adaptive_avg_pool2d
 
 from mclstexp import storage
@@ -15,7 +19,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.features import RGB, FeatureManifest, FeatureReader
 from mclstexp.data.schema import MANIFEST, Manifest, load_manifest
 from mclstexp.data.spots import decode_tiles
-from mclstexp.data.table import read_sentence
+from mclstexp.data.table import read_sentence, write_section
 from mclstexp.errors import ConfigError
 from mclstexp.model import extract
 from mclstexp.model.extract import Wanted, features, renew_features, wanted
@@ -98,8 +102,6 @@ def test_draws_are_fixed_by_seed_sentence_and_number_and_shared_by_the_views() -
 def test_a_view_that_the_encoder_cannot_take_is_refused_early() -> None:
     config = SMALL.model_copy(update={"image_encoder": "vit_b_16"})
     record = _encoder().record.model_copy(update={"name": config.image_encoder, "layers": ()})
-    from small_table import empty_manifest
-
     manifest = empty_manifest().model_copy(update={"schema_version": 5, "wide_px": 48, "wide_mpp": 4.0})
     require_sizes(_encoder().record, manifest)
     with pytest.raises(ConfigError, match=r"vit_b_16, built for tiles of 32 px, does not take the 48 px of image_wide"):
@@ -119,8 +121,8 @@ def test_what_a_configuration_asks_for() -> None:
     assert wanted(override(Config(), changes, "test")) == Wanted(BOTH, "float16", "bf16", 3, "flips", 5)
 
 
-def test_a_table_serves_whoever_asks_for_no_more_than_it_has(tmp_path: Path) -> None:
-    manifest, record = _empty(), _encoder().record
+def test_a_table_serves_whoever_asks_for_no_more_than_it_has() -> None:
+    manifest, record = empty_manifest(), _encoder().record
     three = replace(PLAIN, num_draws=3)
     table = three.plain_table(manifest, record, "fp32")
     serves = [PLAIN, three, replace(three, num_draws=1), replace(PLAIN, seed=9), replace(PLAIN, precision="auto")]
@@ -138,12 +140,6 @@ def test_a_table_serves_whoever_asks_for_no_more_than_it_has(tmp_path: Path) -> 
     assert not PLAIN.served_by(newer, manifest, record)
     bf16 = PLAIN.plain_table(manifest, record, "bf16")
     assert replace(PLAIN, precision="auto").served_by(bf16, manifest, record)
-
-
-def _empty() -> Manifest:
-    from small_table import empty_manifest
-
-    return empty_manifest()
 
 
 def _copied(tiles: str, folder: Path) -> tuple[str, Manifest]:
@@ -193,14 +189,11 @@ def test_features_are_made_once_and_read_by_everybody(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("on_s3", [False, True])
-def test_damaged_and_stale_features_are_made_again(
-    tiles: str, tmp_path: Path, on_s3: bool, request: pytest.FixtureRequest
-) -> None:
-    root, manifest = _copied(tiles, tmp_path)
-    if on_s3:
-        root = f"{request.getfixturevalue('s3')}/tiles"
-        storage.upload_folder(tmp_path / "tiles", root, MANIFEST)
+@pytest.mark.slow
+def test_damaged_and_stale_features_are_made_again(tiles: str, tmp_path: Path, s3: str) -> None:
+    _, manifest = _copied(tiles, tmp_path)
+    root = f"{s3}/tiles"
+    storage.upload_folder(tmp_path / "tiles", root, MANIFEST)
     names = [entry.section_id for entry in manifest.sections[:3]]
     encoder = _encoder()
     first = renew_features(root, manifest, names, encoder, PLAIN)
@@ -255,12 +248,6 @@ def _recut(root: str, manifest: Manifest, name: str) -> Manifest:
     sections = {each.section_id: each for each in manifest.sections}
     donor = next(each for each in manifest.sections if each.section_id != name and each.measured)
     table = [read_sentence(root, donor, group) for group in range(len(donor.row_groups))]
-    import tempfile
-
-    import pyarrow as pa
-
-    from mclstexp.data.table import write_section
-
     renamed = [
         each.set_column(0, "section_id", pa.array([name] * each.num_rows, pa.string())).cast(each.schema)
         for each in table
@@ -275,7 +262,5 @@ def _recut(root: str, manifest: Manifest, name: str) -> Manifest:
 
 
 def test_a_reader_crosses_process_borders(tmp_path: Path) -> None:
-    import pickle
-
     reader = FeatureReader("x", _plain(_encoder()), ("image",))
     assert pickle.loads(pickle.dumps(reader)) == reader

@@ -9,7 +9,7 @@ from feature_tables import WIDTHS, plain_table, record, section_blocks, small_ti
 
 from mclstexp import storage
 from mclstexp.data.feature_writer import damaged_parts, has_file, remove_stale, write_features
-from mclstexp.data.features import FeatureReader, find_features, load_features
+from mclstexp.data.features import FeatureReader, load_features
 from mclstexp.data.row_groups import read_footer
 from mclstexp.data.schema import MANIFEST, load_manifest
 from mclstexp.errors import ConfigError, ModelError, TableError
@@ -116,28 +116,28 @@ def test_a_name_covers_what_the_numbers_depend_on_and_nothing_else() -> None:
     assert len({PLAIN.name, *(other.name for other in others)}) == 1 + len(others)
 
 
-def test_a_table_is_found_if_it_has_the_sections_as_they_are_cut_now(tmp_path: Path) -> None:
-    tiles = small_tiles(tmp_path)
-    assert find_features(str(tmp_path), ["A1"], PLAIN.name) is None
+def test_sections_are_missing_until_they_are_stored_as_they_are_cut_now(tmp_path: Path) -> None:
+    tiles, names = small_tiles(tmp_path), ["A1", "B1"]
+    assert load_features(str(tmp_path), PLAIN.name) is None
+    assert PLAIN.missing(tiles, names) == names
     for entry in tiles.sections:
-        write(tmp_path, PLAIN, entry, section_blocks(PLAIN, entry))
-    reader = find_features(str(tmp_path), ["A1", "B1"], PLAIN.name)
-    assert reader is not None
+        reader = write(tmp_path, PLAIN, entry, section_blocks(PLAIN, entry))
+    assert load_features(str(tmp_path), PLAIN.name) == reader.manifest
+    assert reader.manifest.missing(tiles, names) == []
     with pytest.raises(TableError, match="has no section A2; known: A1, B1"):
         reader.read("A2", 0)
     stale_file = Path(reader.root, reader.manifest.section("B1").file)
     cut_again = tiles.section("B1").model_copy(update={"sha256": "other"})
     changed = tiles.model_copy(update={"sections": (tiles.section("A1"), cut_again)})
+    assert reader.manifest.missing(changed, names) == ["B1"]
     storage.write(str(tmp_path / MANIFEST), changed.encode())
-    assert find_features(str(tmp_path), ["A1", "B1"], PLAIN.name) is None
-    assert find_features(str(tmp_path), ["A1"], PLAIN.name) is not None
     assert remove_stale(str(tmp_path), PLAIN) == ["B1"]
     assert not stale_file.exists()
     assert remove_stale(str(tmp_path), PLAIN) == []
-    reader = find_features(str(tmp_path), ["A1"], PLAIN.name)
-    assert reader is not None
-    assert [each.section_id for each in reader.manifest.sections] == ["A1"]
-    reader.read_section("A1")
+    left = load_features(str(tmp_path), PLAIN.name)
+    assert left is not None
+    assert [each.section_id for each in left.sections] == ["A1"]
+    FeatureReader(reader.root, left, PLAIN.views).read_section("A1")
 
 
 @pytest.mark.parametrize("on_s3", [False, True])

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mclstexp import storage
 from mclstexp.data.row_groups import column_ranges, fetch, open_parts, read_footer
-from mclstexp.data.schema import MANIFEST, Manifest, load_manifest
+from mclstexp.data.schema import MANIFEST, Manifest
 from mclstexp.errors import StorageError, TableError
 from mclstexp.messages import did_you_mean, some_of
 
@@ -267,20 +267,6 @@ def load_features(tiles: str, name: str) -> FeatureManifest | None:
     if manifest.name != name:
         raise TableError(f"{uri} is damaged: its content belongs to {manifest.name}; {_REMEDY}")
     return manifest
-
-
-def find_features(tiles: str, section_ids: Sequence[str], name: str) -> FeatureReader | None:
-    """Returns the reader of a feature table if it has all these sections, cut as the tile table has them now.
-
-    Its views are all that the table has.
-
-    Raises:
-        TableError: the tile table is missing, or either manifest is damaged.
-    """
-    manifest = load_features(tiles, name)
-    if manifest is None or manifest.missing(load_manifest(tiles), section_ids):
-        return None
-    return FeatureReader(feature_root(tiles, name), manifest, manifest.views)
 
 
 @contextmanager
