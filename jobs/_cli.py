@@ -44,13 +44,13 @@ def parse(
         kind: the job's arguments.
         purpose: what the job does, for --help.
         example: a command line, for --help.
-        blocks: the blocks of the configuration that the job reads; only their settings are options.
+        blocks: the blocks of the configuration that the job reads, or single settings; only these are options.
         argv: the command line without the program's name; default sys.argv.
 
     Raises:
         ConfigError: an unknown or invalid argument or setting, with the nearest valid name.
     """
-    settings = [name for name in leaf_fields() if name.partition(".")[0] in blocks]
+    settings = [name for name in leaf_fields() if name.partition(".")[0] in blocks or name in blocks]
     known, unknown = _parser(kind, purpose, example, settings).parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
@@ -81,7 +81,8 @@ def run(job: Callable[[], None]) -> None:
 
 def describe(config: Config, blocks: Sequence[str]) -> str:
     """Returns the resolved settings of some blocks as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json", include=set(blocks)), sort_keys=False).rstrip()
+    whole = {name for name in blocks if "." not in name}
+    return yaml.safe_dump(config.model_dump(mode="json", include=whole), sort_keys=False).rstrip()
 
 
 def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequence[str]) -> argparse.ArgumentParser:

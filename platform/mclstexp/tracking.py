@@ -4,6 +4,7 @@ Only drivers call it, and it never uses MLflow's global state: the tracking URI 
 are sent in the background, so that a slow server cannot hold up training; the price is that some may be lost.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -304,15 +305,33 @@ def _upload(client: MlflowClient, run_id: str, model_folder: str) -> str:
     return f"{client.get_run(run_id).info.artifact_uri}/model"
 
 
+_REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "simplejpeg", "pyarrow", "pydantic", "ray[data]")
+
+
 def _save_pyfunc(target: str, version: str) -> None:
     mlflow.pyfunc.save_model(
         target,
         python_model=str(_MODEL_CODE),
         artifacts={"version": version},
-        signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")])),
+        signature=ModelSignature(inputs=Schema([ColSpec("binary", view) for view in _views(version)])),
         code_paths=[str(_PACKAGE)],
-        pip_requirements=["torch", "torchvision", "safetensors", "simplejpeg", "pyarrow", "pydantic", "ray[data]"],
+        pip_requirements=[
+            "torch",
+            "torchvision",
+            "timm",
+            "safetensors",
+            "simplejpeg",
+            "pyarrow",
+            "pydantic",
+            "ray[data]",
+        ],
     )
+
+
+def _views(version: str) -> list[str]:
+    """Returns the views of a spot that a model version takes."""
+    record = json.loads(Path(version, "model.json").read_text())
+    return record["config"]["model"].get("image_views", ["image"])
 
 
 def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_registry.ModelVersion:

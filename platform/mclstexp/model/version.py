@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from mclstexp.config import Config, recorded_config
 from mclstexp.data.features import EncoderRecord
 from mclstexp.data.genes import GenePanel, normalisers
-from mclstexp.data.schema import Manifest
+from mclstexp.data.schema import IMAGE_WIDE, Manifest
 from mclstexp.errors import ModelError, RunError
 from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
+from mclstexp.model.encoders import preset_of
 from mclstexp.model.frozen import FrozenEncoder, encoder_from_state
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
 from mclstexp.model.towers import TwoTowers, plain_tensors
@@ -112,6 +113,29 @@ class ModelVersion:
         if self.bank is None:
             return regressed(embedding)
         return retrieve(embedding, self.bank, resolve(self.config.retrieval, len(self.bank)))
+
+    @property
+    def licence(self) -> str:
+        """Licence of the pretrained weights that the version holds or needs; empty if it began with random ones."""
+        if self.config.model.image_weights == "random":
+            return ""
+        return preset_of(self.config.model.image_encoder).licence
+
+    def view_px(self, view: str) -> int:
+        """Returns the edge in pixels of the tiles of a view."""
+        return self.wide[0] if view == IMAGE_WIDE and self.wide else self.tile_size_px
+
+    def use_weights(self, weights: str) -> None:
+        """Takes a frozen encoder's tensors from a file instead of looking for them.
+
+        Raises:
+            ModelError: they are another encoder's, or the version's encoder was trained and is stored in it.
+        """
+        if self.encoder is None:
+            raise ModelError(
+                f"model.image_weights={weights} is of no use: the model trained its image encoder and contains it"
+            )
+        self.encoder = self.encoder.with_weights(weights)
 
     def towers(self) -> TwoTowers:
         """Returns the two towers with the version's weights, in evaluation mode on the CPU."""
@@ -212,6 +236,7 @@ class ModelVersion:
                 f"the model takes tiles of {self.mpp:.4g} um/px, the table has {manifest.mpp:.4g}; prepare it with "
                 f"--tiles.mpp {self.mpp:.4g}"
             )
+        self._require_wide_view(manifest)
         own, other = (_encoding(source) for source in (self.config.tiles, manifest))
         if own != other:
             raise ModelError(
@@ -229,6 +254,17 @@ class ModelVersion:
         if self.encoder is not None and (found := self.encoder.not_finite()):
             return f"the weight {found} of the frozen encoder"
         return None if self.bank is None else self.bank.not_finite()
+
+    def _require_wide_view(self, manifest: Manifest) -> None:
+        if self.wide is None:
+            return
+        size_px, mpp = self.wide
+        if manifest.wide_px != size_px or abs(manifest.view_mpp(IMAGE_WIDE) / mpp - 1) > MPP_TOLERANCE:
+            found = "none" if manifest.wide_px is None else f"{manifest.wide_px} px at {manifest.wide_mpp:.4g} um/px"
+            raise ModelError(
+                f"the model sees a wide view of {size_px} px at {mpp:.4g} um/px, the table has {found}; prepare it "
+                f"with --tiles.wide_um {size_px * mpp:.6g} --tiles.wide_px {size_px}"
+            )
 
     def _identity(self, folder: Path) -> dict[str, str]:
         """Returns the properties of this version that its bank depends on, by name."""
