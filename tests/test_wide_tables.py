@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tifffile
 from prepared_here import prepare_here, tile
 from prepared_tables import copy_of, run
+from round_slide import make_plan
 from wide_reference import reference
 
 from ingest.plan import _settings_digest, describe
@@ -15,6 +17,9 @@ from mclstexp.data.schema import IMAGE_WIDE, load_manifest
 from mclstexp.data.spots import TileLoader
 from mclstexp.data.table import read_sentence
 from mclstexp.errors import ConfigError
+from mclstexp.prediction.parts import SlideRecord
+from mclstexp.prediction.pipeline import Row
+from mclstexp.prediction.tile_reader import TileReader
 from mclstexp.settings import TilesConfig
 from mclstexp.slides.codec import decode_tile
 
@@ -83,6 +88,22 @@ def test_tables_from_before_there_were_views_are_not_cut_again():
 def test_views_that_show_nothing_more_are_refused(one, tmp_path, settings, reason):
     with pytest.raises(ConfigError, match=reason):
         prepare_here(one, tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("views", [("image", "image_wide"), ("image_wide", "image"), ("image_wide",), ("image",)])
+def test_prediction_reads_the_views_that_the_table_has(one, cohort, tmp_path, views):
+    spots = list(prepare_here(one, tmp_path / "out", **WIDE).spots("P1S1").values())
+    wide = (20, 8.0) if "image_wide" in views else None
+    plan = make_plan(tmp_path, tiles=TilesConfig(size_px=32, encoding="png"), mpp=1.0, views=views, wide=wide)
+    table = pa.Table.from_pylist([{name: spot[name] for name in ("x_px", "y_px")} for spot in spots])
+    with TileReader(plan) as reader:
+        record = SlideRecord.model_construct(mpp=1.0, scale=1.0)
+        found = reader.read_part(str(Path(cohort).parent / "P1S1.tif"), table, record)
+    assert found.pop("complete")[:36].all()
+    row = Row("P1S1", "", num_tiles=36, **found)
+    assert len(row.inputs) == len(views)
+    for pixels, view in zip(row.inputs, views, strict=True):
+        np.testing.assert_array_equal(pixels, np.stack([decode_tile(spot[view]) for spot in spots]))
 
 
 @pytest.mark.ray

@@ -21,6 +21,7 @@ import ray
 
 from mclstexp import storage
 from mclstexp.cluster import guarded
+from mclstexp.data.schema import IMAGE_WIDE
 from mclstexp.data.sheet import read_sheet
 from mclstexp.data.text_table import read_text_table
 from mclstexp.errors import SheetError, SourceError, UserError
@@ -174,6 +175,8 @@ def plan_of(model: ModelVersion, out: str, config: PredictConfig, assume_mpp: fl
         overlap=config.overlap,
         assume_mpp=assume_mpp,
         allow_other_stains=config.other_stains,
+        views=model.config.model.image_views,
+        wide=model.wide if IMAGE_WIDE in model.config.model.image_views else None,
     )
 
 

@@ -48,7 +48,7 @@ def explain_tile(
         table = read_grid(inspection.staging, record.num_tiles)
         left, top = corners(table, size_px, record.scale)
         row = _covering(left, top, size_px * record.scale, x_px, y_px, slide_id)
-        columns = reader.read_part(source.image, table.slice(row, 1), record.scale)
+        columns = reader.read_part(source.image, table.slice(row, 1), record)
     if not columns.pop("complete")[0]:
         raise SourceError(f"slide {slide_id} has no pixels at {x_px:g}, {y_px:g}")
     embed = network_for(model, cohort.plan).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -115,8 +115,8 @@ class FeatureReader:
         start = int(table["spot_id"][0].as_py())
         return self.open(uri).read(start, start + len(table))
 
-    def read_part(self, uri: str, table: pa.Table, scale: float) -> dict[str, np.ndarray]:
-        """Returns the columns of a part in the pipeline: `features` and `complete`; `scale` plays no part.
+    def read_part(self, uri: str, table: pa.Table, record: SlideRecord) -> dict[str, np.ndarray]:
+        """Returns the columns of a part in the pipeline: `features` and `complete`; `record` plays no part.
 
         Raises:
             As `read`.

@@ -119,12 +119,11 @@ def _timed(
     source, inspection = max(found, key=lambda slide: slide[1].record.num_tiles)
     if not inspection.record.num_tiles:
         raise SourceError(f"none of the {len(found)} slides inspected shows tissue; lower predict.min_tissue")
-    scale, grid = inspection.record.scale, read_grid(inspection.staging, inspection.record.num_tiles)
-    timed = grid.slice(0, _TIMED_TILES)
+    timed = read_grid(inspection.staging, inspection.record.num_tiles).slice(0, _TIMED_TILES)
     with reader_of(plan) as reader:
         reader.open(source.image)
         started = time.perf_counter()
-        columns = reader.read_part(source.image, timed, scale)
+        columns = reader.read_part(source.image, timed, inspection.record)
         read_s = time.perf_counter() - started
     complete = np.flatnonzero(columns.pop("complete"))
     if not len(complete):

@@ -95,9 +95,10 @@ def _inspect(source: SlideSource, found: str, plan: CohortPlan, path: str) -> In
 def _inspect_slide(source: SlideSource, found: str, plan: CohortPlan, slide: Slide) -> Inspection:
     mpp, origin = resolve_mpp({"sheet": source.mpp, "image": slide.mpp}, plan.assume_mpp)
     scale = tile_scale(plan.mpp, mpp)
-    if 1 / scale > MAX_UPSAMPLING and not plan.tiles.allow_upsampling:
+    finest = plan.mpp if plan.wide is None else min(plan.mpp, plan.wide[1])
+    if mpp / finest > MAX_UPSAMPLING and not plan.tiles.allow_upsampling:
         raise SourceError(
-            f"it has {mpp:.4g} um/px and would be enlarged {1 / scale:.3g} times to the model's {plan.mpp:.4g} um/px "
+            f"it has {mpp:.4g} um/px and would be enlarged {mpp / finest:.3g} times to the model's {finest:.4g} um/px "
             f"({MAX_UPSAMPLING} is allowed): give a finer scan, or set predict.allow_upsampling=true"
         )
     mask, seen = find_tissue_on_thumbnail(slide, mpp)

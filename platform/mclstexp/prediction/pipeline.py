@@ -79,6 +79,8 @@ class Row:
     """From read on: tiles of the part."""
     pixels: np.ndarray | None = None
     """read -> answer: uint8 (256, size, size, 3), zero behind the last tile and where the slide has no pixels."""
+    second_pixels: np.ndarray | None = None
+    """read -> answer: the same of the model's second view, where it has one; `pixels` are of the first."""
     features: np.ndarray | None = None
     """read -> answer, in the place of pixels: float32 (256, F), zero behind the last tile."""
     complete: np.ndarray | None = None
@@ -89,7 +91,11 @@ class Row:
     @property
     def inputs(self) -> tuple[np.ndarray, ...]:
         """What the model embeds: the part's tiles, or their features."""
-        return tuple(values[: self.num_tiles] for values in (self.pixels, self.features) if values is not None)
+        return tuple(
+            values[: self.num_tiles]
+            for values in (self.pixels, self.second_pixels, self.features)
+            if values is not None
+        )
 
     @classmethod
     def of(cls, batch: Batch) -> "Row":
@@ -265,7 +271,7 @@ class Read:
             table = read_grid(stretch.staging, record.num_tiles)
             for part in map(int, str(stretch.parts).split()):
                 tiles = table.slice(part * PART_TILES, PART_TILES)
-                columns: dict[str, Any] = self._reader.read_part(stretch.image_uri, tiles, record.scale)
+                columns: dict[str, Any] = self._reader.read_part(stretch.image_uri, tiles, record)
                 yield replace(row, part=part, num_tiles=len(tiles), **columns).batch()
             if not record.reads_regions:
                 self._reader.release()
@@ -296,7 +302,7 @@ class Answer:
     def __call__(self, batch: Batch) -> Batch:
         """Takes a part with its pixels, returns it with its answer."""
         row = Row.of(batch)
-        answered = replace(row, pixels=None, features=None, complete=None, answer=b"")
+        answered = replace(row, pixels=None, second_pixels=None, features=None, complete=None, answer=b"")
         if row.state != TILES:
             return answered.batch()
         assert row.complete is not None

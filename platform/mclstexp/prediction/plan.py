@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from mclstexp import storage
+from mclstexp.data.schema import IMAGE
 from mclstexp.prediction.feature_files import FeatureNeeds
 from mclstexp.settings import TilesConfig
 
@@ -58,6 +59,10 @@ class CohortPlan:
     """Whether images that do not look like H&E are predicted, with a flag, instead of quarantined."""
     positions: Mapping[str, pa.Table] = field(default_factory=dict)
     """Given tile centres by slide (cohort.POSITION_SCHEMA); empty: a grid."""
+    views: tuple[str, ...] = (IMAGE,)
+    """Views of a tile that the model reads, in its order; its digest covers them, and so `key` need not."""
+    wide: tuple[int, float] | None = None
+    """Edge of the wide view in pixels and its micrometres per pixel; None: the model does not read it."""
     features: FeatureNeeds | None = None
     """What the slides' feature files must contain; None: tiles are cut from images."""
 

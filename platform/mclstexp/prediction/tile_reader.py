@@ -4,20 +4,27 @@ An open pyramid is kept, because opening one costs as much as reading dozens of 
 must release it.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from mclstexp.data.schema import IMAGE, IMAGE_WIDE
 from mclstexp.errors import SourceError
 from mclstexp.prediction.inspect import corners
-from mclstexp.prediction.parts import PART_TILES
+from mclstexp.prediction.parts import PART_TILES, SlideRecord
 from mclstexp.prediction.plan import CohortPlan
 from mclstexp.prediction.slide_cache import staged
 from mclstexp.settings import TilesConfig
 from mclstexp.slides.codec import decode_tile, encode_tile
 from mclstexp.slides.slide import Slide, open_slide
+from mclstexp.slides.tiles import tile_scale
+
+Pixels = TypeVar("Pixels")
 
 
 class TileReader:
@@ -51,29 +58,39 @@ class TileReader:
         """
         return [self._tile(image, x, y, scale) for x, y in zip(left.tolist(), top.tolist(), strict=True)]
 
-    def read_part(self, image: str, table: pa.Table, scale: float) -> dict[str, np.ndarray]:
-        """Returns the columns of a part in the pipeline: `pixels` and `complete`, zero and False without pixels.
+    def read_part(self, image: str, table: pa.Table, record: SlideRecord) -> dict[str, np.ndarray]:
+        """Returns the columns of a part in the pipeline: each view's pixels and `complete`, zero and False without.
 
         Args:
             image: URI of the slide.
             table: the tiles, GRID_SCHEMA, at most PART_TILES.
-            scale: level-0 pixels along a tile pixel.
+            record: of the slide.
 
         Raises:
             As `read`.
         """
         columns = self.empty_part()
-        left, top = corners(table, self._plan.tiles.size_px, scale)
-        for index, tile in enumerate(self.read(image, left, top, scale)):
-            if tile is not None:
-                columns["pixels"][index], columns["complete"][index] = tile, True
+        left, top = corners(table, self._plan.tiles.size_px, record.scale)
+        tiles = {IMAGE: self.read(image, left, top, record.scale)}
+        complete = np.array([tile is not None for tile in tiles[IMAGE]], bool)
+        if self._plan.wide is not None:
+            tiles[IMAGE_WIDE] = self._read_wide(image, table.filter(complete), record, self._plan.wide)
+        columns["complete"][: len(table)] = complete
+        for name, view in zip(columns, self._plan.views, strict=False):
+            seen = [tile for tile in tiles[view] if tile is not None]
+            if seen:
+                columns[name][: len(table)][complete] = seen
         return columns
 
     def empty_part(self) -> dict[str, np.ndarray]:
         """Returns the columns of a part without tiles."""
-        size_px = self._plan.tiles.size_px
-        pixels = np.zeros((PART_TILES, size_px, size_px, 3), np.uint8)
-        return {"pixels": pixels, "complete": np.zeros(PART_TILES, bool)}
+        wide_px = 0 if self._plan.wide is None else self._plan.wide[0]
+        sizes = {IMAGE: self._plan.tiles.size_px, IMAGE_WIDE: wide_px}
+        columns = {
+            name: np.zeros((PART_TILES, sizes[view], sizes[view], 3), np.uint8)
+            for name, view in zip(("pixels", "second_pixels"), self._plan.views, strict=False)
+        }
+        return columns | {"complete": np.zeros(PART_TILES, bool)}
 
     def open(self, image: str) -> Slide:
         """Returns the open slide of a URI, after copying a remote one to this node."""
@@ -90,12 +107,28 @@ class TileReader:
 
     def _tile(self, image: str, left: float, top: float, scale: float) -> np.ndarray | None:
         size_px = self._plan.tiles.size_px
-        try:
-            tile = self.open(image).read_tile(left, top, size_px, scale)
-        except SourceError:  # OpenSlide repeats its first error for ever: only a new handle shows whether it passed
-            self.release()
-            tile = self.open(image).read_tile(left, top, size_px, scale)
+        tile = self._again(image, lambda slide: slide.read_tile(left, top, size_px, scale))
         return None if tile is None else as_stored(tile, self._plan.tiles)
+
+    def _read_wide(
+        self, image: str, table: pa.Table, record: SlideRecord, wide: tuple[int, float]
+    ) -> list[np.ndarray | None]:
+        """Returns the wide view of tiles, each uint8 (wide_px, wide_px, 3)."""
+        size_px, scale = wide[0], tile_scale(wide[1], record.mpp)
+        left, top = (edge.tolist() for edge in corners(table, size_px, scale))
+        tiles = (
+            self._again(image, partial(Slide.read_wide, left=x, top=y, size_px=size_px, scale=scale))
+            for x, y in zip(left, top, strict=True)
+        )
+        return [as_stored(tile, self._plan.tiles) for tile in tiles]
+
+    def _again(self, image: str, read: Callable[[Slide], Pixels]) -> Pixels:
+        """Reads from a slide; after a fault through a new handle: OpenSlide repeats its first error for ever."""
+        try:
+            return read(self.open(image))
+        except SourceError:
+            self.release()
+            return read(self.open(image))
 
 
 def as_stored(tile: np.ndarray, tiles: TilesConfig) -> np.ndarray:
