@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_version import random_version
+from random_version import frozen_version, random_version
 from safetensors.torch import load_file, save_file
 
 from mclstexp.config import override
@@ -19,16 +19,6 @@ from mclstexp.model.version import ModelVersion
 
 CPU = torch.device("cpu")
 TILES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-
-
-def _frozen_version(weights: str = "random") -> ModelVersion:
-    version = random_version()
-    settings = {"model.freeze_encoder": True, "model.image_weights": weights, "train.precision": "fp32"}
-    version.config = override(version.config, settings)
-    torch.manual_seed(1)
-    version.weights = TwoTowers(version.config.model, 3, 0, 32).state_dict()
-    version.encoder = frozen_encoder(version.config.model, 32, 2)
-    return version
 
 
 def _gated(version: ModelVersion) -> ModelVersion:
@@ -55,7 +45,7 @@ def _update_checksums(folder: Path, names: list[str]) -> None:
 
 
 def test_a_version_holds_what_was_learnt_and_its_encoder_apart(tmp_path: Path) -> None:
-    version = _frozen_version()
+    version = frozen_version()
     folder = _saved(version, tmp_path / "version")
     assert not any(name.startswith("image_tower.") for name in load_file(folder / "weights.safetensors"))
     loaded = ModelVersion.load(folder)
@@ -67,7 +57,7 @@ def test_a_version_holds_what_was_learnt_and_its_encoder_apart(tmp_path: Path) -
 
 
 def test_the_head_on_features_answers_as_the_whole_network_does(tmp_path: Path) -> None:
-    version = ModelVersion.load(_saved(_frozen_version(), tmp_path / "version"))
+    version = ModelVersion.load(_saved(frozen_version(), tmp_path / "version"))
     assert version.encoder is not None
     tower = ImageTower(version.config.model, 32).eval()
     tower.encoder.load_state_dict(version.encoder.state())
@@ -79,7 +69,7 @@ def test_the_head_on_features_answers_as_the_whole_network_does(tmp_path: Path) 
 def test_an_encoder_whose_licence_allows_no_copy_is_found_by_its_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = _gated(_frozen_version())
+    version = _gated(frozen_version())
     folder = _saved(version, tmp_path / "version")
     assert not (folder / "encoder.safetensors").exists()
     loaded = ModelVersion.load(folder)
@@ -107,7 +97,7 @@ def test_a_trained_encoder_is_always_among_the_weights(tmp_path: Path, stored: b
 def test_an_encoder_with_a_number_that_is_not_finite_is_neither_saved_nor_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = _frozen_version()
+    version = frozen_version()
     assert version.encoder is not None
     name = next(iter(version.encoder.state()))
     version.encoder.state()[name].view(-1)[0] = float("nan")
@@ -121,7 +111,7 @@ def test_an_encoder_with_a_number_that_is_not_finite_is_neither_saved_nor_loaded
 
 
 def test_a_bank_of_another_frozen_encoder_is_refused_with_both_digests(tmp_path: Path) -> None:
-    version = _frozen_version()
+    version = frozen_version()
     folder = _saved(version, tmp_path / "version")
     assert version.encoder is not None
     other = frozen_encoder(version.config.model, 32, 3)
@@ -137,7 +127,7 @@ def test_a_bank_of_another_frozen_encoder_is_refused_with_both_digests(tmp_path:
 
 def test_a_frozen_version_of_schema_4_loads_and_answers_equally(tmp_path: Path) -> None:
     """It mixed the frozen encoder, under its former names, with what was learnt."""
-    version = _frozen_version()
+    version = frozen_version()
     assert version.encoder is not None
     folder = _saved(version, tmp_path / "version")
     former = {

@@ -1,5 +1,6 @@
 """A registered model version, loaded by MLflow alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from random_version import random_version
+from random_version import frozen_version, random_version
 
 from mclstexp import tracking
 from mclstexp.config import Config, override
@@ -18,11 +19,12 @@ from mclstexp.model.version import ModelVersion
 from mclstexp.slides.codec import encode_tile
 
 
-def test_mlflow_alone_gives_the_same_prediction(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [random_version, frozen_version])
+def test_mlflow_alone_gives_the_same_prediction(tmp_path: Path, make: Callable[[], ModelVersion]) -> None:
     config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     folder = tmp_path / "version"
     folder.mkdir()
-    random_version().save(folder)
+    make().save(folder)
     tracking.register(config.tracking, tracking.start_run(config, "run", {}), str(folder), {})
     mlflow.set_tracking_uri(config.tracking.uri)
     tiles = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
