@@ -15,7 +15,7 @@ def test_memory_counts_the_answers_that_wait_to_be_written(num_readers: int, num
     num_genes = 500_000
     record = SimpleNamespace(num_tiles=256, tile_area_mm2=1.0, width_px=1, height_px=1, reads_regions=True)
     model = SimpleNamespace(tile_size_px=1, mpp=0.5, bank=None, panel=range(num_genes))
-    cohort = SimpleNamespace(sources=[None], plan=SimpleNamespace(scratch_budget_bytes=0))
+    cohort = SimpleNamespace(sources=[None], plan=SimpleNamespace(scratch_budget_bytes=0, features=None))
     text = forecast._in_words(
         cohort,
         model,
