@@ -32,6 +32,8 @@ for protocol in patient reference; do
     done
 done
 
+python "$(dirname "$0")/frozen_features.py" "$out/tiles" "$weights" "$out"
+
 # The labelled section is five times coarser, so all sections are cut at its resolution, in tiles of 218 um.
 python "$(dirname "$0")/join_sheets.py" "$data/samples.csv" "$data/samples_lowres.csv" > "$out/all.csv"
 python "$jobs/prepare.py" --samples "$out/all.csv" --out "$out/tiles_coarse" --tiles.size_px 64 --tiles.mpp 3.4 \

@@ -18,9 +18,10 @@ from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.spots import decode_tiles
 from mclstexp.data.table import read_sentence
 from mclstexp.errors import RunError, SplitError
-from mclstexp.evaluation.floors import SEED
+from mclstexp.evaluation.floors import floor_encoders
 from mclstexp.evaluation.save import save_card
 from mclstexp.model.embed import encoder_network
+from mclstexp.model.extract import features, wanted
 from mclstexp.model.version import ModelVersion
 from mclstexp.training.run import former_digest
 from tuning import cross_validation
@@ -178,17 +179,18 @@ def test_a_leak_of_all_folds_is_noted_once(tmp_path: Path, make_result: Callable
     assert card.notes.count("a note & more") == 1
 
 
-def _assert_cached_features_are_the_networks(study: Study, tiles: str) -> None:
-    """Embeds each section once more, in this process."""
-    network = encoder_network(ModelVersion.load(f"{study.uri}/P3/model"), "random", SEED)
-    embed, manifest = network.build(torch.device("cpu")), load_manifest(tiles)
-    kept = {file.name.rpartition("-")[0]: file for file in Path(study.uri, "features", "random").glob("*/*.npz")}
-    assert sorted(kept) == [entry.section_id for entry in manifest.sections if entry.measured]
-    for name, file in kept.items():
+def _assert_stored_features_are_the_encoders(study: Study, tiles: str) -> None:
+    """Encodes each section once more, in this process."""
+    model, manifest = ModelVersion.load(f"{study.uri}/P3/model"), load_manifest(tiles)
+    encoder = floor_encoders(model.config.model, manifest.tile_size_px, None)["random"]
+    embed = encoder_network(encoder, "fp32").build(torch.device("cpu"))
+    measured = [entry.section_id for entry in manifest.sections if entry.measured]
+    stored = features(tiles, manifest, measured, encoder, wanted(model.config), make=False)
+    for name in measured:
         entry = manifest.section(name)
         images = [read_sentence(tiles, entry, group)["image"] for group in range(len(entry.row_groups))]
         found = np.concatenate([embed(decode_tiles(image, manifest.tile_size_px)) for image in images])
-        assert np.load(file)["embedding"] == pytest.approx(found, rel=1e-4, abs=1e-5)
+        assert stored.read_section(name) == pytest.approx(found, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.ray
@@ -222,7 +224,7 @@ def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: 
         record = json.loads(Path(study.uri, fold.name, "model", "model.json").read_text())["training"]
         assert fold.name not in record["patients"]
         assert all(name.startswith(fold.name) for name in record["test_sections"])
-    _assert_cached_features_are_the_networks(study, tiles)
+    _assert_stored_features_are_the_encoders(study, tiles)
     card = collect(scored_folds(manifest, study), study)
     tested = ("P2S1", "P2S2", "P3S1", "P3S2")
     assert card.predictions == {name: f"{name[:2]}/scores/sections/{name}.h5ad" for name in tested}

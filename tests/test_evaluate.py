@@ -14,8 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_absolute_error, mean_squared_error
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from untrained import untrained_version
 
 from mclstexp.data.genes import GenePanel
@@ -25,6 +28,8 @@ from mclstexp.errors import ConfigError, ModelError, SplitError, TableError, Use
 from mclstexp.evaluation.evaluate import evaluate, held_out
 from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.evaluation.save import save_card
+from mclstexp.model import extract
+from mclstexp.model.embed import encoder_network, head_of
 from mclstexp.model.towers import build_network
 from mclstexp.model.version import ModelVersion
 from mclstexp.report.result import model_rows, open_result
@@ -230,6 +235,36 @@ def test_a_direct_regression_has_errors_only_in_its_own_unit(tiles: str) -> None
     assert rows.loc["per_gene", "pcc"] == pytest.approx(np.mean(pcc), abs=1e-3)
     assert rows.loc["per_gene", ["mse", "rmse", "mae"]].isna().all()
     assert any("direct regression" in note for note in card.notes)
+
+
+def test_a_frozen_model_and_its_floors_read_features_that_are_made_once(
+    tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second evaluation encodes nothing; weights that are the model's own add no second floor."""
+    settings = SETTINGS | {"model.freeze_encoder": True, "split.protocol": "reference", "split.test_sections": [TEST]}
+    version = untrained_version(tiles, settings | {"train.seed": 7})
+    torch.save(version.encoder.state(), tmp_path / "own.pth")
+    first = evaluate(version, tiles, floor_weights=str(tmp_path / "own.pth"))
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "make_features", lambda *_: pytest.fail("features were made again"))
+        again = evaluate(version, tiles, floor_weights=str(tmp_path / "own.pth"))
+    pd.testing.assert_frame_equal(first.rows, again.rows)
+    rows = first.rows[first.rows["target"] == "per_spot"].set_index(["method", "gene_set"])
+    assert list(rows.index.unique("method")) == [
+        *("model", "train mean", "zeros", "ridge on RGB", "ridge on random small_cnn"),
+        *("ridge on frozen small_cnn", "HEST-bench probe", "library-size oracle", "noise ceiling"),
+    ]
+
+    names = version.training.sections
+    training = np.concatenate([_expression(tiles, version, name)[0] for name in names])
+    truth, _ = _expression(tiles, version, TEST)
+    embed = encoder_network(version.encoder, "fp32").build(torch.device("cpu"))
+    seen, asked = embed(np.concatenate([_tiles_of(tiles, name) for name in names])), embed(_tiles_of(tiles, TEST))
+    steps = make_pipeline(StandardScaler(), PCA(svd_solver="full"), Ridge(100 / (seen.shape[1] * training.shape[1])))
+    probed = steps.fit(seen.astype(float), training).predict(asked.astype(float))
+    _assert_scores(rows.loc[("HEST-bench probe", "all")], truth, probed)
+    queries = head_of(version).build(torch.device("cpu"))(asked)
+    _assert_scores(rows.loc[("model", "all")], truth, version.predict(queries).prediction)
 
 
 def _regression(version: ModelVersion, images: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import load_manifest
 from mclstexp.data.spots import make_reader
 from mclstexp.model.bank import build_bank
+from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.towers import TwoTowers, build_network
 from mclstexp.model.version import ModelVersion, TrainingRecord
 
@@ -33,4 +34,6 @@ def untrained_version(tiles: str, settings: dict[str, object]) -> ModelVersion:
     network = build_network(config.model, len(panel), 0, manifest.tile_size_px).eval()
     retrieves = isinstance(network, TwoTowers)
     bank = build_bank(network, reader, split.train, False) if retrieves else None
-    return ModelVersion(config, panel, geometry, 0, record, network.state_dict(), bank)
+    frozen = config.model.freeze_encoder
+    encoder = frozen_encoder(config.model, manifest.tile_size_px, config.train.seed) if frozen else None
+    return ModelVersion(config, panel, geometry, 0, record, network.state_dict(), bank, encoder=encoder)

@@ -22,6 +22,7 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
+from mclstexp.evaluation.floors import make_floor_features
 from mclstexp.evaluation.save import PER_GENE, ROWS, save_card
 from mclstexp.evaluation.save import RECORD as RESULT
 from mclstexp.evaluation.score_card import ScoreCard
@@ -34,7 +35,7 @@ from mclstexp.training.stored import store_features
 from mclstexp.training.trainer import train_to_end
 from tuning.study import Track, open_record, study_name
 
-RECORD, SCORES, FEATURES = "study.json", "scores", "features"
+RECORD, SCORES = "study.json", "scores"
 LEAK = "LEAK that this protocol allows: other sections of the tested patients trained"
 POLL_S = 1.0
 
@@ -137,7 +138,7 @@ def read_sections(manifest: Manifest, folds: Sequence[Fold]) -> list[str]:
 def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[str, str]:
     """Runs all folds that are not scored yet; returns the failed ones with their reasons. Ray must be connected.
 
-    Features of a frozen encoder are made before, so that no two folds make the same.
+    Features of a frozen encoder and of the floors' encoders are made before, so that no two folds make the same.
 
     Raises:
         ConfigError, ModelError: features cannot be made.
@@ -148,6 +149,8 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[
     waiting = [fold for fold in folds if not is_scored(study, fold.name)]
     sections = read_sections(load_manifest(study.data), waiting)
     store_features(study.data, sections, [fold.config for fold in waiting[:1]], show)
+    if waiting:
+        make_floor_features(waiting[0].config, study.data, sections, study.floor_weights, show)
     num_done = len(folds) - len(waiting)
     failed: dict[str, str] = {}
     running: dict[ray.ObjectRef, tuple[Fold, ray.actor.ActorHandle]] = {}
@@ -290,10 +293,7 @@ def _log_to(metrics: MetricLog, board: ray.actor.ActorHandle) -> Log:
 
 
 def _score(run: Run, model: ModelVersion, study: Study, metrics: MetricLog) -> None:
-    cache = storage.join(study.uri, FEATURES)
-    card = evaluate(
-        model, study.data, hidden, floor_weights=study.floor_weights, markers=study.markers, feature_cache=cache
-    )
+    card = evaluate(model, study.data, hidden, floor_weights=study.floor_weights, markers=study.markers)
     card = replace(card, training_runs={run.name: run.mlflow_run_id})
     metrics.log(0, card.metrics())
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from mclstexp.training.finish import finished_model
 from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning import pictures
-from tuning.cross_validation import FEATURES, SCORES
+from tuning.cross_validation import SCORES
 from tuning.sweep import FAILED, FINISHED, STOPPED, Sweep, Trial
 from tuning.trial import EPOCHS, open_trial, tracked_run
 
@@ -118,7 +118,7 @@ def _settle(sweep: Sweep, trial: Trial) -> None:
     run = open_trial(trial.name, trial.settings, sweep.plan)
     if trial.state != FAILED:
         _complete_curve(run, trial)
-        _score_once(run, storage.join(sweep.uri, FEATURES))
+        _score_once(run)
     tags = {"trial.state": trial.state, "trial.reason": trial.reason}
     tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
 
@@ -135,15 +135,15 @@ def _complete_curve(run: Run, trial: Trial) -> None:
         metrics.close()
 
 
-def _score_once(run: Run, feature_cache: str) -> None:
+def _score_once(run: Run) -> None:
     """Finishes a run that has a checkpoint and scores it on its validation sections, unless that is done."""
     model = finished_model(run)
     if model is not None and not storage.exists(storage.join(run.uri, SCORES, RECORD)):
-        _score(run, model, feature_cache)
+        _score(run, model)
 
 
-def _score(run: Run, model: ModelVersion, feature_cache: str) -> None:
-    card = evaluate(model, run.reader.root, hidden, feature_cache=feature_cache, on_validation=True)
+def _score(run: Run, model: ModelVersion) -> None:
+    card = evaluate(model, run.reader.root, hidden, on_validation=True)
     card = replace(card, training_runs={run.name: run.mlflow_run_id})
     config = run.config.tracking
     metrics = tracking.metric_log(config, run.mlflow_run_id)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel, Normaliser, coverage, unique_labels
@@ -32,7 +33,8 @@ from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table, with_o
 from mclstexp.evaluation.sections import MeasuredSection, SectionResult, read_measured, scored_targets, with_target
 from mclstexp.messages import some_of
 from mclstexp.model.bank import Bank
-from mclstexp.model.embed import embed_sections, network_of
+from mclstexp.model.embed import embed_sections, head_of, network_of
+from mclstexp.model.extract import features, wanted
 from mclstexp.model.retrieval import resolve, retrieve
 from mclstexp.model.version import ModelVersion, TrainingRecord
 from mclstexp.progress import Show, hidden
@@ -48,7 +50,6 @@ def evaluate(
     sections: Sequence[str] = (),
     floor_weights: str | None = None,
     markers: Mapping[str, GenePanel] | None = None,
-    feature_cache: str | None = None,
     on_validation: bool = False,
 ) -> ScoreCard:
     """Returns the score card of a model on held-out sections of a tile table that also has its training sections.
@@ -60,7 +61,6 @@ def evaluate(
         sections: what to score; default: what the model held out.
         floor_weights: `imagenet`, or a file: adds the ridge on a pretrained encoder's features.
         markers: sets of genes to score by name, see `markers.load_markers`.
-        feature_cache: as in `floor_features`.
         on_validation: scores the model's validation sections instead, to compare models before one is chosen.
 
     Raises:
@@ -82,10 +82,9 @@ def evaluate(
     targets = scored_targets(reader.target, reader.input)
     banks = _banks(model, reader.target, training, targets)
 
-    # Every tile through every network
-    embedded = embed_sections(root, manifest, names, network_of(model), show, "tiles through model")
-    queries = {name: arrays["embedding"] for name, arrays in embedded}
-    features = floor_features(model, reader, [*model.training.sections, *names], floor_weights, show, feature_cache)
+    # Every spot through every network
+    queries = _queries(model, reader, names, show)
+    seen = floor_features(model, reader, [*model.training.sections, *names], floor_weights, show)
 
     # Every section in every target
     labels = unique_labels(model.panel.names(), model.panel.gene_id, GenePanel.from_table(all_genes).names())
@@ -93,7 +92,7 @@ def evaluate(
     notes = [*_notes(model, manifest, names, missing), *_unmeasured_notes(training, tested, labels)]
     rows, genes = [], []
     for name, target in targets.items():
-        floors = Floors(training, features, target)
+        floors = Floors(training, seen, target)
         notes.append(f"alpha of the ridges in {name}, by cross-validation over training: {floors.alphas()}")
         for section in tested:
             predicted = _answer(model, queries[section.section_id], banks[name])
@@ -181,6 +180,17 @@ def _banks(
         return dict.fromkeys(targets)
     others = {name: with_target(model.bank, training, target) for name, target in targets.items() if target != own}
     return {name: others.get(name, model.bank) for name in targets}
+
+
+def _queries(model: ModelVersion, reader: SpotReader, names: Sequence[str], show: Show) -> dict[str, np.ndarray]:
+    """Returns each section's spots as the model embeds them, (N, D); a frozen encoder's features are read."""
+    root, manifest = reader.root, reader.manifest
+    if model.encoder is None:
+        embedded = embed_sections(root, manifest, names, network_of(model), show, "tiles through model")
+        return {name: arrays["embedding"] for name, arrays in embedded}
+    stored = features(root, manifest, names, model.encoder, wanted(model.config), show)
+    embed = head_of(model).build(torch.device("cpu"))
+    return {name: embed(stored.read_section(name)) for name in names}
 
 
 def _answer(model: ModelVersion, queries: np.ndarray, bank: Bank | None) -> np.ndarray:

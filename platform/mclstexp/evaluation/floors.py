@@ -1,37 +1,44 @@
 """What a model must beat, and the lines to read its scores by.
 
-Floors are fitted on the model's training spots: train mean, zeros, and ridges on colour and on frozen image features.
-Features are embedded once and serve every target; the floors are fitted again in each. Each network costs a pass over
-all training tiles, which is the price of an honest comparison. Reference lines read the held-out section itself, so a
+Floors are fitted on the model's training spots: train mean, zeros, ridges on colour and on image features, and the
+probe of HEST-bench on a frozen encoder's. Features of an encoder that was not trained here are made once, beside the
+tiles, and serve every model, fold and target; the first time costs a pass over all tiles for each network, which is
+the price of an honest comparison. Reference lines read the held-out section itself, so a
 model need not beat them: the library-size oracle shows how much of a correlation is density, and the noise ceiling how
 much of it counting noise leaves.
 
 Shapes: N training spots, M spots of a scored section, G genes, F features.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from mclstexp import storage
+from mclstexp.config import Config, override
+from mclstexp.data.features import FeatureReader
 from mclstexp.data.genes import Normaliser
-from mclstexp.data.spots import Batch, SpotReader
+from mclstexp.data.schema import load_manifest
+from mclstexp.data.spots import SpotReader
+from mclstexp.evaluation.hest_probe import HestProbe
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.ridge import RidgeFloor, measured_parts, training_groups
 from mclstexp.evaluation.sections import MeasuredSection, normalise_section
-from mclstexp.model.embed import ImageNetwork, embed_sections, encoder_network, network_of
+from mclstexp.model.embed import embed_sections, network_of
+from mclstexp.model.extract import Wanted, features, wanted
 from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show
+from mclstexp.settings import ModelConfig
 
 SEED = 0
+PROBE = "HEST-bench probe"
+"""The floor by which HEST-bench ranks encoders, on the features of a frozen model."""
 NUM_SPLITS = 10
 """Random halvings over which the noise ceiling averages, so that it depends less on the seed."""
 Features = dict[str, dict[str, np.ndarray]]
-"""Features of each section by the ridge that sees them, (M, F)."""
+"""Features of each section by the floor that sees them, (M, F)."""
 Half = tuple[np.ndarray, np.ndarray]
 """Panel counts (M, G) and totals over all genes (M,), int64."""
 
@@ -40,7 +47,7 @@ class Floors:
     """The floors of one target, fitted on the training spots."""
 
     def __init__(self, training: Sequence[MeasuredSection], features: Features, target: Normaliser) -> None:
-        """Fits the mean and, on each kind of features, a ridge; each gene on the spots whose section measures it.
+        """Fits the mean and, on each kind of features, a ridge or the probe; a gene where its section measures it.
 
         Raises:
             UserError: there are fewer than two training spots.
@@ -55,11 +62,9 @@ class Floors:
         self._mean = np.zeros(expression.shape[1])
         for genes, spots in measured_parts(expression):
             self._mean[genes] = expression[np.ix_(spots, genes)].mean(axis=0, dtype=np.float64)
-        self._ridges = {
-            method: RidgeFloor(
-                np.concatenate([of_section[section.section_id] for section in training]), expression, groups
-            )
-            for method, of_section in features.items()
+        self._fitted = {
+            method: _fit(method, np.concatenate([of[section.section_id] for section in training]), expression, groups)
+            for method, of in features.items()
         }
 
     def predict(self, section: MeasuredSection) -> dict[str, np.ndarray]:
@@ -68,12 +73,20 @@ class Floors:
             "train mean": constant(self._mean, len(section)),
             "zeros": constant(np.zeros(len(self._mean)), len(section)),
         } | {
-            method: ridge.predict(self._features[method][section.section_id]) for method, ridge in self._ridges.items()
+            method: fitted.predict(self._features[method][section.section_id])
+            for method, fitted in self._fitted.items()
         }
 
     def alphas(self) -> str:
         """Returns the penalty of each ridge in words."""
-        return ", ".join(f"{method} {ridge.alpha:g}" for method, ridge in self._ridges.items())
+        ridges = {method: each for method, each in self._fitted.items() if isinstance(each, RidgeFloor)}
+        return ", ".join(f"{method} {ridge.alpha:g}" for method, ridge in ridges.items())
+
+
+def _fit(method: str, features: np.ndarray, expression: np.ndarray, groups: np.ndarray) -> RidgeFloor | HestProbe:
+    if method == PROBE:
+        return HestProbe(features, expression)
+    return RidgeFloor(features, expression, groups)
 
 
 def constant(values: np.ndarray, num_spots: int) -> np.ndarray:
@@ -81,15 +94,26 @@ def constant(values: np.ndarray, num_spots: int) -> np.ndarray:
     return np.tile(values.astype(np.float32), (num_spots, 1))
 
 
+def floor_encoders(config: ModelConfig, tile_size_px: int, floor_weights: str | None) -> dict[str, FrozenEncoder]:
+    """Returns the model's image encoder with random weights and, where `floor_weights` names some, with those.
+
+    Raises:
+        ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
+    """
+    weights = {"random": "random"} | ({"pretrained": floor_weights} if floor_weights else {})
+    return {
+        word: frozen_encoder(config.model_copy(update={"image_weights": source}), tile_size_px, SEED)
+        for word, source in weights.items()
+    }
+
+
 def floor_features(
-    model: ModelVersion,
-    reader: SpotReader,
-    section_ids: Sequence[str],
-    floor_weights: str | None,
-    show: Show,
-    feature_cache: str | None,
+    model: ModelVersion, reader: SpotReader, section_ids: Sequence[str], floor_weights: str | None, show: Show
 ) -> Features:
-    """Returns what the ridges see: colour, and features of the model's encoder with random and with trained weights.
+    """Returns what ridges and probe see: colour, and features of the model's encoder with its own and other weights.
+
+    Features of encoders that were not trained here are made once and stored beside the tiles. A frozen encoder's own
+    are those that the model was trained on; where `floor_weights` are its weights, they are one floor.
 
     Args:
         model: the version to score.
@@ -97,55 +121,60 @@ def floor_features(
         section_ids: all sections whose features are needed.
         floor_weights: `imagenet`, or a file: adds the pretrained encoder's features.
         show: takes progress.
-        feature_cache: folder (local or s3://) for the features of encoders that were not trained here, because they
-            are the same for all models of one encoder and tile. None: nothing is kept.
+
+    Raises:
+        ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
+        TableError: stored features are damaged.
+    """
+    stored = _stored_features(model, reader, section_ids, floor_weights, show)
+    colours = next(iter(stored.values()))
+    name = model.config.model.image_encoder
+    found: Features = {"ridge on RGB": {section: colours.read_colours(section) for section in section_ids}}
+    for word, encoded in stored.items():
+        found[f"ridge on {word} {name}"] = {section: encoded.read_section(section) for section in section_ids}
+    if model.encoder is None:
+        network, what = replace(network_of(model), head=None), f"tiles through trained {name}"
+        embedded = embed_sections(reader.root, reader.manifest, section_ids, network, show, what)
+        found[f"ridge on trained {name}"] = {section: arrays["embedding"] for section, arrays in embedded}
+    else:
+        found[PROBE] = found[f"ridge on frozen {name}"]
+    return found
+
+
+def make_floor_features(
+    config: Config, tiles: str, section_ids: Sequence[str], floor_weights: str | None, show: Show
+) -> None:
+    """Stores what the floors of models of these settings will read, before several of them are scored at once.
 
     Raises:
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
-    weights = {"random": "random"} | ({"pretrained": floor_weights} if floor_weights else {})
-    encoders = {word: _frozen(model, uri) for word, uri in weights.items()}
-    precision = model.config.train.precision
-    networks = {word: encoder_network(encoder, precision) for word, encoder in encoders.items()}
-    networks["trained"] = replace(network_of(model), head=None)
-    features: Features = {}
-    for word, network in networks.items():
-        what = f"{word} {model.config.model.image_encoder}"
-        if feature_cache is None or word == "trained":
-            found = _embed(reader, section_ids, network, what, show)
-        else:
-            name = f"{encoders[word].record.digest[:16]}-{encoders[word].record.scaling}-{precision}"
-            found = _embed_once(reader, section_ids, network, what, show, storage.join(feature_cache, word, name))
-        features.setdefault("ridge on RGB", {name: arrays["rgb"] for name, arrays in found.items()})
-        features[f"ridge on {what}"] = {name: arrays["embedding"] for name, arrays in found.items()}
-    return features
+    manifest = load_manifest(tiles)
+    for encoder in floor_encoders(config.model, manifest.tile_size_px, floor_weights).values():
+        features(tiles, manifest, section_ids, encoder, _plain(config), show)
 
 
-def _frozen(model: ModelVersion, image_weights: str) -> FrozenEncoder:
-    """Returns a model version's image encoder with other weights (as `model.image_weights`)."""
-    config = model.config.model.model_copy(update={"image_weights": image_weights})
-    return frozen_encoder(config, model.tile_size_px, SEED)
+def _stored_features(
+    model: ModelVersion, reader: SpotReader, section_ids: Sequence[str], floor_weights: str | None, show: Show
+) -> dict[str, FeatureReader]:
+    """Returns the features of every encoder that was not trained here, by what its weights are."""
+    own, config = model.encoder, model.config
+    asked = {
+        word: (encoder, _plain(config))
+        for word, encoder in floor_encoders(config.model, model.tile_size_px, floor_weights).items()
+        if own is None or encoder.record.digest != own.record.digest
+    }
+    if own is not None:
+        asked["frozen"] = (own, wanted(config))
+    return {
+        word: features(reader.root, reader.manifest, section_ids, encoder, blocks, show)
+        for word, (encoder, blocks) in asked.items()
+    }
 
 
-def _embed(
-    reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show
-) -> dict[str, Batch]:
-    """Returns each section's `embedding` and `rgb` as `embed_sections`; `what` names the network in the progress."""
-    return dict(embed_sections(reader.root, reader.manifest, section_ids, network, show, f"tiles through {what}"))
-
-
-def _embed_once(
-    reader: SpotReader, section_ids: Sequence[str], network: ImageNetwork, what: str, show: Show, cache: str
-) -> dict[str, Batch]:
-    """Returns the same as `_embed`, but embeds only the sections that are not in the cache."""
-    digests = {name: reader.manifest.section(name).sha256 for name in section_ids}
-    uris = {name: storage.join(cache, f"{name}-{digest}.npz") for name, digest in digests.items()}
-    missing = [name for name, uri in uris.items() if not storage.exists(uri)]
-    for name, arrays in _embed(reader, missing, network, what, show).items() if missing else ():
-        buffer = io.BytesIO()
-        np.savez(buffer, embedding=arrays["embedding"], rgb=arrays["rgb"])
-        storage.write(uris[name], buffer.getvalue())
-    return {name: dict(np.load(io.BytesIO(storage.read(uri)))) for name, uri in uris.items()}
+def _plain(config: Config) -> Wanted:
+    """Returns the blocks of a model's settings without augmented draws, which serve training alone."""
+    return wanted(override(config, {"train.feature_draws": 0}))
 
 
 def library_size(totals: np.ndarray, num_genes: int) -> np.ndarray:

@@ -1,0 +1,181 @@
+"""What stored features save and what they reach: epochs, checkpoints and score cards of jobs/configs/frozen.yaml.
+
+    python benchmarks/frozen_features.py OUT/tiles densenet121_imagenet.pth OUT
+
+Trains one run on the features of all sections, and takes the same steps in this process with a frozen encoder that
+encodes every tile in every epoch. Then it cross-validates the recipe under both protocols, with float32 and with
+float16 features; `results_table.py OUT/studies` prints the float32 studies. Prints Markdown for docs/results.md. It
+keeps finished runs and folds: run it again to resume, but time only a run that was not interrupted.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+
+from mclstexp.config import Config  # noqa: E402
+from mclstexp.data.schema import load_manifest  # noqa: E402
+from mclstexp.data.spots import Batch, make_reader, num_positions  # noqa: E402
+from mclstexp.data.stream import read_ahead  # noqa: E402
+from mclstexp.evaluation.save import RECORD, ROWS  # noqa: E402
+from mclstexp.evaluation.scores import SCORES, read_table  # noqa: E402
+from mclstexp.model.embed import encoder_network  # noqa: E402
+from mclstexp.model.towers import build_network  # noqa: E402
+from mclstexp.model.version import ModelVersion  # noqa: E402
+from mclstexp.training.checkpoint import TrainState  # noqa: E402
+from mclstexp.training.feed import make_feed  # noqa: E402
+from mclstexp.training.step import RankState, make_optimizer, train_step  # noqa: E402
+
+RUN, RUN_EPOCHS, ENCODED_EPOCHS = "frozen-epochs", 40, 2
+PROTOCOLS = ("reference", "patient")
+SHOWN = {"PCC all": ("all", "pcc"), "PCC HEG50": ("heg50", "pcc"), "MSE": ("all", "mse")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tiles", type=Path, help="tile table")
+    parser.add_argument("weights", type=Path, help="weights of model.image_encoder in frozen.yaml, here DenseNet-121")
+    parser.add_argument("out", type=Path, help="folder for run and studies")
+    parsed = parser.parse_args()
+    out, recipe = parsed.out.resolve(), Recipe(parsed.tiles, parsed.weights, parsed.out.resolve())
+
+    recipe.run("train", "--out", out / "runs", "--name", RUN, "--train.epochs", RUN_EPOCHS, "--train.patience", 0)
+    folder = out / "runs" / RUN
+    model = ModelVersion.load(folder / "model")
+    encoded_s = time_encoding(model, str(parsed.tiles), ENCODED_EPOCHS)
+    epoch_s = epoch_seconds(out, folder)
+    checkpoint = max(folder.glob("checkpoint_*"))
+    checkpoint_mb = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6
+
+    for protocol in PROTOCOLS:
+        recipe.study(protocol, "studies", "float32")
+        recipe.study(protocol, "float16", "float16")
+
+    print(f"\n| an epoch that encodes | an epoch on features | times faster | checkpoint |\n{'|---' * 4}|")
+    print(f"| {encoded_s:.1f} s | {epoch_s:.2f} s | {encoded_s / epoch_s:.0f} | {checkpoint_mb:.1f} MB |\n")
+    for protocol in PROTOCOLS:
+        print(float16_table(protocol, *(out / kind / f"frozen-{protocol}" for kind in ("studies", "float16"))))
+
+
+class Recipe:
+    """Runs jobs with frozen.yaml on one tile table."""
+
+    def __init__(self, tiles: Path, weights: Path, out: Path) -> None:
+        self._settings = ["--data", tiles, "--config", ROOT / "jobs" / "configs" / "frozen.yaml"]
+        self._settings += ["--model.image_encoder", "densenet121", "--model.image_weights", weights]
+        self._settings += ["--tracking.uri", f"sqlite:///{out / 'mlflow.db'}"]
+        self._out = out
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, job: str, *arguments: object) -> None:
+        """Runs one job to its end."""
+        started = time.perf_counter()
+        command = [sys.executable, ROOT / "jobs" / f"{job}.py", *self._settings, *arguments]
+        subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
+        print(f"{job} {' '.join(map(str, arguments))}: {time.perf_counter() - started:.0f} s", flush=True)
+
+    def study(self, protocol: str, folder: str, dtype: str) -> None:
+        """Cross-validates the recipe."""
+        named = ("--out", self._out / folder, "--name", f"frozen-{protocol}")
+        self.run("cross_validate", "--protocol", protocol, *named, "--model.feature_dtype", dtype)
+
+
+def time_encoding(model: ModelVersion, tiles: str, num_epochs: int) -> float:
+    """Returns the seconds of an epoch of the same steps that decodes and encodes every tile; the fastest of them."""
+    config, manifest = model.config, load_manifest(tiles)
+    reader = make_reader(tiles, manifest, model.panel, config, model.training.sections)
+    feed = make_feed(config, reader, model.training.sections)
+    state = rank_state(config, len(model.panel), num_positions(reader), manifest.tile_size_px, feed.num_steps())
+    assert model.encoder is not None
+    encode = encoder_network(model.encoder, config.train.precision).build(state.device)
+    seconds = []
+    for epoch in range(num_epochs):
+        started = time.perf_counter()
+        for batch in read_ahead(feed.rows(epoch, [], 0, 1), feed.loader, feed.rows_per_step(1)):
+            train_step(state, encoded(batch, encode))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def encoded(batch: Batch, encode: Callable[[np.ndarray], np.ndarray]) -> Batch:
+    """Returns a batch with features, float32 (S, L, F), instead of its tiles, uint8 (S, L, size, size, 3)."""
+    found = encode(batch["image"][batch["mask"]])
+    features = np.zeros((*batch["mask"].shape, found.shape[1]), np.float32)
+    features[batch["mask"]] = found
+    return {name: values for name, values in batch.items() if name != "image"} | {"features": features}
+
+
+def rank_state(config: Config, num_genes: int, positions: int, tile_size_px: int, num_steps: int) -> RankState:
+    """Returns a network and its optimiser as a single worker has them."""
+    network = build_network(config.model, num_genes, positions, tile_size_px).train()
+    return RankState(
+        config=config,
+        model=network,
+        parallel=network,
+        optimizer=make_optimizer(network, config.train),
+        device=torch.device("cpu"),
+        rank=0,
+        world_size=1,
+        total_steps=num_steps * config.train.epochs,
+        state=TrainState(config.model_dump(mode="json")),
+    )
+
+
+def epoch_seconds(out: Path, folder: Path) -> float:
+    """Returns the mean seconds between the ends of a run's epochs, checkpoints and all, from its MLflow run."""
+    import json
+
+    run_id = json.loads((folder / "run.json").read_text())["mlflow_run_id"]
+    history = MlflowClient(f"sqlite:///{out / 'mlflow.db'}").get_metric_history(run_id, "epoch")
+    ends: dict[int, int] = {}
+    for point in history:
+        ends[int(point.value)] = max(point.timestamp, ends.get(int(point.value), 0))
+    first, last = min(ends), max(ends)
+    return (ends[last] - ends[first]) / 1000 / (last - first)
+
+
+def float16_table(protocol: str, *studies: Path) -> str:
+    """Returns Markdown: means of the model's and the floors' scores with float32 and with float16 features."""
+    whole, half = (_rows(study) for study in studies)
+    names = [score.name for score in SCORES]
+    largest = (whole[names] - half[names]).abs().groupby("method").max()
+    lines = [
+        f"Protocol {protocol}: with float32 and with float16 features, and the largest difference in any section",
+        "",
+    ]
+    lines += [
+        "| method | " + " | ".join(SHOWN) + " | largest difference of PCC | of MSE |",
+        "|---" * (len(SHOWN) + 3) + "|",
+    ]
+    for method in whole.index.unique("method"):
+        cells = [
+            " / ".join(
+                f"{rows.xs((method, genes), level=('method', 'gene_set'))[score].mean():.4f}" for rows in (whole, half)
+            )
+            for genes, score in SHOWN.values()
+        ]
+        cells += [f"{largest.loc[method, score]:.1e}" for score in ("pcc", "mse")]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(study: Path) -> pd.DataFrame:
+    """Returns the scores of all folds in the models' own target, by method, section and set of genes."""
+    cards = [read_table((path.parent / ROWS).read_bytes()) for path in sorted(study.glob(f"*/scores/{RECORD}"))]
+    rows = pd.concat(cards, ignore_index=True)
+    rows = rows[(rows["target"] == rows["target"].iloc[0]) & (rows["kind"] != "reference line")]
+    return rows.set_index(["method", "section_id", "gene_set"])
+
+
+if __name__ == "__main__":
+    main()
