@@ -6,6 +6,7 @@ process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -15,11 +16,13 @@ from torch import nn
 
 from mclstexp.errors import ConfigError
 from mclstexp.messages import did_you_mean
-from mclstexp.model.presets import PRESETS, Preset, Transform, Triple
+from mclstexp.model.presets import PERMISSIVE, PRESETS, Preset, Transform, Triple
 
 TIMM = "timm/"
 POOLED, CLASS, CLASS_MEAN = "pooled", "class", "class_mean"
 """Layers: the network's own pooled output; of transformers the class token, alone or with the mean of patch tokens."""
+MAX_RESOLUTION_RATIO = 1.5
+"""Tiles may be this much finer or coarser than those of an encoder's training without a warning."""
 _PREFIX = "network."
 Pool = Callable[[nn.Module, torch.Tensor], dict[str, torch.Tensor]]
 """Maps a network and its input to all layers on offer, (N, width) each."""
@@ -75,8 +78,8 @@ def build_encoder(name: str, tile_size_px: int, layers: Sequence[str] = ()) -> P
 @cache
 def _widths(name: str, tile_size_px: int) -> dict[str, int]:
     """Returns the number of features of every layer on offer, from a pass of a network without memory."""
-    preset = preset_of(name)
-    edge = preset.transform.crop_px or preset.transform.resize_px or tile_size_px
+    preset, transform = preset_of(name), transform_of(name, tile_size_px)
+    edge = transform.crop_px or transform.resize_px or tile_size_px
     with torch.device("meta"), torch.no_grad():
         encoder = _unsized(name, preset, tile_size_px, preset.layers).eval()
         pooled = encoder._pool(encoder.network, torch.zeros(1, 3, edge, edge))
@@ -109,6 +112,42 @@ def preset_of(name: str) -> Preset:
     return PRESETS[name]
 
 
+def transform_of(name: str, tile_size_px: int) -> Transform:
+    """Returns what happens to tiles before an encoder sees them, where most have this edge.
+
+    Raises:
+        ConfigError: as `preset_of`.
+    """
+    preset = preset_of(name)
+    return replace(preset.transform, resize_px=tile_size_px) if preset.built_for_tiles else preset.transform
+
+
+def resolution_warning(name: str, tile_size_px: int, mpp: float) -> str | None:
+    """Returns a warning if an encoder would see tiles at a resolution far from those that it was trained at.
+
+    Args:
+        name: as `model.image_encoder`.
+        tile_size_px: edge of the tiles, before the encoder's own resizing.
+        mpp: micrometres per pixel of the tiles.
+
+    Raises:
+        ConfigError: as `preset_of`.
+    """
+    trained_at = preset_of(name).mpp
+    if trained_at is None:
+        return None
+    seen = mpp * tile_size_px / (transform_of(name, tile_size_px).resize_px or tile_size_px)
+    finest, coarsest = trained_at
+    if finest / MAX_RESOLUTION_RATIO <= seen <= coarsest * MAX_RESOLUTION_RATIO:
+        return None
+    fitting = (finest if seen < finest else coarsest) * mpp / seen
+    return (
+        f"{name} sees these tiles ({tile_size_px} px at {mpp:.3g} um per pixel) as {seen:.3g} um per pixel, and was "
+        f"trained at {finest:g}{'' if finest == coarsest else f' to {coarsest:g}'}: its features may be weak; prepare "
+        f"tiles with tiles.mpp={fitting:.2g}"
+    )
+
+
 def chosen_layers(name: str, layers: Sequence[str]) -> tuple[str, ...]:
     """Returns the pooled layers that `model.image_layers` asks of an encoder; of none, the preset's own.
 
@@ -130,7 +169,7 @@ def _unsized(name: str, preset: Preset, tile_size_px: int, layers: tuple[str, ..
         return _timm(network, preset, tile_size_px, layers)
     if preset.build in BUILDERS:
         return BUILDERS[preset.build](layers)
-    return _torchvision(name, network, tile_size_px, layers)
+    return _torchvision(name, network, preset, tile_size_px, layers)
 
 
 def _densenet121(layers: tuple[str, ...]) -> PooledEncoder:
@@ -173,10 +212,10 @@ BUILDERS: Mapping[str, Callable[[tuple[str, ...]], PooledEncoder]] = {
 """Networks of neither timm nor torchvision's plain output, by what a preset's `build` calls them."""
 
 
-def _torchvision(name: str, network: str, tile_size_px: int, layers: tuple[str, ...]) -> PooledEncoder:
+def _torchvision(name: str, network: str, preset: Preset, tile_size_px: int, layers: tuple[str, ...]) -> PooledEncoder:
     import torchvision
 
-    if network.startswith("vit"):
+    if preset.built_for_tiles:
         if tile_size_px % 16:
             nearest = max(16, 16 * round(tile_size_px / 16))
             raise ConfigError(f"model.image_encoder={name} needs tiles.size_px in steps of 16; use {nearest}")
@@ -192,9 +231,7 @@ def _timm(network: str, preset: Preset, tile_size_px: int, layers: tuple[str, ..
     import timm
 
     arguments: dict[str, Any] = {name: _resolved(value) for name, value in preset.arguments.items()}
-    edge = preset.transform.crop_px or preset.transform.resize_px
-    known = timm.get_pretrained_cfg(network)
-    if edge is None and known and known.fixed_input_size:
+    if preset.built_for_tiles:
         arguments["img_size"] = tile_size_px
     module = timm.create_model(network, pretrained=False, num_classes=0, **arguments)
     return PooledEncoder(module, _pool_output if preset.layers == (POOLED,) else _pool_tokens, layers)
@@ -227,9 +264,17 @@ def _timm_preset(network: str) -> Preset:
     if not timm.is_model(network):
         near = did_you_mean(network, timm.list_models(), num_nearest=3)
         raise ConfigError(f"model.image_encoder={TIMM}{network}: timm has no such model; {near}")
-    known = timm.get_pretrained_cfg(network)
-    transform = Transform(mean=_triple(known.mean), std=_triple(known.std)) if known else Transform()
-    return Preset(f"{TIMM}{network}", transform=transform, licence=(known and known.license) or "not stated")
+    build, known = f"{TIMM}{network}", timm.get_pretrained_cfg(network)
+    if known is None:
+        return Preset(build, licence="not stated", stores_weights=False)
+    return Preset(
+        build,
+        transform=Transform(mean=_triple(known.mean), std=_triple(known.std)),
+        built_for_tiles=bool(known.fixed_input_size),
+        licence=known.license or "not stated",
+        stores_weights=(known.license or "").lower() in PERMISSIVE,
+        hub=known.hf_hub_id,
+    )
 
 
 def _triple(values: Sequence[float]) -> Triple:

@@ -13,14 +13,14 @@ import torch
 from mclstexp import storage
 from mclstexp.data.features import EncoderRecord
 from mclstexp.errors import ModelError
-from mclstexp.model.encoders import PooledEncoder, build_encoder, layer_widths, preset_of
+from mclstexp.model.encoders import PooledEncoder, build_encoder, layer_widths, preset_of, transform_of
 from mclstexp.model.towers import input_scaling, plain_tensors
-from mclstexp.model.weights import load_state, load_weights, read_weights, weights_digest
+from mclstexp.model.weights import HUB, hub_weights, load_state, load_weights, read_weights, weights_digest
 from mclstexp.settings import ModelConfig
 
 ENCODERS_VARIABLE = "MCLSTEXP_ENCODERS"
 """Environment variable: a folder or s3:// prefix of weights files named DIGEST.safetensors, .bin or .pth."""
-_NAMED_WEIGHTS = ("random", "imagenet", "hub")
+_NAMED_WEIGHTS = ("random", "imagenet", HUB)
 
 
 class FrozenEncoder:
@@ -83,7 +83,7 @@ class FrozenEncoder:
 
     def _read(self, weights: str) -> dict[str, torch.Tensor]:
         encoder = build_encoder(self.record.name, self.record.tile_size_px, self.record.layers)
-        load_state(encoder, read_weights(self.record.name, weights), weights)
+        load_state(encoder, read_weights(self.record.name, weights, self.record.commit), weights)
         found = weights_digest(encoder)
         if found != self.record.digest:
             raise ModelError(
@@ -110,7 +110,8 @@ def frozen_encoder(config: ModelConfig, tile_size_px: int, seed: int) -> FrozenE
     load_weights(encoder, config)
     weights = config.image_weights
     uri = None if weights == "random" else weights if weights in _NAMED_WEIGHTS else storage.absolute(weights)
-    return _with_record(config, tile_size_px, encoder, uri)
+    commit = hub_weights(config.image_encoder)[1] if weights == HUB else None
+    return _with_record(config, tile_size_px, encoder, uri, commit)
 
 
 def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[str, torch.Tensor]) -> FrozenEncoder:
@@ -124,8 +125,11 @@ def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[st
     return _with_record(config, tile_size_px, encoder, None)
 
 
-def _with_record(config: ModelConfig, tile_size_px: int, encoder: PooledEncoder, uri: str | None) -> FrozenEncoder:
-    preset, is_random = preset_of(config.image_encoder), config.image_weights == "random"
+def _with_record(
+    config: ModelConfig, tile_size_px: int, encoder: PooledEncoder, uri: str | None, commit: str | None = None
+) -> FrozenEncoder:
+    preset, transform = preset_of(config.image_encoder), transform_of(config.image_encoder, tile_size_px)
+    is_random = config.image_weights == "random"
     layers, widths = layer_widths(config.image_encoder, tile_size_px, config.image_layers)
     mean, std = input_scaling(config)
     record = EncoderRecord(
@@ -134,15 +138,15 @@ def _with_record(config: ModelConfig, tile_size_px: int, encoder: PooledEncoder,
         tile_size_px=tile_size_px,
         layers=layers,
         widths=widths,
-        resize_px=preset.transform.resize_px,
-        crop_px=preset.transform.crop_px,
+        resize_px=transform.resize_px,
+        crop_px=transform.crop_px,
         scaling=config.input_scaling or "encoder",
         mean=mean,
         std=std,
         licence="" if is_random else preset.licence,
         stores_weights=is_random or preset.stores_weights,
         hub=None if is_random else preset.hub,
-        commit=None if is_random else preset.commit,
+        commit=None if is_random else commit or preset.commit,
         uri=uri,
     )
     return FrozenEncoder(config, record, plain_tensors(encoder.state_dict()))

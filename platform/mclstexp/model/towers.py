@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mclstexp.model.encoders import build_encoder, layer_widths, preset_of
+from mclstexp.model.encoders import build_encoder, layer_widths, preset_of, transform_of
 from mclstexp.model.presets import IMAGENET_MEAN, IMAGENET_STD, Transform, Triple
 from mclstexp.settings import ModelConfig
 
@@ -35,7 +35,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, config: ModelConfig, tile_size_px: int) -> None:
         super().__init__()
-        self.config, self.transform = config, preset_of(config.image_encoder).transform
+        self.config, self.transform = config, transform_of(config.image_encoder, tile_size_px)
         self.encoder = build_encoder(config.image_encoder, tile_size_px, config.image_layers)
         self.num_features = self.encoder.num_features
         if config.batch_norm == "sync" and not config.freeze_encoder:

@@ -14,10 +14,15 @@ from torch import nn
 from mclstexp import storage
 from mclstexp.errors import ConfigError, ModelError
 from mclstexp.messages import some_of
-from mclstexp.model.encoders import PooledEncoder, chosen_layers, preset_of
+from mclstexp.model import hub
+from mclstexp.model.encoders import PooledEncoder, build_encoder, chosen_layers, preset_of
+from mclstexp.model.presets import PRESETS
 from mclstexp.settings import ModelConfig
 
+HUB = "hub"
+"""`model.image_weights` that means the encoder's repository on the Hugging Face hub."""
 DOWNLOAD_TIMEOUT_S = 20
+_ANY_SIZE_PX = 224
 _MAX_NAMED = 3
 _CLASSIFIERS = ("classifier.", "fc.", "head.", "heads.")
 
@@ -33,13 +38,33 @@ def load_weights(encoder: PooledEncoder, config: ModelConfig) -> None:
         load_state(encoder, read_weights(config.image_encoder, config.image_weights), config.image_weights)
 
 
-def read_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
+def read_weights(name: str, weights: str, commit: str | None = None) -> dict[str, torch.Tensor]:
     """Returns the state dict that `model.image_weights` names for an encoder.
+
+    Args:
+        name: as `model.image_encoder`.
+        weights: `imagenet`, `hub` or a file.
+        commit: of the hub's repository; None: the preset's.
 
     Raises:
         ConfigError, ModelError: as `load_weights`.
     """
+    if weights == HUB:
+        return _read_state(hub_weights(name, commit)[0])
     return _imagenet_state(name) if weights == "imagenet" else _read_state(weights)
+
+
+def hub_weights(name: str, commit: str | None = None) -> tuple[str, str]:
+    """Returns the local file of an encoder's weights on the hub, and the commit that it is of.
+
+    Raises:
+        ConfigError: the encoder is not on the hub.
+        ModelError: the file cannot be had.
+    """
+    preset = preset_of(name)
+    if preset.hub is None:
+        raise ConfigError(f"model.image_weights=hub: {name} is not on the hub; use random or a file")
+    return hub.download(preset.hub, commit or preset.commit)
 
 
 def load_state(encoder: PooledEncoder, state: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -48,24 +73,42 @@ def load_state(encoder: PooledEncoder, state: Mapping[str, torch.Tensor], origin
     Raises:
         ModelError: tensors are missing, left over or of another shape; names the first of each.
     """
+    given = _given(encoder, state)
+    problems = _misfits(encoder, given)
+    if problems:
+        fitting = [name for name in PRESETS if _fits(name, state)]
+        hint = f"; they fit model.image_encoder={' or '.join(fitting)}" if fitting else ""
+        raise ModelError(f"the weights {origin} do not fit the encoder: tensors are {'; '.join(problems)}{hint}")
+    encoder.load_state_dict(given)
+
+
+def _given(encoder: PooledEncoder, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file under an encoder's names, without those of a classifier."""
     own = encoder.state_dict()
     given = {encoder.own_name(_modern(key)): value for key, value in state.items()}
     unused = tuple(encoder.own_name(prefix) for prefix in _CLASSIFIERS)
     given = {key: value for key, value in given.items() if key in own or not key.startswith(unused)}
     counters = {key: value for key, value in own.items() if key.endswith(".num_batches_tracked")}
-    given = counters | given  # older published files have no such counters; nothing here reads them
-    shaped = own.keys() & given.keys()
+    return counters | given  # older published files have no such counters; nothing here reads them
+
+
+def _misfits(encoder: PooledEncoder, given: Mapping[str, torch.Tensor]) -> list[str]:
+    own = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in given.items()}
     wrong = {
-        "missing": sorted(own.keys() - given.keys()),
-        "left over": sorted(given.keys() - own.keys()),
-        "of another shape": sorted(key for key in shaped if own[key].shape != given[key].shape),
+        "missing": [key for key in own if key not in shapes],
+        "left over": [key for key in shapes if key not in own],
+        "of another shape": [
+            f"{key} {shapes[key]} instead of {shape}" for key, shape in own.items() if shapes.get(key, shape) != shape
+        ],
     }
-    if any(wrong.values()):
-        listed = "; ".join(
-            f"{len(names)} {what}: {some_of(names, _MAX_NAMED)}" for what, names in wrong.items() if names
-        )
-        raise ModelError(f"the weights {origin} do not fit the encoder: tensors are {listed}")
-    encoder.load_state_dict(given)
+    return [f"{len(names)} {what}: {some_of(names, _MAX_NAMED)}" for what, names in wrong.items() if names]
+
+
+def _fits(name: str, state: Mapping[str, torch.Tensor]) -> bool:
+    with torch.device("meta"):
+        encoder = build_encoder(name, _ANY_SIZE_PX)
+    return not _misfits(encoder, _given(encoder, state))
 
 
 def weights_digest(encoder: nn.Module) -> str:
@@ -87,8 +130,10 @@ def require_encoder(name: str, weights: str = "random", layers: Sequence[str] = 
     chosen_layers(name, layers)
     if weights == "imagenet":
         _imagenet_state(name)
+    elif weights == HUB:
+        hub_weights(name)
     elif weights != "random" and not storage.exists(weights):
-        raise ModelError(f"model.image_weights={weights}: no such file; give a file, imagenet or random")
+        raise ModelError(f"model.image_weights={weights}: no such file; give a file, hub, imagenet or random")
 
 
 def _imagenet_state(name: str) -> dict[str, torch.Tensor]:

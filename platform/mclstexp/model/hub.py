@@ -1,0 +1,43 @@
+"""Weights from the Hugging Face hub, by repository and commit.
+
+Licences are accepted on the hub's pages, and the token is known to `huggingface_hub` alone (`hf auth login` or
+HF_TOKEN): it is in no setting and in no message.
+"""
+
+from pathlib import Path
+
+from mclstexp.errors import ModelError
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def download(repository: str, commit: str | None) -> tuple[str, str]:
+    """Returns the local path of a repository's weights and the commit that they are of; uses the hub's own cache.
+
+    Args:
+        repository: owner/name.
+        commit: the commit that is meant; None: the newest.
+
+    Raises:
+        ModelError: they cannot be had; says what to do.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    names = (*_FILES, f"{repository.rpartition('/')[2]}.pth")
+    for name in names:
+        try:
+            path = Path(hf_hub_download(repository, name, revision=commit))
+        except RemoteEntryNotFoundError:
+            continue
+        except Exception as error:  # of the hub, of its HTTP client or of the disk; they share no base
+            raise ModelError(
+                f"model.image_weights=hub: {repository} cannot be read from the hub ({type(error).__name__}: {error}). "
+                "Accept its licence on the hub's page and log in with `hf auth login` (or set HF_TOKEN), or give a "
+                "file with --model.image_weights FILE"
+            ) from error
+        return str(path), path.parent.name
+    raise ModelError(
+        f"model.image_weights=hub: {repository} has none of {', '.join(names)}; give a file with "
+        "--model.image_weights FILE"
+    )
