@@ -12,7 +12,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.features import FEATURES
 from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ConfigError
-from mclstexp.model import extract
+from mclstexp.model import embed, extract
 from mclstexp.model.towers import FeatureTower, ImageTower, build_network
 from mclstexp.training import finish, trainer
 from mclstexp.training.checkpoint import OPTIMIZER, STATE, WEIGHTS, TrainState
@@ -113,6 +113,13 @@ def test_a_run_ends_with_learnt_tensors_alone_and_nothing_is_encoded_twice(
     assert model.bank is not None
     assert len(model.bank) == run.manifest.num_spots(run.split.train)
     monkeypatch.setattr(extract, "make_features", None)
+    monkeypatch.setattr(embed, "embed_sections", None)
+    reader = with_features(run).reader.features
+    for name, arrays in embed.embed_model(tiles, run.manifest, run.split.validation, model):
+        features = torch.from_numpy(reader.read_section(name))
+        with torch.no_grad():
+            assert np.allclose(arrays["embedding"], model.towers().embed_images(features).numpy(), atol=1e-6)
+        assert np.array_equal(arrays["rgb"], reader.read_colours(name))
     store_features(tiles, run.split.train, [run.config], make=False)
 
 

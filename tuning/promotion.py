@@ -17,7 +17,7 @@ from mclstexp.data.genes import normalisers
 from mclstexp.errors import ConfigError, ModelError, UserError
 from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
 from mclstexp.evaluation.sections import read_measured
-from mclstexp.model.embed import embed_sections, network_of
+from mclstexp.model.embed import embed_model
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden
 from mclstexp.training.finish import model_uri
@@ -219,7 +219,7 @@ def _pairs(run: Run, champion: ModelVersion, challengers: list[ModelVersion]) ->
 
 def _predicted(run: Run, model: ModelVersion, genes: list[str]) -> Mapping[str, np.ndarray]:
     """Returns a model's predictions of each validation section, float32 (N, genes)."""
-    embedded = embed_sections(run.reader.root, run.manifest, run.split.validation, network_of(model))
+    embedded = embed_model(run.reader.root, run.manifest, run.split.validation, model)
     columns = _columns(model.panel.gene_id, genes)
     return {name: model.predict(arrays["embedding"]).prediction[:, columns] for name, arrays in embedded}
 

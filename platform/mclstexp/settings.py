@@ -232,7 +232,7 @@ class TrainConfig(ConfigBlock):
     1."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one. With `model.freeze_encoder` some are left
-    out, so that checkpoints take at most a tenth of the time."""
+    out, so that checkpoints take at most a twentieth of the time."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints to keep: the newest; with early stopping the best ones, and the newest."""
     max_failures: int = Field(3, ge=0)

@@ -15,6 +15,7 @@ import torch
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import Batch, pad
 from mclstexp.errors import ModelError
+from mclstexp.model.extract import features, wanted
 from mclstexp.model.extractor import colours
 from mclstexp.model.frozen import FrozenEncoder
 from mclstexp.model.tile_stream import TILES_AT_ONCE, stream_sentences
@@ -147,6 +148,32 @@ def _images(tiles: np.ndarray, device: torch.device) -> torch.Tensor:
     """Returns tiles, uint8 (n, size, size, 3), as float (n, 3, size, size) in [0, 1]."""
     images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def embed_model(
+    root: str,
+    manifest: Manifest,
+    section_ids: Sequence[str],
+    model: ModelVersion,
+    show: Show = hidden,
+    what: str = "embedding: tiles",
+) -> Iterator[tuple[str, Batch]]:
+    """Yields what `embed_sections` does for a model version, but encodes no tile whose features are stored.
+
+    A frozen encoder's features are read, or made where they are missing.
+
+    Raises:
+        ConfigError, ModelError: as `extract.features`.
+        ResourceError: as `embed_sections`.
+    """
+    if model.encoder is None:
+        yield from embed_sections(root, manifest, section_ids, network_of(model), show, what)
+        return
+    asked = replace(wanted(model.config), num_draws=0)
+    reader = features(root, manifest, section_ids, model.encoder, asked, show)
+    embed = head_of(model).build(torch.device("cpu"))
+    for name in section_ids:
+        yield name, {"embedding": embed(reader.read_section(name)), "rgb": reader.read_colours(name)}
 
 
 def encoder_network(encoder: FrozenEncoder, precision: str) -> ImageNetwork:

@@ -28,7 +28,7 @@ from mclstexp.training.step import RankState, make_optimizer, train_step
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
 POST_EVERY_S = 0.5
-CHECKPOINT_SHARE = 0.1
+CHECKPOINT_SHARE = 0.05
 """Largest share of its time that a run on stored features gives to checkpoints without a score."""
 PLACEMENT_GROUP = "placement_group"
 """Reported beside the metrics: id in hex of what reserves the workers' CPUs and GPUs, for those who stop the workers
@@ -139,7 +139,7 @@ def is_due(rank_state: RankState) -> bool:
     """Returns whether it is time for a checkpoint; every rank must call it, rank 0 decides.
 
     An epoch on stored features may take less time than its checkpoint. There a checkpoint follows another one only when
-    both have taken at most `CHECKPOINT_SHARE` of the time; a crash costs as little as ten checkpoints take.
+    both have taken at most `CHECKPOINT_SHARE` of the time; a crash costs as little as twenty checkpoints take.
     """
     if not rank_state.config.model.freeze_encoder:
         return True
