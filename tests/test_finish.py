@@ -48,10 +48,13 @@ def _run(train: tuple[str, ...], validation: tuple[str, ...], **changed: object)
     settings = {"model.image_encoder": "small_cnn", "model.spot_layers": 1, "model.spot_width": 16}
     config = override(Config(), settings | {"model.embedding_dim": 8, "retrieval.k": 3} | changed)
     manifest = _Manifest(tile_size_px=32, mpp=0.5)
-    reader = SimpleNamespace(manifest=manifest, read_section=manifest.read_section, root="table", position="sinusoidal")
+    read = {"read_section": manifest.read_section, "features": None}
+    reader = SimpleNamespace(manifest=manifest, root="table", position="sinusoidal", **read)
     panel = GenePanel(tuple("ABCD"), ("",) * 4, ("",) * 4)
     split = Split(train=train, validation=validation, test=())
-    return cast(Run, SimpleNamespace(config=config, manifest=manifest, reader=reader, panel=panel, split=split))
+    return cast(
+        Run, SimpleNamespace(config=config, manifest=manifest, reader=reader, panel=panel, split=split, encoder=None)
+    )
 
 
 @pytest.mark.parametrize("train", [("A1", "B1"), ("A1",)])

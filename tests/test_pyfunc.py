@@ -37,5 +37,5 @@ def test_mlflow_alone_gives_the_same_prediction(tmp_path: Path, make: Callable[[
     assert list(found.columns) == list(version.panel.names())
     np.testing.assert_allclose(found.to_numpy(), expected, rtol=1e-3, atol=1e-3)
     too_large = pd.DataFrame({"image": [encode_tile(np.zeros((64, 64, 3), np.uint8), "png", 90)]})
-    with pytest.raises(ModelError, match=r"takes tiles of 32 px at 0\.5 um/px, got 64 x 64 px"):
+    with pytest.raises(ModelError, match=r"takes tiles of 32 px at 0\.5 um/px as image, got 64 x 64 px"):
         model.predict(too_large)
