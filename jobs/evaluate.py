@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mclstexp.model.version import ModelVersion
 
 EXAMPLE = "python jobs/evaluate.py --model models:/mclstexp@champion --data s3://bucket/tiles --out s3://bucket/scores"
-BLOCKS = ("storage", "cluster", "tracking")
+BLOCKS = ("storage", "cluster", "tracking", "model.image_weights")
 
 
 class EvaluateArguments(JobArguments):
@@ -77,7 +77,9 @@ def _fetch(name: str, config: "Config") -> "ModelVersion":
     from mclstexp.model.version import ModelVersion
 
     with tempfile.TemporaryDirectory() as scratch:
-        return ModelVersion.load(tracking.fetch_model(config.tracking, name, scratch))
+        model = ModelVersion.load(tracking.fetch_model(config.tracking, name, scratch))
+    model.use_weights(config.model.image_weights)
+    return model
 
 
 def _publish(card: "ScoreCard", model: str, out: str, config: "Config") -> None:

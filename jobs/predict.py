@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mclstexp.prediction.run import Report
 
 EXAMPLE = "python jobs/predict.py --model models:/mclstexp@champion --samples slides/ --out s3://bucket/predictions"
-BLOCKS = ("storage", "cluster", "predict", "tracking")
+BLOCKS = ("storage", "cluster", "predict", "tracking", "model.image_weights")
 MIN_CPUS = 3
 
 
@@ -67,6 +67,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         model = ModelVersion.load(tracking.fetch_model(config.tracking, arguments.model, scratch))
+    model.use_weights(config.model.image_weights)
     find_genes(model.panel, arguments.genes)
     cohort = _cohort(arguments, model, config)
     if not arguments.explain and not arguments.dry_run:

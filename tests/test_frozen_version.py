@@ -9,9 +9,11 @@ import pytest
 import torch
 from random_version import frozen_version, random_version
 from safetensors.torch import load_file, save_file
+from small_table import empty_manifest
 
 from mclstexp.config import override
 from mclstexp.errors import ModelError, RunError
+from mclstexp.evaluation.evaluate import _notes
 from mclstexp.model.embed import head_of, network_of
 from mclstexp.model.frozen import ENCODERS_VARIABLE, FrozenEncoder, frozen_encoder
 from mclstexp.model.towers import ImageTower, TwoTowers
@@ -81,6 +83,31 @@ def test_an_encoder_whose_licence_allows_no_copy_is_found_by_its_digest(
     save_file(version.encoder.state(), tmp_path / f"{version.encoder.record.digest}.safetensors")
     monkeypatch.setenv(ENCODERS_VARIABLE, str(tmp_path))
     assert np.array_equal(_embedded(loaded), _embedded(version))
+
+
+def test_weights_that_a_job_is_given_are_taken_or_refused(tmp_path: Path) -> None:
+    version, trained = _gated(frozen_version()), random_version()
+    loaded = ModelVersion.load(_saved(version, tmp_path / "version"))
+    assert version.encoder is not None
+    save_file(version.encoder.state(), tmp_path / "own.safetensors")
+    save_file(frozen_encoder(version.config.model, 32, 3).state(), tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"other\.safetensors is not the encoder that the features and the model"):
+        loaded.use_weights(str(tmp_path / "other.safetensors"))
+    loaded.use_weights(str(tmp_path / "own.safetensors"))
+    assert np.array_equal(_embedded(loaded), _embedded(version))
+    trained.use_weights("random")
+    with pytest.raises(ModelError, match="the model trained its image encoder and contains it"):
+        trained.use_weights("other.safetensors")
+
+
+def test_version_and_card_bear_the_licence_of_the_pretrained_weights(tmp_path: Path) -> None:
+    manifest, version = empty_manifest(), random_version()
+    assert (version.licence, [note for note in _notes(version, manifest, (), {}) if "licence" in note]) == ("", [])
+    settings = {"model.image_encoder": "uni2-h", "model.image_weights": "uni2-h.bin"}
+    version.config = override(version.config, settings)
+    assert version.licence == "CC-BY-NC-ND-4.0"
+    expected = "the image encoder, uni2-h, began with weights under this licence: CC-BY-NC-ND-4.0"
+    assert expected in _notes(version, manifest, (), {})
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -280,6 +280,9 @@ def _notes(
     notes += [
         f"genes of {name} that are not in the panel: {', '.join(genes)}" for name, genes in missing.items() if genes
     ]
+    if model.licence:
+        encoder = model.config.model.image_encoder
+        notes.append(f"the image encoder, {encoder}, began with weights under this licence: {model.licence}")
     if model.bank is None:
         notes.append("a direct regression predicts in its own target alone: in others it has correlations only")
     return notes

@@ -126,16 +126,23 @@ class ModelVersion:
         return self.wide[0] if view == IMAGE_WIDE and self.wide else self.tile_size_px
 
     def use_weights(self, weights: str) -> None:
-        """Takes a frozen encoder's tensors from a file instead of looking for them.
+        """Takes a frozen encoder's tensors from where `model.image_weights` says instead of looking for them.
+
+        Args:
+            weights: `random`, the setting's default, changes nothing, and neither does what the model was trained with
+                if it contains its encoder.
 
         Raises:
             ModelError: they are another encoder's, or the version's encoder was trained and is stored in it.
         """
-        if self.encoder is None:
+        if weights == "random":
+            return
+        if self.encoder is not None:
+            self.encoder = self.encoder.with_weights(weights)
+        elif weights != self.config.model.image_weights:
             raise ModelError(
                 f"model.image_weights={weights} is of no use: the model trained its image encoder and contains it"
             )
-        self.encoder = self.encoder.with_weights(weights)
 
     def towers(self) -> TwoTowers:
         """Returns the two towers with the version's weights, in evaluation mode on the CPU."""
