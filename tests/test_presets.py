@@ -177,3 +177,31 @@ def test_a_resolution_far_from_the_training_s_names_the_setting() -> None:
     assert "as 0.25 um per pixel, and was trained at 0.5" in warning
     assert warning.endswith("tiles.mpp=1")
     assert (resolution_warning("virchow2", 224, 3.1) or "").endswith("tiles.mpp=2")
+
+
+def _row(name: str) -> str:
+    """The row of a preset in docs/encoders.md."""
+    preset = PRESETS[name]
+    layers, widths = layer_widths(name, 224, preset.layers)
+    transform = preset.transform
+    crop = f", centre {transform.crop_px}" if transform.crop_px else ""
+    own_size = "built for their size" if preset.built_for_tiles else "as they are"
+    tiles = f"{transform.resize_px} px{crop}" if transform.resize_px else own_size
+    mpp = "any" if preset.mpp is None else " to ".join(f"{value:g}" for value in sorted(set(preset.mpp)))
+    return " | ".join(
+        (
+            f"| `{name}`",
+            ", ".join(f"`{layer}` {width:,}" for layer, width in zip(layers, widths, strict=True)),
+            tiles,
+            mpp,
+            preset.licence,
+            "yes" if preset.stores_weights else "no",
+            f"{preset.hub or '-'} |",
+        )
+    )
+
+
+def test_the_page_of_encoders_lists_every_preset_as_it_is() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [_row(name) for name in PRESETS]

@@ -31,8 +31,9 @@ def download(repository: str, commit: str | None) -> tuple[str, str]:
         except RemoteEntryNotFoundError:
             continue
         except Exception as error:  # of the hub, of its HTTP client or of the disk; they share no base
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
-                f"model.image_weights=hub: {repository} cannot be read from the hub ({type(error).__name__}: {error}). "
+                f"model.image_weights=hub: {repository} cannot be read from the hub ({reason}). "
                 "Accept its licence on the hub's page and log in with `hf auth login` (or set HF_TOKEN), or give a "
                 "file with --model.image_weights FILE"
             ) from error

@@ -5,6 +5,7 @@ import http.client
 import tempfile
 import urllib.error
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -106,9 +107,14 @@ def _misfits(encoder: PooledEncoder, given: Mapping[str, torch.Tensor]) -> list[
 
 
 def _fits(name: str, state: Mapping[str, torch.Tensor]) -> bool:
-    with torch.device("meta"):
-        encoder = build_encoder(name, _ANY_SIZE_PX)
+    encoder = _empty_encoder(name)
     return not _misfits(encoder, _given(encoder, state))
+
+
+@cache
+def _empty_encoder(name: str) -> PooledEncoder:
+    with torch.device("meta"):
+        return build_encoder(name, _ANY_SIZE_PX)
 
 
 def weights_digest(encoder: nn.Module) -> str:
