@@ -216,7 +216,8 @@ def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: 
     failed = run_folds([*folds, broken], study, lambda what, done, total, note="": shown.append((what, done, total)))
     assert list(failed) == ["broken"], failed
     assert f"genes.panel={Path.cwd()}/none.txt" in failed["broken"]
-    assert shown[0] == ("folds", 0, 3)
+    first_fold = shown.index(("folds", 0, 3))
+    assert {what for what, _, _ in shown[:first_fold]} == {"encoding: spots"}, "floors' features come first, once"
     assert shown[-1] == ("folds", 3, 3)
     assert {("fold P2", 1, 1), ("fold P3", 1, 1)} <= set(shown)
     assert [is_scored(study, fold.name) for fold in (*folds, broken)] == [True, True, False]
