@@ -36,7 +36,12 @@ Arguments = typing.TypeVar("Arguments", bound=JobArguments)
 
 
 def parse(
-    kind: type[Arguments], purpose: str, example: str, blocks: Sequence[str], argv: Sequence[str] | None = None
+    kind: type[Arguments],
+    purpose: str,
+    example: str,
+    blocks: Sequence[str],
+    argv: Sequence[str] | None = None,
+    implied: Mapping[str, object] | None = None,
 ) -> tuple[Arguments, Config]:
     """Returns the job's arguments and the resolved configuration, and applies its storage block to this process.
 
@@ -46,6 +51,7 @@ def parse(
         example: a command line, for --help.
         blocks: the blocks of the configuration that the job reads, or single settings; only these are options.
         argv: the command line without the program's name; default sys.argv.
+        implied: settings that the job itself makes, whatever the file and the command line say.
 
     Raises:
         ConfigError: an unknown or invalid argument or setting, with the nearest valid name.
@@ -62,7 +68,7 @@ def parse(
     fields = {**kind.model_fields, **{name: _setting(name) for name in settings}}
     values = {name: _value(fields[name], text) for name, text in given.items()}
     arguments = _validated(kind, {name: value for name, value in values.items() if name in kind.model_fields})
-    changed = {name: value for name, value in values.items() if "." in name}
+    changed = {name: value for name, value in values.items() if "." in name} | dict(implied or {})
     config = override(load_config(known.config if settings else None), changed, "the command line")
     os.environ.update(config.storage.environment())
     if not arguments.verbose:

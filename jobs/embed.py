@@ -9,7 +9,6 @@ from _encoder import warn_of_resolution
 from pydantic import Field
 
 if TYPE_CHECKING:
-    from mclstexp.config import Config
     from mclstexp.model.extract import Renewal
 
 EXAMPLE = "python jobs/embed.py --data s3://bucket/tiles --model.image_encoder uni2-h --model.image_weights uni2-h.bin"
@@ -29,15 +28,17 @@ class EmbedArguments(JobArguments):
 
 def main() -> None:
     """Parses, reads the encoder's weights, brings the features up to date."""
-    arguments, config = parse(EmbedArguments, __doc__ or "", EXAMPLE, BLOCKS)
+    arguments, config = parse(EmbedArguments, __doc__ or "", EXAMPLE, BLOCKS, implied={"model.freeze_encoder": True})
     from mclstexp import cluster, progress
+    from mclstexp.config import override
     from mclstexp.data.features import FEATURES
     from mclstexp.data.schema import load_manifest
     from mclstexp.model.extract import plan_features, renew_features, wanted
     from mclstexp.model.frozen import frozen_encoder
 
     # Mistakes first
-    config = _frozen(config, arguments.views)
+    if arguments.views is not None:
+        config = override(config, {"train.feature_draws": arguments.views}, "--views")
     manifest = load_manifest(arguments.data)
     names = arguments.sections or tuple(entry.section_id for entry in manifest.sections)
     manifest.num_spots(names)  # refuses unknown ones
@@ -57,15 +58,6 @@ def main() -> None:
         renewal = renew_features(arguments.data, manifest, names, encoder, wanted(config), show)
     _tell(renewal, len(names))
     print(f"features {renewal.root}")
-
-
-def _frozen(config: "Config", num_draws: int | None) -> "Config":
-    from mclstexp.config import override
-
-    changed: dict[str, object] = {"model.freeze_encoder": True}
-    if num_draws is not None:
-        changed["train.feature_draws"] = num_draws
-    return override(config, changed, "--views" if num_draws else "jobs/embed.py")
 
 
 def _tell(renewal: "Renewal", num_sections: int) -> None:

@@ -31,7 +31,7 @@ from mclstexp.data.spots import Batch, pad
 from mclstexp.data.table import read_columns
 from mclstexp.errors import ConfigError, TableError
 from mclstexp.messages import some_of
-from mclstexp.model.extractor import Extractor, require_sizes
+from mclstexp.model.extractor import Extractor
 from mclstexp.model.frozen import FrozenEncoder
 from mclstexp.model.tile_stream import allowed_resources, stream_sentences
 from mclstexp.model.towers import uses_bf16
@@ -176,7 +176,6 @@ def plan_features(
     Raises:
         ConfigError: the encoder does not take the tiles of a view.
     """
-    require_sizes(encoder.record, manifest)
     plain = wanted.plain_table(manifest, encoder.record, _arithmetic(wanted.precision))
     return plain, _missing(tiles, load_or_plain(tiles, plain), manifest, section_ids)
 
@@ -207,7 +206,6 @@ def make_features(
     for name in section_ids:
         if not manifest.section(name).row_groups:
             table = write_features(tiles, plain, manifest.section(name), (), old.get(name))
-    require_sizes(encoder.record, manifest)
     for name, sentences in _sections(tiles, manifest, section_ids, encoder, plain, show):
         entry = manifest.section(name)
         spots = read_columns(tiles, entry, ["spot_id"])["spot_id"].to_pylist()

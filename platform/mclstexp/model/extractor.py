@@ -7,9 +7,7 @@ import numpy as np
 import torch
 
 from mclstexp.data.features import RGB, EncoderRecord, FeatureManifest
-from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import Batch
-from mclstexp.errors import ConfigError
 from mclstexp.model.augment import augment
 from mclstexp.model.tile_stream import TILES_AT_ONCE
 from mclstexp.model.towers import ImageTower
@@ -59,29 +57,6 @@ def colours(tiles: np.ndarray) -> np.ndarray:
     """Returns the mean and standard deviation of red, green and blue in [0, 1] of tiles, uint8 (n, size, size, 3)."""
     pixels = tiles.reshape(len(tiles), -1, 3) / np.float32(255)
     return np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1).astype(np.float32)
-
-
-def require_sizes(record: EncoderRecord, manifest: Manifest) -> None:
-    """Checks that an encoder takes the tiles of every view of a table, also of another size than those of `image`.
-
-    Raises:
-        ConfigError: it was built for tiles of another size and resizes none.
-    """
-    for view in manifest.views:
-        size = manifest.view_size_px(view)
-        if size == record.tile_size_px:
-            continue
-        with torch.device("meta"), torch.inference_mode():
-            tower = _tower_of(record).eval()
-            try:
-                tower(torch.zeros(1, 3, size, size))
-            except (RuntimeError, AssertionError, ValueError) as error:
-                raise ConfigError(
-                    f"model.image_encoder={record.name}, built for tiles of {record.tile_size_px} px, does not take "
-                    f"the {size} px of {view} ({str(error).splitlines()[0]}); use an encoder that takes any size or "
-                    "resizes its tiles (docs/encoders.md), or prepare the table with tiles.wide_px="
-                    f"{record.tile_size_px}"
-                ) from None
 
 
 def _tower_of(record: EncoderRecord) -> ImageTower:
