@@ -9,6 +9,7 @@ import pytest
 import ray.train
 import torch
 
+from mclstexp import storage
 from mclstexp.errors import RunError
 from mclstexp.training.checkpoint import OPTIMIZER, STATE, WEIGHTS, TrainState, save_checkpoint
 from mclstexp.training.history import SNAPSHOT, best_checkpoint, mend_snapshot, newest_checkpoint
@@ -132,3 +133,19 @@ def test_without_a_sound_checkpoint_the_advice_is_to_start_again(run: Path) -> N
     shutil.rmtree(run)
     assert newest_checkpoint(str(run)) is None
     mend_snapshot(str(run), by_score=False)
+
+
+def test_checkpoints_in_object_storage_are_read_beside_the_folders_of_pyarrow(run: Path, s3: str) -> None:
+    uri = f"{s3}/runs/run"
+    filesystem, root = storage.filesystem(uri)
+    for file in sorted(path for path in run.rglob("*") if path.is_file()):
+        name = file.relative_to(run)
+        filesystem.create_dir(
+            f"{root}/{name.parent}".removesuffix("/.")
+        )  # as Ray Train does: an empty object with the folder's name
+        storage.upload(file, f"{uri}/{name}")
+    assert newest_checkpoint(uri).uri == f"{uri}/checkpoint_3"
+    storage.delete(f"{uri}/checkpoint_3/{WEIGHTS}")
+    assert newest_checkpoint(uri).uri == f"{uri}/checkpoint_2"
+    mend_snapshot(uri, by_score=False)
+    assert ray.train.Result.from_path(root, filesystem).checkpoint.path == f"{root}/checkpoint_2"

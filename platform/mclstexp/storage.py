@@ -266,7 +266,8 @@ def list_folder(uri: str) -> list[str]:
     """Returns the names of the files directly in a folder, sorted; empty if there are none."""
     uri = absolute(uri)
     if is_s3(uri):
-        return sorted(found.rpartition("/")[2] for found in _s3_list(uri, "/"))
+        names = (found.rpartition("/")[2] for found in _s3_list(uri, "/"))
+        return sorted(name for name in names if name)  # PyArrow, and so Ray Train, stores an empty object as a folder
     if not Path(uri).is_dir():
         return []
     with _local_errors("list", uri), os.scandir(uri) as entries:

@@ -104,8 +104,8 @@ def local_checkpoint(uri: str) -> Iterator[str]:
         yield uri
         return
     with tempfile.TemporaryDirectory() as scratch:
-        for file in storage.list_files(uri):
-            storage.download(file, Path(scratch, file.rpartition("/")[2]))
+        for name in storage.list_folder(uri):
+            storage.download(storage.join(uri, name), Path(scratch, name))
         yield scratch
 
 
