@@ -163,24 +163,28 @@ def float16_table(protocol: str, *studies: Path) -> str:
     whole, half = (_rows(study) for study in studies)
     names = [score.name for score in SCORES]
     largest = (whole[names] - half[names]).abs().groupby("method").max()
-    lines = [
-        f"Protocol {protocol}: with float32 and with float16 features, and the largest difference in any section",
-        "",
-    ]
-    lines += [
-        "| method | " + " | ".join(SHOWN) + " | largest difference of PCC | of MSE |",
-        "|---" * (len(SHOWN) + 3) + "|",
-    ]
+    titles = [*SHOWN, "largest difference of PCC in any section", "of MSE"]
+    lines = [f"Protocol {protocol}, float32 / float16 features:", "", _line(["method", *titles])]
+    lines.append("|---" * (len(titles) + 1) + "|")
     for method in whole.index.unique("method"):
         cells = [
             " / ".join(
-                f"{rows.xs((method, genes), level=('method', 'gene_set'))[score].mean():.4f}" for rows in (whole, half)
+                _mean(rows.xs((method, genes), level=("method", "gene_set")), score, protocol) for rows in (whole, half)
             )
             for genes, score in SHOWN.values()
         ]
-        cells += [f"{largest.loc[method, score]:.1e}" for score in ("pcc", "mse")]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(_line([method, *cells, *(f"{largest.loc[method, score]:.1e}" for score in ("pcc", "mse"))]))
+    return "\n".join(lines).replace("nan", "-") + "\n"
+
+
+def _mean(rows: pd.DataFrame, score: str, protocol: str) -> str:
+    """Returns the mean as on score cards: over patients where whole patients are held out, else over sections."""
+    unit = "patient_id" if protocol == "patient" else "section_id"
+    return f"{rows.groupby(unit)[score].mean().mean():.4f}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _rows(study: Path) -> pd.DataFrame:
