@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Collection, Iterable
 
+AGAINST_DIVERGENCE = "lower train.tower_lr and train.head_lr, raise train.warmup or use train.precision=fp32"
+"""What to do when a training's numbers are no longer finite."""
 MAX_NAMED = 5
 """Names that a message lists at most, unless it says otherwise."""
 

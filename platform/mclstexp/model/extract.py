@@ -171,11 +171,7 @@ def renew_features(
 def plan_features(
     tiles: str, manifest: Manifest, section_ids: Sequence[str], encoder: FrozenEncoder, wanted: Wanted
 ) -> tuple[FeatureManifest, list[str]]:
-    """Returns the table that `renew_features` would bring up to date, without sections, and the missing sections.
-
-    Raises:
-        ConfigError: the encoder does not take the tiles of a view.
-    """
+    """Returns the table that `renew_features` would bring up to date, without sections, and the missing sections."""
     plain = wanted.plain_table(manifest, encoder.record, _arithmetic(wanted.precision))
     return plain, _missing(tiles, load_or_plain(tiles, plain), manifest, section_ids)
 

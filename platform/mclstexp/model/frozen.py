@@ -32,11 +32,6 @@ class FrozenEncoder:
         self.config, self.record = config, record
         self._state = state
 
-    @property
-    def features_of_view(self) -> int:
-        """Number of features of one view."""
-        return sum(self.record.widths)
-
     def state(self) -> dict[str, torch.Tensor]:
         """Returns the state dict of its `PooledEncoder`, which is looked for if it is not at hand.
 
@@ -63,7 +58,8 @@ class FrozenEncoder:
         return FrozenEncoder(self.config, self.record, self._read(weights))
 
     def _found(self) -> dict[str, torch.Tensor]:
-        for weights in self._places():
+        weights = next(self._places(), None)
+        if weights is not None:
             return self._read(weights)
         record, folder = self.record, os.environ.get(ENCODERS_VARIABLE)
         looked = [f"{ENCODERS_VARIABLE} ({folder or 'not set'})", f"the recorded place ({record.uri or 'none'})"]

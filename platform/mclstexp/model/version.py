@@ -26,6 +26,7 @@ from mclstexp.data.features import EncoderRecord
 from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.data.schema import IMAGE_WIDE, Manifest
 from mclstexp.errors import ModelError, RunError
+from mclstexp.messages import AGAINST_DIVERGENCE
 from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
 from mclstexp.model.encoders import preset_of
 from mclstexp.model.frozen import FrozenEncoder, encoder_from_state
@@ -158,8 +159,7 @@ class ModelVersion:
         """
         if found := self._not_finite():
             raise RunError(
-                f"{found} is not finite: training has diverged, and no model version was written; lower "
-                "train.tower_lr and train.head_lr, raise train.warmup or use train.precision=fp32"
+                f"{found} is not finite: training has diverged, and no model version was written; {AGAINST_DIVERGENCE}"
             )
         folder = Path(folder)
         record = _ModelFile(
@@ -177,7 +177,7 @@ class ModelVersion:
         (folder / MODEL).write_text(record.model_dump_json(indent=1))
         save_file(plain_tensors(self.weights), folder / WEIGHTS)
         if self.encoder is not None and self.encoder.record.stores_weights:
-            save_file(plain_tensors(self.encoder.state()), folder / ENCODER)
+            save_file(self.encoder.state(), folder / ENCODER)
         if self.bank is not None:
             self.bank.save(folder, self._identity(folder))
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}

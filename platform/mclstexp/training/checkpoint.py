@@ -21,6 +21,7 @@ from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 
 from mclstexp.errors import RunError
+from mclstexp.messages import AGAINST_DIVERGENCE
 from mclstexp.model.towers import plain_tensors
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -78,8 +79,7 @@ def save_checkpoint(folder: str, model: torch.nn.Module, optimizer: torch.optim.
     for file, values in tensors.items():
         if found := _not_finite(values):
             raise RunError(
-                f"{found} of {file} is not finite after step {state.step}: training has diverged; lower "
-                "train.tower_lr and train.head_lr, raise train.warmup or use train.precision=fp32"
+                f"{found} of {file} is not finite after step {state.step}: training has diverged; {AGAINST_DIVERGENCE}"
             )
     digests = {}
     for file, values in tensors.items():

@@ -15,6 +15,7 @@ from mclstexp import storage
 from mclstexp.data.schema import IMAGE_WIDE, Manifest
 from mclstexp.data.spots import num_positions
 from mclstexp.errors import RunError
+from mclstexp.messages import AGAINST_DIVERGENCE
 from mclstexp.model.bank import Bank, build_bank, drawn_sections, ood_similarity
 from mclstexp.model.embed import embed_sections, head_of, network_of
 from mclstexp.model.retrieval import resolve
@@ -99,7 +100,7 @@ def require_finite_answer(version: ModelVersion) -> None:
     if not (np.isfinite(embedding).all() and np.isfinite(version.predict(embedding).prediction).all()):
         raise RunError(
             "the model's answer to a probe is not finite: training has diverged, and no model version was written; "
-            "lower train.tower_lr and train.head_lr, raise train.warmup or use train.precision=fp32"
+            f"{AGAINST_DIVERGENCE}"
         )
 
 
