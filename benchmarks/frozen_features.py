@@ -31,7 +31,7 @@ from mclstexp.data.spots import Batch, make_reader, num_positions  # noqa: E402
 from mclstexp.data.stream import read_ahead  # noqa: E402
 from mclstexp.evaluation.save import RECORD, ROWS  # noqa: E402
 from mclstexp.evaluation.scores import SCORES, read_table  # noqa: E402
-from mclstexp.model.embed import encoder_network  # noqa: E402
+from mclstexp.model.embed import network_of  # noqa: E402
 from mclstexp.model.extract import features, wanted  # noqa: E402
 from mclstexp.model.towers import build_network  # noqa: E402
 from mclstexp.model.version import ModelVersion  # noqa: E402
@@ -103,13 +103,13 @@ def time_epochs(model: ModelVersion, tiles: str, num_epochs: int, encodes: bool)
     """Returns the seconds of the fastest epoch of the same steps, which encodes every tile or reads stored features."""
     config, manifest, sections = model.config, load_manifest(tiles), model.training.sections
     reader = make_reader(tiles, manifest, model.panel, config, sections)
-    assert model.encoder is not None
     if not encodes:
+        assert model.encoder is not None
         stored = features(tiles, manifest, sections, model.encoder, wanted(config), make=False)
         reader = replace(reader, features=stored)
     feed = make_feed(config, reader, sections)
     state = rank_state(config, len(model.panel), num_positions(reader), manifest.tile_size_px, feed.num_steps())
-    encode = encoder_network(model.encoder, config.train.precision).build(state.device)
+    encode = replace(network_of(model), head=None).build(state.device)
     load = feed.loader if encodes else feed.loader.keeping()
     seconds = []
     for epoch in range(num_epochs):

@@ -20,8 +20,8 @@ from mclstexp.data.table import read_sentence
 from mclstexp.errors import RunError, SplitError
 from mclstexp.evaluation.floors import floor_encoders
 from mclstexp.evaluation.save import save_card
-from mclstexp.model.embed import encoder_network
 from mclstexp.model.extract import features, wanted
+from mclstexp.model.towers import ImageTower
 from mclstexp.model.version import ModelVersion
 from mclstexp.training.run import former_digest
 from tuning import cross_validation
@@ -183,13 +183,16 @@ def _assert_stored_features_are_the_encoders(study: Study, tiles: str) -> None:
     """Encodes each section once more, in this process."""
     model, manifest = ModelVersion.load(f"{study.uri}/P3/model"), load_manifest(tiles)
     encoder = floor_encoders(model.config.model, manifest.tile_size_px, None)["random"]
-    embed = encoder_network(encoder, "fp32").build(torch.device("cpu"))
+    tower = ImageTower(model.config.model, manifest.tile_size_px).eval()
+    tower.encoder.load_state_dict(encoder.state())
     measured = [entry.section_id for entry in manifest.sections if entry.measured]
     stored = features(tiles, manifest, measured, encoder, wanted(model.config), make=False)
     for name in measured:
         entry = manifest.section(name)
         images = [read_sentence(tiles, entry, group)["image"] for group in range(len(entry.row_groups))]
-        found = np.concatenate([embed(decode_tiles(image, manifest.tile_size_px)) for image in images])
+        pixels = np.concatenate([decode_tiles(image, manifest.tile_size_px) for image in images])
+        with torch.inference_mode():
+            found = tower(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).numpy()
         assert stored.read_section(name) == pytest.approx(found, rel=1e-4, abs=1e-5)
 
 

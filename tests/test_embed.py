@@ -13,7 +13,7 @@ from small_table import empty_manifest
 from mclstexp.cluster import ordered
 from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ResourceError
-from mclstexp.model.embed import ImageHead, ImageNetwork, embed_sections, encoder_network
+from mclstexp.model.embed import ImageHead, ImageNetwork, embed_sections
 from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.towers import ImageTower, ProjectionHead, TwoTowers
 from mclstexp.settings import ModelConfig
@@ -68,18 +68,6 @@ def test_with_test_turns_embedded_tiles_are_turned() -> None:
     assert turning(TILES[2:3]) == pytest.approx(found[2:3], abs=1e-6)
 
 
-def test_an_encoder_alone_gives_its_features_whatever_the_views_of_the_model() -> None:
-    config = _config(freeze_encoder=True, image_views=("image", "image_wide"), image_layers=("third", "pooled"))
-    encoder = frozen_encoder(config, 32, seed=3)
-    found = encoder_network(encoder, "fp32").build(CPU)(TILES)
-    torch.manual_seed(3)
-    tower = ImageTower(config, 32).eval()
-    with torch.inference_mode():
-        expected = tower(torch.from_numpy(TILES).permute(0, 3, 1, 2) / 255).numpy()
-    assert found.shape == (5, 96 + 128)
-    assert found == pytest.approx(expected, abs=1e-6)
-
-
 def test_the_views_of_a_spot_are_joined_before_the_head() -> None:
     config = _config(freeze_encoder=True, image_views=("image", "image_wide"))
     encoder, wide = frozen_encoder(config, 32, seed=3), TILES[:, ::2, ::2].copy()
@@ -87,9 +75,11 @@ def test_the_views_of_a_spot_are_joined_before_the_head() -> None:
     head = ProjectionHead(256, 8, config.l2_normalise).eval()
     tower = {f"encoder.{name}": value for name, value in encoder.state().items()}
     network = ImageNetwork(config.model_dump(mode="json"), 32, tower, head.state_dict(), "fp32")
-    alone = encoder_network(encoder, "fp32").build(CPU)
-    features = np.concatenate([alone(TILES), alone(wide)], axis=1)
+    torch.manual_seed(3)
+    alone = ImageTower(config, 32).eval()
     with torch.inference_mode():
+        parts = [alone(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255).numpy() for tiles in (TILES, wide)]
+        features = np.concatenate(parts, axis=1)
         expected = head(torch.from_numpy(features)).numpy()
     assert network.build(CPU)(TILES, wide) == pytest.approx(expected, abs=1e-5)
     by_head = ImageHead(config.model_dump(mode="json"), head.state_dict(), "fp32")

@@ -29,7 +29,7 @@ from mclstexp.evaluation.evaluate import evaluate, held_out
 from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.evaluation.save import save_card
 from mclstexp.model import extract
-from mclstexp.model.embed import encoder_network, head_of
+from mclstexp.model.embed import head_of, network_of
 from mclstexp.model.towers import build_network
 from mclstexp.model.version import ModelVersion
 from mclstexp.report.result import model_rows, open_result
@@ -258,7 +258,7 @@ def test_a_frozen_model_and_its_floors_read_features_that_are_made_once(
     names = version.training.sections
     training = np.concatenate([_expression(tiles, version, name)[0] for name in names])
     truth, _ = _expression(tiles, version, TEST)
-    embed = encoder_network(version.encoder, "fp32").build(torch.device("cpu"))
+    embed = replace(network_of(version), head=None).build(torch.device("cpu"))
     seen, asked = embed(np.concatenate([_tiles_of(tiles, name) for name in names])), embed(_tiles_of(tiles, TEST))
     steps = make_pipeline(StandardScaler(), PCA(svd_solver="full"), Ridge(100 / (seen.shape[1] * training.shape[1])))
     probed = steps.fit(seen.astype(float), training).predict(asked.astype(float))

@@ -17,7 +17,6 @@ from mclstexp.data.spots import Batch, pad
 from mclstexp.errors import ModelError
 from mclstexp.model.extract import features, wanted
 from mclstexp.model.extractor import colours
-from mclstexp.model.frozen import FrozenEncoder
 from mclstexp.model.tile_stream import TILES_AT_ONCE, stream_sentences
 from mclstexp.model.towers import ImageTower, ProjectionHead, uses_bf16
 from mclstexp.model.version import ModelVersion
@@ -174,13 +173,6 @@ def embed_model(
     embed = head_of(model).build(torch.device("cpu"))
     for name in section_ids:
         yield name, {"embedding": embed(reader.read_section(name)), "rgb": reader.read_colours(name)}
-
-
-def encoder_network(encoder: FrozenEncoder, precision: str) -> ImageNetwork:
-    """Returns a frozen encoder without head: the network that maps the tiles of one view to its features."""
-    config = encoder.config.model_copy(update={"image_views": ("image",), "test_turns": False})
-    tower = {f"encoder.{name}": value for name, value in encoder.state().items()}
-    return ImageNetwork(config.model_dump(mode="json"), encoder.record.tile_size_px, tower, None, precision)
 
 
 def embed_sections(
