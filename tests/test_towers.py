@@ -167,6 +167,16 @@ def test_a_frozen_encoder_is_no_part_of_the_network() -> None:
     assert towers.image_head.project.weight.grad is not None
 
 
+def test_stored_features_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call.__self__) or call)
+    trained, frozen = (ModelConfig(image_encoder="small_cnn", freeze_encoder=freeze) for freeze in (False, True))
+    towers = [TwoTowers(config, GENES, 0, 32).image_tower for config in (trained, frozen)]
+    for tower in towers:
+        tower.compile()
+    assert compiled == towers[:1]
+
+
 def test_tiles_are_resized_cropped_and_normalised_as_the_preset_says(monkeypatch) -> None:
     transform = Transform(resize_px=40, crop_px=32, mean=(0.7, 0.6, 0.5), std=(0.2, 0.3, 0.4))
     preset = replace(PRESETS["small_cnn"], transform=transform)

@@ -215,7 +215,7 @@ class TrainConfig(ConfigBlock):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the towers; auto: bf16 if the device computes it natively."""
     compile: bool = False
-    """Whether the image tower is compiled (torch.compile)."""
+    """Whether the image tower is compiled (torch.compile); of no effect on a frozen one, whose features are stored."""
     validate_every: int = Field(1, ge=0)
     """Epochs between scores on the validation patients, if there are any; the last epoch is always scored.
     0: no scores, and no early stopping."""

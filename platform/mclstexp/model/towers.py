@@ -91,6 +91,9 @@ class FeatureTower(nn.Module):
         """Returns the features (N, F)."""
         return features
 
+    def compile(self, *_: object, **__: object) -> None:
+        """Does nothing: there is nothing to compile."""
+
 
 def feature_width(config: ModelConfig, tile_size_px: int) -> int:
     """Returns the number of features F of a spot: of all views and layers that the settings join.
