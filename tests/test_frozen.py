@@ -5,12 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from feature_tables import plain_table
 from safetensors.torch import save_file
 
 from mclstexp import storage
 from mclstexp.errors import ModelError
+from mclstexp.model import frozen
+from mclstexp.model.extractor import Extractor
 from mclstexp.model.frozen import ENCODERS_VARIABLE, FrozenEncoder, frozen_encoder
+from mclstexp.model.weights import read_weights
 from mclstexp.settings import ModelConfig
 
 CONFIG = ModelConfig(image_encoder="small_cnn", freeze_encoder=True)
@@ -42,10 +47,47 @@ def test_the_digest_is_of_the_tensors_and_not_of_the_file(tmp_path: Path, suffix
     assert (one.record.layers, one.record.widths) == (("pooled",), (128,))
 
 
+def test_a_file_is_read_once_as_long_as_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    monkeypatch.setattr(frozen, "read_weights", lambda *which: reads.append(which[1]) or read_weights(*which))
+    (encoder, path), random_state = _saved(tmp_path, 0), torch.get_rng_state()
+    config = CONFIG.model_copy(update={"image_weights": str(path), "image_layers": ("third",), "spot_layers": 7})
+    assert frozen_encoder(config, 32, 1).state() is encoder.state()
+    assert FrozenEncoder(encoder.record).state() is encoder.state()
+    assert reads == [str(path)]
+    assert torch.equal(torch.get_rng_state(), random_state), "no network is filled with random numbers"
+    save_file(frozen_encoder(CONFIG, 32, 1).state(), path)
+    assert frozen_encoder(config, 32, 1).record.digest == frozen_encoder(CONFIG, 32, 1).record.digest
+    assert reads == [str(path)] * 2
+
+
+def test_a_file_gives_the_features_of_the_network_that_it_was_saved_from(tmp_path: Path) -> None:
+    """A transformer with buffers that are in no state dict: its rotations by position."""
+    torch.manual_seed(0)
+    network = timm.create_model("eva02_tiny_patch14_224", num_classes=0, img_size=28).eval()
+    assert {name for name, _ in network.named_buffers()} - network.state_dict().keys()
+    torch.save({name: value.half() for name, value in network.state_dict().items()}, tmp_path / "half.pth")
+    network.load_state_dict({name: value.half() for name, value in network.state_dict().items()})
+    config = CONFIG.model_copy(
+        update={"image_encoder": "timm/eva02_tiny_patch14_224", "image_weights": str(tmp_path / "half.pth")}
+    )
+    encoder, tiles = (
+        frozen_encoder(config, 28, 1),
+        np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), np.uint8),
+    )
+    assert {value.dtype for value in encoder.state().values()} == {torch.float32}
+    plain = plain_table(encoder=encoder.record, views=("image",), num_draws=0, augmentation="none")
+    found = Extractor(encoder.state(), plain, torch.device("cpu"))({"image": tiles}, "S1/0")["image/pooled"]
+    mean, std = (torch.tensor(values) for values in (encoder.record.mean, encoder.record.std))
+    images = ((torch.from_numpy(tiles) / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        assert found == pytest.approx(network(images).numpy(), abs=1e-5)
+
+
 @pytest.mark.parametrize("where", ["recorded", "environment", "given"])
 def test_the_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     encoder, path = _saved(tmp_path, 0)
-    expected, lost = encoder.state(), FrozenEncoder(CONFIG, encoder.record)
+    expected, lost = encoder.state(), FrozenEncoder(encoder.record)
     if where == "environment":
         (tmp_path / "encoders").mkdir()
         os.rename(path, tmp_path / "encoders" / f"{encoder.record.digest}.safetensors")
@@ -60,7 +102,7 @@ def test_the_weights_are_found_in_a_bucket(tmp_path: Path, monkeypatch: pytest.M
     storage.write(f"{s3}/encoders/{encoder.record.digest}.bin", path.read_bytes())
     path.unlink()
     monkeypatch.setenv(ENCODERS_VARIABLE, f"{s3}/encoders")
-    found = FrozenEncoder(CONFIG, encoder.record).state()
+    found = FrozenEncoder(encoder.record).state()
     assert all(torch.equal(value, found[name]) for name, value in encoder.state().items())
 
 
@@ -90,14 +132,14 @@ def test_lost_weights_are_refused_with_where_they_were_looked_for(
     encoder, path = _saved(tmp_path, 0)
     path.unlink()
     with pytest.raises(ModelError, match=rf"{ENCODERS_VARIABLE} \(not set\) and the recorded place \({path}\)"):
-        FrozenEncoder(CONFIG, encoder.record).state()
+        FrozenEncoder(encoder.record).state()
 
 
 @pytest.mark.parametrize("where", ["recorded", "environment", "given"])
 def test_another_file_is_refused_with_both_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     encoder, path = _saved(tmp_path, 0)
     other, wrong = _saved(tmp_path, 1)
-    lost = FrozenEncoder(CONFIG, encoder.record)
+    lost = FrozenEncoder(encoder.record)
     digests = rf"{other.record.digest[:12]}.*{encoder.record.digest[:12]}"
     if where == "recorded":
         os.replace(wrong, path)

@@ -27,7 +27,7 @@ def _gated(version: ModelVersion) -> ModelVersion:
     """Returns the version as if its encoder's licence allowed no copy."""
     assert version.encoder is not None
     record = version.encoder.record.model_copy(update={"stores_weights": False, "licence": "CC-BY-NC-ND-4.0"})
-    version.encoder = FrozenEncoder(version.config.model, record, version.encoder.state())
+    version.encoder = FrozenEncoder(record, version.encoder.state())
     return version
 
 

@@ -13,8 +13,9 @@ import timm
 import torch
 
 from mclstexp.errors import ConfigError, ModelError
-from mclstexp.model.encoders import build_encoder
+from mclstexp.model.encoders import PooledEncoder, build_encoder
 from mclstexp.model.frozen import frozen_encoder
+from mclstexp.model.hub import download
 from mclstexp.model.presets import PRESETS, Preset
 from mclstexp.model.weights import load_state, load_weights, require_encoder, weights_digest
 from mclstexp.settings import ModelConfig
@@ -42,15 +43,19 @@ def test_a_file_that_does_not_fit_names_tensors_of_each_kind_and_the_preset_that
     assert "they fit" not in str(error.value)
 
 
+def _digest(encoder: PooledEncoder) -> str:
+    return weights_digest(encoder.state_dict())
+
+
 def test_a_digest_depends_on_names_shapes_types_and_numbers_but_not_on_the_layout() -> None:
     torch.manual_seed(0)
     encoder, same, other = (build_encoder("small_cnn", 32) for _ in range(3))
     same.load_state_dict({f"features.{name}": value for name, value in encoder.network.state_dict().items()})
-    assert weights_digest(encoder) == weights_digest(same) != weights_digest(other)
+    assert _digest(encoder) == _digest(same) != _digest(other)
     with torch.no_grad():
         same.network.get_parameter("0.weight")[0, 0, 0, 0] += 1e-6
-    assert weights_digest(encoder) != weights_digest(same)
-    assert weights_digest(encoder) != weights_digest(encoder.half())
+    assert _digest(encoder) != _digest(same)
+    assert _digest(encoder) != _digest(encoder.half())
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -102,7 +107,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    download.cache_clear()
     yield _Hub
+    download.cache_clear()
     server.shutdown()
     server.server_close()
 
@@ -116,9 +123,11 @@ def test_weights_come_from_the_hub_with_their_commit(hub: type[_Hub], name: str,
     expected = timm.create_model("resnet10t", num_classes=0).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in encoder.network.state_dict().items())
 
+    asked = len(hub.tokens)
     record = frozen_encoder(config, 32, seed=0).record
+    assert len(hub.tokens) == asked, "the hub is asked once"
     assert (record.hub, record.commit, record.uri) == ("lab/Net", commit, "hub")
-    assert record.digest == weights_digest(encoder)
+    assert record.digest == _digest(encoder)
     assert set(hub.tokens) == {"Bearer hf_secret"}
     assert "hf_secret" not in record.model_dump_json() + config.model_dump_json()
 

@@ -6,6 +6,8 @@ digest in the record wherever they come from: features of one encoder never meet
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 import torch
@@ -15,22 +17,21 @@ from mclstexp.data.features import EncoderRecord
 from mclstexp.errors import ModelError
 from mclstexp.model.encoders import PooledEncoder, build_encoder, layer_widths, preset_of, transform_of
 from mclstexp.model.towers import input_scaling, plain_tensors
-from mclstexp.model.weights import HUB, hub_weights, load_state, load_weights, read_weights, weights_digest
+from mclstexp.model.weights import HUB, fitting_state, hub_weights, read_weights, weights_digest
 from mclstexp.settings import ModelConfig
 
 ENCODERS_VARIABLE = "MCLSTEXP_ENCODERS"
 """Environment variable: a folder or s3:// prefix of weights files named DIGEST.safetensors, .bin or .pth."""
 _NAMED_WEIGHTS = ("random", "imagenet", HUB)
+_KEPT = 2
+"""Encoders whose tensors a process keeps, 4.5 GB for the largest: a model's own and its floors'."""
 
 
 class FrozenEncoder:
     """A frozen encoder with, or without, its tensors at hand."""
 
-    def __init__(
-        self, config: ModelConfig, record: EncoderRecord, state: dict[str, torch.Tensor] | None = None
-    ) -> None:
-        self.config, self.record = config, record
-        self._state = state
+    def __init__(self, record: EncoderRecord, state: dict[str, torch.Tensor] | None = None) -> None:
+        self.record, self._state = record, state
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns the state dict of its `PooledEncoder`, which is looked for if it is not at hand.
@@ -55,7 +56,7 @@ class FrozenEncoder:
         Raises:
             ModelError: they are another encoder's; gives both digests.
         """
-        return FrozenEncoder(self.config, self.record, self._read(weights))
+        return FrozenEncoder(self.record, self._read(weights))
 
     def _found(self) -> dict[str, torch.Tensor]:
         weights = next(self._places(), None)
@@ -78,16 +79,15 @@ class FrozenEncoder:
             yield self.record.uri
 
     def _read(self, weights: str) -> dict[str, torch.Tensor]:
-        encoder = build_encoder(self.record.name, self.record.tile_size_px, self.record.layers)
-        load_state(encoder, read_weights(self.record.name, weights, self.record.commit), weights)
-        found = weights_digest(encoder)
-        if found != self.record.digest:
+        record = self.record
+        state, found, _ = _tensors(record.name, record.tile_size_px, weights, record.commit)
+        if found != record.digest:
             raise ModelError(
                 f"{weights} is not the encoder that the features and the model belong to: its digest is "
-                f"{found[:12]}..., the recorded one {self.record.digest[:12]}...; give the file of {self.record.name} "
+                f"{found[:12]}..., the recorded one {record.digest[:12]}...; give the file of {record.name} "
                 "that they were made with"
             )
-        return plain_tensors(encoder.state_dict())
+        return state
 
 
 def frozen_encoder(config: ModelConfig, tile_size_px: int, seed: int) -> FrozenEncoder:
@@ -101,13 +101,14 @@ def frozen_encoder(config: ModelConfig, tile_size_px: int, seed: int) -> FrozenE
     Raises:
         ConfigError, ModelError: there is no such encoder, or its weights cannot be read or do not fit.
     """
-    torch.manual_seed(seed)
-    encoder = build_encoder(config.image_encoder, tile_size_px, config.image_layers)
-    load_weights(encoder, config)
     weights = config.image_weights
-    uri = None if weights == "random" else weights if weights in _NAMED_WEIGHTS else storage.absolute(weights)
-    commit = hub_weights(config.image_encoder)[1] if weights == HUB else None
-    return _with_record(config, tile_size_px, encoder, uri, commit)
+    if weights == "random":
+        torch.manual_seed(seed)
+        state = plain_tensors(build_encoder(config.image_encoder, tile_size_px).state_dict())
+        return FrozenEncoder(_record(config, tile_size_px, weights_digest(state), None), state)
+    state, digest, commit = _tensors(config.image_encoder, tile_size_px, weights)
+    uri = weights if weights in _NAMED_WEIGHTS else storage.absolute(weights)
+    return FrozenEncoder(_record(config, tile_size_px, digest, uri, commit), state)
 
 
 def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[str, torch.Tensor]) -> FrozenEncoder:
@@ -116,21 +117,55 @@ def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[st
     Raises:
         ModelError: the tensors do not fit.
     """
-    encoder = build_encoder(config.image_encoder, tile_size_px, config.image_layers)
-    load_state(encoder, state, "of the model version")
-    return _with_record(config, tile_size_px, encoder, None)
+    own = fitting_state(_empty(config.image_encoder, tile_size_px), state, "of the model version")
+    return FrozenEncoder(_record(config, tile_size_px, weights_digest(own), None), own)
 
 
-def _with_record(
-    config: ModelConfig, tile_size_px: int, encoder: PooledEncoder, uri: str | None, commit: str | None = None
-) -> FrozenEncoder:
+def _tensors(
+    name: str, tile_size_px: int, weights: str, commit: str | None = None
+) -> tuple[dict[str, torch.Tensor], str, str | None]:
+    """Returns the tensors that `model.image_weights` names, their digest and, of the hub's, their commit."""
+    file, found = hub_weights(name, commit) if weights == HUB else (weights, None)
+    if file not in _NAMED_WEIGHTS:
+        file = storage.absolute(file)
+    return *_read_once(name, tile_size_px, file, _stamp(file)), found
+
+
+@lru_cache(maxsize=_KEPT)
+def _read_once(
+    name: str, tile_size_px: int, file: str, stamp: tuple[object, ...]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Returns a file's tensors as the encoder has them, and their digest; `stamp` changes when the file does."""
+    state = plain_tensors(fitting_state(_empty(name, tile_size_px), read_weights(name, file), file))
+    return state, weights_digest(state)
+
+
+def _stamp(file: str) -> tuple[object, ...]:
+    """Returns what tells a file from another of its name; nothing if there is no file."""
+    if storage.is_s3(file):
+        return (storage.version(file),)
+    with suppress(OSError):
+        found = os.stat(file)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return ()
+
+
+def _empty(name: str, tile_size_px: int) -> PooledEncoder:
+    """Returns an encoder without memory: random numbers for a billion weights take seconds."""
+    with torch.device("meta"):
+        return build_encoder(name, tile_size_px)
+
+
+def _record(
+    config: ModelConfig, tile_size_px: int, digest: str, uri: str | None, commit: str | None = None
+) -> EncoderRecord:
     preset, transform = preset_of(config.image_encoder), transform_of(config.image_encoder, tile_size_px)
     is_random = config.image_weights == "random"
     layers, widths = layer_widths(config.image_encoder, tile_size_px, config.image_layers)
     mean, std = input_scaling(config)
-    record = EncoderRecord(
+    return EncoderRecord(
         name=config.image_encoder,
-        digest=weights_digest(encoder),
+        digest=digest,
         tile_size_px=tile_size_px,
         layers=layers,
         widths=widths,
@@ -145,4 +180,3 @@ def _with_record(
         commit=None if is_random else commit or preset.commit,
         uri=uri,
     )
-    return FrozenEncoder(config, record, plain_tensors(encoder.state_dict()))

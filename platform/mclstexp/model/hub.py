@@ -4,6 +4,7 @@ Licences are accepted on the hub's pages, and the token is known to `huggingface
 HF_TOKEN): it is in no setting and in no message.
 """
 
+from functools import cache
 from pathlib import Path
 
 from mclstexp.errors import ModelError
@@ -11,8 +12,11 @@ from mclstexp.errors import ModelError
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
+@cache
 def download(repository: str, commit: str | None) -> tuple[str, str]:
     """Returns the local path of a repository's weights and the commit that they are of; uses the hub's own cache.
+
+    The hub is asked once per process, so that all of a job has the same commit.
 
     Args:
         repository: owner/name.

@@ -314,7 +314,7 @@ def _encoder(
 ) -> tuple[FrozenEncoder | None, dict[str, torch.Tensor]]:
     """Returns a version's frozen encoder, if it has one, and its learnt tensors; earlier schemas mixed the two."""
     if record.encoder is not None:
-        return FrozenEncoder(config, record.encoder, stored), weights
+        return FrozenEncoder(record.encoder, stored), weights
     if not config.freeze_encoder:
         return None, weights
     prefix = "image_tower.encoder."

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from mclstexp import storage
 from mclstexp.errors import ConfigError, ModelError
@@ -39,19 +38,18 @@ def load_weights(encoder: PooledEncoder, config: ModelConfig) -> None:
         load_state(encoder, read_weights(config.image_encoder, config.image_weights), config.image_weights)
 
 
-def read_weights(name: str, weights: str, commit: str | None = None) -> dict[str, torch.Tensor]:
+def read_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
     """Returns the state dict that `model.image_weights` names for an encoder.
 
     Args:
         name: as `model.image_encoder`.
         weights: `imagenet`, `hub` or a file.
-        commit: of the hub's repository; None: the preset's.
 
     Raises:
         ConfigError, ModelError: as `load_weights`.
     """
     if weights == HUB:
-        return _read_state(hub_weights(name, commit)[0])
+        return _read_state(hub_weights(name)[0])
     return _imagenet_state(name) if weights == "imagenet" else _read_state(weights)
 
 
@@ -72,6 +70,20 @@ def load_state(encoder: PooledEncoder, state: Mapping[str, torch.Tensor], origin
     """Loads a state dict strictly; tensors of a classifier are ignored.
 
     Raises:
+        ModelError: as `fitting_state`.
+    """
+    encoder.load_state_dict(fitting_state(encoder, state, origin))
+
+
+def fitting_state(encoder: PooledEncoder, state: Mapping[str, torch.Tensor], origin: str) -> dict[str, torch.Tensor]:
+    """Returns a state dict by an encoder's own names and in its types, without tensors of a classifier.
+
+    Args:
+        encoder: may be on the meta device: of its tensors only shapes and types count.
+        state: as a file has it.
+        origin: the file's name.
+
+    Raises:
         ModelError: tensors are missing, left over or of another shape; names the first of each.
     """
     given = _given(encoder, state)
@@ -80,7 +92,7 @@ def load_state(encoder: PooledEncoder, state: Mapping[str, torch.Tensor], origin
         fitting = [name for name in PRESETS if _fits(name, state)]
         hint = f"; they fit model.image_encoder={' or '.join(fitting)}" if fitting else ""
         raise ModelError(f"the weights {origin} do not fit the encoder: tensors are {'; '.join(problems)}{hint}")
-    encoder.load_state_dict(given)
+    return {key: given[key].to(own.dtype) for key, own in encoder.state_dict().items()}
 
 
 def _given(encoder: PooledEncoder, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,7 +101,7 @@ def _given(encoder: PooledEncoder, state: Mapping[str, torch.Tensor]) -> dict[st
     given = {encoder.own_name(_modern(key)): value for key, value in state.items()}
     unused = tuple(encoder.own_name(prefix) for prefix in _CLASSIFIERS)
     given = {key: value for key, value in given.items() if key in own or not key.startswith(unused)}
-    counters = {key: value for key, value in own.items() if key.endswith(".num_batches_tracked")}
+    counters = {key: torch.zeros_like(own[key], device="cpu") for key in own if key.endswith(".num_batches_tracked")}
     return counters | given  # older published files have no such counters; nothing here reads them
 
 
@@ -117,10 +129,10 @@ def _empty_encoder(name: str) -> PooledEncoder:
         return build_encoder(name, _ANY_SIZE_PX)
 
 
-def weights_digest(encoder: nn.Module) -> str:
-    """Returns the SHA-256, 64 hex digits, of an encoder's tensors by name, whatever file they came in."""
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Returns the SHA-256, 64 hex digits, of an encoder's tensors by its own names, whatever file they came in."""
     digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name.removeprefix('network.')} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
