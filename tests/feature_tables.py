@@ -55,7 +55,7 @@ def random_blocks(plain: FeatureManifest, num_spots: int, seed: int) -> Blocks:
     widths = {f"{view}/{RGB}": 6 for view in plain.views}
     for draw in (None, *range(plain.num_draws)):
         for view in plain.views:
-            widths |= plain.blocks(view, draw)
+            widths |= plain.encoder.blocks(view, draw)
     return {name: rng.normal(size=(num_spots, width)).astype(np.float32) for name, width in widths.items()}
 
 

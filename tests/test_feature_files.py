@@ -9,13 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import round_slide
+from random_version import random_version
 from test_pipeline import read_all
 from trident_files import write_features
 
 from mclstexp import storage
 from mclstexp.data.features import EncoderRecord
 from mclstexp.errors import PredictError, SheetError, SourceError
+from mclstexp.model.frozen import FrozenEncoder
 from mclstexp.model.presets import IMAGENET_MEAN, IMAGENET_STD
+from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.feature_cohort import feature_needs, list_feature_files
 from mclstexp.prediction.feature_files import FeatureFile, FeatureNeeds
 from mclstexp.prediction.inspect import inspect
@@ -23,7 +26,7 @@ from mclstexp.prediction.parts import GRID, PART_TILES, read_thumbnail
 from mclstexp.prediction.pipeline import QUARANTINED, TILES
 from mclstexp.prediction.plan import CohortPlan, SlideSource, attempt_key
 from mclstexp.prediction.slide_cache import clear
-from mclstexp.settings import ModelConfig, TilesConfig
+from mclstexp.settings import TilesConfig
 
 WIDTH, NUM_TILES, EDGE_PX = 24, PART_TILES + 44, 512
 NEEDS = FeatureNeeds("uni", "class", WIDTH, ("uni_v1", "uni"), keeps_size=False)
@@ -230,10 +233,19 @@ def test_an_encoder_that_takes_tiles_as_they_are_needs_their_very_size(tmp_path:
     assert inspect(exact, plan).record.num_tiles == NUM_TILES
 
 
+def _version(record: dict | None, **settings: object) -> ModelVersion:
+    """Returns a version on the features of the encoder of RECORD with changes; None: on its own."""
+    version = random_version()
+    model = version.config.model.model_copy(update=settings)
+    version.config = version.config.model_copy(update={"model": model})
+    version.encoder = None if record is None else FrozenEncoder(RECORD.model_copy(update=record))
+    return version
+
+
 def test_what_a_model_takes_from_a_folder() -> None:
-    needs = feature_needs(RECORD, ModelConfig(), "s3://bucket/20x_256px/features_someone's/")
+    needs = feature_needs(_version({}), "s3://bucket/20x_256px/features_someone's/")
     assert (needs.layer, needs.width, needs.folder, needs.keeps_size) == ("class", WIDTH, "someone's", False)
-    assert feature_needs(RECORD.model_copy(update={"resize_px": None}), ModelConfig(), "/data/h5").keeps_size
+    assert feature_needs(_version({"resize_px": None}), "/data/h5").keeps_size
 
 
 @pytest.mark.odd
@@ -250,9 +262,8 @@ def test_what_a_model_takes_from_a_folder() -> None:
 def test_a_model_that_takes_what_no_such_file_has_is_refused(
     record: dict | None, settings: dict, folder: str, fault: str
 ) -> None:
-    changed = None if record is None else RECORD.model_copy(update=record)
     with pytest.raises(PredictError, match=fault):
-        feature_needs(changed, ModelConfig(**settings), folder)
+        feature_needs(_version(record, **settings), folder)
 
 
 def test_the_files_of_a_folder_are_its_slides(tmp_path: Path, s3: str) -> None:

@@ -46,6 +46,18 @@ def _update_checksums(folder: Path, names: list[str]) -> None:
     (folder / "files.json").write_text(json.dumps(files))
 
 
+def test_a_version_says_which_blocks_of_features_it_needs() -> None:
+    version = frozen_version()
+    assert version.needed_blocks() == {"image/pooled": 128}
+    model = version.config.model.model_copy(
+        update={"image_views": ("image_wide", "image"), "image_layers": ("third", "pooled")}
+    )
+    version.config, version.encoder = version.config.model_copy(update={"model": model}), frozen_encoder(model, 32, 2)
+    wide, plain = ({f"{view}/third": 96, f"{view}/pooled": 128} for view in ("image_wide", "image"))
+    assert list(version.needed_blocks().items()) == list((wide | plain).items())
+    assert random_version().needed_blocks() == {}
+
+
 def test_a_version_holds_what_was_learnt_and_its_encoder_apart(tmp_path: Path) -> None:
     version = frozen_version()
     folder = _saved(version, tmp_path / "version")

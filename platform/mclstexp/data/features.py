@@ -68,6 +68,11 @@ class EncoderRecord(_Record):
     uri: str | None = None
     """Where the weights were read from; None: random, or ImageNet's."""
 
+    def blocks(self, view: str, draw: int | None = None) -> dict[str, int]:
+        """Returns the columns of one view's layers, for the plain tiles or an augmented draw, with their widths."""
+        suffix = "" if draw is None else f"/{draw}"
+        return {f"{view}/{layer}{suffix}": width for layer, width in zip(self.layers, self.widths, strict=True)}
+
 
 class FeatureGroup(_Record):
     """One row group: the features of a sentence."""
@@ -148,12 +153,6 @@ class FeatureManifest(_Record):
         cut = {entry.section_id: entry.tiles_sha256 for entry in self.sections}
         return [name for name in section_ids if cut.get(name) != tiles.section(name).sha256]
 
-    def blocks(self, view: str, draw: int | None = None) -> dict[str, int]:
-        """Returns the columns of one view's layers, for the plain tiles or an augmented draw, with their widths."""
-        suffix = "" if draw is None else f"/{draw}"
-        widths = zip(self.encoder.layers, self.encoder.widths, strict=True)
-        return {f"{view}/{layer}{suffix}": width for layer, width in widths}
-
     def number_type(self) -> np.dtype:
         """Returns the NumPy type of the stored numbers, little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
@@ -165,7 +164,7 @@ class FeatureManifest(_Record):
         fields += [_bytes_field(f"{view}/{RGB}", _RGB_BYTES) for view in self.views]
         for draw in (None, *range(self.num_draws)):
             for view in self.views:
-                fields += [_bytes_field(name, width * size) for name, width in self.blocks(view, draw).items()]
+                fields += [_bytes_field(name, width * size) for name, width in self.encoder.blocks(view, draw).items()]
         return pa.schema(fields)
 
     def encode(self) -> bytes:
@@ -224,7 +223,7 @@ class FeatureReader:
     def _joined(self, section_id: str, groups: Sequence[int], draw: int | None) -> np.ndarray:
         if draw is not None and not 0 <= draw < self.manifest.num_draws:
             raise TableError(f"{self.root} has {self.manifest.num_draws} draws of each tile, and no draw {draw}")
-        columns = [name for view in self.views for name in self.manifest.blocks(view, draw)]
+        columns = [name for view in self.views for name in self.manifest.encoder.blocks(view, draw)]
         table = self._table(section_id, groups, columns)
         blocks = [_numbers(table[name], self.manifest.number_type()) for name in columns]
         return np.concatenate(blocks, axis=1, dtype=np.float32)

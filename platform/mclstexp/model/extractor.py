@@ -40,7 +40,7 @@ class Extractor:
                 generator = torch.Generator(self._device).manual_seed(_seed(self._plain.seed, sentence, draw))
                 joined = self._encoded(views[view], kind, generator)
                 ends = np.cumsum(self._plain.encoder.widths)[:-1]
-                blocks |= dict(zip(self._plain.blocks(view, draw), np.split(joined, ends, axis=1), strict=True))
+                blocks |= dict(zip(self._plain.encoder.blocks(view, draw), np.split(joined, ends, axis=1), strict=True))
         return blocks
 
     def _encoded(self, tiles: np.ndarray, kind: str, generator: torch.Generator) -> np.ndarray:

@@ -122,6 +122,13 @@ class ModelVersion:
             return ""
         return preset_of(self.config.model.image_encoder).licence
 
+    def needed_blocks(self) -> dict[str, int]:
+        """Returns the blocks of features that stand for a tile, with their widths; none if the encoder was trained."""
+        if self.encoder is None:
+            return {}
+        record, views = self.encoder.record, self.config.model.image_views
+        return {name: width for view in views for name, width in record.blocks(view).items()}
+
     def view_px(self, view: str) -> int:
         """Returns the edge in pixels of the tiles of a view."""
         return self.wide[0] if view == IMAGE_WIDE and self.wide else self.tile_size_px

@@ -47,28 +47,29 @@ def open_feature_cohort(
         PredictError: the model takes no features of such files, or the folder is another encoder's; names both.
         SheetError: there is no file, or the sheet has faults.
     """
-    needs = feature_needs(model.encoder.record if model.encoder else None, model.config.model, folder)
+    needs = feature_needs(model, folder)
     rows = None if sheet is None else read_sheet(sheet)
     sources = list_feature_files(folder) if rows is None else [_source(row, folder) for row in rows]
     plan = replace(plan_of(model, out, config, assume_mpp), features=needs)
     return Cohort(sources, plan, warnings=compare_origins(rows or [], model.training))
 
 
-def feature_needs(encoder: EncoderRecord | None, config: ModelConfig, folder: str) -> FeatureNeeds:
+def feature_needs(model: ModelVersion, folder: str) -> FeatureNeeds:
     """Returns what a model takes from feature files in a folder.
 
     Raises:
         PredictError: the model takes what no such file has, or the folder's name states another encoder.
     """
-    if encoder is None:
+    if model.encoder is None:
         raise PredictError(f"the model trained its image encoder, so that no file has its features; {_GIVE_SLIDES}")
-    blocks = [f"{view}/{layer}" for view in config.image_views for layer in encoder.layers]
-    if len(blocks) > 1 or config.image_views != ("image",):
+    encoder, blocks = model.encoder.record, model.needed_blocks()
+    layer, width = encoder.layers[0], encoder.widths[0]
+    if list(blocks) != [f"image/{layer}"]:
         raise PredictError(
             f"the model takes {len(blocks)} blocks of features ({', '.join(blocks)}), a feature file has one "
             f"layer of the view image; {_GIVE_SLIDES}"
         )
-    _require_own_input(encoder, config)
+    _require_own_input(encoder, model.config.model)
     names = _file_names(encoder)
     name = folder.rstrip("/").rpartition("/")[2]
     stated = name.removeprefix(_FOLDER) if name.startswith(_FOLDER) else ""
@@ -77,7 +78,6 @@ def feature_needs(encoder: EncoderRecord | None, config: ModelConfig, folder: st
             f"{folder} has features of the encoder {stated}, the model takes {encoder.name} (as {some_of(names)}); "
             f"give the folder {_FOLDER}{names[0]}"
         )
-    (layer,), (width,) = encoder.layers, encoder.widths
     return FeatureNeeds(encoder.name, layer, width, names, encoder.resize_px is None, stated)
 
 
