@@ -20,6 +20,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from small_table import make_table
 from untrained import untrained_version
 
@@ -27,8 +28,10 @@ from mclstexp import tracking
 from mclstexp.config import Config, load_config, override
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.errors import SplitError
+from mclstexp.model import towers
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning import sweep
+from tuning.forecast import spot_seconds
 from tuning.space import Choice, Range, Space
 from tuning.sweep import (
     FAILED,
@@ -214,6 +217,22 @@ def test_a_tested_patient_whose_other_sections_train_does_not_validate(tmp_path:
 def test_an_interrupted_trial_has_not_ended(status: str, last: dict | None, has_ended: bool) -> None:
     record = SimpleNamespace(status=status, last_result=last, ERROR="ERROR")
     assert sweep._has_ended(record, 9) == has_ended
+
+
+@pytest.mark.parametrize("batching", ["sentences", "random_spots"])
+@pytest.mark.parametrize("predictor", ["retrieval", "regression"])
+def test_the_forecast_times_a_step_that_encodes_only_where_trials_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predictor: str, batching: str
+) -> None:
+    manifest = _manifest(tmp_path, "ABC")
+    changes = {"model.predictor": predictor, "train.batching": batching, "model.position": "none"}
+    config = override(Config(), SETTINGS | changes)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert spot_seconds(config, manifest) > 0
+    monkeypatch.setattr(towers, "build_encoder", None)
+    assert spot_seconds(override(config, {"model.freeze_encoder": True}), manifest) > 0
+    with pytest.raises(TypeError):
+        spot_seconds(config, manifest)
 
 
 def test_one_patient_is_not_enough(tmp_path: Path) -> None:

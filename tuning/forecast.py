@@ -1,6 +1,6 @@
 """What a sweep will take, before it is started.
 
-The time is measured on one tower here and scaled, an estimate at best: nothing of the cluster is timed.
+The time is measured on one step here and scaled, an estimate at best: nothing of the cluster is timed.
 """
 
 import time
@@ -12,23 +12,29 @@ from mclstexp import cluster
 from mclstexp.config import Config
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest
-from mclstexp.model.towers import ImageTower, uses_bf16
+from mclstexp.data.spots import Batch
+from mclstexp.messages import duration
+from mclstexp.model.towers import build_network, feature_width
+from mclstexp.training.checkpoint import TrainState
+from mclstexp.training.step import RankState, make_optimizer, train_step
 from tuning.space import Space
 from tuning.sweep import at_once
 
 _TILES, _ROUNDS = 16, 2
 _FORWARD = 1 / 3
-"""A tile's forward pass as a share of forward and backward pass."""
+"""A spot's forward pass as a share of a step."""
 
 
 def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: int) -> str:
     """Returns the space, the trials, the resources of each and the time it takes here, in words. Needs Ray."""
     split = make_split(manifest, config.split)
     spots, validated = manifest.num_spots(split.train), manifest.num_spots(split.validation)
-    tile_s, epochs = tile_seconds(config, manifest.tile_size_px), config.train.epochs
-    epoch_s = tile_s * (spots + validated * _FORWARD)
-    hours = [epoch_s * passes / 3600 for passes in (expected_epochs(config, trials), trials * epochs)]
+    spot_s, epochs = spot_seconds(config, manifest), config.train.epochs
+    epoch_s = spot_s * (spots + validated * _FORWARD)
+    fewest, most = (duration(epoch_s * passes) for passes in (expected_epochs(config, trials), trials * epochs))
     lines = [f"{name}: {entry}" for name, entry in space.items()]
+    stored = " on stored features (jobs/embed.py --dry-run tells what missing ones take)"
+    work = f"a step{stored if config.model.freeze_encoder else ''}"
     return "\n".join(
         [
             *lines,
@@ -37,9 +43,8 @@ def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: 
             f"trained on {', '.join(split.train)} ({spots} spots), validated on {', '.join(split.validation)}, never "
             f"seen: {', '.join(split.test) or 'no section'}",
             f"each trial: {cluster.plan(config)}; {at_once(config)} at once",
-            f"{1000 * tile_s:.1f} ms per tile forward and backward on one CPU core or GPU here: {hours[0]:.2f} to "
-            f"{hours[1]:.2f} hours of one core or GPU for the image tower and its validations, divided among those of "
-            "the trials; the spot tower adds a little, each trial takes some seconds to start",
+            f"{1000 * spot_s:.3g} ms per spot of {work} on one CPU core or GPU here: {fewest} to {most} of one core or "
+            "GPU for steps and validations, divided among those of the trials; each trial takes some seconds to start",
         ]
     )
 
@@ -55,22 +60,40 @@ def expected_epochs(config: Config, trials: int) -> int:
     return round(total)
 
 
-def tile_seconds(config: Config, tile_size_px: int) -> float:
-    """Returns the seconds per tile of a forward and backward pass of the image tower on one CPU core, or on a GPU."""
+def spot_seconds(config: Config, manifest: Manifest) -> float:
+    """Returns the seconds per spot of a training step with random numbers, on one CPU core or on a GPU.
+
+    A step that encodes has a few tiles: more of them would take as long each. One on stored features has a whole batch.
+    """
     torch.set_num_threads(1)  # with other work on a core, several threads wait for each other, up to 50 times as long
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tower = ImageTower(config.model, tile_size_px).to(device).to(memory_format=torch.channels_last).train()
-    tiles = torch.rand(_TILES, 3, tile_size_px, tile_size_px, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    bf16 = uses_bf16(config.train.precision, device)
+    batch = _batch(config, manifest)
+    network = build_network(config.model, batch["expression"].shape[-1], 1, manifest.tile_size_px)
+    network = network.to(device).to(memory_format=torch.channels_last).train()
+    state, optimizer = TrainState(config.model_dump(mode="json")), make_optimizer(network, config.train)
+    rank_state = RankState(config, network, network, optimizer, device, 0, 1, _ROUNDS, state)
     times = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = tower(tiles).float().square().mean()
-        if loss.requires_grad:
-            loss.backward()
+        loss, num_spots = train_step(rank_state, batch)
         loss.item()  # waits for a GPU
         times.append(time.perf_counter() - started)
-    return float(np.min(times)) / _TILES
+    return min(times) / num_spots
+
+
+def _batch(config: Config, manifest: Manifest) -> Batch:
+    """Returns a batch of random spots, all in one place."""
+    model, train, rng = config.model, config.train, np.random.default_rng(0)
+    shape, size = (1, _TILES), manifest.tile_size_px
+    if model.freeze_encoder:
+        by_sentence = train.batching == "sentences"
+        shape = (train.batch_sentences, manifest.sentence_length) if by_sentence else (train.batch_spots, 1)
+        images = {"features": rng.standard_normal((*shape, feature_width(model, size)), np.float32)}
+    else:
+        images = {"image": rng.integers(0, 256, (*shape, size, size, 3), np.uint8)}
+    num_genes = min(config.genes.num_genes, manifest.num_genes)
+    return images | {
+        "expression": rng.random((*shape, num_genes), np.float32),
+        "position": np.zeros((*shape, 2), np.float32),
+        "mask": np.ones(shape, bool),
+    }
