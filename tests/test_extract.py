@@ -147,7 +147,7 @@ def _expected(root: str, manifest: Manifest, name: str, encoder: FrozenEncoder) 
 
 @pytest.mark.ray
 def test_features_are_made_once_and_read_by_everybody(
-    tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, manifest = _copied(tiles, tmp_path)
     names = [entry.section_id for entry in manifest.sections[:2]]
@@ -156,6 +156,7 @@ def test_features_are_made_once_and_read_by_everybody(
         features(root, manifest, names, encoder, PLAIN, make=False)
     reader = features(root, manifest, names, encoder, PLAIN, lambda *report: reports.append(report))
     assert reports[-1][1:3] == (manifest.num_spots(names), manifest.num_spots(names))
+    assert capsys.readouterr().out == f"stored the features of 2 section(s) by small_cnn in {reader.root}\n"
     for name in names:
         assert reader.read_section(name) == pytest.approx(_expected(root, manifest, name, encoder), abs=1e-5)
 
@@ -170,6 +171,7 @@ def test_features_are_made_once_and_read_by_everybody(
     auto = replace(PLAIN, precision="auto")
     for each in (PLAIN, auto):
         assert features(root, manifest, names, encoder, each, make=False).manifest == reader.manifest
+    assert capsys.readouterr().out == ""
     third = manifest.sections[2].section_id
     assert len(features(root, manifest, [*names, third], encoder, PLAIN).manifest.sections) == 3
     assert computed == [third], "only what is missing is computed"

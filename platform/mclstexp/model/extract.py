@@ -96,6 +96,8 @@ def features(
 ) -> FeatureReader:
     """Returns the reader of a table that has the features of all these sections; computes those that are missing.
 
+    Says so, because it writes beside the tile table.
+
     Args:
         tiles: URI of the tile table.
         manifest: of the tile table.
@@ -121,8 +123,9 @@ def features(
         raise ConfigError(_command_that_makes(tiles, encoder.record, wanted, fewest))
     plain = wanted.plain_table(manifest, encoder.record, _arithmetic(wanted.precision))
     todo = missing.get(plain.name, section_ids)
-    table = make_features(tiles, manifest, todo, encoder, plain, show)
-    return FeatureReader(feature_root(tiles, plain.name), table, wanted.views)
+    table, root = make_features(tiles, manifest, todo, encoder, plain, show), feature_root(tiles, plain.name)
+    print(f"stored the features of {len(todo)} section(s) by {encoder.record.name} in {root}", flush=True)
+    return FeatureReader(root, table, wanted.views)
 
 
 @dataclass(frozen=True)

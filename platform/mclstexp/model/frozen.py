@@ -7,7 +7,6 @@ digest in the record wherever they come from: features of one encoder never meet
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import PurePosixPath
 
 import torch
@@ -23,8 +22,8 @@ from mclstexp.settings import ModelConfig
 ENCODERS_VARIABLE = "MCLSTEXP_ENCODERS"
 """Environment variable: a folder or s3:// prefix of weights files named DIGEST.safetensors, .bin or .pth."""
 _NAMED_WEIGHTS = ("random", "imagenet", HUB)
-_KEPT = 2
-"""Encoders whose tensors a process keeps, 4.5 GB for the largest: a model's own and its floors'."""
+_digests: dict[tuple[object, ...], str] = {}
+"""Of the files that this process has read; tensors are not kept, for they may be gigabytes."""
 
 
 class FrozenEncoder:
@@ -42,6 +41,10 @@ class FrozenEncoder:
         if self._state is None:
             self._state = self._found()
         return self._state
+
+    def without_tensors(self) -> "FrozenEncoder":
+        """Returns the encoder without its tensors, which may be gigabytes, if they can be found again."""
+        return FrozenEncoder(self.record) if self.record.uri else self
 
     def not_finite(self) -> str | None:
         """Returns the name of the first tensor at hand with a number that is not finite; None if there is none."""
@@ -80,7 +83,8 @@ class FrozenEncoder:
 
     def _read(self, weights: str) -> dict[str, torch.Tensor]:
         record = self.record
-        state, found, _ = _tensors(record.name, record.tile_size_px, weights, record.commit)
+        state = _tensors(record.name, record.tile_size_px, _file(record.name, weights, record.commit)[0])
+        found = weights_digest(state)
         if found != record.digest:
             raise ModelError(
                 f"{weights} is not the encoder that the features and the model belong to: its digest is "
@@ -91,7 +95,7 @@ class FrozenEncoder:
 
 
 def frozen_encoder(config: ModelConfig, tile_size_px: int, seed: int) -> FrozenEncoder:
-    """Returns the frozen encoder of some settings with its tensors; reads its weights.
+    """Returns the frozen encoder of some settings; reads its weights, once as long as a process finds the same file.
 
     Args:
         config: `image_encoder`, `image_weights`, `image_layers` and `input_scaling` count.
@@ -104,11 +108,16 @@ def frozen_encoder(config: ModelConfig, tile_size_px: int, seed: int) -> FrozenE
     weights = config.image_weights
     if weights == "random":
         torch.manual_seed(seed)
-        state = plain_tensors(build_encoder(config.image_encoder, tile_size_px).state_dict())
-        return FrozenEncoder(_record(config, tile_size_px, weights_digest(state), None), state)
-    state, digest, commit = _tensors(config.image_encoder, tile_size_px, weights)
-    uri = weights if weights in _NAMED_WEIGHTS else storage.absolute(weights)
-    return FrozenEncoder(_record(config, tile_size_px, digest, uri, commit), state)
+        random = plain_tensors(build_encoder(config.image_encoder, tile_size_px).state_dict())
+        return FrozenEncoder(_record(config, tile_size_px, weights_digest(random), None), random)
+    file, commit = _file(config.image_encoder, weights)
+    seen = (config.image_encoder, tile_size_px, file, *_stamp(file))
+    state = None
+    if seen not in _digests:
+        state = _tensors(config.image_encoder, tile_size_px, file)
+        _digests[seen] = weights_digest(state)
+    uri = weights if weights in _NAMED_WEIGHTS else file
+    return FrozenEncoder(_record(config, tile_size_px, _digests[seen], uri, commit), state)
 
 
 def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[str, torch.Tensor]) -> FrozenEncoder:
@@ -121,23 +130,16 @@ def encoder_from_state(config: ModelConfig, tile_size_px: int, state: Mapping[st
     return FrozenEncoder(_record(config, tile_size_px, weights_digest(own), None), own)
 
 
-def _tensors(
-    name: str, tile_size_px: int, weights: str, commit: str | None = None
-) -> tuple[dict[str, torch.Tensor], str, str | None]:
-    """Returns the tensors that `model.image_weights` names, their digest and, of the hub's, their commit."""
-    file, found = hub_weights(name, commit) if weights == HUB else (weights, None)
-    if file not in _NAMED_WEIGHTS:
-        file = storage.absolute(file)
-    return *_read_once(name, tile_size_px, file, _stamp(file)), found
+def _file(name: str, weights: str, commit: str | None = None) -> tuple[str, str | None]:
+    """Returns the file that `model.image_weights` names (`imagenet` stays) and the commit of one from the hub."""
+    if weights == HUB:
+        return hub_weights(name, commit)
+    return (weights if weights in _NAMED_WEIGHTS else storage.absolute(weights)), None
 
 
-@lru_cache(maxsize=_KEPT)
-def _read_once(
-    name: str, tile_size_px: int, file: str, stamp: tuple[object, ...]
-) -> tuple[dict[str, torch.Tensor], str]:
-    """Returns a file's tensors as the encoder has them, and their digest; `stamp` changes when the file does."""
-    state = plain_tensors(fitting_state(_empty(name, tile_size_px), read_weights(name, file), file))
-    return state, weights_digest(state)
+def _tensors(name: str, tile_size_px: int, file: str) -> dict[str, torch.Tensor]:
+    """Returns a file's tensors as the encoder has them."""
+    return plain_tensors(fitting_state(_empty(name, tile_size_px), read_weights(name, file), file))
 
 
 def _stamp(file: str) -> tuple[object, ...]:

@@ -19,7 +19,8 @@ from mclstexp.training.run import Run
 def with_features(run: Run, show: Show = hidden) -> Run:
     """Returns the run with the stored features of its training and validation sections; makes those that are missing.
 
-    A run that trains its encoder is returned as it is.
+    Its encoder lets go of its tensors: many runs side by side would each keep them. A run that trains its encoder is
+    returned as it is.
 
     Raises:
         ConfigError, ModelError: as `extract.features`.
@@ -28,7 +29,7 @@ def with_features(run: Run, show: Show = hidden) -> Run:
         return run
     sections = (*run.split.train, *run.split.validation)
     found = features(run.reader.root, run.manifest, sections, run.encoder, wanted(run.config), show)
-    return replace(run, reader=replace(run.reader, features=found))
+    return replace(run, reader=replace(run.reader, features=found), encoder=run.encoder.without_tensors())
 
 
 def store_features(
