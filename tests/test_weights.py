@@ -14,10 +14,10 @@ import torch
 
 from mclstexp.errors import ConfigError, ModelError
 from mclstexp.model.encoders import PooledEncoder, build_encoder
-from mclstexp.model.frozen import frozen_encoder
+from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
 from mclstexp.model.hub import download
 from mclstexp.model.presets import PRESETS, Preset
-from mclstexp.model.weights import load_state, load_weights, require_encoder, weights_digest
+from mclstexp.model.weights import fitting_state, load_state, load_weights, require_encoder, weights_digest
 from mclstexp.settings import ModelConfig
 
 COMMIT, NEWEST = "a" * 40, "b" * 40
@@ -30,16 +30,70 @@ def test_a_file_that_does_not_fit_names_tensors_of_each_kind_and_the_preset_that
     with pytest.raises(ModelError) as error:
         load_state(gigapath, optimus, "file.bin")
     message = str(error.value)
-    assert message.startswith(
-        "the weights file.bin do not fit the encoder: tensors are 1 left over: network.reg_token; "
-    )
-    assert "network.pos_embed (1, 256, 1536) instead of (1, 197, 1536)" in message
+    assert message.startswith("the weights file.bin do not fit the encoder: tensors are 1 left over: reg_token; ")
+    assert "pos_embed (1, 256, 1536) instead of (1, 197, 1536)" in message
     assert message.endswith("; they fit model.image_encoder=h-optimus-0 or h-optimus-1")
     del optimus["blocks.3.ls1.gamma"]
-    with pytest.raises(
-        ModelError, match=r"tensors are 1 missing: network\.blocks\.3\.ls1\.gamma; 1 left over"
-    ) as error:
+    with pytest.raises(ModelError, match=r"tensors are 1 missing: blocks\.3\.ls1\.gamma; 1 left over") as error:
         load_state(gigapath, optimus, "file.bin")
+    assert "they fit" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"damaged", r"is damaged or holds more than tensors; save the network's state dict alone, with safetensors"),
+        (b"", "cannot be read as weights: EOFError"),
+        ({"state_dict": {}, "epoch": 3}, "contains no state dict of tensors but state_dict, epoch; save"),
+        ({"x": object}, "is damaged or holds more than tensors"),
+        (None, "no such file; give a file, hub, imagenet or random"),
+    ],
+)
+def test_a_file_that_holds_no_weights_says_what_to_save(tmp_path: Path, content: object, fault: str) -> None:
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    for read in (lambda config: load_weights(build_encoder("small_cnn", 32), config), _frozen):
+        with pytest.raises(ModelError, match=fault) as error:
+            read(ModelConfig(image_encoder="small_cnn", image_weights=str(path)))
+        assert "\n" not in str(error.value)
+        assert "weights_only" not in str(error.value)
+
+
+def _frozen(config: ModelConfig) -> FrozenEncoder:
+    return frozen_encoder(config, 32, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda value: value.fill_(float("nan")), r"are damaged: 0\.weight is not finite; fetch the file again"),
+        (lambda value: value.long(), r"1 of another kind: 0\.weight torch\.int64 instead of torch\.float32"),
+    ],
+)
+def test_numbers_that_no_encoder_has_are_refused(tmp_path: Path, change, fault: str) -> None:
+    state = build_encoder("small_cnn", 32).network.state_dict()
+    state["0.weight"] = change(state["0.weight"])
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=fault):
+        _frozen(ModelConfig(image_encoder="small_cnn", image_weights=str(tmp_path / "weights.pth")))
+
+
+def test_names_that_an_encoder_knows_are_not_modernised() -> None:
+    encoder = build_encoder("timm/volo_d1_224", 224)
+    own = encoder.network.state_dict()
+    assert any(".conv.1." in name for name in own)
+    assert fitting_state(encoder, own, "file.bin").keys() == encoder.state_dict().keys()
+
+
+def test_weights_for_tiles_of_another_size_say_so() -> None:
+    small, large = (build_encoder("timm/vit_tiny_patch16_224", size) for size in (32, 64))
+    with pytest.raises(
+        ModelError, match=r"1 of another shape: pos_embed .*; .* tiles\.size_px must be that of"
+    ) as error:
+        load_state(small, large.network.state_dict(), "file.bin")
     assert "they fit" not in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import pickle
 import tempfile
 import urllib.error
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,13 @@ from mclstexp.settings import ModelConfig
 HUB = "hub"
 """`model.image_weights` that means the encoder's repository on the Hugging Face hub."""
 DOWNLOAD_TIMEOUT_S = 20
+_NO_FILE = "model.image_weights={}: no such file; give a file, hub, imagenet or random"
 _ANY_SIZE_PX = 224
 _MAX_NAMED = 3
+_SAVE = "save the network's state dict alone, with safetensors or torch.save"
+_NETWORK = "network."
+_SHAPE = "of another shape"
+_POSITIONS = ("pos_embed", "encoder.pos_embedding")
 _CLASSIFIERS = ("classifier.", "fc.", "head.", "heads.")
 
 
@@ -84,38 +90,67 @@ def fitting_state(encoder: PooledEncoder, state: Mapping[str, torch.Tensor], ori
         origin: the file's name.
 
     Raises:
-        ModelError: tensors are missing, left over or of another shape; names the first of each.
+        ModelError: tensors are missing, left over or of another shape or kind (names the first of each), or have a
+            number that is not finite.
     """
     given = _given(encoder, state)
-    problems = _misfits(encoder, given)
-    if problems:
-        fitting = [name for name in PRESETS if _fits(name, state)]
-        hint = f"; they fit model.image_encoder={' or '.join(fitting)}" if fitting else ""
-        raise ModelError(f"the weights {origin} do not fit the encoder: tensors are {'; '.join(problems)}{hint}")
+    wrong = _misfits(encoder, given)
+    if wrong:
+        problems = "; ".join(f"{len(names)} {what}: {some_of(names, _MAX_NAMED)}" for what, names in wrong.items())
+        raise ModelError(f"the weights {origin} do not fit the encoder: tensors are {problems}{_hint(wrong, state)}")
+    for key, value in given.items():
+        if not torch.isfinite(value).all():
+            raise ModelError(f"the weights {origin} are damaged: {_plain(key)} is not finite; fetch the file again")
     return {key: given[key].to(own.dtype) for key, own in encoder.state_dict().items()}
 
 
 def _given(encoder: PooledEncoder, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the tensors of a file under an encoder's names, without those of a classifier."""
     own = encoder.state_dict()
-    given = {encoder.own_name(_modern(key)): value for key, value in state.items()}
+
+    def name(key: str) -> str:
+        names = [_NETWORK + key, encoder.own_name(key), encoder.own_name(_modern(key))]
+        return next((each for each in names if each in own), names[1])
+
+    given = {name(key): value for key, value in state.items()}
     unused = tuple(encoder.own_name(prefix) for prefix in _CLASSIFIERS)
     given = {key: value for key, value in given.items() if key in own or not key.startswith(unused)}
     counters = {key: torch.zeros_like(own[key], device="cpu") for key in own if key.endswith(".num_batches_tracked")}
     return counters | given  # older published files have no such counters; nothing here reads them
 
 
-def _misfits(encoder: PooledEncoder, given: Mapping[str, torch.Tensor]) -> list[str]:
-    own = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-    shapes = {key: tuple(value.shape) for key, value in given.items()}
+def _misfits(encoder: PooledEncoder, given: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Returns the tensors that do not fit, in words, by what is wrong with them."""
+    own = encoder.state_dict()
+    both = {_plain(key): (given[key], own[key]) for key in own if key in given}
     wrong = {
-        "missing": [key for key in own if key not in shapes],
-        "left over": [key for key in shapes if key not in own],
-        "of another shape": [
-            f"{key} {shapes[key]} instead of {shape}" for key, shape in own.items() if shapes.get(key, shape) != shape
+        "missing": [_plain(key) for key in own if key not in given],
+        "left over": [_plain(key) for key in given if key not in own],
+        _SHAPE: [
+            f"{key} {tuple(found.shape)} instead of {tuple(wanted.shape)}"
+            for key, (found, wanted) in both.items()
+            if found.shape != wanted.shape
+        ],
+        "of another kind": [
+            f"{key} {found.dtype} instead of {wanted.dtype}"
+            for key, (found, wanted) in both.items()
+            if found.is_floating_point() != wanted.is_floating_point()
         ],
     }
-    return [f"{len(names)} {what}: {some_of(names, _MAX_NAMED)}" for what, names in wrong.items() if names]
+    return {what: names for what, names in wrong.items() if names}
+
+
+def _hint(wrong: Mapping[str, Sequence[str]], state: Mapping[str, torch.Tensor]) -> str:
+    """Returns what to do about weights that do not fit, if that can be told."""
+    if wrong.keys() == {_SHAPE} and all(name.startswith(_POSITIONS) for name in wrong[_SHAPE]):
+        return "; the network is built for the tiles' size: tiles.size_px must be that of the weights' training"
+    fitting = [name for name in PRESETS if _fits(name, state)]
+    return f"; they fit model.image_encoder={' or '.join(fitting)}" if fitting else ""
+
+
+def _plain(key: str) -> str:
+    """Returns the name that timm or torchvision gives a tensor."""
+    return key.removeprefix(_NETWORK)
 
 
 def _fits(name: str, state: Mapping[str, torch.Tensor]) -> bool:
@@ -133,7 +168,7 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
     """Returns the SHA-256, 64 hex digits, of an encoder's tensors by its own names, whatever file they came in."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
-        digest.update(f"{name.removeprefix('network.')} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(f"{_plain(name)} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -151,7 +186,7 @@ def require_encoder(name: str, weights: str = "random", layers: Sequence[str] = 
     elif weights == HUB:
         hub_weights(name)
     elif weights != "random" and not storage.exists(weights):
-        raise ModelError(f"model.image_weights={weights}: no such file; give a file, hub, imagenet or random")
+        raise ModelError(_NO_FILE.format(weights))
 
 
 def _imagenet_state(name: str) -> dict[str, torch.Tensor]:
@@ -190,10 +225,15 @@ def _read_state(uri: str) -> dict[str, torch.Tensor]:
             if path.endswith(".safetensors"):
                 return load_file(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ModelError(_NO_FILE.format(uri)) from None
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"model.image_weights={uri} is damaged or holds more than tensors; {_SAVE}") from error
     except Exception as error:  # torch and safetensors raise their own types, none of them public
-        raise ModelError(f"model.image_weights={uri} cannot be read as weights: {error}") from error
+        raise ModelError(f"model.image_weights={uri} cannot be read as weights: {error!r}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"model.image_weights={uri} does not contain a state dict of tensors")
+        parts = f" but {some_of([str(key) for key in state])}" if isinstance(state, dict) else ""
+        raise ModelError(f"model.image_weights={uri} contains no state dict of tensors{parts}; {_SAVE}")
     return state
 
 
