@@ -10,19 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from feature_tables import plain_table
+from feature_tables import plain_table, section_blocks, small_tiles, write
 from small_table import empty_manifest
 from torch.nn.functional import adaptive_avg_pool2d
 
 from mclstexp import storage
 from mclstexp.config import Config, override
-from mclstexp.data.features import RGB, FeatureManifest, FeatureReader
+from mclstexp.data.features import FEATURES, RGB, FeatureManifest, FeatureReader
 from mclstexp.data.schema import MANIFEST, Manifest, load_manifest
 from mclstexp.data.spots import decode_tiles
 from mclstexp.data.table import read_sentence, write_section
 from mclstexp.errors import ConfigError
 from mclstexp.model import extract
-from mclstexp.model.extract import Wanted, features, renew_features, wanted
+from mclstexp.model.extract import Wanted, can_store, features, renew_features, wanted
 from mclstexp.model.extractor import Extractor
 from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
 from mclstexp.settings import ModelConfig
@@ -179,6 +179,41 @@ def test_features_are_made_once_and_read_by_everybody(
     assert other.root != reader.root
     assert computed == [third, names[0]]
     assert not np.allclose(other.read_section(names[0]), reader.read_section(names[0]), atol=1e-3)
+
+
+@pytest.mark.ray
+def test_beside_tiles_that_cannot_be_written_features_are_refused_or_computed_for_once(
+    tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, manifest = _copied(tiles, tmp_path)
+    Path(root, FEATURES).touch()  # where the folder would be
+    assert not can_store(root)
+    name, encoder, scratch = manifest.sections[0].section_id, _encoder(), str(tmp_path / "scratch")
+    with pytest.raises(
+        ConfigError, match=r"cannot be stored beside the tiles: cannot write .*; run jobs/embed.py where"
+    ):
+        features(root, manifest, [name], encoder, PLAIN, lambda *_: pytest.fail("it was encoded"))
+    reader = features(root, manifest, [name], encoder, PLAIN, scratch=scratch)
+    assert "they are computed for this once" in capsys.readouterr().out
+    assert reader.read_section(name) == pytest.approx(_expected(root, manifest, name, encoder), abs=1e-5)
+    monkeypatch.setattr(extract, "stream_sentences", None)
+    assert features(root, manifest, [name], encoder, PLAIN, scratch=scratch).manifest == reader.manifest
+
+
+def test_of_two_tables_that_serve_the_one_that_would_be_made_here_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, encoder = small_tiles(tmp_path), _encoder()
+    auto, own = replace(PLAIN, precision="auto"), extract._arithmetic("auto")
+    for arithmetic in ("fp32", "bf16"):
+        plain = PLAIN.plain_table(manifest, encoder.record, arithmetic)
+        for entry in manifest.sections:
+            write(tmp_path, plain, entry, section_blocks(plain, entry))
+    names = [entry.section_id for entry in manifest.sections]
+    assert features(str(tmp_path), manifest, names, encoder, auto, make=False).manifest.arithmetic == own
+    other = {"fp32": "bf16", "bf16": "fp32"}[own]
+    monkeypatch.setattr(extract, "_native_arithmetic", lambda _: other)
+    assert features(str(tmp_path), manifest, names, encoder, auto, make=False).manifest.arithmetic == other
 
 
 @pytest.mark.ray

@@ -7,6 +7,7 @@ its correlations mean something. Tiles stream through Ray once per network; thei
 Shapes: N spots of a section, G genes, D embedding dimensions.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -83,8 +84,9 @@ def evaluate(
     banks = _banks(model, reader.target, training, targets)
 
     # Every spot through every network
-    queries = _queries(model, reader, names, show)
-    seen = floor_features(model, reader, [*model.training.sections, *names], floor_weights, show)
+    with tempfile.TemporaryDirectory() as scratch:
+        queries = _queries(model, reader, names, show, scratch)
+        seen = floor_features(model, reader, [*model.training.sections, *names], floor_weights, show, scratch)
 
     # Every section in every target
     labels = unique_labels(model.panel.names(), model.panel.gene_id, GenePanel.from_table(all_genes).names())
@@ -182,13 +184,15 @@ def _banks(
     return {name: others.get(name, model.bank) for name in targets}
 
 
-def _queries(model: ModelVersion, reader: SpotReader, names: Sequence[str], show: Show) -> dict[str, np.ndarray]:
+def _queries(
+    model: ModelVersion, reader: SpotReader, names: Sequence[str], show: Show, scratch: str
+) -> dict[str, np.ndarray]:
     """Returns each section's spots as the model embeds them, (N, D); a frozen encoder's features are read."""
     root, manifest = reader.root, reader.manifest
     if model.encoder is None:
         embedded = embed_sections(root, manifest, names, network_of(model), show, "tiles through model")
         return {name: arrays["embedding"] for name, arrays in embedded}
-    stored = features(root, manifest, names, model.encoder, wanted(model.config), show)
+    stored = features(root, manifest, names, model.encoder, wanted(model.config), show, scratch=scratch)
     embed = head_of(model).build(torch.device("cpu"))
     return {name: embed(stored.read_section(name)) for name in names}
 

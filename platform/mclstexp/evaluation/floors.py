@@ -26,7 +26,7 @@ from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.ridge import RidgeFloor, measured_parts, training_groups
 from mclstexp.evaluation.sections import MeasuredSection, normalise_section
 from mclstexp.model.embed import embed_sections, network_of
-from mclstexp.model.extract import Wanted, features, wanted
+from mclstexp.model.extract import Wanted, can_store, features, wanted
 from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show
@@ -108,7 +108,12 @@ def floor_encoders(config: ModelConfig, tile_size_px: int, floor_weights: str | 
 
 
 def floor_features(
-    model: ModelVersion, reader: SpotReader, section_ids: Sequence[str], floor_weights: str | None, show: Show
+    model: ModelVersion,
+    reader: SpotReader,
+    section_ids: Sequence[str],
+    floor_weights: str | None,
+    show: Show,
+    scratch: str,
 ) -> Features:
     """Returns what ridges and probe see: colour, and features of the model's encoder with its own and other weights.
 
@@ -121,12 +126,13 @@ def floor_features(
         section_ids: all sections whose features are needed.
         floor_weights: `imagenet`, or a file: adds the pretrained encoder's features.
         show: takes progress.
+        scratch: as `extract.features`.
 
     Raises:
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
         TableError: stored features are damaged.
     """
-    stored = _stored_features(model, reader, section_ids, floor_weights, show)
+    stored = _stored_features(model, reader, section_ids, floor_weights, show, scratch)
     colours = next(iter(stored.values()))
     name = model.config.model.image_encoder
     found: Features = {"ridge on RGB": {section: colours.read_colours(section) for section in section_ids}}
@@ -146,16 +152,25 @@ def make_floor_features(
 ) -> None:
     """Stores what the floors of models of these settings will read, before several of them are scored at once.
 
+    Where nothing can be stored beside the tiles, each of them computes it.
+
     Raises:
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
     manifest = load_manifest(tiles)
+    if not can_store(tiles):
+        return
     for encoder in floor_encoders(config.model, manifest.tile_size_px, floor_weights).values():
         features(tiles, manifest, section_ids, encoder, _plain(config), show)
 
 
 def _stored_features(
-    model: ModelVersion, reader: SpotReader, section_ids: Sequence[str], floor_weights: str | None, show: Show
+    model: ModelVersion,
+    reader: SpotReader,
+    section_ids: Sequence[str],
+    floor_weights: str | None,
+    show: Show,
+    scratch: str,
 ) -> dict[str, FeatureReader]:
     """Returns the features of every encoder that was not trained here, by what its weights are."""
     own, config = model.encoder, model.config
@@ -167,7 +182,7 @@ def _stored_features(
     if own is not None:
         asked["frozen"] = (own, wanted(config))
     return {
-        word: features(reader.root, reader.manifest, section_ids, encoder, blocks, show)
+        word: features(reader.root, reader.manifest, section_ids, encoder, blocks, show, scratch=scratch)
         for word, (encoder, blocks) in asked.items()
     }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import PurePosixPath
+from uuid import uuid4
 
 import ray
 import torch
@@ -29,7 +30,7 @@ from mclstexp.data.features import (
 from mclstexp.data.schema import MANIFEST, Manifest, require_views
 from mclstexp.data.spots import Batch, pad
 from mclstexp.data.table import read_columns
-from mclstexp.errors import ConfigError, TableError
+from mclstexp.errors import ConfigError, StorageError, TableError
 from mclstexp.messages import some_of
 from mclstexp.model.extractor import Extractor
 from mclstexp.model.frozen import FrozenEncoder
@@ -93,6 +94,7 @@ def features(
     wanted: Wanted,
     show: Show = hidden,
     make: bool = True,
+    scratch: str | None = None,
 ) -> FeatureReader:
     """Returns the reader of a table that has the features of all these sections; computes those that are missing.
 
@@ -106,24 +108,26 @@ def features(
         wanted: which features.
         show: takes progress by spot.
         make: whether missing features are computed, which needs Ray.
+        scratch: local folder for computed features if none can be stored beside the tiles; None: that is an error.
 
     Raises:
-        ConfigError: the table lacks a view; without `make`, features are missing; or one is beyond the range of
-            float16.
+        ConfigError: the table lacks a view; without `make`, features are missing, or without `scratch` they cannot be
+            stored; or one is beyond the range of float16.
         ModelError: the encoder's weights cannot be found, or a feature is not finite.
     """
     require_views(manifest, wanted.views)
     tables = _tables_that_serve(tiles, manifest, encoder.record, wanted)
-    missing = {table.name: _missing(tiles, table, manifest, section_ids) for table in tables}
-    for table in tables:
-        if not missing[table.name]:
+    missing = [_missing(tiles, table, manifest, section_ids) for table in tables]
+    for table, lost in zip(tables, missing, strict=True):
+        if not lost:
             return FeatureReader(feature_root(tiles, table.name), table, wanted.views)
     if not make:
-        fewest = min(missing.values(), key=len, default=section_ids)
+        fewest = min(missing, key=len, default=section_ids)
         raise ConfigError(_command_that_makes(tiles, encoder.record, wanted, fewest))
     plain = wanted.plain_table(manifest, encoder.record, _arithmetic(wanted.precision))
-    todo = missing.get(plain.name, section_ids)
-    table, root = make_features(tiles, manifest, todo, encoder, plain, show), feature_root(tiles, plain.name)
+    place = _place(tiles, scratch)
+    todo = _missing(place, load_or_plain(place, plain), manifest, section_ids)
+    table, root = make_features(tiles, manifest, todo, encoder, plain, show, place), feature_root(place, plain.name)
     print(f"stored the features of {len(todo)} section(s) by {encoder.record.name} in {root}", flush=True)
     return FeatureReader(root, table, wanted.views)
 
@@ -186,6 +190,7 @@ def make_features(
     encoder: FrozenEncoder,
     plain: FeatureManifest,
     show: Show = hidden,
+    place: str | None = None,
 ) -> FeatureManifest:
     """Computes and publishes the features of some sections, one after the other; returns the table as it is then.
 
@@ -196,19 +201,21 @@ def make_features(
         encoder: the encoder.
         plain: what the feature table is, without sections.
         show: takes progress by spot.
+        place: folder below which feature tables are; None: the tile table.
 
     Raises:
         ConfigError, ModelError: as `features`.
     """
-    table = load_or_plain(tiles, plain)
+    place = place or tiles
+    table = load_or_plain(place, plain)
     old = {each.section_id: each for each in table.sections}
     for name in section_ids:
         if not manifest.section(name).row_groups:
-            table = write_features(tiles, plain, manifest.section(name), (), old.get(name))
+            table = write_features(place, plain, manifest.section(name), (), old.get(name))
     for name, sentences in _sections(tiles, manifest, section_ids, encoder, plain, show):
         entry = manifest.section(name)
         spots = read_columns(tiles, entry, ["spot_id"])["spot_id"].to_pylist()
-        table = write_features(tiles, plain, entry, _with_spots(spots, sentences), old.get(name))
+        table = write_features(place, plain, entry, _with_spots(spots, sentences), old.get(name))
     return table
 
 
@@ -267,8 +274,45 @@ def _with_spots(spots: list[str], sentences: Iterable[Batch]) -> Iterator[tuple[
         first = end
 
 
+def can_store(tiles: str) -> bool:
+    """Returns whether features can be stored beside the tiles."""
+    return not _fault_of_writing(tiles)
+
+
+def _place(tiles: str, scratch: str | None) -> str:
+    """Returns the folder below which new features are stored; says so where it is not beside the tiles.
+
+    Raises:
+        ConfigError: nothing can be written beside the tiles, and there is no scratch folder.
+    """
+    fault = _fault_of_writing(tiles)
+    if not fault:
+        return tiles
+    if scratch is None:
+        raise ConfigError(
+            f"features are missing, and they cannot be stored beside the tiles: {fault}; run jobs/embed.py where "
+            f"{tiles} can be written, or copy the table"
+        )
+    print(f"features cannot be stored beside the tiles ({fault}): they are computed for this once", flush=True)
+    return scratch
+
+
+def _fault_of_writing(tiles: str) -> str:
+    """Returns why nothing can be written below a tile table's folder of features; empty if it can."""
+    probe = storage.join(storage.absolute(tiles), FEATURES, f".probe-{uuid4().hex}")
+    try:
+        storage.write(probe, b"")
+        storage.delete(probe)
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
 def _tables_that_serve(tiles: str, manifest: Manifest, record: EncoderRecord, wanted: Wanted) -> list[FeatureManifest]:
-    """Returns the stored tables that have the wanted features of some sections; damaged ones do not count."""
+    """Returns the stored tables that have the wanted features of some sections; damaged ones do not count.
+
+    Where `auto` lets features of either arithmetic serve, those that would be made here come first.
+    """
     folder = storage.join(storage.absolute(tiles), FEATURES)
     names = [PurePosixPath(uri).parent.name for uri in storage.list_files(folder) if uri.endswith(f"/{MANIFEST}")]
     tables = []
@@ -279,6 +323,9 @@ def _tables_that_serve(tiles: str, manifest: Manifest, record: EncoderRecord, wa
             continue
         if table is not None and wanted.served_by(table, manifest, record):
             tables.append(table)
+    if len(tables) > 1:
+        own = _arithmetic(wanted.precision)
+        tables.sort(key=lambda table: table.arithmetic != own)
     return tables
 
 
