@@ -1,8 +1,11 @@
 """Wide tiles: the whole plane around a spot, equal to an area-weighted resample of all pixels, read once."""
 
+import os
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 from PIL import Image
@@ -12,6 +15,7 @@ from wide_reference import reference
 from mclstexp.errors import SourceError
 from mclstexp.slides import blocks
 from mclstexp.slides.slide import open_slide
+from mclstexp.slides.tiles import tile_corner
 
 SIZE = 32
 
@@ -111,3 +115,20 @@ def test_damage_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(SourceError, match=r"a\.png"), open_slide(path) as slide:
         slide.read_wide(0.0, 0.0, SIZE, 8.0)
+
+
+@pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
+def test_a_real_section_as_pyramid_and_as_jpeg_is_the_same_from_afar():
+    """Within 4 grey levels on average, where a shift by one pixel is 6 to 21; both files are lossy."""
+    root, size = Path(os.environ["MCLSTEXP_DATA"]), 112
+    spots = pd.read_csv(root / "her2st" / "spots" / "C5_selection.tsv", sep="\t")[["pixel_x", "pixel_y"]].to_numpy()
+    with (
+        open_slide(root / "slides" / "C5_aperio.svs") as svs,
+        open_slide(root / "her2st" / "images" / "C5.jpg") as jpeg,
+    ):
+        scale = 618 / size / svs.mpp
+        for left, top in tile_corner(spots[::20], size, scale):
+            one, other = (slide.read_wide(left, top, size, scale).astype(float) for slide in (svs, jpeg))
+            off, shifted = (np.abs(one - side).mean() for side in (other, np.roll(other, 1, axis=1)))
+            assert off < 4
+            assert shifted > 1.5 * off
