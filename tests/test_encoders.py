@@ -134,6 +134,14 @@ def test_an_unknown_encoder_is_refused_with_the_nearest_or_all(check: Callable[[
         check("x")
     with pytest.raises(ConfigError, match=r"timm/resnet10x: timm has no such model; did you mean .*resnet10"):
         check("timm/resnet10x")
+    with pytest.raises(ConfigError, match=r"timm/resnet50.supcon: timm has no such tag; known: resnet50\.\w+, "):
+        check("timm/resnet50.supcon")
+
+
+@pytest.mark.parametrize("name", ["timm/inception_v3", "timm/crossvit_9_240"])
+def test_tiles_that_a_network_cannot_take_are_refused_by_their_size(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"image_encoder={name} cannot take tiles of 32 px .*use another tiles.size"):
+        build_encoder(name, 32)
 
 
 def test_an_encoder_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,6 +212,14 @@ def test_a_repository_without_weights_and_an_encoder_without_repository_are_refu
         require_encoder("small_cnn", "hub")
 
 
+def test_what_the_hub_gave_once_is_found_without_it(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the file has the second of the names that are tried."""
+    first = download("lab/Net", COMMIT)
+    download.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert download("lab/Net", COMMIT) == first
+
+
 def test_a_hub_out_of_reach_names_the_file_setting(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"give a file with --model\.image_weights FILE"):

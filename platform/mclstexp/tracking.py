@@ -305,9 +305,6 @@ def _upload(client: MlflowClient, run_id: str, model_folder: str) -> str:
     return f"{client.get_run(run_id).info.artifact_uri}/model"
 
 
-_REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "simplejpeg", "pyarrow", "pydantic", "ray[data]")
-
-
 def _save_pyfunc(target: str, version: str) -> None:
     mlflow.pyfunc.save_model(
         target,
@@ -320,6 +317,7 @@ def _save_pyfunc(target: str, version: str) -> None:
             "torchvision",
             "timm",
             "safetensors",
+            "huggingface_hub",
             "simplejpeg",
             "pyarrow",
             "pydantic",

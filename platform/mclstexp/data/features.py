@@ -66,7 +66,7 @@ class EncoderRecord(_Record):
     hub: str | None = None
     commit: str | None = None
     uri: str | None = None
-    """Where the weights were read from; None: random, or ImageNet's."""
+    """Where the weights were read from: a file, `imagenet` or `hub`; None: random, or stored in the model version."""
 
     def blocks(self, view: str, draw: int | None = None) -> dict[str, int]:
         """Returns the columns of one view's layers, for the plain tiles or an augmented draw, with their widths."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mclstexp.errors import ConfigError
-from mclstexp.messages import did_you_mean
+from mclstexp.messages import did_you_mean, some_of
 from mclstexp.model.presets import PERMISSIVE, PRESETS, Preset, Transform, Triple
 
 TIMM = "timm/"
@@ -69,9 +69,9 @@ def build_encoder(name: str, tile_size_px: int, layers: Sequence[str] = ()) -> P
     Raises:
         ConfigError: the encoder or a layer is unknown, or it cannot take tiles of this size.
     """
-    preset = preset_of(name)
-    encoder = _unsized(name, preset, tile_size_px, chosen_layers(name, layers))
-    encoder.widths = layer_widths(name, tile_size_px, layers)[1]
+    chosen, widths = layer_widths(name, tile_size_px, layers)
+    encoder = _unsized(name, preset_of(name), tile_size_px, chosen)
+    encoder.widths = widths
     return encoder
 
 
@@ -80,9 +80,14 @@ def _widths(name: str, tile_size_px: int) -> dict[str, int]:
     """Returns the number of features of every layer on offer, from a pass of a network without memory."""
     preset, transform = preset_of(name), transform_of(name, tile_size_px)
     edge = transform.crop_px or transform.resize_px or tile_size_px
-    with torch.device("meta"), torch.no_grad():
-        encoder = _unsized(name, preset, tile_size_px, preset.layers).eval()
-        pooled = encoder._pool(encoder.network, torch.zeros(1, 3, edge, edge))
+    try:
+        with torch.device("meta"), torch.no_grad():
+            encoder = _unsized(name, preset, tile_size_px, preset.layers).eval()
+            pooled = encoder._pool(encoder.network, torch.zeros(1, 3, edge, edge))
+    except (RuntimeError, AssertionError, ValueError) as error:  # of whichever layer the size does not suit
+        raise ConfigError(
+            f"model.image_encoder={name} cannot take tiles of {tile_size_px} px ({error}); use another tiles.size_px"
+        ) from error
     return {layer: pooled[layer].shape[1] for layer in preset.layers}
 
 
@@ -264,7 +269,14 @@ def _timm_preset(network: str) -> Preset:
     if not timm.is_model(network):
         near = did_you_mean(network, timm.list_models(), num_nearest=3)
         raise ConfigError(f"model.image_encoder={TIMM}{network}: timm has no such model; {near}")
-    build, known = f"{TIMM}{network}", timm.get_pretrained_cfg(network)
+    build = f"{TIMM}{network}"
+    try:
+        known = timm.get_pretrained_cfg(network)
+    except RuntimeError:
+        tags = timm.list_models(f"{network.partition('.')[0]}.*", pretrained=True)
+        raise ConfigError(
+            f"model.image_encoder={TIMM}{network}: timm has no such tag; known: {some_of(tags)}"
+        ) from None
     if known is None:
         return Preset(build, licence="not stated", stores_weights=False)
     return Preset(

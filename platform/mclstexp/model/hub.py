@@ -26,23 +26,32 @@ def download(repository: str, commit: str | None) -> tuple[str, str]:
         ModelError: they cannot be had; says what to do.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-    names = (*_FILES, f"{repository.rpartition('/')[2]}.pth")
+    names, unreached = (*_FILES, f"{repository.rpartition('/')[2]}.pth"), None
     for name in names:
         try:
             path = Path(hf_hub_download(repository, name, revision=commit))
         except RemoteEntryNotFoundError:
             continue
+        except LocalEntryNotFoundError as error:  # without the hub, its cache may have the file under the next name
+            unreached = error
+            continue
         except Exception as error:  # of the hub, of its HTTP client or of the disk; they share no base
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ModelError(
-                f"model.image_weights=hub: {repository} cannot be read from the hub ({reason}). "
-                "Accept its licence on the hub's page and log in with `hf auth login` (or set HF_TOKEN), or give a "
-                "file with --model.image_weights FILE"
-            ) from error
+            raise _refused(repository, error) from error
         return str(path), path.parent.name
+    if unreached is not None:
+        raise _refused(repository, unreached) from unreached
     raise ModelError(
         f"model.image_weights=hub: {repository} has none of {', '.join(names)}; give a file with "
         "--model.image_weights FILE"
+    )
+
+
+def _refused(repository: str, error: Exception) -> ModelError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ModelError(
+        f"model.image_weights=hub: {repository} cannot be read from the hub ({reason}). "
+        "Accept its licence on the hub's page and log in with `hf auth login` (or set HF_TOKEN), or give a "
+        "file with --model.image_weights FILE"
     )
