@@ -40,7 +40,7 @@ def main() -> None:
     if arguments.views is not None:
         config = override(config, {"train.feature_draws": arguments.views}, "--views")
     manifest = load_manifest(arguments.data)
-    names = arguments.sections or tuple(entry.section_id for entry in manifest.sections)
+    names = tuple(dict.fromkeys(arguments.sections)) or tuple(entry.section_id for entry in manifest.sections)
     manifest.num_spots(names)  # refuses unknown ones
     warn_of_resolution(config.model, manifest)
     encoder = frozen_encoder(config.model, manifest.tile_size_px, config.train.seed)

@@ -120,7 +120,7 @@ def test_a_dry_run_forecasts_and_writes_nothing(
     tiles: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = storage.list_files(tiles)
-    options = ("--sections", "P1S1", "--dry-run", "--views", "2", "--model.feature_dtype", "float16")
+    options = ("--sections", "P1S1,P1S1", "--dry-run", "--views", "2", "--model.feature_dtype", "float16")
     _main(monkeypatch, tiles, *options)
     spots = load_manifest(tiles).section("P1S1").num_spots
     last = capsys.readouterr().out.strip().splitlines()[-1]

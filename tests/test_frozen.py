@@ -91,6 +91,7 @@ def test_the_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     if where == "environment":
         (tmp_path / "encoders").mkdir()
         os.rename(path, tmp_path / "encoders" / f"{encoder.record.digest}.safetensors")
+        (tmp_path / "encoders" / f"{encoder.record.digest}.json").touch()
         monkeypatch.setenv(ENCODERS_VARIABLE, str(tmp_path / "encoders"))
     if where == "given":
         lost = lost.with_weights(os.rename(path, tmp_path / "x.safetensors") or str(tmp_path / "x.safetensors"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from small_table import empty_manifest
 from mclstexp.config import override
 from mclstexp.errors import ModelError, RunError
 from mclstexp.evaluation.evaluate import _notes
-from mclstexp.model.embed import head_of, network_of
+from mclstexp.model.embed import fixed_turns, head_of, network_of
 from mclstexp.model.frozen import ENCODERS_VARIABLE, FrozenEncoder, frozen_encoder
+from mclstexp.model.presets import PRESETS
 from mclstexp.model.towers import ImageTower, TwoTowers
 from mclstexp.model.version import ModelVersion
 
@@ -97,6 +99,30 @@ def test_an_encoder_whose_licence_allows_no_copy_is_found_by_its_digest(
     assert np.array_equal(_embedded(loaded), _embedded(version))
 
 
+def test_stored_tensors_of_another_encoder_are_refused_though_the_checksums_fit(tmp_path: Path) -> None:
+    version = frozen_version()
+    folder = _saved(version, tmp_path / "version")
+    other = frozen_encoder(version.config.model, 32, 3)
+    save_file(other.state(), folder / "encoder.safetensors")
+    _update_checksums(folder, [path.name for path in folder.iterdir() if path.name != "files.json"])
+    assert version.encoder is not None
+    digests = rf"{other.record.digest[:12]}\.\.\., the recorded one {version.encoder.record.digest[:12]}"
+    with pytest.raises(ModelError, match=digests):
+        ModelVersion.load(folder)
+
+
+def test_tiles_that_would_reach_the_encoder_in_another_way_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = ModelVersion.load(_saved(frozen_version(), tmp_path / "version"))
+    preset = PRESETS["small_cnn"]
+    changed = replace(preset, transform=replace(preset.transform, mean=(0.5, 0.5, 0.5)))
+    monkeypatch.setitem(PRESETS, "small_cnn", changed)
+    assert head_of(loaded).num_features == 128  # stored features are as they were
+    with pytest.raises(ModelError, match=r"small_cnn saw tiles .* less \(0\.485, .* give it tiles .* less \(0\.5, "):
+        network_of(loaded)
+
+
 def test_weights_that_a_job_is_given_are_taken_or_refused(tmp_path: Path) -> None:
     version, trained = _gated(frozen_version()), random_version()
     loaded = ModelVersion.load(_saved(version, tmp_path / "version"))
@@ -164,8 +190,9 @@ def test_a_bank_of_another_frozen_encoder_is_refused_with_both_digests(tmp_path:
         ModelVersion.load(folder)
 
 
-def test_a_frozen_version_of_schema_4_loads_and_answers_equally(tmp_path: Path) -> None:
-    """It mixed the frozen encoder, under its former names, with what was learnt."""
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_frozen_version_of_schema_4_loads_and_answers_equally(tmp_path: Path, turns: bool) -> None:
+    """It mixed the frozen encoder, under its former names, with what was learnt; some turned tiles before."""
     version = frozen_version()
     assert version.encoder is not None
     folder = _saved(version, tmp_path / "version")
@@ -178,7 +205,7 @@ def test_a_frozen_version_of_schema_4_loads_and_answers_equally(tmp_path: Path) 
     record = json.loads((folder / "model.json").read_text())
     for setting in ("image_layers", "image_views", "feature_dtype"):
         del record["config"]["model"][setting]
-    record["config"]["model"]["input_scaling"] = "imagenet"
+    record["config"]["model"] |= {"input_scaling": "imagenet", "test_turns": turns}
     del record["encoder"], record["wide"]
     (folder / "model.json").write_text(json.dumps(record | {"schema_version": 4}))
     assert version.bank is not None
@@ -189,6 +216,11 @@ def test_a_frozen_version_of_schema_4_loads_and_answers_equally(tmp_path: Path) 
     version.bank.save(folder, made_for)
     _update_checksums(folder, names)
     loaded = ModelVersion.load(folder)
+    if turns:
+        assert loaded.encoder is None
+        assert loaded.towers().config.test_turns
+        assert np.array_equal(_embedded(loaded), network_of(version).build(CPU)(fixed_turns(TILES)))
+        return
     assert loaded.encoder is not None
     assert loaded.encoder.record.digest == version.encoder.record.digest
     assert loaded.weights.keys() == version.weights.keys()

@@ -20,7 +20,8 @@ from mclstexp.model.weights import HUB, fitting_state, hub_weights, read_weights
 from mclstexp.settings import ModelConfig
 
 ENCODERS_VARIABLE = "MCLSTEXP_ENCODERS"
-"""Environment variable: a folder or s3:// prefix of weights files named DIGEST.safetensors, .bin or .pth."""
+"""Environment variable: a folder or s3:// prefix of weights files named by their digest."""
+_ENDINGS = (".safetensors", ".bin", ".pth")
 _NAMED_WEIGHTS = ("random", "imagenet", HUB)
 _digests: dict[tuple[object, ...], str] = {}
 """Of the files that this process has read; tensors are not kept, for they may be gigabytes."""
@@ -36,8 +37,10 @@ class FrozenEncoder:
         """Returns the state dict of its `PooledEncoder`, which is looked for if it is not at hand.
 
         Raises:
-            ModelError: it is not found, or another file is in its place; names where it was looked for.
+            ModelError: it is not found, or another file is in its place (names where it was looked for); or this code
+                would give it other images than its features were computed from.
         """
+        self._require_transform()
         if self._state is None:
             self._state = self._found()
         return self._state
@@ -61,6 +64,25 @@ class FrozenEncoder:
         """
         return FrozenEncoder(self.record, self._read(weights))
 
+    def _require_transform(self) -> None:
+        """Checks that tiles reach the encoder as they did: presets and timm's own facts change between versions."""
+        record = self.record
+        transform = transform_of(record.name, record.tile_size_px)
+        scaling = None if record.scaling == "encoder" else record.scaling
+        own = input_scaling(ModelConfig.model_validate({"image_encoder": record.name, "input_scaling": scaling}))
+        now, then = (
+            f"resized to {resize} px, cut to {crop} px, less {mean} over {std}"
+            for resize, crop, (mean, std) in (
+                (transform.resize_px, transform.crop_px, own),
+                (record.resize_px, record.crop_px, (record.mean, record.std)),
+            )
+        )
+        if now != then:
+            raise ModelError(
+                f"{record.name} saw tiles {then} (None: as they are), this code and timm would give it tiles {now}: "
+                "use the code and timm of that time, or make features and model again"
+            )
+
     def _found(self) -> dict[str, torch.Tensor]:
         weights = next(self._places(), None)
         if weights is not None:
@@ -69,15 +91,16 @@ class FrozenEncoder:
         looked = [f"{ENCODERS_VARIABLE} ({folder or 'not set'})", f"the recorded place ({record.uri or 'none'})"]
         raise ModelError(
             f"the weights of the frozen encoder {record.name} with digest {record.digest[:12]}... are not at hand: "
-            f"looked in {' and '.join(looked)}; give --model.image_weights FILE, or put the file as "
-            f"{record.digest}.safetensors into the folder that {ENCODERS_VARIABLE} names"
+            f"looked in {' and '.join(looked)}; give --model.image_weights FILE, or put the file into the folder that "
+            f"{ENCODERS_VARIABLE} names, as {record.digest} with its own ending ({', '.join(_ENDINGS)})"
         )
 
     def _places(self) -> Iterator[str]:
         """Yields where the weights are, the folder of the environment first."""
         folder = os.environ.get(ENCODERS_VARIABLE)
         if folder:
-            yield from (uri for uri in storage.list_files(folder) if PurePosixPath(uri).stem == self.record.digest)
+            names = {self.record.digest + ending for ending in _ENDINGS}
+            yield from (uri for uri in storage.list_files(folder) if PurePosixPath(uri).name in names)
         if self.record.uri and (self.record.uri in _NAMED_WEIGHTS or storage.exists(self.record.uri)):
             yield self.record.uri
 

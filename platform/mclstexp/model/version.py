@@ -32,6 +32,7 @@ from mclstexp.model.encoders import preset_of
 from mclstexp.model.frozen import FrozenEncoder, encoder_from_state
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
 from mclstexp.model.towers import TwoTowers, plain_tensors
+from mclstexp.model.weights import weights_digest
 from mclstexp.settings import ModelConfig, TilesConfig
 
 MODEL_SCHEMA = 5
@@ -214,8 +215,13 @@ class ModelVersion:
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error
-        config = recorded_config(record.config, str(folder))
+        config = recorded_config(_without_turned_features(record), str(folder))
         encoder, weights = _encoder(config.model, record, weights, stored)
+        if stored is not None and encoder is not None and (own := weights_digest(stored)) != encoder.record.digest:
+            raise ModelError(
+                f"{ENCODER} of {folder} is not the version's frozen encoder: its digest is {own[:12]}..., the "
+                f"recorded one {encoder.record.digest[:12]}...; fetch it again"
+            )
         version = cls(
             config=config,
             panel=GenePanel.from_json(record.panel),
@@ -311,6 +317,18 @@ class ModelVersion:
                     f"the bank of {folder} does not belong to it: it was made for {name} {value}, the model version "
                     f"has {name} {own.get(name)}; fetch it again"
                 )
+
+
+def _without_turned_features(record: _ModelFile) -> dict[str, object]:
+    """Returns a version's settings; earlier schemas have frozen encoders that see turned tiles.
+
+    Stored features are of plain tiles, so that such a version counts as one that contains its encoder like a trained
+    one, and answers as it did.
+    """
+    model = record.config.get("model")
+    if record.encoder is None and isinstance(model, dict) and model.get("test_turns"):
+        return record.config | {"model": model | {"freeze_encoder": False}}
+    return record.config
 
 
 def _encoder(
