@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_table import make_table
 
 from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.schema import MANIFEST
 from mclstexp.errors import RunError
+from mclstexp.model.frozen import frozen_encoder
+from mclstexp.settings import ModelConfig
 from mclstexp.training.run import RECORD, Run, former_digest, identity, name_of, open_run, recorded_tiles
 
 SETTINGS: dict[str, object] = {"genes.num_genes": 4, "train.batch_sentences": 2, "split.test_patients": ["C"]}
@@ -140,3 +143,20 @@ def test_the_scaling_of_the_first_encoders_goes_under_the_name_that_it_had() -> 
 def test_the_former_name_of_a_run_with_open_cores_is_that_of_one_core() -> None:
     one, two = (override(Config(), {"train.cpus_per_worker": number}) for number in (1, 2))
     assert former_digest(Config()) == former_digest(one) != former_digest(two)
+
+
+def test_a_run_goes_on_with_the_encoder_that_it_began_with_alone(table: Path, tmp_path: Path) -> None:
+    """Wherever its weights are: the file at a place may change."""
+    first, other = (frozen_encoder(ModelConfig(image_encoder="small_cnn"), 16, seed) for seed in (1, 2))
+    path = tmp_path / "weights.pth"
+    settings = {"model.image_encoder": "small_cnn", "model.freeze_encoder": True, "model.image_weights": str(path)}
+    torch.save(first.state(), path)
+    run = _open(table, "mine", **settings)
+    torch.save(other.state(), path)
+    with pytest.raises(RunError, match=rf"image encoder: {first.record.digest} -> {other.record.digest}\); give an"):
+        _open(table, "mine", **settings)
+    record = Path(run.uri, RECORD)
+    tree = json.loads(record.read_text())
+    assert tree.pop("encoder_digest") == first.record.digest
+    record.write_text(json.dumps(tree))  # as earlier versions wrote it
+    assert _open(table, "mine", **settings).encoder.record.digest == other.record.digest

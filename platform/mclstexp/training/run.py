@@ -69,6 +69,8 @@ class RunRecord(TrackedRecord):
 
     panel: str
     """GenePanel as JSON."""
+    encoder_digest: str | None = None
+    """Of the frozen encoder: a file at the same place may change. None: trained, or begun by an earlier version."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
         TableError, SplitError: the data or the split is not usable.
         ConfigError: the panel cannot be made, a section lists its genes under other names, or the table lacks a view.
         ModelError: the weights of the frozen encoder cannot be read or do not fit.
-        RunError: the name belongs to a run with other settings or data.
+        RunError: the name belongs to a run with other settings, data or encoder weights.
     """
     root = storage.absolute(data)
     manifest = load_manifest(root)
@@ -123,10 +125,12 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
     if is_new:
         panel = _fit_panel(root, manifest, split, config.genes)
         request = _request(config, manifest)
-        new = RunRecord(**request, mlflow_run_id=track(config, name, None), panel=panel.to_json())
+        digest = encoder.record.digest if encoder else None
+        run_id = track(config, name, None)
+        new = RunRecord(**request, mlflow_run_id=run_id, panel=panel.to_json(), encoder_digest=digest)
         storage.publish(uri, new.model_dump_json(indent=1).encode(), previous=None)
     record = RunRecord.model_validate_json(storage.read(uri))
-    _require_same(record, name, config, manifest)
+    _require_same(record, name, config, manifest, encoder)
     if not is_new:
         record = with_tracking(record, uri, track(config, name, record.mlflow_run_id))
 
@@ -243,7 +247,9 @@ def _fit_panel(root: str, manifest: Manifest, split: Split, config: GenesConfig)
     return panel
 
 
-def _require_same(record: RunRecord, name: str, config: Config, manifest: Manifest) -> None:
+def _require_same(
+    record: RunRecord, name: str, config: Config, manifest: Manifest, encoder: FrozenEncoder | None
+) -> None:
     requested = {block: _DEFAULTS[block] | fields for block, fields in identity(config).items()}
     changed = [
         f"{block}.{field}: {json.dumps(old)} -> {json.dumps(requested[block].get(field))}"
@@ -253,5 +259,7 @@ def _require_same(record: RunRecord, name: str, config: Config, manifest: Manife
     ]
     if record.manifest_digest != manifest.digest():
         changed.append(f"tile table: {record.manifest_digest} -> {manifest.digest()}")
+    if encoder is not None and record.encoder_digest not in (None, encoder.record.digest):
+        changed.append(f"weights of the image encoder: {record.encoder_digest} -> {encoder.record.digest}")
     if changed:
         raise RunError(f"the run {name} exists with other settings ({'; '.join(changed)}); give another --name")
