@@ -8,10 +8,20 @@ if TYPE_CHECKING:
     from mclstexp.settings import ModelConfig
 
 
-def warn_of_resolution(config: "ModelConfig", manifest: "Manifest") -> None:
-    """Prints that the encoder was trained at another resolution than the tiles have; a wide view is meant to differ."""
+def warn_of_encoder(config: "ModelConfig", manifest: "Manifest") -> None:
+    """Prints that a frozen encoder has random weights, or one was trained at another resolution than the tiles have.
+
+    A wide view is meant to have another one.
+    """
     from mclstexp.model.encoders import resolution_warning
 
-    warning = resolution_warning(config.image_encoder, manifest.tile_size_px, manifest.mpp)
-    if warning and "image" in config.image_views:
+    warnings: list[str | None] = []
+    if config.freeze_encoder and config.image_weights == "random":
+        warnings.append(
+            f"{config.image_encoder} has random weights and learns nothing, because it is frozen; give its own with "
+            "model.image_weights"
+        )
+    if "image" in config.image_views:
+        warnings.append(resolution_warning(config.image_encoder, manifest.tile_size_px, manifest.mpp))
+    for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
-from _encoder import warn_of_resolution
+from _encoder import warn_of_encoder
 from _markers import markers
 from _patients import warn_of_similar_patients
 
@@ -66,7 +66,7 @@ def main() -> None:
     marker_sets = markers(arguments.cohort, arguments.markers)
     manifest, protocol, floor = load_manifest(arguments.data), arguments.protocol, arguments.floor_weights
     warn_of_similar_patients(manifest)
-    warn_of_resolution(config.model, manifest)
+    warn_of_encoder(config.model, manifest)
     folds = folds_of.make_folds(manifest, config, protocol, arguments.folds)
     name = arguments.name or folds_of.default_name(arguments.out, manifest, protocol, config, floor, marker_sets)
     uri = storage.join(storage.absolute(arguments.out), name)

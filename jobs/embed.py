@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
-from _encoder import warn_of_resolution
+from _encoder import warn_of_encoder
 from pydantic import Field
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main() -> None:
     manifest = load_manifest(arguments.data)
     names = tuple(dict.fromkeys(arguments.sections)) or tuple(entry.section_id for entry in manifest.sections)
     manifest.num_spots(names)  # refuses unknown ones
-    warn_of_resolution(config.model, manifest)
+    warn_of_encoder(config.model, manifest)
     encoder = frozen_encoder(config.model, manifest.tile_size_px, config.train.seed)
     if arguments.dry_run:
         from mclstexp.model.forecast import forecast

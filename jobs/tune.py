@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
-from _encoder import warn_of_resolution
+from _encoder import warn_of_encoder
 from _patients import warn_of_similar_patients
 from pydantic import Field
 
@@ -59,7 +59,7 @@ def main() -> None:
     space = load_space(arguments.space, config)
     manifest = load_manifest(arguments.data)
     warn_of_similar_patients(manifest)
-    warn_of_resolution(config.model, manifest)
+    warn_of_encoder(config.model, manifest)
     config = cluster.side_by_side(with_validation(manifest, config))
     if arguments.features == "require":
         store_features(arguments.data, read_sections(manifest, config), feature_configs(space, config), make=False)

@@ -123,7 +123,9 @@ def test_a_dry_run_forecasts_and_writes_nothing(
     options = ("--sections", "P1S1,P1S1", "--dry-run", "--views", "2", "--model.feature_dtype", "float16")
     _main(monkeypatch, tiles, *options)
     spots = load_manifest(tiles).section("P1S1").num_spots
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    printed = capsys.readouterr()
+    assert "warning: small_cnn has random weights and learns nothing" in printed.err
+    last = printed.out.strip().splitlines()[-1]
     gigabytes = spots * (128 * 2 * 3 + 24) / 1e9
     assert last.startswith("would write features/small_cnn-")
     assert f": {spots} spots of 1 section(s), {gigabytes:.3g} GB; " in last

@@ -200,6 +200,22 @@ def test_beside_tiles_that_cannot_be_written_features_are_refused_or_computed_fo
     assert features(root, manifest, [name], encoder, PLAIN, scratch=scratch).manifest == reader.manifest
 
 
+def test_the_command_that_makes_missing_features_has_all_that_they_depend_on(tmp_path: Path) -> None:
+    manifest, encoder = small_tiles(tmp_path), _encoder(5, input_scaling="unit")
+    asked = replace(PLAIN, seed=5)
+    with pytest.raises(ConfigError) as error:
+        features(str(tmp_path), manifest, ["A1"], encoder, asked, make=False)
+    command = str(error.value).partition("python jobs/embed.py ")[2].split()
+    options = {name.removeprefix("--"): value for name, value in zip(command[::2], command[1::2], strict=True)}
+    assert (options.pop("data"), options["model.image_weights"]) == (str(tmp_path), "random")
+    config = override(Config(), options | {"model.image_layers": ["pooled"], "train.seed": int(options["train.seed"])})
+    again = frozen_encoder(config.model, 32, config.train.seed).record
+    assert (
+        wanted(config).plain_table(manifest, again, "fp32").name
+        == asked.plain_table(manifest, encoder.record, "fp32").name
+    )
+
+
 def test_of_two_tables_that_serve_the_one_that_would_be_made_here_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from trident_files import write_features
 
 from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel
-from mclstexp.errors import PredictError
+from mclstexp.errors import PredictError, SourceError
 from mclstexp.model.encoders import build_encoder
 from mclstexp.model.retrieval import retrieve
 from mclstexp.model.version import ModelVersion
@@ -201,6 +201,11 @@ def test_a_plan_and_an_explanation_need_no_slide(
     name, votes = explain_tile(cohort, model, "large", 50, 20, ())
     best = pq.read_table(predicted / "large.parquet")["similarity"][1].as_py()
     assert (name, votes["similarity"].max()) == ("1", pytest.approx(best, abs=1e-4))
+    (tmp_path / folder.name).mkdir()
+    shutil.copy(folder / "nan.h5", tmp_path / folder.name)
+    faulty = open_feature_cohort(str(tmp_path / folder.name), model, str(tmp_path), Config().predict)
+    with pytest.raises(SourceError, match="slide nan cannot be timed: features of tile"):
+        forecast(faulty, model, WorkerCounts(1, 1, False))
 
 
 def test_the_job_predicts_a_sheets_slides_from_their_features(

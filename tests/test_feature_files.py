@@ -256,6 +256,7 @@ def test_what_a_model_takes_from_a_folder() -> None:
         ({"layers": ("a", "b"), "widths": (1, 2)}, {}, "f", r"takes 2 blocks of features \(image/a, image/b\)"),
         ({}, {"image_views": ("image_wide",)}, "f", r"image_wide/class"),
         ({}, {"test_turns": True}, "f", "model.test_turns"),
+        ({"name": "timm/resnet18"}, {}, "features_x", r"give the folder features_resnet18$"),
         ({}, {}, "features_gpfm", r"features_gpfm has features of the encoder gpfm, the model takes someone's"),
     ],
 )

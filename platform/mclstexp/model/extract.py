@@ -345,13 +345,17 @@ def _missing(tiles: str, table: FeatureManifest, manifest: Manifest, section_ids
 
 def _command_that_makes(tiles: str, record: EncoderRecord, wanted: Wanted, missing: Sequence[str]) -> str:
     layers = f" --model.image_layers {','.join(record.layers)}"
-    draws = f" --views {wanted.num_draws} --train.augmentation {wanted.augmentation} --train.seed {wanted.seed}"
+    options = "" if record.scaling == "encoder" else f" --model.input_scaling {record.scaling}"
+    if wanted.num_draws:
+        options += f" --views {wanted.num_draws} --train.augmentation {wanted.augmentation}"
     weights = record.uri or "random"
+    if wanted.num_draws or weights == "random":
+        options += f" --train.seed {wanted.seed}"
     return (
         f"{len(missing)} section(s) have no stored features of {record.name} in {tiles}: {some_of(missing)}; make them "
         f"with python jobs/embed.py --data {tiles} --model.image_encoder {record.name} --model.image_weights {weights}"
         f"{layers} --model.feature_dtype {wanted.dtype} --train.precision {wanted.precision}"
-        f"{draws if wanted.num_draws else ''}"
+        f"{options}"
     )
 
 

@@ -123,8 +123,8 @@ def _file_names(encoder: EncoderRecord) -> tuple[str, ...]:
     """
     preset = PRESETS.get(encoder.name)
     (layer,) = encoder.layers
-    if preset is None:
-        return (encoder.name,)
+    if preset is None:  # of timm, or somebody's own
+        return tuple(dict.fromkeys((encoder.name.rpartition("/")[2], encoder.name)))
     own = (encoder.name,) if layer == preset.layers[0] else ()
     names = tuple(dict.fromkeys((*preset.trident.get(layer, ()), *own)))
     if not names:

@@ -123,7 +123,10 @@ def _timed(
     with reader_of(plan) as reader:
         reader.open(source.image)
         started = time.perf_counter()
-        columns = reader.read_part(source.image, timed, inspection.record)
+        try:
+            columns = reader.read_part(source.image, timed, inspection.record)
+        except SourceError as error:
+            raise SourceError(f"slide {source.slide_id} cannot be timed: {error}") from error
         read_s = time.perf_counter() - started
     complete = np.flatnonzero(columns.pop("complete"))
     if not len(complete):
