@@ -20,6 +20,7 @@ from mclstexp.settings import RetrievalConfig
 DEFAULT_K, DEFAULT_TEMPERATURE = 200, 0.1
 _MIN_DISTANCE = 1e-12
 _NORMS = {"l1": 1, "l2": 2}
+_LOG_TEMPERATURES, _BISECTIONS = (-9.0, 4.0), 30
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,28 @@ def weights(found: Neighbours, config: RetrievalConfig) -> np.ndarray:
     else:
         raw = 1 / np.maximum(found.distance, _MIN_DISTANCE) ** 2
     return raw / raw.sum(axis=1, keepdims=True)
+
+
+def fixed_number_weights(similarity: np.ndarray, number: float) -> np.ndarray:
+    """Returns softmax weights with which each query has the same effective number of donors, float64 (Q, k).
+
+    The number is 1 / sum of squared weights (Kish 1965). Each query's temperature is found by bisection, because cosines
+    are peaked in few dimensions and flat in many: a fixed temperature would be a handful of donors here and the whole
+    bank there. Where a query has fewer than twice as many neighbours, the number is half of these.
+
+    Args:
+        similarity: cosines of each query's neighbours, (Q, k).
+        number: effective number of donors.
+    """
+    number = min(number, similarity.shape[1] / 2)
+    logits = similarity.astype(np.float64) - similarity.max(axis=1, keepdims=True, initial=-1)
+    low, high = np.full((len(logits), 1), _LOG_TEMPERATURES[0]), np.full((len(logits), 1), _LOG_TEMPERATURES[1])
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        weight = np.exp(logits / np.exp(middle))
+        is_peaked = weight.sum(axis=1, keepdims=True) ** 2 < number * (weight**2).sum(axis=1, keepdims=True)
+        low, high = np.where(is_peaked, middle, low), np.where(is_peaked, high, middle)
+    return weight / weight.sum(axis=1, keepdims=True)
 
 
 def weighted_mean(ids: np.ndarray, weight: np.ndarray, bank: Bank, key_block: int = KEY_BLOCK) -> np.ndarray:

@@ -1,0 +1,164 @@
+"""The program model: what a slide's tiles are answered with, in one pass, by a program ridge and retrieval.
+
+Each tile is answered on its own: its program scores by the ridge and by retrieval, the scores that it gives its
+neighbours, and its part in the slide's level. Nothing of the width of features leaves that step. When all tiles of a
+slide are known, neighbours are added, scores are centred over the slide, and genes are decoded:
+
+    prediction = level + ((own + neighbours) - mean over the slide) decoder
+
+The ridge sees a tile's own feature blocks and the Gaussian means of some blocks over its neighbours; being linear, its
+answer is a sum over neighbours of what each gives.
+
+Shapes: n tiles, F features of a tile, R programs, C components of the level, G genes, D width of keys.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from mclstexp.errors import ModelError
+
+from mclstexp.model.level import Level
+from mclstexp.model.neighbours import neighbour_means
+from mclstexp.model.programs import Programs
+from mclstexp.model.standardise import Standardiser
+
+FILE = "programs.safetensors"
+_STANDARDISERS = ("own", "near")
+_ARRAYS = ("near_columns", "level_columns", "own_weights", "near_weights", "key_weights", "donor_scores")
+_NUMBERS = ("neighbour_um", "retrieved_scale", "share")
+_NUMBERS_KEY = "numbers"
+
+
+@dataclass(frozen=True)
+class TileScores:
+    """What n tiles leave behind for the end of their slide."""
+
+    own: np.ndarray
+    """Scores by the tile itself, of ridge and retrieval, float32 (n, R)."""
+    given: np.ndarray
+    """Scores that each tile gives its neighbours, float32 (n, R)."""
+    level: np.ndarray
+    """Sum of the tiles' components of the level, float64 (C,)."""
+
+
+@dataclass(frozen=True)
+class ProgramModel:
+    """The fitted closed forms of a model version; its bank holds the keys that retrieval searches."""
+
+    own: Standardiser
+    """Of a tile's features."""
+    near: Standardiser
+    """Of the means over neighbours of the features in `near_columns`."""
+    near_columns: np.ndarray
+    """Features that count in the means over neighbours, int64 (F',)."""
+    level_columns: np.ndarray
+    """Features that the level sees, int64."""
+    neighbour_um: float
+    """Width of the Gaussian over neighbours, in micrometres."""
+    own_weights: np.ndarray
+    """The ridge's, with the blend's share and slope, float64 (F, R)."""
+    near_weights: np.ndarray
+    """float64 (F', R)."""
+    key_weights: np.ndarray
+    """Turns standardised features into queries, float32 (F, D)."""
+    retrieved_scale: float
+    """Factor of retrieved scores, with the blend's share and slope."""
+    donor_scores: np.ndarray
+    """Program scores of the bank's spots, float32 (N, R)."""
+    share: float
+    """Of retrieval in the blend."""
+    programs: Programs
+    level: Level
+
+    def queries(self, features: np.ndarray) -> np.ndarray:
+        """Returns what tiles are searched by, float32 (n, D)."""
+        return self.own.apply(features).astype(np.float32) @ self.key_weights
+
+    def tile_scores(self, features: np.ndarray, retrieved: np.ndarray, complete: np.ndarray) -> TileScores:
+        """Returns what tiles leave behind.
+
+        Args:
+            features: of the tiles, float32 (n, F).
+            retrieved: their retrieved scores, (n, R).
+            complete: bool (n,); other tiles have no part in the level.
+        """
+        standard = self.own.apply(features)
+        near = self.near.apply(features[:, self.near_columns], clip=False)
+        components = standard[:, self.level_columns] @ self.level.components
+        return TileScores(
+            own=(standard @ self.own_weights + self.retrieved_scale * retrieved).astype(np.float32),
+            given=(near @ self.near_weights).astype(np.float32),
+            level=components[complete].sum(axis=0),
+        )
+
+    def slide_scores(self, own: np.ndarray, given: np.ndarray, xy_um: np.ndarray) -> np.ndarray:
+        """Returns the scores of a slide's tiles with their neighbours', centred over the slide, float64 (n, R).
+
+        Args:
+            own, given: as in `TileScores`, of all complete tiles of the slide.
+            xy_um: their centres in micrometres, (n, 2).
+        """
+        scores = own + neighbour_means(given, xy_um, self.neighbour_um)[0]
+        return scores - scores.mean(axis=0)
+
+    def expression(self, scores: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """Returns predicted expression, float32 (n, G).
+
+        Args:
+            scores: as `slide_scores` returns them, or some rows, (n, R).
+            level: the slide's level, as `Level.of` returns it, (G,).
+        """
+        return (level + self.programs.expression(scores)).astype(np.float32)
+
+    def not_finite(self) -> str | None:
+        """Returns the name of the first array or number that is not finite; None if there is none."""
+        numbers, arrays = self._numbers(), self._arrays()
+        for name, value in (numbers | arrays).items():
+            if not np.isfinite(value).all():
+                return f"{name} of the programs"
+        return None
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model into a local folder."""
+        arrays = {name: np.ascontiguousarray(value) for name, value in self._arrays().items()}
+        save_file(arrays, Path(folder, FILE), {_NUMBERS_KEY: json.dumps(self._numbers())})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ProgramModel":
+        """Returns the model that `save` wrote.
+
+        Raises:
+            ModelError: an array or a number is missing.
+        """
+        with safe_open(Path(folder, FILE), "numpy") as file:
+            numbers = json.loads((file.metadata() or {}).get(_NUMBERS_KEY, "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        try:
+            standardisers = {
+                name: Standardiser(**{part: arrays[f"{name}/{part}"] for part in ("mean", "deviation", "weight")})
+                for name in _STANDARDISERS
+            }
+            level = Level(
+                **{part: arrays[f"level/{part}"] for part in ("components", "coefficients", "intercept", "mean")},
+                share=numbers["level_share"],
+            )
+            programs = Programs(arrays["programs/loadings"], arrays["programs/decoder"])
+            plain = {name: arrays[name] for name in _ARRAYS} | {name: numbers[name] for name in _NUMBERS}
+        except KeyError as error:
+            raise ModelError(f"{FILE} in {folder} has no {error.args[0]}; fetch the model version again") from None
+        return cls(**standardisers, **plain, programs=programs, level=level)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        for name in (*_STANDARDISERS, "level", "programs"):
+            values = vars(getattr(self, name)).items()
+            arrays |= {f"{name}/{part}": value for part, value in values if isinstance(value, np.ndarray)}
+        return arrays
+
+    def _numbers(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in _NUMBERS} | {"level_share": self.level.share}
