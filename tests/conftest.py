@@ -247,7 +247,8 @@ def _make_result(
 def _section_result(name: str, genes: list[str]) -> "SectionResult":
     """56 spots in two bands that differ in every second gene; the prediction is worse from gene to gene."""
     from mclstexp.data.genes import GenePanel
-    from mclstexp.evaluation.sections import MeasuredSection, SectionResult
+    from mclstexp.data.measured import MeasuredSection
+    from mclstexp.evaluation.sections import SectionResult
 
     rng = np.random.default_rng(0)
     xy_px = np.indices((7, 8)).reshape(2, -1).T[:, ::-1] * 100.0 + 250

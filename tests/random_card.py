@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from mclstexp.data.genes import GenePanel
+from mclstexp.data.measured import MeasuredSection
 from mclstexp.evaluation.score_card import FLOOR, LINE, MODEL, ORACLE, ScoreCard
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table, without_unit
-from mclstexp.evaluation.sections import MeasuredSection, SectionResult
+from mclstexp.evaluation.sections import SectionResult
 
 GENES = [f"G{index}" for index in range(8)]
 SECTIONS = {"B1": "B", "B2": "B", "C1": "C"}

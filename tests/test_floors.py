@@ -12,13 +12,14 @@ import pytest
 import scipy.stats
 
 from ingest.readers import READERS, legacy_st
+from mclstexp.data.measured import MeasuredSection, normalise_section
 from mclstexp.data.sheet import read_sheet
 from mclstexp.errors import UserError
 from mclstexp.evaluation import floors, ridge
 from mclstexp.evaluation.floors import halve, noise_ceiling
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
-from mclstexp.evaluation.sections import TARGETS, MeasuredSection, normalise_section
+from mclstexp.evaluation.sections import TARGETS
 
 needs_data = pytest.mark.skipif("MCLSTEXP_DATA" not in os.environ, reason="MCLSTEXP_DATA names no folder of real data")
 NUM_SPOTS, NUM_GENES = 600, 30

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from mclstexp.data.genes import GenePanel, unique_labels
+from mclstexp.data.measured import MeasuredSection
 from mclstexp.evaluation.save import save_card
 from mclstexp.evaluation.score_card import MODEL, ScoreCard
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
-from mclstexp.evaluation.sections import MeasuredSection, SectionResult
+from mclstexp.evaluation.sections import SectionResult
 from mclstexp.report.biology import order_genes, section_names, significant_genes, unique_names
 from mclstexp.report.page_data import gene_data
 from mclstexp.report.result import Result, open_result

@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 
 from mclstexp.data.genes import GenePanel, Normaliser
-from mclstexp.evaluation.sections import (
-    TARGETS,
-    MeasuredSection,
-    SectionResult,
-    normalise_section,
-    scored_targets,
-    section_path,
-    write_section_result,
-)
+from mclstexp.data.measured import MeasuredSection, normalise_section
+from mclstexp.evaluation.sections import TARGETS, SectionResult, scored_targets, section_path, write_section_result
 from mclstexp.report.maps import map_size_in, window
 
 

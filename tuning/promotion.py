@@ -14,9 +14,9 @@ import scipy.stats
 from mclstexp import tracking
 from mclstexp.config import override
 from mclstexp.data.genes import normalisers
+from mclstexp.data.measured import read_measured
 from mclstexp.errors import ConfigError, ModelError, UserError
 from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
-from mclstexp.evaluation.sections import read_measured
 from mclstexp.model.embed import embed_model
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden

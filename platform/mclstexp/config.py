@@ -94,8 +94,20 @@ class Config(ConfigBlock):
                 "train.positives=soft needs model.l2_normalise=false: similarities of unit vectors make a target that "
                 "is nearly uniform, which collapsed embeddings match best"
             )
-        if self.retrieval.weighting == "softmax" and not model.l2_normalise:
-            raise ValueError("retrieval.weighting=softmax needs model.l2_normalise=true; use inverse_square or mean")
+        weighting = self.retrieval.weighting
+        if weighting in ("softmax", "fixed_number") and not model.l2_normalise:
+            raise ValueError(
+                f"retrieval.weighting={weighting} needs model.l2_normalise=true; use inverse_square or mean"
+            )
+        if model.predictor == "programs" and not model.freeze_encoder:
+            raise ValueError(
+                "model.predictor=programs needs model.freeze_encoder=true: programs are fitted to stored features"
+            )
+        if not train.epochs and model.predictor != "programs":
+            raise ValueError(
+                f"train.epochs=0 needs model.predictor=programs: {model.predictor} has nothing to answer with before "
+                "training"
+            )
         if model.predictor == "regression" and self.genes.input != self.genes.target:
             raise ValueError(
                 f"model.predictor=regression learns genes.target={self.genes.target} as it is streamed, which is as "

@@ -145,8 +145,9 @@ class ModelConfig(ConfigBlock):
     as the encoder was trained."""
     test_turns: bool = False
     """Whether tiles are also flipped and turned, each in a fixed way, when they are embedded (published for Visium)."""
-    predictor: Literal["retrieval", "regression"] = "retrieval"
-    """Reads expression from the most similar measured spots, or regresses it directly from the tile (ST-Net)."""
+    predictor: Literal["retrieval", "programs", "regression"] = "retrieval"
+    """Reads expression from the most similar measured spots; reads gene programs from them and from a ridge, and knows
+    a tile's neighbours and its slide (needs `freeze_encoder`); or regresses it directly from the tile (ST-Net)."""
     freeze_encoder: bool = False
     """Whether the image encoder keeps its weights: its features are computed once, and only the layers on top learn."""
     spot_layers: int = Field(4, ge=0, le=48)
@@ -180,8 +181,9 @@ class ModelConfig(ConfigBlock):
 class TrainConfig(ConfigBlock):
     """Contrastive training."""
 
-    epochs: int = Field(30, ge=1)
-    """Passes over the training sentences."""
+    epochs: int = Field(30, ge=0)
+    """Passes over the training sentences. 0, with `model.predictor=programs`: no towers are trained, and spots are
+    found by the features of the frozen encoder."""
     batching: Literal["sentences", "random_spots"] = "sentences"
     """A batch is a set of neighbourhoods, or random spots of all sections that attend to each other (as published)."""
     batch_sentences: int = Field(4, ge=1)
@@ -245,9 +247,13 @@ class RetrievalConfig(ConfigBlock):
     """How a tile's expression is read from the bank."""
 
     k: int | None = Field(None, ge=1)
-    """Nearest spots that are averaged; empty: chosen on the validation patients, or 200 without any."""
-    weighting: Literal["softmax", "inverse_square", "mean"] = "softmax"
-    """Softmax of cosine over `temperature`, 1/d^2 of un-normalised vectors (as published), or equal weights."""
+    """Nearest spots that are averaged; empty: chosen on the validation patients, or 200 without any; 400 with
+    `fixed_number`."""
+    weighting: Literal["softmax", "fixed_number", "inverse_square", "mean"] = "softmax"
+    """Softmax of cosine over `temperature`; the same with each query's own temperature, so that all have
+    `effective_donors`; 1/d^2 of un-normalised vectors (as published); or equal weights."""
+    effective_donors: float = Field(50.0, ge=1)
+    """Effective number of spots, 1 / sum of squared weights, behind each answer with `fixed_number`."""
     temperature: float | None = Field(None, gt=0)
     """Temperature of the softmax; empty: chosen on the validation patients, or 0.1 without any."""
     distance: Literal["l1", "l2"] = "l2"

@@ -16,6 +16,7 @@ import torch
 
 from mclstexp import storage
 from mclstexp.data.genes import GenePanel, Normaliser, coverage, unique_labels
+from mclstexp.data.measured import MeasuredSection, read_measured
 from mclstexp.data.panel import require_counts
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
@@ -31,7 +32,7 @@ from mclstexp.evaluation.floors import (
 from mclstexp.evaluation.markers import marker_columns
 from mclstexp.evaluation.score_card import CEILING, FLOOR, LINE, MODEL, ORACLE, ScoreCard
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table, with_only, without_unit
-from mclstexp.evaluation.sections import MeasuredSection, SectionResult, read_measured, scored_targets, with_target
+from mclstexp.evaluation.sections import SectionResult, scored_targets, with_target
 from mclstexp.messages import some_of
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import embed_sections, head_of, network_of
@@ -256,7 +257,7 @@ def _result(model: ModelVersion, reader: SpotReader, section: MeasuredSection, q
         section=section,
         panel=model.panel,
         truth=section.expression(reader.target),
-        prediction=model.predict(queries).prediction,
+        prediction=model.predict(queries, section.xy_um).prediction,
         thumbnail=read_thumbnail(reader.root, entry),
         thumbnail_scale=entry.thumbnail_scale,
     )

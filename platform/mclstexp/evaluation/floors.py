@@ -19,12 +19,12 @@ import pandas as pd
 from mclstexp.config import Config, override
 from mclstexp.data.features import FeatureReader
 from mclstexp.data.genes import Normaliser
+from mclstexp.data.measured import MeasuredSection, normalise_section
 from mclstexp.data.schema import load_manifest
 from mclstexp.data.spots import SpotReader
 from mclstexp.evaluation.hest_probe import HestProbe
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.ridge import RidgeFloor, measured_parts, training_groups
-from mclstexp.evaluation.sections import MeasuredSection, normalise_section
 from mclstexp.model.embed import embed_sections, network_of
 from mclstexp.model.extract import Wanted, can_store, features, wanted
 from mclstexp.model.frozen import FrozenEncoder, frozen_encoder

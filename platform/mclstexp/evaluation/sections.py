@@ -1,13 +1,10 @@
-"""What is scored: the targets (units), measured sections as raw counts, and held-out sections with their prediction.
-
-Sections are kept as raw counts, so that one reading serves every target of a score card. The price is memory: the panel
-counts of all training and held-out spots, 4 bytes per spot and gene.
+"""What is scored: the targets (units), and held-out sections with their prediction.
 
 Shapes: N spots of one section, G genes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,9 +12,8 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from mclstexp.data.genes import GenePanel, Normaliser, panel_counts, unmeasured_genes
-from mclstexp.data.spots import SpotReader
-from mclstexp.data.table import read_columns
+from mclstexp.data.genes import GenePanel, Normaliser
+from mclstexp.data.measured import XY_PX, XY_UM, MeasuredSection
 from mclstexp.errors import ModelError
 from mclstexp.evaluation.domains import spot_pitch
 from mclstexp.model.bank import Bank
@@ -35,38 +31,6 @@ the section)."""
 FOLDER = "sections"
 MEASURED = "measured"
 """The layer of the measured expression; `X` is the prediction."""
-_XY_UM, _XY_PX = ("x_um", "y_um"), ("x_px", "y_px")
-
-
-@dataclass(frozen=True)
-class MeasuredSection:
-    """One section's spots in stored order, with their raw counts."""
-
-    section_id: str
-    patient_id: str
-    spot_id: np.ndarray
-    """Strings, (N,)."""
-    xy_um: np.ndarray
-    """Micrometres, (N, 2)."""
-    xy_px: np.ndarray
-    """Pixels of slide level 0, (N, 2)."""
-    label: np.ndarray
-    """A pathologist's labels, object (N,) of str; None for a spot without one."""
-    counts: np.ndarray
-    """Raw counts of the panel's genes, float32 (N, G)."""
-    totals: np.ndarray
-    """Count over all genes, float64 (N,)."""
-    unmeasured: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """The panel's genes that the section does not measure, indices (n,)."""
-
-    def __len__(self) -> int:
-        return len(self.spot_id)
-
-    def expression(self, target: Normaliser) -> np.ndarray:
-        """Returns the section's expression in a target's unit, float32 (N, G); NaN for a gene it does not measure."""
-        values = normalise_section(target, self.counts, self.totals)
-        values[:, self.unmeasured] = np.nan
-        return values
 
 
 @dataclass(frozen=True)
@@ -96,36 +60,6 @@ def scored_targets(own: Normaliser, seen: Normaliser) -> dict[str, Normaliser]:
     known = {target: name for name, target in TARGETS.items()}
     stated = (own, TARGETS["per_spot"], TARGETS["per_gene"], seen)
     return {known.get(target, target.unit()): target for target in stated}
-
-
-def normalise_section(target: Normaliser, counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Returns the expression of one whole section in a target's unit, float32 (N, G).
-
-    Args:
-        target: one of `TARGETS`, or a model's own.
-        counts: raw counts of the panel's G genes in all N spots of the section, (N, G).
-        totals: each spot's count over all genes, (N,).
-    """
-    return target.apply(counts, totals, counts.sum(axis=0, dtype=np.float64))
-
-
-def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
-    """Returns a measured section of the reader's tile table over the reader's panel."""
-    entry = reader.manifest.section(section_id)
-    table = read_columns(reader.root, entry, ["spot_id", *_XY_UM, *_XY_PX, "label", "gene_index", "count"])
-    counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns)
-    xy_um, xy_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (_XY_UM, _XY_PX))
-    return MeasuredSection(
-        section_id,
-        entry.patient_id,
-        np.array(table["spot_id"].to_pylist(), object),
-        xy_um,
-        xy_px,
-        np.array(table["label"].to_pylist(), object),
-        counts,
-        totals,
-        unmeasured_genes(reader.manifest, section_id, reader.columns),
-    )
 
 
 def with_target(bank: Bank, training: Sequence[MeasuredSection], target: Normaliser) -> Bank:
@@ -166,7 +100,7 @@ def write_section_result(folder: str | Path, result: SectionResult, facts: Mappi
     """
     section, panel = result.section, result.panel
     names = {"section_id": section.section_id, "patient_id": section.patient_id}
-    coordinates = dict(zip((*_XY_PX, *_XY_UM), (*section.xy_px.T, *section.xy_um.T), strict=True))
+    coordinates = dict(zip((*XY_PX, *XY_UM), (*section.xy_px.T, *section.xy_um.T), strict=True))
     label = pd.Categorical([name or None for name in section.label])
     data = anndata.AnnData(
         X=result.prediction.astype(np.float32),

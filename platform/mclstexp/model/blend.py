@@ -9,11 +9,11 @@ slide are known, neighbours are added, scores are centred over the slide, and ge
 The ridge sees a tile's own feature blocks and the Gaussian means of some blocks over its neighbours; being linear, its
 answer is a sum over neighbours of what each gives.
 
-Shapes: n tiles, F features of a tile, R programs, C components of the level, G genes, D width of keys.
+Shapes: n tiles, N spots of the bank, F features of a tile, R programs, D width of keys.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mclstexp.errors import ModelError
-
+from mclstexp.model.bank import Bank
+from mclstexp.model.decode import SlideDecoder, TileScores
 from mclstexp.model.level import Level
-from mclstexp.model.neighbours import neighbour_means
 from mclstexp.model.programs import Programs
 from mclstexp.model.standardise import Standardiser
 
@@ -32,18 +32,6 @@ _STANDARDISERS = ("own", "near")
 _ARRAYS = ("near_columns", "level_columns", "own_weights", "near_weights", "key_weights", "donor_scores")
 _NUMBERS = ("neighbour_um", "retrieved_scale", "share")
 _NUMBERS_KEY = "numbers"
-
-
-@dataclass(frozen=True)
-class TileScores:
-    """What n tiles leave behind for the end of their slide."""
-
-    own: np.ndarray
-    """Scores by the tile itself, of ridge and retrieval, float32 (n, R)."""
-    given: np.ndarray
-    """Scores that each tile gives its neighbours, float32 (n, R)."""
-    level: np.ndarray
-    """Sum of the tiles' components of the level, float64 (C,)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,10 @@ class ProgramModel:
     programs: Programs
     level: Level
 
+    def bank(self, measured: Bank) -> Bank:
+        """Returns the bank whose payload are program scores, in the place of expression."""
+        return replace(measured, payload=self.donor_scores, measured=None)
+
     def queries(self, features: np.ndarray) -> np.ndarray:
         """Returns what tiles are searched by, float32 (n, D)."""
         return self.own.apply(features).astype(np.float32) @ self.key_weights
@@ -96,24 +88,9 @@ class ProgramModel:
             level=components[complete].sum(axis=0),
         )
 
-    def slide_scores(self, own: np.ndarray, given: np.ndarray, xy_um: np.ndarray) -> np.ndarray:
-        """Returns the scores of a slide's tiles with their neighbours', centred over the slide, float64 (n, R).
-
-        Args:
-            own, given: as in `TileScores`, of all complete tiles of the slide.
-            xy_um: their centres in micrometres, (n, 2).
-        """
-        scores = own + neighbour_means(given, xy_um, self.neighbour_um)[0]
-        return scores - scores.mean(axis=0)
-
-    def expression(self, scores: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """Returns predicted expression, float32 (n, G).
-
-        Args:
-            scores: as `slide_scores` returns them, or some rows, (n, R).
-            level: the slide's level, as `Level.of` returns it, (G,).
-        """
-        return (level + self.programs.expression(scores)).astype(np.float32)
+    def decoder(self) -> SlideDecoder:
+        """Returns what turns the scores of a whole slide into expression."""
+        return SlideDecoder(self.neighbour_um, self.programs.decoder, self.level)
 
     def not_finite(self) -> str | None:
         """Returns the name of the first array or number that is not finite; None if there is none."""
@@ -151,7 +128,7 @@ class ProgramModel:
             plain = {name: arrays[name] for name in _ARRAYS} | {name: numbers[name] for name in _NUMBERS}
         except KeyError as error:
             raise ModelError(f"{FILE} in {folder} has no {error.args[0]}; fetch the model version again") from None
-        return cls(**standardisers, **plain, programs=programs, level=level)
+        return cls(own=standardisers["own"], near=standardisers["near"], **plain, programs=programs, level=level)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {name: getattr(self, name) for name in _ARRAYS}

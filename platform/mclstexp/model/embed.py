@@ -18,7 +18,7 @@ from mclstexp.errors import ModelError
 from mclstexp.model.extract import features, wanted
 from mclstexp.model.extractor import colours
 from mclstexp.model.tile_stream import TILES_AT_ONCE, stream_sentences
-from mclstexp.model.towers import ImageTower, ProjectionHead, uses_bf16
+from mclstexp.model.towers import ImageTower, ProjectionHead, feature_width, uses_bf16
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import ModelConfig
@@ -78,19 +78,17 @@ class ImageHead:
 
     config: dict[str, object]
     """ModelConfig as a plain dict."""
-    head: dict[str, torch.Tensor]
-    """State dict of the projection or, in direct regression, of the map to genes."""
+    num_features: int
+    """Width F of the features that it takes."""
+    head: dict[str, torch.Tensor] | None
+    """State dict of the projection or, in direct regression, of the map to genes. None: the features themselves."""
     precision: str
     """As `train.precision`."""
 
-    @property
-    def num_features(self) -> int:
-        """Width F of the features that it takes."""
-        first = "weight" if "weight" in self.head else "project.weight"
-        return self.head[first].shape[1]
-
     def build(self, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
         """Returns the map from features, float32 (n, F), to embeddings or predictions, float32 (n, D)."""
+        if self.head is None:
+            return lambda features: features
         config = ModelConfig.model_validate(self.config)
         head = _head(config, self.num_features, self.head).eval().to(device)
         bf16 = uses_bf16(self.precision, device)
@@ -120,7 +118,7 @@ def image_network(
 ) -> ImageNetwork:
     """Returns the image side of a network from its state dict."""
     tower, head = (_part(weights, prefix) for prefix in ("image_tower.", "image_head."))
-    return ImageNetwork(config.model_dump(mode="json"), tile_size_px, tower, head, precision)
+    return ImageNetwork(config.model_dump(mode="json"), tile_size_px, tower, head or None, precision)
 
 
 def head_of(model: ModelVersion) -> ImageHead:
@@ -131,12 +129,15 @@ def head_of(model: ModelVersion) -> ImageHead:
     """
     if model.encoder is None:
         raise ModelError("the model trained its image encoder, so it takes images, not features of a frozen encoder")
-    return image_head(model.config.model, model.weights, model.config.train.precision)
+    return image_head(model.config.model, model.tile_size_px, model.weights, model.config.train.precision)
 
 
-def image_head(config: ModelConfig, weights: Mapping[str, torch.Tensor], precision: str) -> ImageHead:
+def image_head(
+    config: ModelConfig, tile_size_px: int, weights: Mapping[str, torch.Tensor], precision: str
+) -> ImageHead:
     """Returns what a network learnt on top of a frozen encoder, from its state dict."""
-    return ImageHead(config.model_dump(mode="json"), _part(weights, "image_head."), precision)
+    width = feature_width(config, tile_size_px)
+    return ImageHead(config.model_dump(mode="json"), width, _part(weights, "image_head.") or None, precision)
 
 
 def _part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -1,53 +1,39 @@
 """Fits the program model to training sections: programs, ridge, retrieval's share and level, each choice out of fold.
 
 Nothing here sees a validation or test section. Features are streamed section by section and more than once, so that
-memory goes with their width and not with the number of spots; expression and scores of all spots are in memory.
+memory goes with their width and not with the number of spots; expression, scores and keys of all spots are in memory.
 
 Shapes: N training spots, G genes, F features, R programs, D width of keys.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from scipy.linalg import eigh
 
 from mclstexp.data.genes import Normaliser
+from mclstexp.data.measured import MeasuredSection
 from mclstexp.model.blend import ProgramModel
 from mclstexp.model.left_out import LeftOut, leave_out
 from mclstexp.model.level import fit_level
 from mclstexp.model.nearest import directions, nearest
 from mclstexp.model.neighbours import neighbour_means, pitch_um
-from mclstexp.model.program_ridge import fit_program_ridge
-from mclstexp.model.programs import centred_within, fit_programs
-from mclstexp.model.retrieval import fixed_number_weights
+from mclstexp.model.program_ridge import ProgramRidge, fit_program_ridge
+from mclstexp.model.programs import Programs, centred_within, fit_programs
+from mclstexp.model.retrieval import Neighbours, resolve, weights
 from mclstexp.model.standardise import Standardiser, fit_standardiser
 from mclstexp.model.thinning import thinned_target
+from mclstexp.settings import RetrievalConfig
 
 NEIGHBOUR_PITCHES = 0.75
 """Width of the Gaussian over neighbours, in pitches of the training spots."""
 KEY_WIDTH = 256
-EFFECTIVE_DONORS, NUM_SEARCHED = 50, 400
+"""Width of keys that are made of features: their leading directions."""
 SHARE = 0.25
-"""Retrieval's share where fewer than three patients could choose it."""
+"""Retrieval's share where there are too few patients to choose it."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True)
-class MeasuredSpots:
-    """One training section."""
-
-    section_id: str
-    patient_id: str
-    xy_um: np.ndarray
-    """(n, 2)."""
-    counts: np.ndarray
-    """Raw counts of the panel's genes, (n, G)."""
-    totals: np.ndarray
-    """Count over all genes, (n,)."""
-
-    def expression(self, target: Normaliser) -> np.ndarray:
-        """Returns the section's expression, float32 (n, G)."""
-        return target.apply(self.counts, self.totals, self.counts.sum(axis=0, dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class FeatureBlocks:
     """Which features belong together."""
 
     widths: tuple[int, ...]
-    """Features of each block."""
+    """Features of each block, a layer of a view."""
     near: tuple[int, ...]
     """Blocks whose means over neighbours count, by index."""
     level: int
@@ -67,111 +53,151 @@ class FeatureBlocks:
         return np.concatenate([np.arange(ends[block] - self.widths[block], ends[block]) for block in blocks])
 
 
-def fit_blend(
-    sections: Sequence[MeasuredSpots],
-    features: Callable[[str], np.ndarray],
-    blocks: FeatureBlocks,
-    target: Normaliser,
-    share: float | None = None,
-) -> tuple[ProgramModel, np.ndarray]:
-    """Returns the fitted model and the keys of its bank, float32 (N, D), in the order of the sections' spots."""
-    section_id = _repeated(sections, "section_id")
-    folds = leave_out(_repeated(sections, "patient_id"), section_id, np.concatenate([each.xy_um for each in sections]))
+@dataclass(frozen=True)
+class TrainingSpots:
+    """The training sections with their features."""
 
-    # What is answered: program scores of the thinned target
-    expression = np.concatenate([each.expression(target) for each in sections])
-    thin = [thinned_target(each.counts, each.totals, each.section_id, target) for each in sections]
-    centred = centred_within(np.concatenate(thin), section_id)
+    sections: Sequence[MeasuredSection]
+    features: Callable[[str], np.ndarray]
+    """Returns a section's features in the order of its spots, float32 (n, F)."""
+    blocks: FeatureBlocks
+    target: Normaliser
+
+    @cached_property
+    def section_id(self) -> np.ndarray:
+        """Strings, (N,)."""
+        return np.concatenate([np.full(len(each), each.section_id, object) for each in self.sections])
+
+    @cached_property
+    def folds(self) -> LeftOut:
+        """What is left out together."""
+        patient_id = np.concatenate([np.full(len(each), each.patient_id, object) for each in self.sections])
+        return leave_out(patient_id, self.section_id, np.concatenate([each.xy_um for each in self.sections]))
+
+    @cached_property
+    def expression(self) -> np.ndarray:
+        """In the target's unit, float32 (N, G)."""
+        return np.concatenate([each.expression(self.target) for each in self.sections])
+
+    @cached_property
+    def own(self) -> Standardiser:
+        """Of a spot's own features."""
+        return fit_standardiser((self.features(each.section_id) for each in self.sections), self.blocks.widths)
+
+    def standard(self) -> Iterator[np.ndarray]:
+        """Yields the standardised own features of each section, (n, F)."""
+        for each in self.sections:
+            yield self.own.apply(self.features(each.section_id))
+
+
+@dataclass(frozen=True)
+class _Neighbourhood:
+    """The means over neighbours that the ridge sees."""
+
+    spots: TrainingSpots
+    columns: np.ndarray
+    width_um: float
+
+    @cached_property
+    def near(self) -> Standardiser:
+        widths = [self.spots.blocks.widths[block] for block in self.spots.blocks.near]
+        return fit_standardiser((self._means(each)[0] for each in self.spots.sections), widths)
+
+    def seen(self) -> Iterator[np.ndarray]:
+        """Yields what the ridge sees of each section: own features, and means over neighbours, (n, F + F')."""
+        for own, section in zip(self.spots.standard(), self.spots.sections, strict=True):
+            means, has_any = self._means(section)
+            near = np.zeros((len(own), len(self.columns)))  # the training mean, for spots without neighbours
+            near[has_any] = self.near.apply(means, clip=False)
+            yield np.concatenate([own, near], axis=1)
+
+    def _means(self, section: MeasuredSection) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the means of spots that have neighbours, and which do, bool (n,)."""
+        features = self.spots.features(section.section_id)[:, self.columns]
+        means, has_any = neighbour_means(features, section.xy_um, self.width_um)
+        return means[has_any], has_any
+
+
+def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig) -> tuple[ProgramModel, np.ndarray]:
+    """Returns the fitted model and the keys of its bank, float32 (N, D), in the order of the sections' spots."""
+    centred = centred_within(
+        np.concatenate([thinned_target(each, spots.target) for each in spots.sections]), spots.section_id
+    )
     programs = fit_programs(centred)
     scores = programs.scores(centred)
 
-    # What is seen: own blocks, and means over neighbours
-    near_columns, level_columns = blocks.columns(blocks.near), blocks.columns([blocks.level])
-    width_um = NEIGHBOUR_PITCHES * pitch_um([each.xy_um for each in sections])
-    own = fit_standardiser((features(each.section_id) for each in sections), blocks.widths)
-    near_widths = [blocks.widths[index] for index in blocks.near]
-    near = fit_standardiser(
-        (_near(features(each.section_id), each, near_columns, width_um)[0] for each in sections), near_widths
+    around = _Neighbourhood(
+        spots,
+        spots.blocks.columns(spots.blocks.near),
+        NEIGHBOUR_PITCHES * pitch_um([each.xy_um for each in spots.sections]),
+    )
+    ridge = fit_program_ridge(around.seen, scores, spots.section_id, spots.folds)
+    key_weights = _leading_directions(spots.standard, len(spots.own.mean)).astype(np.float32)
+    keys = np.concatenate([each.astype(np.float32) @ key_weights for each in spots.standard()])
+    blend = _fit_blend(spots, programs, ridge, left_out_retrieval(keys, scores, spots.folds, retrieval))
+
+    level_columns = spots.blocks.columns([spots.blocks.level])
+    level_features = np.concatenate([each[:, level_columns] for each in spots.standard()])
+    num_own = len(spots.own.mean)
+    weights_of_ridge = blend.slope * (1 - blend.share) * ridge.weights
+    return (
+        ProgramModel(
+            own=spots.own,
+            near=around.near,
+            near_columns=around.columns,
+            level_columns=level_columns,
+            neighbour_um=around.width_um,
+            own_weights=weights_of_ridge[:num_own],
+            near_weights=weights_of_ridge[num_own:],
+            key_weights=key_weights,
+            retrieved_scale=blend.slope * blend.share * blend.scale,
+            donor_scores=scores.astype(np.float32),
+            share=blend.share,
+            programs=programs,
+            level=fit_level(level_features, spots.expression, spots.section_id, spots.folds),
+        ),
+        keys,
     )
 
-    def seen() -> Iterator[np.ndarray]:
-        for each in sections:
-            values = features(each.section_id)
-            yield np.concatenate(
-                [own.apply(values), _standard_near(values, each, near, near_columns, width_um)], axis=1
-            )
 
-    ridge = fit_program_ridge(seen, scores, section_id, folds)
-    standard = np.concatenate([own.apply(features(each.section_id)) for each in sections])
-    key_weights = _leading_directions(standard).astype(np.float32)
-    keys = standard.astype(np.float32) @ key_weights
-    retrieved = _left_out_retrieval(keys, scores, folds)
-
-    # How they are blended
-    ridge_within, retrieved_within = (centred_within(each, section_id) for each in (ridge.left_out, retrieved))
-    truth = centred_within(expression, section_id)
-    scale = float(np.sqrt((ridge_within**2).mean() / (retrieved_within**2).mean()))
-    share = SHARE if share is None else share
-    blended = programs.expression((1 - share) * ridge_within + share * scale * retrieved_within)
-    blended = centred_within(blended, section_id)
-    slope = float((blended * truth).sum() / (blended**2).sum())
-    level = fit_level(standard[:, level_columns], expression, section_id, folds)
-    num_own = len(own.mean)
-    model = ProgramModel(
-        own=own,
-        near=near,
-        near_columns=near_columns,
-        level_columns=level_columns,
-        neighbour_um=width_um,
-        own_weights=slope * (1 - share) * ridge.weights[:num_own],
-        near_weights=slope * (1 - share) * ridge.weights[num_own:],
-        key_weights=key_weights,
-        retrieved_scale=slope * share * scale,
-        donor_scores=scores.astype(np.float32),
-        share=share,
-        programs=programs,
-        level=level,
-    )
-    return model, keys
-
-
-def _repeated(sections: Sequence[MeasuredSpots], name: str) -> np.ndarray:
-    return np.concatenate([np.full(len(each.totals), getattr(each, name), object) for each in sections])
-
-
-def _near(
-    values: np.ndarray, section: MeasuredSpots, columns: np.ndarray, width_um: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the means over neighbours of spots that have any, and which do, bool (n,)."""
-    means, has_any = neighbour_means(values[:, columns], section.xy_um, width_um)
-    return means[has_any], has_any
-
-
-def _standard_near(
-    values: np.ndarray, section: MeasuredSpots, near: Standardiser, columns: np.ndarray, width_um: float
-) -> np.ndarray:
-    """Returns standardised means over neighbours, (n, F'); 0, the training mean, for spots without neighbours."""
-    means, has_any = _near(values, section, columns, width_um)
-    standard = np.zeros((len(values), len(columns)))
-    standard[has_any] = near.apply(means, clip=False)
-    return standard
-
-
-def _leading_directions(standard: np.ndarray) -> np.ndarray:
-    """Returns the leading right singular vectors of standardised features, (F, D)."""
-    if len(standard) <= standard.shape[1]:
-        values, vectors = np.linalg.eigh(standard @ standard.T)
-        vectors = standard.T @ vectors[:, ::-1][:, :KEY_WIDTH]
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-12)
-    return np.linalg.eigh(standard.T @ standard)[1][:, ::-1][:, :KEY_WIDTH]
-
-
-def _left_out_retrieval(keys: np.ndarray, scores: np.ndarray, folds: LeftOut) -> np.ndarray:
+def left_out_retrieval(keys: np.ndarray, scores: np.ndarray, folds: LeftOut, config: RetrievalConfig) -> np.ndarray:
     """Returns the scores that each spot retrieves from the spots outside its fold, (N, R)."""
     retrieved = np.zeros(scores.shape)
     for index in range(folds.num_folds):
         outside, inside = folds.sides(index)
-        ids, similarity = nearest(keys[inside], directions(keys[outside]), NUM_SEARCHED)
-        weight = fixed_number_weights(similarity, EFFECTIVE_DONORS)
+        resolved = resolve(config.model_copy(update={"k": None}), int(outside.sum()))
+        ids, similarity = nearest(keys[inside], directions(keys[outside]), resolved.k or 0)
+        weight = weights(Neighbours(ids, similarity, None), resolved)
         retrieved[inside] = np.einsum("qk,qkr->qr", weight, scores[outside][ids])
     return retrieved
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """How ridge and retrieval are added: slope * ((1 - share) * ridge + share * scale * retrieved)."""
+
+    share: float
+    scale: float
+    slope: float
+
+
+def _fit_blend(spots: TrainingSpots, programs: Programs, ridge: ProgramRidge, retrieved: np.ndarray) -> _Blend:
+    """Returns the blend of predictions out of fold, (N, R).
+
+    `scale` brings retrieved scores to the size of the ridge's; `slope` is that of measured on predicted expression.
+    """
+    of_ridge, of_retrieval = (centred_within(each, spots.section_id) for each in (ridge.left_out, retrieved))
+    truth = centred_within(spots.expression, spots.section_id)
+    scale = float(np.sqrt((of_ridge**2).mean() / max((of_retrieval**2).mean(), 1e-12)))
+    blended = programs.expression((1 - SHARE) * of_ridge + SHARE * scale * of_retrieval)
+    slope = float((blended * truth).sum() / max((blended**2).sum(), 1e-12))
+    return _Blend(SHARE, scale, slope)
+
+
+def _leading_directions(standard: Callable[[], Iterator[np.ndarray]], num_features: int) -> np.ndarray:
+    """Returns the leading right singular vectors of standardised features, (F, D)."""
+    gram = np.zeros((num_features, num_features))
+    for values in standard():
+        gram += values.T @ values
+    width = min(KEY_WIDTH, num_features)
+    return eigh(gram, subset_by_index=[num_features - width, num_features - 1])[1][:, ::-1]

@@ -1,19 +1,19 @@
 """The level of a slide: the mean expression that a model expects over all its tiles, gene by gene.
 
-Programs answer within a slide. Its level is what a probe predicts for the mean of its tiles, shrunk to the training mean
-by how well the probe told left-out patients apart: a share of 0 is the training mean. A probe is linear, so that a slide
-needs only the mean of its tiles' components.
+Programs answer within a slide. Its level is what a probe predicts for the mean of its tiles, shrunk to the training
+mean by how well the probe told left-out patients apart: a share of 0 is the training mean. A probe is linear, so that a
+slide needs only the mean of its tiles' components.
 
 Shapes: N training spots, F features, C components, G genes.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.linear_model import RidgeCV
 
-from mclstexp.model.left_out import LeftOut
+if TYPE_CHECKING:
+    from mclstexp.model.left_out import LeftOut
 
 NUM_COMPONENTS = 256
 ALPHAS = np.logspace(1, 6, 16)
@@ -39,7 +39,7 @@ class Level:
         return self.mean + self.share * (mean_components @ self.coefficients + self.intercept - self.mean)
 
 
-def fit_level(features: np.ndarray, expression: np.ndarray, section_id: np.ndarray, folds: LeftOut) -> Level:
+def fit_level(features: np.ndarray, expression: np.ndarray, section_id: np.ndarray, folds: "LeftOut") -> Level:
     """Returns the level, its share fitted to the means of sections that were left out.
 
     The share is the least squares slope of measured on predicted differences from the training mean, over all genes and
@@ -66,6 +66,9 @@ def fit_level(features: np.ndarray, expression: np.ndarray, section_id: np.ndarr
 
 
 def _probe(features: np.ndarray, expression: np.ndarray) -> Level:
+    from sklearn.decomposition import PCA  # here, because tasks that finish slides read levels and need none of it
+    from sklearn.linear_model import RidgeCV
+
     num_components = min(NUM_COMPONENTS, len(features) - 1, features.shape[1])
     pca = PCA(num_components, svd_solver="full").fit(features)
     size = np.sqrt(features.shape[1])

@@ -52,6 +52,6 @@ def _weights(tree: KDTree, xy_um: np.ndarray, rows: slice, width_um: float) -> c
 
 
 def pitch_um(sections: list[np.ndarray]) -> float:
-    """Returns the median distance from a spot to its nearest other, over sections with centres (n, 2) in micrometres."""
+    """Returns the median distance from a spot to its nearest other, over sections with centres (n, 2) in um."""
     nearest = [KDTree(xy).query(xy, k=2)[0][:, 1] for xy in sections if len(xy) > 1]
     return float(np.median(np.concatenate(nearest)))

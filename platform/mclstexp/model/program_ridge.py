@@ -1,14 +1,14 @@
 """Ridge regression from features to program scores, with a penalty for each program (Hoerl and Kennard 1970).
 
-A program that the image does not show is shrunk by its own penalty. Penalties are relative: alpha stands for alpha * N /
-100 times the mean squared length of a spot's features. No intercept: features are standardised, and scores are centred
-within their sections. With at most as many spots as features the kernel matrix is decomposed, otherwise the sums of
-products, so that memory goes with the features and not with the spots.
+A program that the image does not show is shrunk by its own penalty. Penalties are relative: alpha stands for
+alpha * N / 100 times the mean squared length of a spot's features. No intercept: features are standardised, and scores
+are centred within their sections. With at most as many spots as features the kernel matrix is decomposed, otherwise the
+sums of products, so that memory goes with the features and not with the spots.
 
 Shapes: N spots, F features, R programs, P penalties.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from mclstexp.model.programs import centred_within
 
 ALPHAS = 10.0 ** np.arange(-3, 2.6, 0.5)
 """Penalties that are tried."""
+_MIN_UNIT = 1e-12
 Blocks = Callable[[], Iterable[np.ndarray]]
 """Yields the features of one training section after the other, (n, F), each time it is called."""
 
@@ -58,11 +59,6 @@ def fit_program_ridge(blocks: Blocks, scores: np.ndarray, section_id: np.ndarray
     programs = np.arange(scores.shape[1])
     whole = _path(blocks, scores, np.ones(len(scores), bool))
     return ProgramRidge(whole[best, :, programs].T.copy(), ALPHAS[best], predicted[best, :, programs].T.copy())
-
-
-def ridge_path(features: np.ndarray, scores: np.ndarray, alphas: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Returns the weights for each penalty, float64 (P, F, R), of features (N, F) and scores (N, R)."""
-    return _Products.of(features, scores).path(np.asarray(alphas))
 
 
 def _path(blocks: Blocks, scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -119,12 +115,12 @@ class _Products:
             values, vectors = np.linalg.eigh(self.gram)
             assert self.moments is not None
             turned, lift = vectors.T @ self.moments, vectors
-        unit = values.sum() / 100
+        unit = max(values.sum() / 100, _MIN_UNIT)
         spread = np.maximum(values, 0)[None] + alphas[:, None] * unit
         return np.stack([lift @ (turned / each[:, None]) for each in spread])
 
 
-def _with_folds(blocks: Iterable[np.ndarray], fold: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+def _with_folds(blocks: Iterable[np.ndarray], fold: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     start = 0
     for features in blocks:
         yield features, fold[start : start + len(features)]

@@ -18,6 +18,8 @@ from mclstexp.model.nearest import KEY_BLOCK, QUERY_BLOCK, Keys
 from mclstexp.settings import RetrievalConfig
 
 DEFAULT_K, DEFAULT_TEMPERATURE = 200, 0.1
+FIXED_NUMBER_K = 400
+"""Default of `k` where each query has a fixed effective number of donors: those behind have no weight to speak of."""
 _MIN_DISTANCE = 1e-12
 _NORMS = {"l1": 1, "l2": 2}
 _LOG_TEMPERATURES, _BISECTIONS = (-9.0, 4.0), 30
@@ -51,7 +53,8 @@ def resolve(config: RetrievalConfig, num_keys: int) -> RetrievalConfig:
     """
     if config.k is not None and config.k > num_keys:
         raise ModelError(f"retrieval.k={config.k} exceeds the bank's {num_keys} spots; use at most {num_keys}")
-    k = config.k or min(DEFAULT_K, num_keys)
+    default = FIXED_NUMBER_K if config.weighting == "fixed_number" else DEFAULT_K
+    k = config.k or min(default, num_keys)
     return config.model_copy(update={"k": k, "temperature": config.temperature or DEFAULT_TEMPERATURE})
 
 
@@ -123,10 +126,12 @@ def neighbours(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: K
 def weights(found: Neighbours, config: RetrievalConfig) -> np.ndarray:
     """Returns each neighbour's weight, float64 (Q, k); rows sum to 1.
 
-    `softmax`: of cosine / temperature. `inverse_square`: 1 / d^2 of the un-normalised vectors, L1 or L2, as in
-    mclSTExp (2024, https://arxiv.org/abs/2407.08216). `mean`: equal, as in BLEEP (2023,
-    https://arxiv.org/abs/2306.01859).
+    `softmax`: of cosine / temperature. `fixed_number`: see `fixed_number_weights`. `inverse_square`: 1 / d^2 of the
+    un-normalised vectors, L1 or L2, as in mclSTExp (2024, https://arxiv.org/abs/2407.08216). `mean`: equal, as in BLEEP
+    (2023, https://arxiv.org/abs/2306.01859).
     """
+    if config.weighting == "fixed_number":
+        return fixed_number_weights(found.similarity, config.effective_donors)
     if config.weighting == "softmax":
         logits = found.similarity.astype(np.float64) / (config.temperature or DEFAULT_TEMPERATURE)
         raw = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -140,9 +145,9 @@ def weights(found: Neighbours, config: RetrievalConfig) -> np.ndarray:
 def fixed_number_weights(similarity: np.ndarray, number: float) -> np.ndarray:
     """Returns softmax weights with which each query has the same effective number of donors, float64 (Q, k).
 
-    The number is 1 / sum of squared weights (Kish 1965). Each query's temperature is found by bisection, because cosines
-    are peaked in few dimensions and flat in many: a fixed temperature would be a handful of donors here and the whole
-    bank there. Where a query has fewer than twice as many neighbours, the number is half of these.
+    The number is 1 / sum of squared weights (Kish 1965). Each query's temperature is found by bisection, because
+    cosines are peaked in few dimensions and flat in many: a fixed temperature would be a handful of donors here and the
+    whole bank there. Where a query has fewer than twice as many neighbours, the number is half of these.
 
     Args:
         similarity: cosines of each query's neighbours, (Q, k).

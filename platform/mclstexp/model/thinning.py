@@ -8,10 +8,12 @@ Shapes: N spots of one section, G genes.
 """
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 
 from mclstexp.data.genes import Normaliser
+from mclstexp.data.measured import MeasuredSection
 
 SHARES = (1.0, 0.3, 0.1, 0.03)
 """Shares of the counts that are kept."""
@@ -20,40 +22,32 @@ MIN_COUNTS = 1000
 
 
 def shares_of(totals: np.ndarray) -> list[float]:
-    """Returns the shares that a section's spots are thinned to, from their totals over all genes (N,); 1 comes first."""
+    """Returns the shares that a section's spots are thinned to, 1 first, from their totals over all genes (N,)."""
     median = np.median(totals) if len(totals) else 0.0
     return [share for share in SHARES if share == 1 or share * median >= MIN_COUNTS]
 
 
-def thinned(
-    counts: np.ndarray, totals: np.ndarray, section_id: str, target: Normaliser, seed: int = 0
-) -> list[np.ndarray]:
+def thinned(section: MeasuredSection, target: Normaliser, seed: int = 0) -> list[np.ndarray]:
     """Returns a section's expression at each of its `shares_of`, float32 (N, G) each; the first is of all counts.
 
-    Args:
-        counts: raw counts of the panel's genes, (N, G).
-        totals: each spot's count over all genes, (N,).
-        section_id: the draws depend on it, not on the order of sections.
-        target: the normaliser.
-        seed: of the draws.
+    The draws depend on the section's name and not on the order of sections. A gene that the section does not measure is
+    NaN.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(section_id.encode())])
-    whole = np.rint(counts).astype(np.int64)
-    others = np.maximum(np.rint(totals).astype(np.int64) - whole.sum(axis=1), 0)
-    found = [target.apply(counts, totals, counts.sum(axis=0, dtype=np.float64))]
-    for share in shares_of(totals)[1:]:
+    rng = np.random.default_rng([seed, zlib.crc32(section.section_id.encode())])
+    whole = np.rint(section.counts).astype(np.int64)
+    others = np.maximum(np.rint(section.totals).astype(np.int64) - whole.sum(axis=1), 0)
+    found = [section.expression(target)]
+    for share in shares_of(section.totals)[1:]:
         kept = rng.binomial(whole, share)
         kept_totals = kept.sum(axis=1) + rng.binomial(others, share)
-        found.append(target.apply(kept, kept_totals, kept.sum(axis=0, dtype=np.float64)))
+        found.append(replace(section, counts=kept, totals=kept_totals).expression(target))
     return found
 
 
-def thinned_target(
-    counts: np.ndarray, totals: np.ndarray, section_id: str, target: Normaliser, seed: int = 0
-) -> np.ndarray:
+def thinned_target(section: MeasuredSection, target: Normaliser, seed: int = 0) -> np.ndarray:
     """Returns half the section's own expression and half its mean over all depths, float32 (N, G).
 
     Half, because at the training sections' own depth the plain expression is the better target.
     """
-    depths = thinned(counts, totals, section_id, target, seed)
+    depths = thinned(section, target, seed)
     return ((depths[0] + np.mean(depths, axis=0)) / 2).astype(np.float32)

@@ -5,14 +5,15 @@ file's checksum, and its own digest names the version. A folder with a missing o
 bank made for other weights, genes, tiles or normalisers, whatever the checksums say. The price is that loading reads
 every byte once, also of a bank that is then read by memory map.
 
-Schema 5 keeps a frozen encoder apart from what was learnt: its record always, its tensors where its licence allows a
-copy. Schema 4 stores the directions of the bank's keys. Earlier versions load too: without stored directions (1 to 3,
+Schema 6 may have a program model beside its bank. Schema 5 keeps a frozen encoder apart from what was learnt: its
+record always, its tensors where its licence allows a copy. Schema 4 stores the directions of the bank's keys. Earlier versions load too: without stored directions (1 to 3,
 they are computed), without a note of what the bank was made for (1 and 2), and without `ood_similarity` (1, so that
 tiles are not flagged as out of distribution).
 """
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from mclstexp.data.schema import IMAGE_WIDE, Manifest
 from mclstexp.errors import ModelError, RunError
 from mclstexp.messages import AGAINST_DIVERGENCE
 from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
+from mclstexp.model.blend import FILE as PROGRAMS
+from mclstexp.model.blend import ProgramModel
 from mclstexp.model.encoders import preset_of
 from mclstexp.model.frozen import FrozenEncoder, encoder_from_state
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
@@ -35,8 +38,8 @@ from mclstexp.model.towers import TwoTowers, plain_tensors
 from mclstexp.model.weights import weights_digest
 from mclstexp.settings import ModelConfig, TilesConfig
 
-MODEL_SCHEMA = 5
-_READ_SCHEMAS = (1, 2, 3, 4, MODEL_SCHEMA)
+MODEL_SCHEMA = 6
+_READ_SCHEMAS = (1, 2, 3, 4, 5, MODEL_SCHEMA)
 _RETRAIN = "train it again with jobs/train.py"
 _FIX = f"use the code that wrote it, or {_RETRAIN}"
 FILES, MODEL, WEIGHTS = "files.json", "model.json", "weights.safetensors"
@@ -96,8 +99,11 @@ class ModelVersion:
         ood_similarity: float | None = None,
         encoder: FrozenEncoder | None = None,
         wide: tuple[int, float] | None = None,
+        programs: ProgramModel | None = None,
     ) -> None:
         self.config, self.panel, self.training, self.bank = config, panel, training, bank
+        self.programs = programs
+        """What answers in gene programs; None for a model that retrieves or regresses expression itself."""
         self.tile_size_px, self.mpp = geometry
         self.num_positions = num_positions
         self.weights = weights
@@ -110,11 +116,27 @@ class ModelVersion:
         self.digest = ""
         """12 hex digits that name the version's content; empty until it is saved or loaded."""
 
-    def predict(self, embedding: np.ndarray) -> Retrieved:
-        """Returns the version's answer to tiles, from their embeddings by `embed.network_of`, float32 (N, D)."""
-        if self.bank is None:
+    def predict(self, embedding: np.ndarray, xy_um: np.ndarray) -> Retrieved:
+        """Returns the version's answer to the tiles of one slide.
+
+        Args:
+            embedding: of all tiles of the slide, by `embed.network_of`, float32 (N, D).
+            xy_um: their centres in micrometres, (N, 2), which only programs look at.
+        """
+        bank = self.searched_bank
+        if bank is None:
             return regressed(embedding)
-        return retrieve(embedding, self.bank, resolve(self.config.retrieval, len(self.bank)))
+        retrieval = resolve(self.config.retrieval, len(bank))
+        if self.programs is None:
+            return retrieve(embedding, bank, retrieval)
+        found = retrieve(self.programs.queries(embedding), bank, retrieval)
+        tiles = self.programs.tile_scores(embedding, found.prediction, np.ones(len(embedding), bool))
+        return replace(found, prediction=self.programs.decoder().predict(tiles, xy_um))
+
+    @property
+    def searched_bank(self) -> Bank | None:
+        """The bank as predictions search it: its payload is expression or, with programs, their scores."""
+        return self.bank if self.bank is None or self.programs is None else self.programs.bank(self.bank)
 
     @property
     def licence(self) -> str:
@@ -186,6 +208,8 @@ class ModelVersion:
         save_file(plain_tensors(self.weights), folder / WEIGHTS)
         if self.encoder is not None and self.encoder.record.stores_weights:
             save_file(self.encoder.state(), folder / ENCODER)
+        if self.programs is not None:
+            self.programs.save(folder)
         if self.bank is not None:
             self.bank.save(folder, self._identity(folder))
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
@@ -213,6 +237,7 @@ class ModelVersion:
             weights = load_file(folder / WEIGHTS)
             stored = load_file(folder / ENCODER) if (folder / ENCODER).is_file() else None
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
+            programs = ProgramModel.load(folder) if (folder / PROGRAMS).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error
         config = recorded_config(_without_turned_features(record), str(folder))
@@ -233,6 +258,7 @@ class ModelVersion:
             ood_similarity=record.ood_similarity,
             encoder=encoder,
             wide=record.wide,
+            programs=programs,
         )
         version._require_own_bank(folder)
         if found := version._not_finite():
@@ -273,6 +299,8 @@ class ModelVersion:
                 return f"the weight {name}"
         if self.encoder is not None and (found := self.encoder.not_finite()):
             return f"the weight {found} of the frozen encoder"
+        if self.programs is not None and (found := self.programs.not_finite()):
+            return found
         return None if self.bank is None else self.bank.not_finite()
 
     def _require_wide_view(self, manifest: Manifest) -> None:
@@ -298,11 +326,16 @@ class ModelVersion:
         }
         if self.encoder is not None:
             identity["a frozen encoder"] = f"with digest {self.encoder.record.digest[:12]}..."
+        if self.programs is not None:
+            identity["programs"] = f"with SHA-256 {_sha256(folder / PROGRAMS)[:12]}..."
         return identity
 
     def _require_own_bank(self, folder: Path) -> None:
         """Checks that there is a bank if and only if the version retrieves, and that it was made for this version."""
         bank, predictor = self.bank, self.config.model.predictor
+        if (self.programs is None) != (predictor != "programs"):
+            has = "no programs" if self.programs is None else "programs"
+            raise ModelError(f"{folder} has {has}, and model.predictor={predictor}; fetch it again")
         if (bank is None) != (predictor == "regression"):
             has = "no bank" if bank is None else "a bank"
             raise ModelError(f"{folder} has {has}, and model.predictor={predictor}; fetch it again")

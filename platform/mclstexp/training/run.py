@@ -41,6 +41,7 @@ _LATER_SETTINGS = {
     "genes": {"min_sections"},
     "model": {"image_layers", "image_views", "feature_dtype"},
     "train": {"feature_draws"},
+    "retrieval": {"effective_donors"},
 }
 """Settings that earlier versions did not have, by block; their defaults give the same result as those versions."""
 

@@ -94,7 +94,8 @@ def _embedder(rank_state: RankState, reader: SpotReader) -> Callable[[str, int],
     config, weights, size_px = rank_state.config, rank_state.model.state_dict(), reader.manifest.tile_size_px
     features = reader.features
     if features is not None:
-        of_features = image_head(config.model, weights, config.train.precision).build(rank_state.device)
+        head = image_head(config.model, size_px, weights, config.train.precision)
+        of_features = head.build(rank_state.device)
         return lambda section_id, group: of_features(features.read(section_id, group))
     of_tiles = image_network(config.model, size_px, weights, config.train.precision).build(rank_state.device)
     return lambda section_id, group: of_tiles(decode_tiles(reader.read_encoded(section_id, group)[1], size_px))
@@ -132,7 +133,8 @@ def _tried(
 ) -> tuple[list[RetrievalConfig], np.ndarray]:
     """Returns all settings that a configuration leaves open, and each one's score."""
     fixed = resolve(config, len(bank))
-    all_k = [config.k] if config.k else [k for k in TRIED_K if k <= len(bank)] or [len(bank)]
+    fixed_k = fixed.k if config.weighting == "fixed_number" else config.k
+    all_k = [fixed_k] if fixed_k else [k for k in TRIED_K if k <= len(bank)] or [len(bank)]
     open_temperature = config.weighting == "softmax" and config.temperature is None
     temperatures = TRIED_TEMPERATURES if open_temperature else (fixed.temperature,)
     tried = [

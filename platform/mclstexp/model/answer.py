@@ -1,0 +1,84 @@
+"""The answer to tiles: from their images or features to what a slide's parts keep of them, on one device.
+
+A retrieval model and a direct regression answer each tile with its expression. A program model answers with scores,
+which become expression when the slide is known as a whole (`decode.SlideDecoder`).
+
+Shapes: n tiles, G genes, R programs, C components of the level.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mclstexp.model.bank import Bank
+from mclstexp.model.blend import ProgramModel
+from mclstexp.model.embed import ImageHead, ImageNetwork, head_of, network_of
+from mclstexp.model.nearest import Keys
+from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
+from mclstexp.model.version import ModelVersion
+from mclstexp.settings import RetrievalConfig
+
+
+@dataclass(frozen=True)
+class TileAnswers:
+    """What a part of a slide keeps."""
+
+    values: np.ndarray
+    """float32 (n, G): expression; or (n, 2R): a tile's own scores, then those that it gives its neighbours."""
+    sums: np.ndarray
+    """float64 (C,): components of the level, summed over complete tiles; (0,) without programs."""
+    similarity: np.ndarray
+    """As in `Retrieved`, float32 (n,), as are the next two."""
+    effective_donors: np.ndarray
+    donor_share: np.ndarray
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model's way from tiles to answers as data: it is built where it is used."""
+
+    network: ImageNetwork | ImageHead
+    bank: Bank | None
+    """What is searched, its payload what is retrieved; None for a direct regression."""
+    retrieval: RetrievalConfig
+    programs: ProgramModel | None = None
+
+    def build(self, device: torch.device) -> Callable[[tuple[np.ndarray, ...], np.ndarray], TileAnswers]:
+        """Returns the map from tiles to answers.
+
+        It takes the tiles, as `ImageNetwork.build` or `ImageHead.build` say, and which are complete, bool (n,).
+        """
+        embed = self.network.build(device)
+        keys = None if self.bank is None else Keys(self.bank.directions, device)
+
+        def answer(inputs: tuple[np.ndarray, ...], complete: np.ndarray) -> TileAnswers:
+            return self._answer(embed(*inputs), complete, keys)
+
+        return answer
+
+    def _answer(self, embedding: np.ndarray, complete: np.ndarray, keys: Keys | None) -> TileAnswers:
+        if self.bank is None:
+            return _of(regressed(embedding))
+        if self.programs is None:
+            return _of(retrieve(embedding, self.bank, self.retrieval, keys))
+        found = retrieve(self.programs.queries(embedding), self.bank, self.retrieval, keys)
+        tiles = self.programs.tile_scores(embedding, found.prediction, complete)
+        return replace(_of(found), values=np.concatenate([tiles.own, tiles.given], axis=1), sums=tiles.level)
+
+
+def answerer_of(model: ModelVersion, of_features: bool = False) -> Answerer:
+    """Returns what answers tiles, or (`of_features`) stored features of the model's frozen encoder.
+
+    Raises:
+        ModelError: the weights of its frozen encoder cannot be found; or its encoder was trained and takes no features.
+    """
+    network = head_of(model) if of_features else network_of(model)
+    bank = model.searched_bank
+    retrieval = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
+    return Answerer(network, bank, retrieval, model.programs)
+
+
+def _of(found: Retrieved) -> TileAnswers:
+    return TileAnswers(found.prediction, np.zeros(0), found.similarity, found.effective_donors, found.donor_share)
