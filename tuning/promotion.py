@@ -14,7 +14,7 @@ import scipy.stats
 from mclstexp import tracking
 from mclstexp.config import override
 from mclstexp.data.genes import normalisers
-from mclstexp.data.measured import read_measured
+from mclstexp.data.measured import MeasuredSection, read_measured
 from mclstexp.errors import ConfigError, ModelError, UserError
 from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
 from mclstexp.model.embed import embed_model
@@ -202,8 +202,8 @@ def _replicate(sweep: Sweep, best: Trial, seed: int, show: Show) -> ModelVersion
 def _pairs(run: Run, champion: ModelVersion, challengers: list[ModelVersion]) -> list[Pair]:
     """Returns each validation section with the predictions of champion and challengers over their common genes."""
     shared = [gene for gene in champion.panel.gene_id if gene in set(run.panel.gene_id)]
-    predicted = [_predicted(run, model, shared) for model in (champion, *challengers)]
     measured = {name: read_measured(run.reader, name) for name in run.split.validation}
+    predicted = [_predicted(run, model, measured, shared) for model in (champion, *challengers)]
     columns = _columns(run.panel.gene_id, shared)
     return [
         Pair(
@@ -217,11 +217,16 @@ def _pairs(run: Run, champion: ModelVersion, challengers: list[ModelVersion]) ->
     ]
 
 
-def _predicted(run: Run, model: ModelVersion, genes: list[str]) -> Mapping[str, np.ndarray]:
+def _predicted(
+    run: Run, model: ModelVersion, measured: Mapping[str, MeasuredSection], genes: list[str]
+) -> Mapping[str, np.ndarray]:
     """Returns a model's predictions of each validation section, float32 (N, genes)."""
     embedded = embed_model(run.reader.root, run.manifest, run.split.validation, model)
     columns = _columns(model.panel.gene_id, genes)
-    return {name: model.predict(arrays["embedding"]).prediction[:, columns] for name, arrays in embedded}
+    return {
+        name: model.predict(arrays["embedding"], measured[name].xy_um).prediction[:, columns]
+        for name, arrays in embedded
+    }
 
 
 def _columns(panel: tuple[str, ...], genes: list[str]) -> list[int]:

@@ -1,8 +1,8 @@
 """Scores a model version on sections that it never saw, beside floors fitted on those that it did.
 
-Every section is scored in several targets, the model's own first. A model that reads its answer from a bank answers in
-another target by the same neighbours and weights; a direct regression knows only its own unit, so in other targets only
-its correlations mean something. Tiles stream through Ray once per network; their features serve all targets.
+Every section is scored in several targets, the model's own first. A model that retrieves expression answers in another
+target by the same neighbours and weights; programs and a direct regression know only their own unit, so in other targets
+only their correlations mean something. Tiles stream through Ray once per network; their features serve all targets.
 
 Shapes: N spots of a section, G genes, D embedding dimensions.
 """
@@ -98,8 +98,8 @@ def evaluate(
         floors = Floors(training, seen, target)
         notes.append(f"alpha of the ridges in {name}, by cross-validation over training: {floors.alphas()}")
         for section in tested:
-            predicted = _answer(model, queries[section.section_id], banks[name])
-            in_unit = target == reader.target or model.bank is not None
+            predicted = _answer(model, section, queries[section.section_id], banks[name])
+            in_unit = target == reader.target or banks[name] is not None
             tables = _gene_tables(section, target, predicted, in_unit, floors)
             rows += _set_rows(section, name, tables, gene_sets(section.expression(target), marker_sets))
             genes += _gene_rows(section, name, tables, labels)
@@ -178,8 +178,8 @@ def _siblings(record: TrainingRecord, manifest: Manifest, names: Sequence[str]) 
 def _banks(
     model: ModelVersion, own: Normaliser, training: Sequence[MeasuredSection], targets: Mapping[str, Normaliser]
 ) -> dict[str, Bank | None]:
-    """Returns the bank from which the model reads its answer in each target; None for a direct regression."""
-    if model.bank is None:
+    """Returns the bank from which a retrieval model reads its answer in each target; None for others."""
+    if model.bank is None or model.programs is not None:
         return dict.fromkeys(targets)
     others = {name: with_target(model.bank, training, target) for name, target in targets.items() if target != own}
     return {name: others.get(name, model.bank) for name in targets}
@@ -198,10 +198,10 @@ def _queries(
     return {name: embed(stored.read_section(name)) for name in names}
 
 
-def _answer(model: ModelVersion, queries: np.ndarray, bank: Bank | None) -> np.ndarray:
-    """Returns the model's prediction for embedded tiles (N, D), float32 (N, G), in the unit of the bank."""
+def _answer(model: ModelVersion, section: MeasuredSection, queries: np.ndarray, bank: Bank | None) -> np.ndarray:
+    """Returns the model's prediction for a section's embedded tiles (N, D), float32 (N, G), in the unit of the bank."""
     if bank is None:
-        return model.predict(queries).prediction
+        return model.predict(queries, section.xy_um).prediction
     return retrieve(queries, bank, resolve(model.config.retrieval, len(bank))).prediction
 
 
@@ -288,8 +288,8 @@ def _notes(
     if model.licence:
         encoder = model.config.model.image_encoder
         notes.append(f"the image encoder, {encoder}, began with weights under this licence: {model.licence}")
-    if model.bank is None:
-        notes.append("a direct regression predicts in its own target alone: in others it has correlations only")
+    if model.bank is None or model.programs is not None:
+        notes.append("the model predicts in its own target alone: in others it has correlations only")
     return notes
 
 

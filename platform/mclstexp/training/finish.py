@@ -97,7 +97,9 @@ def require_finite_answer(version: ModelVersion) -> None:
     else:
         head = head_of(version)
         embedding = head.build(cpu)(np.zeros((1, head.num_features), np.float32))
-    if not (np.isfinite(embedding).all() and np.isfinite(version.predict(embedding, np.zeros((1, 2))).prediction).all()):
+    if not (
+        np.isfinite(embedding).all() and np.isfinite(version.predict(embedding, np.zeros((1, 2))).prediction).all()
+    ):
         raise RunError(
             "the model's answer to a probe is not finite: training has diverged, and no model version was written; "
             f"{AGAINST_DIVERGENCE}"
