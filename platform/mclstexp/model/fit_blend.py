@@ -25,6 +25,7 @@ from mclstexp.model.programs import Programs, centred_within, fit_programs
 from mclstexp.model.retrieval import Neighbours, resolve, weights
 from mclstexp.model.standardise import Standardiser, fit_standardiser
 from mclstexp.model.thinning import thinned_target
+from mclstexp.progress import Show, hidden
 from mclstexp.settings import RetrievalConfig
 
 NEIGHBOUR_PITCHES = 0.75
@@ -33,7 +34,7 @@ KEY_WIDTH = 256
 """Width of keys that are made of features: their leading directions."""
 SHARE = 0.25
 """Retrieval's share where there are too few patients to choose it."""
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_WHAT, _STEPS = "fitting programs: steps", 4
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,17 @@ class _Neighbourhood:
         return means[has_any], has_any
 
 
-def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig) -> tuple[ProgramModel, np.ndarray]:
-    """Returns the fitted model and the keys of its bank, float32 (N, D), in the order of the sections' spots."""
+def fit_program_model(
+    spots: TrainingSpots, retrieval: RetrievalConfig, show: Show = hidden
+) -> tuple[ProgramModel, np.ndarray]:
+    """Returns the fitted model and the keys of its bank, float32 (N, D), in the order of the sections' spots.
+
+    Args:
+        spots: the training sections.
+        retrieval: how spots are searched and weighted.
+        show: takes progress by step.
+    """
+    show(_WHAT, 0, _STEPS, "programs")
     centred = centred_within(
         np.concatenate([thinned_target(each, spots.target) for each in spots.sections]), spots.section_id
     )
@@ -131,11 +141,14 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig) -> tuple
         spots.blocks.columns(spots.blocks.near),
         NEIGHBOUR_PITCHES * pitch_um([each.xy_um for each in spots.sections]),
     )
+    show(_WHAT, 1, _STEPS, "ridge")
     ridge = fit_program_ridge(around.seen, scores, spots.section_id, spots.folds)
+    show(_WHAT, 2, _STEPS, "retrieval")
     key_weights = _leading_directions(spots.standard, len(spots.own.mean)).astype(np.float32)
     keys = np.concatenate([each.astype(np.float32) @ key_weights for each in spots.standard()])
     blend = _fit_blend(spots, programs, ridge, left_out_retrieval(keys, scores, spots.folds, retrieval))
 
+    show(_WHAT, 3, _STEPS, "level")
     level_columns = spots.blocks.columns([spots.blocks.level])
     level_features = np.concatenate([each[:, level_columns] for each in spots.standard()])
     num_own = len(spots.own.mean)

@@ -6,9 +6,9 @@ bank made for other weights, genes, tiles or normalisers, whatever the checksums
 every byte once, also of a bank that is then read by memory map.
 
 Schema 6 may have a program model beside its bank. Schema 5 keeps a frozen encoder apart from what was learnt: its
-record always, its tensors where its licence allows a copy. Schema 4 stores the directions of the bank's keys. Earlier versions load too: without stored directions (1 to 3,
-they are computed), without a note of what the bank was made for (1 and 2), and without `ood_similarity` (1, so that
-tiles are not flagged as out of distribution).
+record always, its tensors where its licence allows a copy. Schema 4 stores the directions of the bank's keys. Earlier
+versions load too: without stored directions (1 to 3, they are computed), without a note of what the bank was made for
+(1 and 2), and without `ood_similarity` (1, so that tiles are not flagged as out of distribution).
 """
 
 import hashlib

@@ -24,6 +24,7 @@ from mclstexp.model.version import FILES, ModelVersion, TrainingRecord
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import learnt, read_checkpoint
+from mclstexp.training.fit_programs import with_programs
 from mclstexp.training.history import local_checkpoint
 from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.stored import with_features
@@ -63,20 +64,21 @@ def finished_model(run: Run, show: Show = hidden) -> ModelVersion | None:
     return load_model(run)
 
 
-def finish(run: Run, checkpoint_uri: str, show: Show = hidden) -> None:
-    """Builds the bank, chooses the retrieval settings on the validation patients and publishes the model version.
+def finish(run: Run, checkpoint_uri: str | None, show: Show = hidden) -> None:
+    """Builds bank and programs, chooses settings on the validation patients and publishes the model version.
+
+    Args:
+        run: as `open_run` returns it.
+        checkpoint_uri: the checkpoint of its towers; None if it trains none (train.epochs=0).
+        show: takes progress.
 
     Raises:
         RunError: the checkpoint is damaged, or weights, bank or embeddings are not finite; nothing is published.
     """
     run = with_features(run, show)
     with tempfile.TemporaryDirectory() as scratch:
-        with local_checkpoint(checkpoint_uri) as stored:
-            checkpoint = read_checkpoint(stored)
-        weights = checkpoint.weights
-        if run.config.model.freeze_encoder:
-            weights = learnt(weights, ())
-        version = _version(run, weights, checkpoint.state.epoch + 1, show)
+        weights, epochs = _trained(run, checkpoint_uri)
+        version = _version(run, weights, epochs, show)
         require_finite_answer(version)
         folder = Path(scratch, FOLDER)
         folder.mkdir()
@@ -106,6 +108,16 @@ def require_finite_answer(version: ModelVersion) -> None:
         )
 
 
+def _trained(run: Run, checkpoint_uri: str | None) -> tuple[dict[str, torch.Tensor], int]:
+    """Returns what a run learnt by gradient descent, and the epochs that it took."""
+    if checkpoint_uri is None:
+        return {}, 0
+    with local_checkpoint(checkpoint_uri) as stored:
+        checkpoint = read_checkpoint(stored)
+    weights = learnt(checkpoint.weights, ()) if run.config.model.freeze_encoder else checkpoint.weights
+    return weights, checkpoint.state.epoch + 1
+
+
 def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show) -> ModelVersion:
     config, manifest = run.config, run.manifest
     version = ModelVersion(
@@ -121,6 +133,8 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
     )
     if config.model.predictor == "regression":
         return version
+    if config.model.predictor == "programs":
+        return with_programs(run, version, show)
     version.bank = bank = _bank(run, version.towers(), show)
     validation = run.split.validation if _is_open(config.retrieval) else ()
     drawn = drawn_sections({name: manifest.section(name).num_spots for name in run.split.train})

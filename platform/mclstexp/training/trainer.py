@@ -60,7 +60,7 @@ def train_and_finish(run: Run, log: Log, show: Show = hidden, limits: ExecutionR
     if not is_finished(run):
         with cluster.ordered(limits):
             run = with_features(run, show)
-        checkpoint = fit(run, log, show)
+        checkpoint = fit(run, log, show) if run.config.train.epochs else None
         with cluster.ordered(limits):
             finish(run, checkpoint, show)
 

@@ -1,0 +1,51 @@
+"""The program model of a run: fitted to the stored features of its training sections, after its towers are trained."""
+
+import numpy as np
+
+from mclstexp.data.measured import MeasuredSection, read_measured
+from mclstexp.model.bank import Bank, drawn_sections, ood_similarity
+from mclstexp.model.fit_blend import FeatureBlocks, TrainingSpots, fit_program_model
+from mclstexp.model.retrieval import resolve
+from mclstexp.model.version import ModelVersion
+from mclstexp.progress import Show
+from mclstexp.training.run import Run
+
+
+def with_programs(run: Run, version: ModelVersion, show: Show) -> ModelVersion:
+    """Returns the version with the program model of its training sections, its bank and its threshold.
+
+    Args:
+        run: has stored features.
+        version: without bank, of the same run.
+        show: takes progress.
+    """
+    features = run.reader.features
+    assert features is not None, "a run with programs has a frozen encoder, whose features are stored"
+    sections = [read_measured(run.reader, name) for name in run.split.train]
+    blocks = feature_blocks(features.manifest.encoder.widths, len(features.views))
+    spots = TrainingSpots(sections, features.read_section, blocks, run.reader.target)
+    version.programs, keys = fit_program_model(spots, run.config.retrieval, show)
+    version.bank = _bank(sections, spots.expression, keys)
+    version.config = run.config.model_copy(update={"retrieval": resolve(run.config.retrieval, len(version.bank))})
+    drawn = drawn_sections({name: run.manifest.section(name).num_spots for name in run.split.train})
+    queries = {name: version.programs.queries(features.read_section(name)) for name in drawn}
+    version.ood_similarity = ood_similarity(queries, version.bank)
+    version.weights = {}
+    return version
+
+
+def feature_blocks(layer_widths: tuple[int, ...], num_views: int) -> FeatureBlocks:
+    """Returns the blocks of a model's features: neighbours see the last and the first layer of the first view.
+
+    The slide's level is read from the last layer of the first view.
+    """
+    last = len(layer_widths) - 1
+    return FeatureBlocks(layer_widths * num_views, tuple(dict.fromkeys((last, 0))), last)
+
+
+def _bank(sections: list[MeasuredSection], expression: np.ndarray, keys: np.ndarray) -> Bank:
+    names = {
+        name: np.concatenate([np.full(len(each), getattr(each, name), object) for each in sections])
+        for name in ("section_id", "patient_id")
+    }
+    return Bank.of(keys, expression, spot_id=np.concatenate([each.spot_id for each in sections]), **names)
