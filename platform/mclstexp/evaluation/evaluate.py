@@ -2,7 +2,8 @@
 
 Every section is scored in several targets, the model's own first. A model that retrieves expression answers in another
 target by the same neighbours and weights; programs and a direct regression know only their own unit, so in other
-targets only their correlations mean something. Tiles stream through Ray once per network; their features serve all targets.
+targets only their correlations mean something. Tiles stream through Ray once per network; their features serve all
+targets.
 
 Shapes: N spots of a section, G genes, D embedding dimensions.
 """
