@@ -119,10 +119,19 @@ class _Neighbourhood:
         return means[has_any], has_any
 
 
-def fit_program_model(
-    spots: TrainingSpots, retrieval: RetrievalConfig, show: Show = hidden
-) -> tuple[ProgramModel, np.ndarray]:
-    """Returns the fitted model and the keys of its bank, float32 (N, D), in the order of the sections' spots.
+@dataclass(frozen=True)
+class FittedPrograms:
+    """A program model, and what its calibration needs."""
+
+    model: ProgramModel
+    keys: np.ndarray
+    """Keys of the bank, float32 (N, D), in the order of the sections' spots."""
+    left_out: np.ndarray
+    """Expression of each spot as predicted without its fold, float32 (N, G)."""
+
+
+def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Show = hidden) -> FittedPrograms:
+    """Returns the program model of the training sections.
 
     Args:
         spots: the training sections.
@@ -130,47 +139,47 @@ def fit_program_model(
         show: takes progress by step.
     """
     show(_WHAT, 0, _STEPS, "programs")
-    centred = centred_within(
-        np.concatenate([thinned_target(each, spots.target) for each in spots.sections]), spots.section_id
-    )
+    thin = np.concatenate([thinned_target(each, spots.target) for each in spots.sections])
+    centred = centred_within(thin, spots.section_id)
     programs = fit_programs(centred)
     scores = programs.scores(centred)
 
+    show(_WHAT, 1, _STEPS, "ridge")
     around = _Neighbourhood(
         spots,
         spots.blocks.columns(spots.blocks.near),
         NEIGHBOUR_PITCHES * pitch_um([each.xy_um for each in spots.sections]),
     )
-    show(_WHAT, 1, _STEPS, "ridge")
     ridge = fit_program_ridge(around.seen, scores, spots.section_id, spots.folds)
+
     show(_WHAT, 2, _STEPS, "retrieval")
     key_weights = _leading_directions(spots.standard, len(spots.own.mean)).astype(np.float32)
     keys = np.concatenate([each.astype(np.float32) @ key_weights for each in spots.standard()])
-    blend = _fit_blend(spots, programs, ridge, left_out_retrieval(keys, scores, spots.folds, retrieval))
+    retrieved = left_out_retrieval(keys, scores, spots.folds, retrieval)
+    blend, within = _fit_blend(spots, programs, ridge, retrieved)
 
     show(_WHAT, 3, _STEPS, "level")
     level_columns = spots.blocks.columns([spots.blocks.level])
     level_features = np.concatenate([each[:, level_columns] for each in spots.standard()])
+    level, level_left_out = fit_level(level_features, spots.expression, spots.section_id, spots.folds)
     num_own = len(spots.own.mean)
     weights_of_ridge = blend.slope * (1 - blend.share) * ridge.weights
-    return (
-        ProgramModel(
-            own=spots.own,
-            near=around.near,
-            near_columns=around.columns,
-            level_columns=level_columns,
-            neighbour_um=around.width_um,
-            own_weights=weights_of_ridge[:num_own],
-            near_weights=weights_of_ridge[num_own:],
-            key_weights=key_weights,
-            retrieved_scale=blend.slope * blend.share * blend.scale,
-            donor_scores=scores.astype(np.float32),
-            share=blend.share,
-            programs=programs,
-            level=fit_level(level_features, spots.expression, spots.section_id, spots.folds),
-        ),
-        keys,
+    model = ProgramModel(
+        own=spots.own,
+        near=around.near,
+        near_columns=around.columns,
+        level_columns=level_columns,
+        neighbour_um=around.width_um,
+        own_weights=weights_of_ridge[:num_own],
+        near_weights=weights_of_ridge[num_own:],
+        key_weights=key_weights,
+        retrieved_scale=blend.slope * blend.share * blend.scale,
+        donor_scores=scores.astype(np.float32),
+        share=blend.share,
+        programs=programs,
+        level=level,
     )
+    return FittedPrograms(model, keys, (level_left_out + within).astype(np.float32))
 
 
 def left_out_retrieval(keys: np.ndarray, scores: np.ndarray, folds: LeftOut, config: RetrievalConfig) -> np.ndarray:
@@ -194,17 +203,25 @@ class _Blend:
     slope: float
 
 
-def _fit_blend(spots: TrainingSpots, programs: Programs, ridge: ProgramRidge, retrieved: np.ndarray) -> _Blend:
-    """Returns the blend of predictions out of fold, (N, R).
+def _fit_blend(
+    spots: TrainingSpots, programs: Programs, ridge: ProgramRidge, retrieved: np.ndarray
+) -> tuple[_Blend, np.ndarray]:
+    """Returns the blend, and the expression within sections that it predicts out of fold, float64 (N, G).
 
     `scale` brings retrieved scores to the size of the ridge's; `slope` is that of measured on predicted expression.
+
+    Args:
+        spots: the training sections.
+        programs: of the scores.
+        ridge: has its scores out of fold.
+        retrieved: scores out of fold, (N, R).
     """
     of_ridge, of_retrieval = (centred_within(each, spots.section_id) for each in (ridge.left_out, retrieved))
     truth = centred_within(spots.expression, spots.section_id)
     scale = float(np.sqrt((of_ridge**2).mean() / max((of_retrieval**2).mean(), 1e-12)))
     blended = programs.expression((1 - SHARE) * of_ridge + SHARE * scale * of_retrieval)
-    slope = float((blended * truth).sum() / max((blended**2).sum(), 1e-12))
-    return _Blend(SHARE, scale, slope)
+    slope = float(np.nansum(blended * truth) / max((blended**2).sum(), 1e-12))
+    return _Blend(SHARE, scale, slope), slope * blended
 
 
 def _leading_directions(standard: Callable[[], Iterator[np.ndarray]], num_features: int) -> np.ndarray:

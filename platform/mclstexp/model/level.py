@@ -7,7 +7,7 @@ slide needs only the mean of its tiles' components.
 Shapes: N training spots, F features, C components, G genes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,11 +39,13 @@ class Level:
         return self.mean + self.share * (mean_components @ self.coefficients + self.intercept - self.mean)
 
 
-def fit_level(features: np.ndarray, expression: np.ndarray, section_id: np.ndarray, folds: "LeftOut") -> Level:
-    """Returns the level, its share fitted to the means of sections that were left out.
+def fit_level(
+    features: np.ndarray, expression: np.ndarray, section_id: np.ndarray, folds: "LeftOut"
+) -> tuple[Level, np.ndarray]:
+    """Returns the level, and that of each spot's section as predicted without the spot's fold, float64 (N, G).
 
-    The share is the least squares slope of measured on predicted differences from the training mean, over all genes and
-    left-out sections, limited to 0 and 1.
+    The level's share is the least squares slope of measured on predicted differences from the training mean, over all
+    genes and left-out sections, limited to 0 and 1.
 
     Args:
         features: standardised, (N, F).
@@ -52,6 +54,7 @@ def fit_level(features: np.ndarray, expression: np.ndarray, section_id: np.ndarr
         folds: the spots that are left out together.
     """
     products = squares = 0.0
+    means, differences = np.empty(expression.shape), np.empty(expression.shape)
     for index in range(folds.num_folds):
         outside, inside = folds.sides(index)
         probe = _probe(features[outside], expression[outside])
@@ -60,9 +63,9 @@ def fit_level(features: np.ndarray, expression: np.ndarray, section_id: np.ndarr
             predicted = probe.of(features[rows].mean(axis=0) @ probe.components) - probe.mean
             products += predicted @ (expression[rows].mean(axis=0) - probe.mean)
             squares += predicted @ predicted
+            means[rows], differences[rows] = probe.mean, predicted
     share = float(np.clip(products / squares, 0, 1)) if squares else 0.0
-    whole = _probe(features, expression)
-    return Level(whole.components, whole.coefficients, whole.intercept, whole.mean, share)
+    return replace(_probe(features, expression), share=share), means + share * differences
 
 
 def _probe(features: np.ndarray, expression: np.ndarray) -> Level:

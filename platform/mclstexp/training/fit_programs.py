@@ -24,8 +24,8 @@ def with_programs(run: Run, version: ModelVersion, show: Show) -> ModelVersion:
     sections = [read_measured(run.reader, name) for name in run.split.train]
     blocks = feature_blocks(features.manifest.encoder.widths, len(features.views))
     spots = TrainingSpots(sections, features.read_section, blocks, run.reader.target)
-    version.programs, keys = fit_program_model(spots, run.config.retrieval, show)
-    version.bank = _bank(sections, spots.expression, keys)
+    fitted = fit_program_model(spots, run.config.retrieval, show)
+    version.programs, version.bank = fitted.model, _bank(sections, spots.expression, fitted.keys)
     version.config = run.config.model_copy(update={"retrieval": resolve(run.config.retrieval, len(version.bank))})
     drawn = drawn_sections({name: run.manifest.section(name).num_spots for name in run.split.train})
     queries = {name: version.programs.queries(features.read_section(name)) for name in drawn}
