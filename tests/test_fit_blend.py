@@ -1,0 +1,205 @@
+"""The program model as a whole, against the formulas written out on dense matrices."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+from sklearn.decomposition import PCA
+from sklearn.linear_model import RidgeCV
+
+from mclstexp.data.genes import Normaliser
+from mclstexp.data.measured import MeasuredSection
+from mclstexp.errors import ModelError
+from mclstexp.model.bank import Bank
+from mclstexp.model.blend import ProgramModel
+from mclstexp.model.fit_blend import SHARE, FeatureBlocks, FittedPrograms, TrainingSpots, fit_program_model
+from mclstexp.model.program_ridge import ALPHAS
+from mclstexp.model.retrieval import resolve, retrieve
+from mclstexp.settings import RetrievalConfig
+
+TARGET = Normaliser("per_spot_all", 1e4, "e")
+BLOCKS = FeatureBlocks((6, 10, 8), near=(2, 0), level=2)
+NEAR = [*range(16, 24), *range(6)]
+RETRIEVAL = RetrievalConfig(weighting="fixed_number", effective_donors=12)
+WIDTH_UM = 75.0
+
+
+def _section(name: str, patient: str, seed: int) -> tuple[MeasuredSection, np.ndarray]:
+    """A section of 6 x 5 spots, 100 um apart, whose 20 genes follow three patterns, and features that show these."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(np.arange(6) * 100.0, np.arange(5) * 100.0), axis=-1).reshape(-1, 2)
+    patterns = np.stack([np.sin(grid[:, 0] / 150 + seed), np.cos(grid[:, 1] / 120), grid[:, 0] / 500], axis=1)
+    loadings = np.random.default_rng(99).normal(size=(3, 20))
+    counts = rng.poisson(60 * np.exp(0.5 * patterns @ loadings)).astype(np.float32)
+    features = patterns @ np.random.default_rng(98).normal(size=(3, 24)) + 0.5 * rng.normal(size=(30, 24))
+    spots = np.array([f"{name}-{index}" for index in range(30)], object)
+    totals = counts.sum(axis=1) + 400.0
+    section = MeasuredSection(name, patient, spots, grid, grid, np.full(30, None, object), counts, totals)
+    return section, features.astype(np.float32)
+
+
+TRAIN = [_section("a", "P", 1), _section("b", "P", 2), _section("c", "Q", 3)]
+TEST = _section("d", "R", 4)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> FittedPrograms:
+    features = {section.section_id: values for section, values in TRAIN}
+    return fit_program_model(TrainingSpots([s for s, _ in TRAIN], features.__getitem__, BLOCKS, TARGET), RETRIEVAL)
+
+
+def _bank(fitted: FittedPrograms) -> Bank:
+    names = [
+        np.concatenate([np.full(len(s), getattr(s, n), object) for s, _ in TRAIN]) for n in ("section_id", "patient_id")
+    ]
+    expression = np.concatenate([section.expression(TARGET) for section, _ in TRAIN])
+    return Bank.of(fitted.keys, expression, *names, np.concatenate([section.spot_id for section, _ in TRAIN]))
+
+
+def _predicted(fitted: FittedPrograms, section: MeasuredSection, features: np.ndarray) -> np.ndarray:
+    model, bank = fitted.model, fitted.model.bank(_bank(fitted))
+    found = retrieve(model.queries(features), bank, resolve(RETRIEVAL, len(bank)))
+    tiles = model.tile_scores(features, found.prediction, np.ones(len(features), bool))
+    return model.decoder().predict(tiles, section.xy_um)
+
+
+def _within(values: np.ndarray, lengths: list[int]) -> np.ndarray:
+    return np.concatenate([part - part.mean(axis=0) for part in np.split(values, np.cumsum(lengths)[:-1])])
+
+
+def _means_around(values: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    squared = ((xy[:, None] - xy[None]) ** 2).sum(axis=2)
+    weight = np.exp(-0.5 * squared / WIDTH_UM**2) * (squared > 1) * (squared <= (4 * WIDTH_UM) ** 2)
+    return weight @ values / weight.sum(axis=1, keepdims=True)
+
+
+def _softmax_of_12(cosines: np.ndarray) -> np.ndarray:
+    """Weights of one query with an effective number of 12, by root finding."""
+
+    def weight(log_temperature: float) -> np.ndarray:
+        raw = np.exp((cosines - cosines.max()) / np.exp(log_temperature))
+        return raw / raw.sum()
+
+    return weight(brentq(lambda t: 1 / (weight(t) ** 2).sum() - 12, -8, 4))
+
+
+def _by_the_formulas() -> tuple[np.ndarray, np.ndarray]:
+    """The prediction of TEST and that of the training spots out of fold, on dense matrices."""
+    lengths = [len(section) for section, _ in TRAIN]
+    expression = np.concatenate([section.expression(TARGET) for section, _ in TRAIN]).astype(np.float64)
+    loadings = np.linalg.svd(_within(expression, lengths), full_matrices=False)[2][:16].T  # too shallow to be thinned
+    scores = _within(expression, lengths) @ loadings
+
+    def standard(own: list[np.ndarray], widths: list[int], of: np.ndarray, clip: float) -> np.ndarray:
+        joined = np.concatenate(own)
+        z = (of - joined.mean(axis=0)) / (joined.std(axis=0) + 1e-6)
+        return z.clip(-clip, clip) / np.sqrt(np.repeat(widths, widths))
+
+    own = [values.astype(np.float64) for _, values in TRAIN]
+    near = [_means_around(values[:, NEAR], section.xy_um) for section, values in TRAIN]
+    key = standard(own, [6, 10, 8], np.concatenate(own), 8)
+    query = standard(own, [6, 10, 8], TEST[1].astype(np.float64), 8)
+    test_near = _means_around(TEST[1][:, NEAR].astype(np.float64), TEST[0].xy_um)
+    seen = np.hstack([key, standard(near, [8, 6], np.concatenate(near), np.inf)])
+    asked = np.hstack([query, standard(near, [8, 6], test_near, np.inf)])
+    fold = np.repeat([0, 1, 2], lengths)
+
+    def kernel_ridge(rows: np.ndarray, of: np.ndarray, alpha: float) -> np.ndarray:
+        kernel = seen[rows] @ seen[rows].T
+        offset = scores[rows].mean(axis=0)
+        solved = np.linalg.solve(kernel + alpha * np.trace(kernel) / 100 * np.eye(len(kernel)), scores[rows] - offset)
+        return of @ seen[rows].T @ solved + offset
+
+    everywhere = np.ones(len(fold), bool)
+    paths, ridge = np.empty((len(ALPHAS), *scores.shape)), np.empty((len(ALPHAS), len(asked), 16))
+    for index, alpha in enumerate(ALPHAS):
+        ridge[index] = kernel_ridge(everywhere, asked, alpha)
+        for out in range(3):
+            paths[index, fold == out] = kernel_ridge(fold != out, seen[fold == out], alpha)
+    errors = np.stack([((_within(path, lengths) - scores) ** 2).mean(axis=0) for path in paths])
+    best = errors.argmin(axis=0)
+    pick = range(16)
+    ridge_oof, ridge = paths[best, :, pick].T, ridge[best, :, pick].T
+
+    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)  # noqa: E731
+    cosines = unit(query) @ unit(key).T
+    retrieved = np.stack([_softmax_of_12(row) @ scores for row in cosines])
+    among = unit(key) @ unit(key).T
+    oof = np.stack([_softmax_of_12(among[i, fold != fold[i]]) @ scores[fold != fold[i]] for i in range(len(key))])
+    ridge_oof, oof = _within(ridge_oof, lengths), _within(oof, lengths)
+    scale = np.sqrt((ridge_oof**2).mean() / (oof**2).mean())
+    blended = ((1 - SHARE) * ridge_oof + SHARE * scale * oof) @ loadings.T
+    slope = (blended * _within(expression, lengths)).sum() / (blended**2).sum()
+
+    def probe(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
+        pca = PCA(svd_solver="full").fit(key[rows, 16:])
+        model = RidgeCV(alphas=np.logspace(1, 6, 16))
+        model.fit(pca.transform(key[rows, 16:]) * np.sqrt(8), expression[rows])
+        return model.predict(pca.transform(of) * np.sqrt(8)).mean(axis=0)
+
+    told, true, means = [], [], []
+    for out in range(3):
+        means.append(expression[fold != out].mean(axis=0))
+        told.append(probe(fold != out, key[fold == out, 16:]) - means[-1])
+        true.append(expression[fold == out].mean(axis=0) - means[-1])
+    share = np.clip(np.vdot(told, true) / np.vdot(told, told), 0, 1)
+    mean = expression.mean(axis=0)
+    level = mean + share * (probe(everywhere, query[:, 16:]) - mean)
+    q = (1 - SHARE) * ridge + SHARE * scale * retrieved
+    whole = level + slope * (q - q.mean(axis=0)) @ loadings.T
+    left_out = np.repeat(np.array(means) + share * np.array(told), lengths, axis=0) + slope * blended
+    return whole, left_out
+
+
+def test_a_slide_is_answered_as_the_formulas_say(fitted: FittedPrograms) -> None:
+    whole, left_out = _by_the_formulas()
+    np.testing.assert_allclose(_predicted(fitted, *TEST), whole, atol=2e-4)
+    np.testing.assert_allclose(fitted.left_out, left_out, atol=2e-4)
+
+
+def test_it_shows_the_patterns_of_a_section_never_seen(fitted: FittedPrograms) -> None:
+    section, features = TEST
+    predicted, truth = _predicted(fitted, section, features), section.expression(TARGET)
+    correlations = [np.corrcoef(predicted[:, gene], truth[:, gene])[0, 1] for gene in range(20)]
+    assert np.mean(correlations) > 0.5
+
+
+def test_the_order_of_tiles_does_not_matter(fitted: FittedPrograms) -> None:
+    section, features = TEST
+    order = np.random.default_rng(0).permutation(len(section))
+    moved = _predicted(fitted, replace(section, xy_um=section.xy_um[order]), features[order])
+    np.testing.assert_allclose(moved, _predicted(fitted, section, features)[order], atol=1e-5)
+
+
+def test_a_shift_of_the_stain_moves_the_level_and_not_the_pattern(fitted: FittedPrograms) -> None:
+    section, features = TEST
+    plain, shifted = (_predicted(fitted, section, values) for values in (features, features + 0.2))
+    pattern = [values - values.mean(axis=0) for values in (plain, shifted)]
+    assert np.abs(pattern[0] - pattern[1]).max() < 0.25 * np.abs(pattern[0]).max()
+
+
+def test_saved_and_loaded_it_is_the_same(fitted: FittedPrograms, tmp_path: Path) -> None:
+    fitted.model.save(tmp_path)
+    loaded = ProgramModel.load(tmp_path)
+    again = _predicted(replace(fitted, model=loaded), *TEST)
+    np.testing.assert_array_equal(again, _predicted(fitted, *TEST))
+
+
+def test_a_file_without_an_array_is_refused(fitted: FittedPrograms, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    fitted.model.save(tmp_path)
+    path = tmp_path / "programs.safetensors"
+    arrays = load_file(path)
+    del arrays["own_weights"]
+    save_file(arrays, path, {"numbers": "{}"})
+    with pytest.raises(ModelError, match="has no"):
+        ProgramModel.load(tmp_path)
+
+
+def test_what_is_not_finite_is_named(fitted: FittedPrograms) -> None:
+    assert fitted.model.not_finite() is None
+    broken = replace(fitted.model, own_weights=fitted.model.own_weights * np.nan)
+    assert broken.not_finite() == "own_weights of the programs"
