@@ -153,15 +153,15 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Sh
     ridge = fit_program_ridge(around.seen, scores, spots.section_id, spots.folds)
 
     show(_WHAT, 2, _STEPS, "retrieval")
-    key_weights = _leading_directions(spots.standard, len(spots.own.mean)).astype(np.float32)
-    keys = np.concatenate([each.astype(np.float32) @ key_weights for each in spots.standard()])
+    standard = np.concatenate([each.astype(np.float32) for each in spots.standard()])
+    key_weights = _leading_directions(standard.astype(np.float64)).astype(np.float32)
+    keys = standard @ key_weights
     retrieved = left_out_retrieval(keys, scores, spots.folds, retrieval)
     blend, within = _fit_blend(spots, programs, ridge, retrieved)
 
     show(_WHAT, 3, _STEPS, "level")
     level_columns = spots.blocks.columns([spots.blocks.level])
-    level_features = np.concatenate([each[:, level_columns] for each in spots.standard()])
-    level, level_left_out = fit_level(level_features, spots.expression, spots.section_id, spots.folds)
+    level, level_left_out = fit_level(standard[:, level_columns], spots.expression, spots.section_id, spots.folds)
     num_own = len(spots.own.mean)
     weights_of_ridge = blend.slope * (1 - blend.share) * ridge.weights
     model = ProgramModel(
@@ -224,10 +224,16 @@ def _fit_blend(
     return _Blend(SHARE, scale, slope), slope * blended
 
 
-def _leading_directions(standard: Callable[[], Iterator[np.ndarray]], num_features: int) -> np.ndarray:
-    """Returns the leading right singular vectors of standardised features, (F, D)."""
-    gram = np.zeros((num_features, num_features))
-    for values in standard():
-        gram += values.T @ values
-    width = min(KEY_WIDTH, num_features)
-    return eigh(gram, subset_by_index=[num_features - width, num_features - 1])[1][:, ::-1]
+def _leading_directions(standard: np.ndarray) -> np.ndarray:
+    """Returns the leading right singular vectors of standardised features (N, F), (F, D)."""
+    num_spots, num_features = standard.shape
+    if num_spots > num_features:
+        return _leading(standard.T @ standard)
+    turned = standard.T @ _leading(standard @ standard.T)
+    return turned / np.maximum(np.linalg.norm(turned, axis=0), 1e-12)
+
+
+def _leading(matrix: np.ndarray) -> np.ndarray:
+    """Returns the eigenvectors of the largest eigenvalues of a symmetric matrix, largest first, in columns."""
+    size = len(matrix)
+    return eigh(matrix, subset_by_index=[max(0, size - KEY_WIDTH), size - 1])[1][:, ::-1]

@@ -44,8 +44,9 @@ def fit_level(
 ) -> tuple[Level, np.ndarray]:
     """Returns the level, and that of each spot's section as predicted without the spot's fold, float64 (N, G).
 
-    The level's share is the least squares slope of measured on predicted differences from the training mean, over all
-    genes and left-out sections, limited to 0 and 1.
+    Where whole patients are left out, the level's share is the least squares slope of measured on predicted differences
+    from the training mean, over all genes and left-out sections, limited to 0 and 1. Sections of one patient say nothing
+    of how patients differ: with fewer patients the share is 1, and only the probe's own penalty shrinks the level.
 
     Args:
         features: standardised, (N, F).
@@ -64,7 +65,9 @@ def fit_level(
             products += predicted @ (expression[rows].mean(axis=0) - probe.mean)
             squares += predicted @ predicted
             means[rows], differences[rows] = probe.mean, predicted
-    share = float(np.clip(products / squares, 0, 1)) if squares else 0.0
+    share = 1.0
+    if folds.kind == "patients":
+        share = float(np.clip(products / squares, 0, 1)) if squares else 0.0
     return replace(_probe(features, expression), share=share), means + share * differences
 
 
