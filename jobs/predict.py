@@ -122,7 +122,7 @@ def _explain(arguments: PredictArguments, model: "ModelVersion", cohort: "Cohort
 
     from mclstexp import storage
     from mclstexp.prediction import ledger
-    from mclstexp.prediction.explain import explain_tile
+    from mclstexp.prediction.explain import explain_tile, shares
 
     owner = ledger.owner(arguments.out)
     if owner is not None and owner.model_digest != model.digest:
@@ -137,6 +137,8 @@ def _explain(arguments: PredictArguments, model: "ModelVersion", cohort: "Cohort
     for row in votes.head(20).itertuples(index=False):
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     Console(width=120).print(table)
+    if words := shares(model):
+        print(words)
     target = storage.join(storage.absolute(arguments.out), "explained", f"{slide_id}-{spot_id}.csv")
     storage.write(target, votes.to_csv(index=False).encode())
     print(f"all votes {target}")

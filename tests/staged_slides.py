@@ -84,7 +84,7 @@ def stage(
             "tissue_fraction": rng.random(num_tiles, np.float32),
         }
     )
-    answer = SimpleNamespace(prediction=rng.gamma(2, size=(num_tiles, len(PANEL))).astype(np.float32))
+    answer = SimpleNamespace(values=rng.gamma(2, size=(num_tiles, len(PANEL))).astype(np.float32))
     vars(answer).update({key: rng.random(num_tiles, np.float32) for key in CONFIDENCE})
     complete = np.ones(num_tiles, bool)
     complete[rng.choice(num_tiles, missing, replace=False)] = False
@@ -104,7 +104,7 @@ def write(slide: Slide) -> None:
         Image.fromarray(picture).save(slide.staging / name)
     for part in range(num_parts(len(slide.grid))):
         rows = slice(part * PART_TILES, (part + 1) * PART_TILES)
-        cut = SimpleNamespace(**{key: values[rows] for key, values in vars(slide.answer).items()})
+        cut = SimpleNamespace(**{key: values[rows] for key, values in vars(slide.answer).items()}, sums=np.zeros(0))
         write_part(str(slide.staging), part, encode_part(cut, slide.complete[rows]))
 
 

@@ -82,7 +82,7 @@ def test_squares_are_where_the_tiles_were_cut(slides: dict[str, Slide], out: Pat
     assert {len({tuple(corner) for corner in ring[0]}) for ring in rings.tolist()} == {4}
     names = slide.grid.loc[slide.complete, "spot_id"]
     for feature, spot, row, similarity in zip(
-        features, names, slide.answer.prediction[slide.complete], slide.answer.similarity[slide.complete], strict=True
+        features, names, slide.answer.values[slide.complete], slide.answer.similarity[slide.complete], strict=True
     ):
         properties = feature["properties"]
         assert (feature["type"], feature["geometry"]["type"]) == ("Feature", "Polygon")
@@ -138,7 +138,7 @@ def test_pictures_of_an_older_table_or_without_a_record_are_drawn_again(
 ) -> None:
     before = _files(own)
     slide = stage(tmp_path, "A", 30, 20, missing=7)
-    slide.answer.prediction[:] = slide.answer.prediction[::-1].copy()
+    slide.answer.values[:] = slide.answer.prediction[::-1].copy()
     write(slide)
     publish(slide, own, key="other")
     assert not [path for path in _files(own) if path.startswith(("overviews/A", "geojson/A"))]

@@ -145,7 +145,7 @@ def test_a_run_that_stopped_midway_ends_with_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             predict_features(model, tmp_path / folder.name, tmp_path / "out")
     (staging,) = (tmp_path / "out" / "staging").iterdir()
-    assert len(list((staging / "parts").glob("*.safetensors"))) >= 2
+    assert len(list((staging / "answers").glob("*.safetensors"))) >= 2
     report = predict_features(model, tmp_path / folder.name, tmp_path / "out")
     assert report.counts() == {"done": 1}
     assert report.num_tiles < 700

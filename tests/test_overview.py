@@ -23,7 +23,7 @@ def test_a_gradient_shows_at_its_position_in_the_overview(tmp_path: Path) -> Non
     column, row = ((slide.grid[name].to_numpy() // TILE_PX) for name in ("x_px", "y_px"))
     ramp = column + (row == 2) * (column == 15) * -10.0
     for name, values in {"seen": ramp, "other": 19 - ramp}.items():
-        slide.answer.prediction[:, 1] = values
+        slide.answer.values[:, 1] = values
         write(slide)
         publish(slide, tmp_path / name)
         draw_slide(str(tmp_path / name), "G", ["FASN"])
@@ -46,7 +46,7 @@ def test_of_a_hundred_genes_over_a_long_slide_the_first_are_drawn(tmp_path: Path
     slide = stage(tmp_path, "L", 2, 60)
     names = [f"GENE{number}" for number in range(100)]
     centres = {name: slide.grid[name].to_numpy() for name in ("x_px", "y_px")}
-    table = pa.table(centres | dict.fromkeys(names, slide.answer.prediction[:, 0]))
+    table = pa.table(centres | dict.fromkeys(names, slide.answer.values[:, 0]))
     table = table.replace_schema_metadata({RECORD_KEY: slide.record.model_dump_json()})
     pq.write_table(table, tmp_path / "table.parquet")
     info, thumbnail = replace(INFO, panel=GenePanel.from_names(names)), np.full((384, 13, 3), 230, np.uint8)

@@ -69,7 +69,7 @@ def test_the_table_is_what_was_staged_without_missing_tiles(slides: dict[str, Sl
     for column in CONFIDENCE:
         assert np.array_equal(frame[column], getattr(slide.answer, column)[slide.complete])
     assert frame[list(PANEL.gene_id)].to_numpy().dtype == np.float32
-    assert np.array_equal(frame[list(PANEL.gene_id)], slide.answer.prediction[slide.complete])
+    assert np.array_equal(frame[list(PANEL.gene_id)], slide.answer.values[slide.complete])
     assert np.array_equal(frame["out_of_distribution"], slide.answer.similarity[slide.complete] < 0.3)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     assert sum(groups) == slide.complete.sum()
@@ -289,7 +289,7 @@ def test_faults_before_and_after_the_claim_are_told_apart(
             patch.setattr(storage, step, away)
             outcome = _finish(staging, tmp_path / "out")
         assert outcome == Outcome("A", fault="the store answered 503", has_claimed=has_claimed)
-    (staging / "parts" / "00001.safetensors").unlink()
+    (staging / "answers" / "00001.safetensors").unlink()
     missing = _finish(staging, tmp_path / "out")
     assert (missing.has_claimed, "00001.safetensors is missing" in missing.fault) == (True, True)
 

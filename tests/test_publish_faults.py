@@ -55,8 +55,8 @@ def test_a_damaged_part_is_named_and_counts_as_not_done(
     staging = tmp_path / "A-key"
     shutil.copytree(slides["A"].staging, staging)
     assert parts_done(str(staging)) == {0, 1, 2}
-    damage(staging / "parts" / "00001.safetensors")
-    with pytest.raises(PartError, match=rf"A-key/parts/00001.safetensors .*{fault}"):
+    damage(staging / "answers" / "00001.safetensors")
+    with pytest.raises(PartError, match=rf"A-key/answers/00001.safetensors .*{fault}"):
         publish_slide(str(staging), str(tmp_path / "out"), INFO)
     assert parts_done(str(staging)) == {0, 2}
     assert not (tmp_path / "out").exists()
@@ -105,7 +105,7 @@ def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
     num_genes, num_groups, peaks = 256, 6, {}
     info = replace(INFO, panel=GenePanel.from_names(f"G{index}" for index in range(num_genes)))
     slide = stage(tmp_path, "M", 64, 64 * num_groups)
-    slide.answer.prediction = np.zeros((4096 * num_groups, num_genes), np.float32)
+    slide.answer.values = np.zeros((4096 * num_groups, num_genes), np.float32)
     write(slide)
     predicted = PredictedSlide(str(slide.staging), tmp_path / "table", info, np.zeros((10, 10, 3), np.uint8))
     del slide

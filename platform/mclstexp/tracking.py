@@ -310,7 +310,7 @@ def _save_pyfunc(target: str, version: str) -> None:
         target,
         python_model=str(_MODEL_CODE),
         artifacts={"version": version},
-        signature=ModelSignature(inputs=Schema([ColSpec("binary", view) for view in _views(version)])),
+        signature=ModelSignature(inputs=_inputs(version)),
         code_paths=[str(_PACKAGE)],
         pip_requirements=[
             "torch",
@@ -322,14 +322,19 @@ def _save_pyfunc(target: str, version: str) -> None:
             "pyarrow",
             "pydantic",
             "ray[data]",
+            "scipy",
         ],
     )
 
 
-def _views(version: str) -> list[str]:
-    """Returns the views of a spot that a model version takes."""
+def _inputs(version: str) -> Schema:
+    """Returns the columns that a model version takes: an image for each view of a spot, and perhaps its place."""
     record = json.loads(Path(version, "model.json").read_text())
-    return record["config"]["model"].get("image_views", ["image"])
+    views = record["config"]["model"].get("image_views", ["image"])
+    places = {"x_um": "double", "y_um": "double", "slide_id": "string"}
+    columns = [ColSpec("binary", view) for view in views]
+    columns += [ColSpec(kind, name, required=False) for name, kind in places.items()]
+    return Schema([*columns])
 
 
 def _find(config: TrackingConfig, model_uri: str) -> mlflow.entities.model_registry.ModelVersion:

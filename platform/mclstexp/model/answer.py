@@ -26,7 +26,7 @@ class TileAnswers:
     """What a part of a slide keeps."""
 
     values: np.ndarray
-    """float32 (n, G): expression; or (n, 2R): a tile's own scores, then those that it gives its neighbours."""
+    """float32 (n, G): expression; or (n, 2R): scores, as in `decode.TileScores`."""
     sums: np.ndarray
     """float64 (C,): components of the level, summed over complete tiles; (0,) without programs."""
     similarity: np.ndarray
@@ -58,14 +58,18 @@ class Answerer:
 
         return answer
 
+    def queries(self, embedding: np.ndarray) -> np.ndarray:
+        """Returns what the bank is searched for, float32 (n, D), by embeddings of tiles as the network gives them."""
+        return embedding if self.programs is None else self.programs.queries(embedding)
+
     def _answer(self, embedding: np.ndarray, complete: np.ndarray, keys: Keys | None) -> TileAnswers:
         if self.bank is None:
             return _of(regressed(embedding))
         if self.programs is None:
             return _of(retrieve(embedding, self.bank, self.retrieval, keys))
-        found = retrieve(self.programs.queries(embedding), self.bank, self.retrieval, keys)
+        found = retrieve(self.queries(embedding), self.bank, self.retrieval, keys)
         tiles = self.programs.tile_scores(embedding, found.prediction, complete)
-        return replace(_of(found), values=np.concatenate([tiles.own, tiles.given], axis=1), sums=tiles.level)
+        return replace(_of(found), values=tiles.values, sums=tiles.sums)
 
 
 def answerer_of(model: ModelVersion, of_features: bool = False) -> Answerer:

@@ -82,11 +82,9 @@ class ProgramModel:
         standard = self.own.apply(features)
         near = self.near.apply(features[:, self.near_columns], clip=False)
         components = standard[:, self.level_columns] @ self.level.components
-        return TileScores(
-            own=(standard @ self.own_weights + self.retrieved_scale * retrieved).astype(np.float32),
-            given=(near @ self.near_weights).astype(np.float32),
-            level=components[complete].sum(axis=0),
-        )
+        own = standard @ self.own_weights + self.retrieved_scale * retrieved
+        values = np.concatenate([own, near @ self.near_weights], axis=1, dtype=np.float32)
+        return TileScores(values, components[complete].sum(axis=0))
 
     def decoder(self) -> SlideDecoder:
         """Returns what turns the scores of a whole slide into expression."""

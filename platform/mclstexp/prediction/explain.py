@@ -10,16 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 
 from mclstexp.data.genes import AFTER_NAME, find_genes, unique_labels
 from mclstexp.errors import ModelError, SourceError
-from mclstexp.model.retrieval import explain, resolve
+from mclstexp.model.retrieval import explain
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import Cohort
 from mclstexp.prediction.inspect import corners, inspect
 from mclstexp.prediction.parts import read_grid
-from mclstexp.prediction.pipeline import network_for, reader_of
+from mclstexp.prediction.pipeline import answerer_for, embedding_device, reader_of
 
 
 def explain_tile(
@@ -51,13 +50,24 @@ def explain_tile(
         columns = reader.read_part(source.image, table.slice(row, 1), record)
     if not columns.pop("complete")[0]:
         raise SourceError(f"slide {slide_id} has no pixels at {x_px:g}, {y_px:g}")
-    embed = network_for(model, cohort.plan).build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    query = embed(*(values[:1] for values in columns.values()))[0]
+    answerer = answerer_for(model, cohort.plan)
+    embedding = answerer.network.build(embedding_device(True))(*(values[:1] for values in columns.values()))
     chosen = find_genes(model.panel, genes)
     panel = model.panel.take(chosen)
     payload = dict(zip(unique_labels(panel.names(), panel.gene_id, form=AFTER_NAME), chosen, strict=True))
-    config = resolve(model.config.retrieval, len(model.bank))
-    return str(table["spot_id"][row]), explain(query, model.bank, config, len(model.bank), payload)
+    votes = explain(answerer.queries(embedding)[0], model.bank, answerer.retrieval, len(model.bank), payload)
+    return str(table["spot_id"][row]), votes
+
+
+def shares(model: ModelVersion) -> str:
+    """Returns in words what part votes have in a model's answers; empty if they are all of it."""
+    if model.programs is None:
+        return ""
+    share = model.programs.share
+    return (
+        f"retrieval from these spots has {share:.0%} of the answer; a ridge on the features of the tile and its "
+        f"neighbours has {1 - share:.0%}"
+    )
 
 
 def _covering(left: np.ndarray, top: np.ndarray, edge: float, x: float, y: float, slide_id: str) -> int:

@@ -22,9 +22,10 @@ from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import Cohort
 from mclstexp.prediction.inspect import inspect
 from mclstexp.prediction.parts import PART_TILES, Inspection, num_parts, read_grid
-from mclstexp.prediction.pipeline import WorkerCounts, embedding_device, network_for, reader_of, stretch_parts
+from mclstexp.prediction.pipeline import WorkerCounts, answerer_for, embedding_device, reader_of, stretch_parts
 from mclstexp.prediction.plan import CohortPlan, SlideSource
 from mclstexp.prediction.slide_cache import clear
+from mclstexp.prediction.writers.slide import OutputInfo
 from mclstexp.slides.plain import PLAIN_BYTES_PER_PX
 
 MAX_INSPECTED = 24
@@ -133,11 +134,11 @@ def _timed(
         raise SourceError(f"slide {source.slide_id} has no pixels at its tissue")
     torch.set_num_threads(1)  # as each actor has one CPU
     device = embedding_device(uses_gpu)
-    embed = network_for(model, plan).build(device)
-    batch = [values[np.resize(complete, _TIMED_TILES)] for values in columns.values()]
-    model.predict(embed(*(values[:1] for values in batch)))
+    answer = answerer_for(model, plan).build(device)
+    batch = tuple(values[np.resize(complete, _TIMED_TILES)] for values in columns.values())
+    answer(tuple(values[:1] for values in batch), np.ones(1, bool))
     started = time.perf_counter()
-    model.predict(embed(*batch))
+    answer(batch, np.ones(_TIMED_TILES, bool))
     return _Rates(read_s / len(timed), (time.perf_counter() - started) / _TIMED_TILES, device.type == "cuda")
 
 
@@ -162,10 +163,12 @@ def _in_words(
     part_bytes = PART_TILES * (
         model.tile_size_px**2 * 3 if features is None else features.width * _STAGED_BYTES_PER_VALUE
     )
-    bank_bytes = 0 if model.bank is None else model.bank.keys.nbytes * 2 + model.bank.payload.nbytes
-    staged_bytes = max(tiles) * len(model.panel) * _STAGED_BYTES_PER_VALUE * workers.num_readers
+    bank = model.searched_bank
+    bank_bytes = 0 if bank is None else bank.keys.nbytes * 2 + bank.payload.nbytes
+    tile_bytes = OutputInfo.of_model(model).num_values * _STAGED_BYTES_PER_VALUE
+    staged_bytes = max(tiles) * tile_bytes * workers.num_readers
     in_flight = part_bytes * (_PARTS_IN_FLIGHT * workers.num_readers + 2 * workers.num_embedders)
-    in_flight += PART_TILES * len(model.panel) * _STAGED_BYTES_PER_VALUE * _ANSWERS_IN_FLIGHT * workers.num_embedders
+    in_flight += PART_TILES * tile_bytes * _ANSWERS_IN_FLIGHT * workers.num_embedders
     inspected = f"{len(found) + len(faults)} of them inspected"
     lines = [
         f"slides     {len(cohort.sources)} slides, {inspected}: {len(faults)} cannot be predicted",

@@ -1,6 +1,7 @@
 """The staging folder of a slide: what its inspection found, and the parts of its prediction, until it is published.
 
-A part is the answer for 256 tiles: one safetensors object, written whole. When a run resumes, only the names of parts
+A part is what a model's answer leaves behind for 256 tiles, expression or the scores of a program model: one
+safetensors object, written whole. When a run resumes, only the names of parts
 are looked at; their content is checked when the slide is published, and a damaged part is removed then. So a listing
 stays one request, and the same command makes good what was lost.
 """
@@ -27,7 +28,9 @@ PART_TILES = 256
 """Tiles of a part, the unit of embedding, writing and resuming."""
 CONFIDENCE = ("similarity", "effective_donors", "donor_share")
 STAGING = "staging"
-GRID, RECORD, THUMBNAIL, PREVIEW, PARTS = "grid.parquet", "slide.json", "thumbnail.jpg", "preview.jpg", "parts"
+GRID, RECORD, THUMBNAIL, PREVIEW = "grid.parquet", "slide.json", "thumbnail.jpg", "preview.jpg"
+PARTS = "answers"
+"""Folder of the parts; earlier versions had others under another name, which are made again."""
 GRID_SCHEMA = pa.schema(
     [
         ("spot_id", pa.string()),  # unique within its slide
@@ -91,10 +94,13 @@ class Inspection:
 
 
 class Answer(Protocol):
-    """A model's answer for n tiles, as `retrieval.Retrieved`: `prediction` float32 (n, G), the others float32 (n,)."""
+    """A model's answer for n tiles, as `answer.TileAnswers`: shapes and types as in `Part`."""
 
     @property
-    def prediction(self) -> np.ndarray: ...  # noqa: D102
+    def values(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def sums(self) -> np.ndarray: ...  # noqa: D102
 
     @property
     def similarity(self) -> np.ndarray: ...  # noqa: D102
@@ -110,8 +116,10 @@ class Answer(Protocol):
 class Part:
     """The answer for n consecutive tiles of the grid."""
 
-    prediction: np.ndarray
-    """float32 (n, G), in the model's unit; NaN where a tile is not complete."""
+    values: np.ndarray
+    """float32 (n, W): expression in the model's unit, or scores of a program model; NaN if a tile is not complete."""
+    sums: np.ndarray
+    """float64 (S,), over the complete tiles; (0,) for a model without programs."""
     similarity: np.ndarray
     """float32 (n,), as are the next two."""
     effective_donors: np.ndarray
@@ -169,10 +177,10 @@ def encode_part(found: Answer, complete: np.ndarray) -> bytes:
         complete: bool (n,), whether the slide has pixels there.
     """
     has_pixels = np.asarray(complete, bool)
-    arrays = {"prediction": np.where(has_pixels[:, None], found.prediction, np.float32(np.nan))}
+    arrays = {"values": np.where(has_pixels[:, None], found.values, np.float32(np.nan))}
     arrays |= {name: np.where(has_pixels, getattr(found, name), np.float32(np.nan)) for name in CONFIDENCE}
     arrays = {name: values.astype(np.float32) for name, values in arrays.items()}
-    return save(arrays | {"complete": has_pixels.astype(np.uint8)})
+    return save(arrays | {"sums": found.sums.astype(np.float64), "complete": has_pixels.astype(np.uint8)})
 
 
 def write_part(staging: str, part: int, file: bytes) -> None:
@@ -180,14 +188,14 @@ def write_part(staging: str, part: int, file: bytes) -> None:
     storage.write(storage.join(staging, part_name(part)), file)
 
 
-def read_part(staging: str, part: int, num_tiles: int, num_genes: int) -> Part:
+def read_part(staging: str, part: int, num_tiles: int, num_values: int, num_sums: int) -> Part:
     """Returns one part.
 
     Args:
         staging: URI of the slide's staging folder.
         part: its number.
         num_tiles: tiles of the whole slide.
-        num_genes: genes of the panel.
+        num_values, num_sums: W and S of the model.
 
     Raises:
         PartError: it is missing, truncated or of another shape. A damaged part is removed, so that `parts_done` no
@@ -201,7 +209,8 @@ def read_part(staging: str, part: int, num_tiles: int, num_genes: int) -> Part:
         raise PartError(f"{uri} is missing; run the same command again, which makes it again") from None
     except SafetensorError as error:
         raise _removed(uri, str(error)) from None
-    wanted = {"prediction": ((length, num_genes), "float32"), "complete": ((length,), "uint8")}
+    wanted = {"values": ((length, num_values), "float32"), "sums": ((num_sums,), "float64")}
+    wanted |= {"complete": ((length,), "uint8")}
     wanted |= dict.fromkeys(CONFIDENCE, ((length,), "float32"))
     got = {name: (values.shape, str(values.dtype)) for name, values in arrays.items()}
     if got != wanted:

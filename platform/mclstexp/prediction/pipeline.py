@@ -37,13 +37,12 @@ from mclstexp.prediction.parts import (
 )
 from mclstexp.prediction.plan import CohortPlan, SlideSource
 from mclstexp.prediction.tile_reader import TileReader
-from mclstexp.settings import PredictConfig, RetrievalConfig
+from mclstexp.settings import PredictConfig
 
 if TYPE_CHECKING:  # the steps before the answer start without torch
     import torch
 
-    from mclstexp.model.embed import ImageHead, ImageNetwork
-    from mclstexp.model.retrieval import Retrieved
+    from mclstexp.model.answer import Answerer
     from mclstexp.model.version import ModelVersion
 
 TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
@@ -179,7 +178,7 @@ def pipeline(sources: Sequence[SlideSource], plan: CohortPlan, model: "ModelVers
             )
             .map_batches(
                 Answer,
-                fn_constructor_args=_answer_arguments(model, plan, workers.uses_gpu),
+                fn_constructor_args=(ray.put(answerer_for(model, plan)), workers.uses_gpu),  # once for all actors
                 compute=ActorPoolStrategy(min_size=1, max_size=workers.num_embedders),
                 num_gpus=1 if workers.uses_gpu else None,
                 num_cpus=0 if workers.uses_gpu else 1,
@@ -211,15 +210,15 @@ def reader_of(plan: CohortPlan) -> TileReader | FeatureReader:
     return TileReader(plan) if plan.features is None else FeatureReader(plan)
 
 
-def network_for(model: "ModelVersion", plan: CohortPlan) -> "ImageNetwork | ImageHead":
-    """Returns what embeds the parts of a plan's slides.
+def answerer_for(model: "ModelVersion", plan: CohortPlan) -> "Answerer":
+    """Returns what answers the parts of a plan's slides.
 
     Raises:
         ModelError: the weights of its frozen encoder cannot be found.
     """
-    from mclstexp.model.embed import head_of, network_of
+    from mclstexp.model.answer import answerer_of
 
-    return network_of(model) if plan.features is None else head_of(model)
+    return answerer_of(model, of_features=plan.features is not None)
 
 
 @dataclass(frozen=True)
@@ -288,16 +287,10 @@ class Read:
 
 
 class Answer:
-    """The actor that embeds a part's tiles and asks the bank."""
+    """The actor that answers a part's tiles."""
 
-    def __init__(self, network: ray.ObjectRef, bank: ray.ObjectRef, config: RetrievalConfig, uses_gpu: bool) -> None:
-        from mclstexp.model.nearest import Keys
-
-        device = embedding_device(uses_gpu)
-        self._embed = ray.get(network).build(device)
-        self._bank = ray.get(bank)
-        self._keys = None if self._bank is None else Keys(self._bank.directions, device)
-        self._config = config
+    def __init__(self, answerer: ray.ObjectRef, uses_gpu: bool) -> None:
+        self._answer = ray.get(answerer).build(embedding_device(uses_gpu))
 
     def __call__(self, batch: Batch) -> Batch:
         """Takes a part with its pixels, returns it with its answer."""
@@ -307,17 +300,10 @@ class Answer:
             return answered.batch()
         assert row.complete is not None
         try:
-            found = self.answer(*row.inputs)
-            return replace(answered, answer=encode_part(found, row.complete[: row.num_tiles])).batch()
+            complete = row.complete[: row.num_tiles]
+            return replace(answered, answer=encode_part(self._answer(row.inputs, complete), complete)).batch()
         except Exception as error:  # a full GPU, perhaps: it may be free when the slide is tried again
             return _failed(answered, error).batch()
-
-    def answer(self, *inputs: np.ndarray) -> "Retrieved":
-        """Returns the model's answer for tiles, uint8 (n, size, size, 3), or for features, float32 (n, F)."""
-        from mclstexp.model.retrieval import regressed, retrieve
-
-        queries = self._embed(*inputs)
-        return regressed(queries) if self._bank is None else retrieve(queries, self._bank, self._config, self._keys)
 
 
 def write(batch: Batch) -> Batch:
@@ -345,17 +331,6 @@ def _one_row_per_block() -> Iterator[None]:
         context.max_errored_blocks = -1  # the caller sees which parts are missing
         context.execution_no_progress_timeout_s = NO_PROGRESS_S
         yield
-
-
-def _answer_arguments(
-    model: "ModelVersion", plan: CohortPlan, uses_gpu: bool
-) -> tuple[ray.ObjectRef, ray.ObjectRef, RetrievalConfig, bool]:
-    """Returns the arguments of `Answer`, with network and bank in the object store once for all actors."""
-    from mclstexp.model.retrieval import resolve
-
-    bank = model.bank
-    config = model.config.retrieval if bank is None else resolve(model.config.retrieval, len(bank))
-    return ray.put(network_for(model, plan)), ray.put(bank), config, uses_gpu
 
 
 def _faulty(row: Row, error: Exception) -> Row:

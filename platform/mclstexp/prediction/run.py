@@ -86,7 +86,8 @@ class RunContext:
     cohort: Cohort
     out: str
     """Root of the predictions, an absolute URI."""
-    info: OutputInfo
+    info: ray.ObjectRef
+    """The `OutputInfo` that all finishing tasks get, in the object store once."""
     workers: WorkerCounts
 
 
@@ -113,7 +114,7 @@ def predict_cohort(model: ModelVersion, cohort: Cohort, out: str, show: Show, co
     report = Report(skipped={name: entry for name, entry in existing.items() if cohort.is_settled(entry, again)})
     left = [name for name in cohort.fingerprints if name not in report.skipped]
     total = len(left) + len(cohort.unreachable)
-    context = RunContext(model, cohort, out, OutputInfo.of_model(model), workers)
+    context = RunContext(model, cohort, out, ray.put(OutputInfo.of_model(model)), workers)
     run = CohortRun(
         context, report, lambda: show("predict slides", len(report.entries), total, f"{report.num_tiles:,} tiles")
     )

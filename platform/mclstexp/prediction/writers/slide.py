@@ -4,7 +4,7 @@ A writer makes one file from the slide's table, so that all files agree and each
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.errors import StorageError
+from mclstexp.model.decode import SlideDecoder
 from mclstexp.prediction.parts import SlideRecord
 from mclstexp.slides.tiles import tile_corner
 
@@ -27,7 +28,7 @@ RECORD_KEY = "slide_record"
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """What predictions state about the model version that made them."""
+    """What finishing a slide needs of the model version, and its files state about it."""
 
     panel: GenePanel
     unit: str
@@ -38,12 +39,25 @@ class OutputInfo:
     """Micrometres per tile pixel."""
     ood_similarity: float | None
     """Best similarity below which a tile is out of distribution; None if the model has no threshold."""
+    decoder: SlideDecoder | None = field(default=None, compare=False)
+    """Of a program model, whose parts hold scores; None: they hold expression. A published table does not state it."""
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that a part holds for each tile."""
+        return len(self.panel) if self.decoder is None else self.decoder.num_values
+
+    @property
+    def num_sums(self) -> int:
+        """Numbers that a part holds for all its tiles together."""
+        return 0 if self.decoder is None else self.decoder.num_sums
 
     @classmethod
     def of_model(cls, model: "ModelVersion") -> "OutputInfo":
-        """Returns what predictions state about a model version."""
+        """Returns what finishing tasks get of a model version."""
         unit = normalisers(model.config.genes)[1].unit()
-        return cls(model.panel, unit, model.digest, model.tile_size_px, model.mpp, model.ood_similarity)
+        decoder = model.programs.decoder() if model.programs else None
+        return cls(model.panel, unit, model.digest, model.tile_size_px, model.mpp, model.ood_similarity, decoder)
 
 
 @dataclass(frozen=True)

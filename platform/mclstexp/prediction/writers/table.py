@@ -1,7 +1,8 @@
 """A slide's prediction as one Parquet file, joined from its grid and its parts.
 
-It is made first, with one group of parts in memory at a time, and the other files are made from it. The price is that
-the table exists on scratch before anything is published. Only the grid is in memory whole, about 70 bytes per tile.
+It is made first, with the expression of one group of parts in memory at a time, and the other files are made from it.
+The price is that the table exists on scratch before anything is published. Only the grid is in memory whole, about 70
+bytes per tile, and what `gather` keeps.
 """
 
 from collections.abc import Iterator
@@ -13,22 +14,10 @@ import pyarrow.parquet as pq
 
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import StorageError
-from mclstexp.prediction.parts import (
-    CONFIDENCE,
-    GRID_SCHEMA,
-    PART_TILES,
-    Part,
-    SlideRecord,
-    num_parts,
-    read_grid,
-    read_part,
-    read_record,
-)
+from mclstexp.prediction.parts import CONFIDENCE, GRID_SCHEMA, SlideRecord, read_grid, read_record
+from mclstexp.prediction.writers.gather import GROUP_TILES, Group, gather
 from mclstexp.prediction.writers.slide import RECORD_KEY, OutputInfo, PredictedSlide, provenance_of
 
-GROUP_PARTS = 16
-GROUP_TILES = GROUP_PARTS * PART_TILES
-"""Most rows of a row group."""
 OUT_OF_DISTRIBUTION = "out_of_distribution"
 _NAMES = ["section_id", "patient_id"]
 SPOT_SCHEMA = pa.schema(
@@ -58,15 +47,15 @@ def write_table(path: Path, slide: PredictedSlide) -> None:
     """
     record, info = read_record(slide.staging), slide.info
     grid = read_grid(slide.staging, record.num_tiles)
-    num_rows = 0
+    num_tiles = num_rows = 0
     # Expression neither repeats nor is searched by range; dictionaries and statistics of it would only cost.
     options = {"use_dictionary": _NAMES, "write_statistics": SPOT_SCHEMA.names, "compression": "zstd"}
     with pq.ParquetWriter(path, table_schema(info), store_schema=False, **options) as writer:
-        for start in range(0, record.num_tiles, GROUP_TILES):
-            parts = _parts(slide.staging, start, record, info)
-            num_rows += sum(int(part.complete.sum()) for part in parts)
-            writer.write_table(_joined(grid.slice(start, GROUP_TILES), parts, record, info), GROUP_TILES)
-            del parts  # before the next ones are read
+        for group in gather(slide.staging, record, grid, info):
+            tiles = grid.slice(num_tiles, len(group.complete))
+            writer.write_table(_joined(tiles, group, record, info), GROUP_TILES)
+            num_tiles, num_rows = num_tiles + len(tiles), num_rows + len(group.values)
+            del group  # before the next one is made
         # A slide that was moved gives the same bytes, so the image's URI is left out.
         record = record.model_copy(update={"missing_tiles": record.num_tiles - num_rows, "image": ""})
         genes = {"genes": ",".join(info.panel.gene_id), "symbols": ",".join(info.panel.symbol)}
@@ -110,27 +99,16 @@ def info_of(schema: pa.Schema) -> OutputInfo:
         raise StorageError(f"the table does not describe its model ({error})") from None
 
 
-def _parts(staging: str, start: int, record: SlideRecord, info: OutputInfo) -> list[Part]:
-    """Returns the parts of the group that begins with tile `start`."""
-    first = start // PART_TILES
-    numbers = range(first, min(first + GROUP_PARTS, num_parts(record.num_tiles)))
-    return [read_part(staging, part, record.num_tiles, len(info.panel)) for part in numbers]
-
-
-def _joined(grid: pa.Table, parts: list[Part], record: SlideRecord, info: OutputInfo) -> pa.Table:
+def _joined(tiles: pa.Table, group: Group, record: SlideRecord, info: OutputInfo) -> pa.Table:
     """Returns the rows of the complete tiles of a group."""
-    complete = np.concatenate([part.complete for part in parts])
-    values = {name: np.concatenate([getattr(part, name) for part in parts])[complete] for name in CONFIDENCE}
-    prediction = np.concatenate([part.prediction for part in parts])[complete]
-    num_rows = len(prediction)
-    names = [pa.repeat(name, num_rows) for name in (record.slide_id, record.patient_id)]
+    names = [pa.repeat(name, len(group.values)) for name in (record.slide_id, record.patient_id)]
     return pa.table(
         [
             *names,
-            *grid.filter(pa.array(complete)).columns,
-            *map(pa.array, values.values()),
-            _out_of_distribution(values["similarity"], info.ood_similarity),
-            *map(pa.array, prediction.T),
+            *tiles.filter(pa.array(group.complete)).columns,
+            *map(pa.array, group.confidence.values()),
+            _out_of_distribution(group.confidence["similarity"], info.ood_similarity),
+            *map(pa.array, group.values.T),
         ],
         schema=table_schema(info),
     )

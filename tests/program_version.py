@@ -1,0 +1,94 @@
+"""A program model on the features of a random frozen encoder, fitted to random sections without training or Ray."""
+
+import numpy as np
+import torch
+
+from mclstexp.config import Config, override
+from mclstexp.data.genes import GenePanel, normalisers
+from mclstexp.data.measured import MeasuredSection
+from mclstexp.model.bank import Bank
+from mclstexp.model.embed import encoder_network
+from mclstexp.model.fit_blend import FeatureBlocks, TrainingSpots, fit_program_model
+from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
+from mclstexp.model.version import ModelVersion, TrainingRecord
+
+TILE_PX, PITCH_UM = 32, 40.0
+NUM_SPOTS, NUM_GENES = 49, 20
+SETTINGS = {
+    "tiles.size_px": TILE_PX,
+    "tiles.mpp": 1.0,
+    "model.image_encoder": "small_cnn",
+    "model.predictor": "programs",
+    "model.freeze_encoder": True,
+    "retrieval.weighting": "fixed_number",
+    "retrieval.effective_donors": 10.0,
+    "train.epochs": 0,
+    "train.precision": "fp32",
+}
+
+
+def program_version(**settings: object) -> ModelVersion:
+    """Returns a version for tiles of 32 px at 1 um/px; settings are the model's, such as `image_layers`."""
+    config = override(Config(), SETTINGS | {f"model.{name}": value for name, value in settings.items()})
+    encoder = frozen_encoder(config.model, TILE_PX, 0)
+    tiles = {name: _tiles(seed) for seed, name in enumerate(("P1S1", "P2S1", "P3S1", "P3S2"))}
+    sections = [_section(name, images) for name, images in tiles.items()]
+    of_tiles = _features(encoder)
+    num_blocks, target = len(encoder.record.widths), normalisers(config.genes)[1]
+    spots = TrainingSpots(
+        sections,
+        lambda name: of_tiles(tiles[name]),
+        FeatureBlocks(encoder.record.widths, near=tuple(range(num_blocks)), level=0),
+        target,
+    )
+    programs, keys = fit_program_model(spots, config.retrieval)
+    names = {
+        name: np.concatenate([_names(each, name) for each in sections])
+        for name in ("section_id", "patient_id", "spot_id")
+    }
+    genes = tuple(f"ENSG{gene:011d}" for gene in range(NUM_GENES))
+    panel = GenePanel(genes, tuple(f"G{gene}" for gene in range(NUM_GENES)), genes)
+    bank = Bank.of(keys, spots.expression, **names)
+    return ModelVersion(config, panel, (TILE_PX, 1.0), 0, _record(tiles), {}, bank, 0.2, encoder, programs=programs)
+
+
+def _features(encoder: FrozenEncoder):
+    return encoder_network(encoder, "fp32").build(torch.device("cpu"))
+
+
+def _tiles(seed: int) -> np.ndarray:
+    """Tiles of several colours and grains, uint8 (n, size, size, 3)."""
+    rng = np.random.default_rng(seed)
+    colour = rng.uniform(60, 220, (NUM_SPOTS, 1, 1, 3)) + 10 * seed
+    grain = rng.normal(size=(NUM_SPOTS, TILE_PX, TILE_PX, 1)) * rng.uniform(0, 40, (NUM_SPOTS, 1, 1, 1))
+    return (colour + grain).clip(0, 255).astype(np.uint8)
+
+
+def _section(name: str, tiles: np.ndarray) -> MeasuredSection:
+    """Counts follow the tiles' colours; spots are a square array."""
+    rng = np.random.default_rng(len(name) + int(tiles[0, 0, 0, 0]))
+    colour = tiles.mean(axis=(1, 2)) / 255
+    rate = 20 * np.exp(colour @ np.random.default_rng(5).normal(size=(3, NUM_GENES)))
+    counts = rng.poisson(rate).astype(np.float32)
+    side = round(NUM_SPOTS**0.5)
+    xy = np.stack(np.divmod(np.arange(NUM_SPOTS), side)[::-1], axis=1) * PITCH_UM
+    spots = np.array([f"{name}:{spot}" for spot in range(NUM_SPOTS)], object)
+    none = np.full(NUM_SPOTS, None)
+    return MeasuredSection(name, name[:2], spots, xy, xy, none, counts, counts.sum(axis=1, dtype=np.float64))
+
+
+def _names(section: MeasuredSection, what: str) -> np.ndarray:
+    value = getattr(section, what)
+    return value if what == "spot_id" else np.full(len(section), value, object)
+
+
+def _record(sections: dict[str, np.ndarray]) -> TrainingRecord:
+    return TrainingRecord(
+        manifest_digest="m",
+        protocol="patient",
+        sections=tuple(sections),
+        patients=("P1", "P2", "P3"),
+        validation_sections=(),
+        test_sections=(),
+        epochs=0,
+    )
