@@ -45,8 +45,8 @@ def fit_level(
     """Returns the level, and that of each spot's section as predicted without the spot's fold, float64 (N, G).
 
     Where whole patients are left out, the level's share is the least squares slope of measured on predicted differences
-    from the training mean, over all genes and left-out sections, limited to 0 and 1. Sections of one patient say nothing
-    of how patients differ: with fewer patients the share is 1, and only the probe's own penalty shrinks the level.
+    from the training mean, over all genes and left-out sections, limited to 0 and 1. Sections of one patient do not say
+    how patients differ: with fewer patients the share is 1, and only the probe's own penalty shrinks the level.
 
     Args:
         features: standardised, (N, F).
