@@ -138,7 +138,7 @@ def test_pictures_of_an_older_table_or_without_a_record_are_drawn_again(
 ) -> None:
     before = _files(own)
     slide = stage(tmp_path, "A", 30, 20, missing=7)
-    slide.answer.values[:] = slide.answer.prediction[::-1].copy()
+    slide.answer.values[:] = slide.answer.values[::-1].copy()
     write(slide)
     publish(slide, own, key="other")
     assert not [path for path in _files(own) if path.startswith(("overviews/A", "geojson/A"))]

@@ -82,8 +82,7 @@ def test_the_views_of_a_spot_are_joined_before_the_head() -> None:
         features = np.concatenate(parts, axis=1)
         expected = head(torch.from_numpy(features)).numpy()
     assert network.build(CPU)(TILES, wide) == pytest.approx(expected, abs=1e-5)
-    by_head = ImageHead(config.model_dump(mode="json"), head.state_dict(), "fp32")
-    assert by_head.num_features == 256
+    by_head = ImageHead(config.model_dump(mode="json"), 256, head.state_dict(), "fp32")
     assert by_head.build(CPU)(features) == pytest.approx(expected, abs=1e-6)
 
 

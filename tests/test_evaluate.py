@@ -264,7 +264,7 @@ def test_a_frozen_model_and_its_floors_read_features_that_are_made_once(
     probed = steps.fit(seen.astype(float), training).predict(asked.astype(float))
     _assert_scores(rows.loc[("HEST-bench probe", "all")], truth, probed)
     queries = head_of(version).build(torch.device("cpu"))(asked)
-    _assert_scores(rows.loc[("model", "all")], truth, version.predict(queries).prediction)
+    _assert_scores(rows.loc[("model", "all")], truth, version.predict(queries, np.zeros((len(queries), 2))).prediction)
 
 
 def _regression(version: ModelVersion, images: np.ndarray) -> np.ndarray:

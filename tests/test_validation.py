@@ -105,7 +105,8 @@ def _score(run: Run, model: ModelVersion) -> float:
     for name in ("P2S1", "P2S2"):
         parts = [run.reader.read(*sentence) for sentence in run.manifest.sentences([name])]
         truth = np.concatenate([part["payload"] for part in parts])
-        predicted = model.predict(np.concatenate([embed(part["image"]) for part in parts])).prediction
+        embedding = np.concatenate([embed(part["image"]) for part in parts])
+        predicted = model.predict(embedding, np.zeros((len(embedding), 2))).prediction
         scores.append(np.nan_to_num(pearson_per_gene(truth, predicted)).mean())
     return float(np.mean(scores))
 

@@ -39,7 +39,7 @@ def test_a_direct_regression_has_no_bank_and_predicts_its_linear_map(tmp_path: P
     saved.save(tmp_path)
     loaded = ModelVersion.load(tmp_path)
     tiles = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    found = loaded.predict(network_of(loaded).build(torch.device("cpu"))(tiles))
+    found = loaded.predict(network_of(loaded).build(torch.device("cpu"))(tiles), np.zeros((len(tiles), 2)))
     with torch.inference_mode():
         expected = network(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255).numpy()
     assert found.prediction == pytest.approx(expected, rel=1e-2, abs=1e-2)  # bf16 where it is native
@@ -231,7 +231,7 @@ def test_a_bank_that_is_not_listed_is_refused(folder: Path) -> None:
 def test_another_schema_is_refused(folder: Path) -> None:
     record = json.loads((folder / "model.json").read_text())
     _rewrite_record(folder, record | {"schema_version": 99, "new_field": 1})
-    with pytest.raises(ModelError, match=r"model schema 99, this code reads 1, 2, 3, 4, 5; .*jobs/train\.py"):
+    with pytest.raises(ModelError, match=r"model schema 99, this code reads 1, 2, 3, 4, 5, 6; .*jobs/train\.py"):
         ModelVersion.load(folder)
 
 
@@ -252,12 +252,12 @@ def _write_as_schema(schema: int, folder: Path) -> None:
 @pytest.mark.parametrize("schema", [1, 2, 3])
 def test_a_version_of_an_earlier_schema_loads_and_answers_equally(folder: Path, schema: int) -> None:
     queries = np.random.default_rng(1).normal(size=(40, 256)).astype(np.float32)
-    expected = ModelVersion.load(folder).predict(queries)
+    expected = ModelVersion.load(folder).predict(queries, np.zeros((len(queries), 2)))
     _write_as_schema(schema, folder)
     loaded = ModelVersion.load(folder)
     assert loaded.config == random_version().config
     assert loaded.ood_similarity == (None if schema == 1 else 0.25)
-    for name, values in vars(loaded.predict(queries)).items():
+    for name, values in vars(loaded.predict(queries, np.zeros((len(queries), 2)))).items():
         assert np.array_equal(values, getattr(expected, name)), name
 
 

@@ -290,7 +290,8 @@ def _notes(
         encoder = model.config.model.image_encoder
         notes.append(f"the image encoder, {encoder}, began with weights under this licence: {model.licence}")
     if model.bank is None or model.programs is not None:
-        notes.append("the model predicts in its own target alone: in others it has correlations only")
+        what = "a direct regression" if model.bank is None else "a model of programs"
+        notes.append(f"{what} predicts in its own target alone: in others it has correlations only")
     return notes
 
 
