@@ -19,7 +19,7 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ConfigError, ModelError, RunError
 from mclstexp.model.embed import network_of
 from mclstexp.model.towers import build_network
-from mclstexp.model.version import ModelVersion
+from mclstexp.model.version import MODEL_SCHEMA, ModelVersion
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def _write_as_schema(schema: int, folder: Path) -> None:
         notes, arrays = file.metadata(), {name: file.get_tensor(name) for name in ("keys", "payload")}
     save_file(arrays, folder / "bank.safetensors", notes if schema == 3 else None)
     record = json.loads((folder / "model.json").read_text())
-    assert (record.pop("schema_version"), record["ood_similarity"]) == (5, 0.25)
+    assert (record.pop("schema_version"), record["ood_similarity"]) == (MODEL_SCHEMA, 0.25)
     record["config"]["predict"]["bank_shards"] = 2
     del record["training"]["validation_patients"]
     if schema == 1:
