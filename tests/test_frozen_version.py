@@ -171,7 +171,7 @@ def test_an_encoder_with_a_number_that_is_not_finite_is_neither_saved_nor_loaded
     with monkeypatch.context() as unchecked:
         unchecked.setattr(ModelVersion, "_not_finite", lambda self: None)
         folder = _saved(version, tmp_path / "version")
-    with pytest.raises(ModelError, match=r"of the frozen encoder of the model version .* is not finite"):
+    with pytest.raises(ModelError, match=r"is not the version's frozen encoder"):
         ModelVersion.load(folder)
 
 
