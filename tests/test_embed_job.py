@@ -1,5 +1,7 @@
 """The job that computes features: killed and run again it ends as a calm run does; it says what it would do and did."""
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -26,7 +28,7 @@ DRAWS = ("--views", "12", "--train.augmentation", "default")
 
 
 def _start(tiles: str, *options: str) -> subprocess.Popen[str]:
-    """Starts the job on the tests' Ray."""
+    """Starts the job as a process, on the tests' Ray."""
     return subprocess.Popen(
         [sys.executable, str(JOB), "--data", tiles, *ENCODER, *options],
         env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
@@ -37,14 +39,15 @@ def _start(tiles: str, *options: str) -> subprocess.Popen[str]:
 
 
 def _run(tiles: str, *options: str) -> list[str]:
-    job = _start(tiles, *options)
-    output, _ = job.communicate(timeout=200)
-    assert job.returncode == 0, output
-    return output.strip().splitlines()
+    """Runs the job in this process, on the tests' Ray; returns the lines that it prints."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(_launch, "connect", lambda config: None)
+        _main(patch, tiles, *options)
+    return printed.getvalue().strip().splitlines()
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, tiles: str, *options: str) -> None:
-    """Runs the job in this process."""
     monkeypatch.setattr(sys, "argv", ["embed.py", "--verbose", "--data", tiles, *ENCODER, *options])
     embed.main()
 

@@ -245,19 +245,23 @@ def test_damaged_and_stale_features_are_made_again(tiles: str, tmp_path: Path, s
     calm = _bytes(first.root)
     reader = features(root, manifest, names, encoder, PLAIN, make=False)
 
-    # A flipped bit is named, and made again with the same bytes; a file that is gone, too
+    # A flipped bit is named, and made again with the same bytes; so is a file that is gone
     section = reader.manifest.section(names[1])
     place = section.row_groups[1].offset + 100
     uri = storage.join(first.root, section.file)
     flipped = bytearray(calm[section.file])
     flipped[place] ^= 4
     storage.write(uri, bytes(flipped))
+    lost = reader.manifest.section(names[2]).file
+    storage.delete(storage.join(first.root, lost))
+    with pytest.raises(ConfigError, match=rf"1 section\(s\) have no stored features .*: {names[2]};"):
+        features(root, manifest, names, encoder, PLAIN, make=False)
     again = renew_features(root, manifest, names, encoder, PLAIN)
-    assert again.computed == (names[1],)
-    assert again.damaged == (f"section {names[1]}: sentence 1 of {section.file}",)
-    assert _bytes(first.root) == calm
-    storage.delete(uri)
-    assert features(root, manifest, names, encoder, PLAIN).manifest == reader.manifest
+    assert again.computed == (names[1], names[2])
+    assert again.damaged[0] == f"section {names[1]}: sentence 1 of {section.file}"
+    assert again.damaged[1].startswith(f"section {names[2]}: ")
+    assert again.damaged[1].endswith(f" of {lost}")
+    assert features(root, manifest, names, encoder, PLAIN, make=False).manifest == reader.manifest
     assert _bytes(first.root) == calm
     storage.write(storage.join(first.root, MANIFEST), calm[MANIFEST][:100])
     again = renew_features(root, manifest, names, encoder, PLAIN)

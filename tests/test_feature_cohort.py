@@ -1,16 +1,20 @@
 """A cohort predicted from feature files alone: each tile's answer, resuming, faults, the job."""
 
+import contextlib
+import io
 import shutil
-import subprocess
+import sys
 from pathlib import Path
 
 import anndata
 import numpy as np
+import openslide
+import predict as predict_job
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from predicted_cohort import TILE_PX, digests, job, ledger_entries, make_slides, predict, untrained_model
+from predicted_cohort import TILE_PX, digests, ledger_entries, make_slides, predict, untrained_model
 from trident_files import write_features
 
 from mclstexp.config import Config, override
@@ -26,6 +30,7 @@ from mclstexp.prediction.forecast import forecast
 from mclstexp.prediction.pipeline import WorkerCounts
 from mclstexp.prediction.run import Report, predict_cohort
 from mclstexp.progress import hidden
+from mclstexp.slides.codec import decode_tile, encode_tile
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 AT_1_UM = {"encoder": "small_cnn", "patch_size": TILE_PX, "magnifications": (10, 10)}
@@ -44,9 +49,45 @@ def random_features(model: ModelVersion, num_tiles: int, seed: int) -> tuple[np.
 
 
 @pytest.fixture(scope="module")
-def folder(model: ModelVersion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Features of a slide of several parts, one of a single tile, an empty one, and of three that are refused."""
+def slides(cohort: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of one slide."""
+    folder = tmp_path_factory.mktemp("images") / "slides"
+    make_slides(cohort, folder)
+    for path in folder.iterdir():
+        if path.stem != "small":
+            path.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_slide(model: ModelVersion, slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table of that slide as it is predicted from its image."""
+    out = tmp_path_factory.mktemp("by_slide")
+    assert predict(model, slides, out).counts() == {"done": 1}
+    return out / "small.parquet"
+
+
+def extracted(model: ModelVersion, slide: Path, corners: np.ndarray) -> np.ndarray:
+    """Tiles read by OpenSlide and stored as the model's were, through the encoder on its own."""
+    image = openslide.OpenSlide(slide)
+    crops = [np.asarray(image.read_region(tuple(c), 0, (TILE_PX, TILE_PX)).convert("RGB")) for c in corners.tolist()]
+    quality = model.config.tiles.jpeg_quality
+    stored = np.stack([decode_tile(encode_tile(crop, "jpeg", quality)) for crop in crops])
+    record = model.encoder.record
+    encoder = build_encoder(record.name, TILE_PX).eval()
+    encoder.load_state_dict(model.encoder.state())
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (record.mean, record.std))
+    with torch.inference_mode():
+        return encoder((torch.from_numpy(stored).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
+
+
+@pytest.fixture(scope="module")
+def folder(model: ModelVersion, slides: Path, by_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of a slide of several parts, of a real one, one of a single tile, an empty one, and three refused."""
     folder = tmp_path_factory.mktemp("extracted") / "10x_32px_0px_overlap" / "features_small_cnn"
+    table = pq.read_table(by_slide)
+    corners = np.stack([table[name].to_numpy().astype(int) - TILE_PX // 2 for name in ("x_px", "y_px")], axis=1)
+    write_features(folder / "real.h5", extracted(model, slides / "small.tif", corners), corners, **AT_1_UM)
     for seed, (name, num_tiles) in enumerate({"large": 700, "small": 1, "none": 0}.items()):
         write_features(folder / f"{name}.h5", *random_features(model, num_tiles, seed), slide_px=(800, 1200), **AT_1_UM)
     features, corners = random_features(model, 300, 9)
@@ -69,7 +110,7 @@ def predict_features(model: ModelVersion, folder: Path | str, out: Path | str, i
 @pytest.fixture(scope="module")
 def predicted(model: ModelVersion, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("from_features")
-    assert predict_features(model, folder, out).counts() == {"done": 2, "empty": 1, "quarantined": 3}
+    assert predict_features(model, folder, out).counts() == {"done": 3, "empty": 1, "quarantined": 3}
     return out
 
 
@@ -100,7 +141,7 @@ def test_a_tile_gets_the_models_answer_for_its_features(model: ModelVersion, fol
 def test_faulty_files_are_quarantined_with_both_values(predicted: Path) -> None:
     found = ledger_entries(predicted)
     assert {name: entry["state"] for name, entry in found.items()} == {
-        **dict.fromkeys(("large", "small"), "done"),
+        **dict.fromkeys(("large", "real", "small"), "done"),
         "none": "empty",
         **dict.fromkeys(("coarse", "other", "nan"), "quarantined"),
     }
@@ -108,31 +149,27 @@ def test_faulty_files_are_quarantined_with_both_values(predicted: Path) -> None:
     assert "takes 32 um" in found["coarse"]["reason"]
     assert "encoder uni_v1, the model takes small_cnn" in found["other"]["reason"]
     assert "tile 280 are not finite" in found["nan"]["reason"]
-    assert {path.stem for path in predicted.glob("*.parquet")} == {"large", "small"}
+    assert {path.stem for path in predicted.glob("*.parquet")} == {"large", "real", "small"}
     assert not list((predicted / "staging").iterdir())
 
 
-def test_a_second_run_does_nothing_and_a_new_file_is_predicted(
-    model: ModelVersion, folder: Path, predicted: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(predicted, tmp_path / "out")
-    shutil.copytree(folder, tmp_path / folder.name)
-    before = digests(tmp_path / "out")
-    report = predict_features(model, tmp_path / folder.name, tmp_path / "out", idle=True)
-    assert (report.counts(), set(report.faults())) == ({"skipped": 6}, {"coarse", "other", "nan"})
-    assert digests(tmp_path / "out") == before
-    write_features(tmp_path / folder.name / "small.h5", *random_features(model, 2, 5), **AT_1_UM)
-    assert predict_features(model, tmp_path / folder.name, tmp_path / "out").counts() == {"done": 1, "skipped": 5}
-    assert digests(tmp_path / "out")["large.parquet"] == before["large.parquet"]
-    assert pq.read_metadata(tmp_path / "out" / "small.parquet").num_rows == 2
+def test_a_second_run_does_nothing(model: ModelVersion, folder: Path, predicted: Path) -> None:
+    before = digests(predicted)
+    report = predict_features(model, folder, predicted, idle=True)
+    assert (report.counts(), set(report.faults())) == ({"skipped": 7}, {"coarse", "other", "nan"})
+    assert digests(predicted) == before
 
 
-def test_a_run_that_stopped_midway_ends_with_the_same_bytes(
+def test_a_run_that_stopped_midway_ends_with_the_same_bytes_and_a_new_file_is_predicted(
     model: ModelVersion, folder: Path, predicted: Path, tmp_path: Path
 ) -> None:
     """The driver dies at its second row: parts that are written stay, and are not made again."""
-    (tmp_path / folder.name).mkdir()
-    shutil.copy(folder / "large.h5", tmp_path / folder.name)
+    out, features = tmp_path / "out", tmp_path / folder.name
+    shutil.copytree(predicted, out)
+    for path in out.rglob("large.*"):  # as if there had been no such file yet
+        path.unlink()
+    features.mkdir()
+    shutil.copy(folder / "large.h5", features)
     rows = []
 
     def stop(_: object, row: dict) -> None:
@@ -143,52 +180,32 @@ def test_a_run_that_stopped_midway_ends_with_the_same_bytes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.CohortRun, "_take", stop)
         with pytest.raises(KeyboardInterrupt):
-            predict_features(model, tmp_path / folder.name, tmp_path / "out")
-    (staging,) = (tmp_path / "out" / "staging").iterdir()
+            predict_features(model, features, out)
+    (staging,) = (out / "staging").iterdir()
     assert len(list((staging / "answers").glob("*.safetensors"))) >= 2
-    report = predict_features(model, tmp_path / folder.name, tmp_path / "out")
-    assert report.counts() == {"done": 1}
+    shutil.copytree(folder, features, dirs_exist_ok=True)
+    write_features(features / "small.h5", *random_features(model, 2, 5), **AT_1_UM)
+    report = predict_features(model, features, out)
+    assert report.counts() == {"done": 2, "skipped": 5}
     assert report.num_tiles < 700
-    found, expected = digests(tmp_path / "out"), digests(predicted)
-    assert found == {name: digest for name, digest in expected.items() if name in found}
+    assert pq.read_metadata(out / "small.parquet").num_rows == 2
+    found, expected = (
+        {name: digest for name, digest in digests(each).items() if "small" not in name} for each in (out, predicted)
+    )
+    assert found == expected
     assert "large.parquet" in found
 
 
-def test_features_of_the_same_tiles_give_what_the_slide_gives(model: ModelVersion, cohort: str, tmp_path: Path) -> None:
-    """Tiles read by OpenSlide and stored as the model's were, through the encoder on its own."""
-    import openslide
-
-    from mclstexp.slides.codec import decode_tile, encode_tile
-
-    make_slides(cohort, tmp_path / "slides")
-    for path in (tmp_path / "slides").iterdir():
-        if path.stem != "small":
-            path.unlink()
-    assert predict(model, tmp_path / "slides", tmp_path / "by_slide").counts() == {"done": 1}
-    table = pq.read_table(tmp_path / "by_slide" / "small.parquet")
-    corners = np.stack([table[name].to_numpy().astype(int) - TILE_PX // 2 for name in ("x_px", "y_px")], axis=1)
-    slide = openslide.OpenSlide(tmp_path / "slides" / "small.tif")
-    crops = [np.asarray(slide.read_region(tuple(c), 0, (TILE_PX, TILE_PX)).convert("RGB")) for c in corners.tolist()]
-    quality = model.config.tiles.jpeg_quality
-    stored = np.stack([decode_tile(encode_tile(crop, "jpeg", quality)) for crop in crops])
-    record = model.encoder.record
-    encoder = build_encoder(record.name, TILE_PX).eval()
-    encoder.load_state_dict(model.encoder.state())
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (record.mean, record.std))
-    with torch.inference_mode():
-        features = encoder((torch.from_numpy(stored).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
-    write_features(tmp_path / "features_small_cnn" / "small.h5", features, corners, **AT_1_UM)
-    assert predict_features(model, tmp_path / "features_small_cnn", tmp_path / "by_features").counts() == {"done": 1}
-    found, expected = (answers(tmp_path / out / "small.parquet", model.panel) for out in ("by_features", "by_slide"))
+def test_features_of_the_same_tiles_give_what_the_slide_gives(
+    model: ModelVersion, by_slide: Path, predicted: Path
+) -> None:
+    found, expected = (answers(table, model.panel) for table in (predicted / "real.parquet", by_slide))
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_output_takes_no_slides_beside_features(
-    model: ModelVersion, predicted: Path, cohort: str, tmp_path: Path
-) -> None:
-    make_slides(cohort, tmp_path / "slides")
+def test_an_output_takes_no_slides_beside_features(model: ModelVersion, predicted: Path, slides: Path) -> None:
     with pytest.raises(PredictError, match=r"tiles=features of small_cnn, this run uses .*tiles=a grid"):
-        predict(model, tmp_path / "slides", predicted)
+        predict(model, slides, predicted)
 
 
 def test_a_plan_and_an_explanation_need_no_slide(
@@ -196,7 +213,7 @@ def test_a_plan_and_an_explanation_need_no_slide(
 ) -> None:
     cohort = open_feature_cohort(str(folder), model, str(tmp_path), Config().predict)
     planned = forecast(cohort, model, WorkerCounts(1, 1, False))
-    assert "6 slides, 6 of them inspected: 2 cannot be predicted" in planned
+    assert "7 slides, 7 of them inspected: 2 cannot be predicted" in planned
     assert "(0 to 700 per slide)" in planned
     name, votes = explain_tile(cohort, model, "large", 50, 20, ())
     best = pq.read_table(predicted / "large.parquet")["similarity"][1].as_py()
@@ -214,11 +231,17 @@ def test_the_job_predicts_a_sheets_slides_from_their_features(
     """No image is there, and features of one slide alone; a file is named after the image."""
     sheet = tmp_path / "sheet.csv"
     sheet.write_text("section_id,patient_id,image,format\nS1,P1,large.ome.tif,slide\nS2,P2,gone.svs,slide\n")
-    command, options = job(tmp_path, model, sheet, "--features", str(folder))
-    done = subprocess.run([*command, "--genes", model.panel.names()[0]], check=False, timeout=300, **options)
-    assert done.returncode == 2, done.stdout
-    assert "1 done, 0 empty, 0 skipped, 0 quarantined, 1 failed" in done.stdout
-    assert "S2: there is no file" in done.stdout
+    (tmp_path / "model").mkdir()
+    model.save(tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--samples", sheet, "--features", folder, "--out", tmp_path / "out"]
+    arguments += ["--genes", model.panel.names()[0], "--predict.num_cpus", 3, "--verbose"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        patch.setattr(predict_job._launch, "connect", lambda *_: None)
+        with pytest.raises(PredictError, match="S2: there is no file"):
+            predict_job.main()
+    assert "1 done, 0 empty, 0 skipped, 0 quarantined, 1 failed" in printed.getvalue()
     found, expected = (
         answers(path, model.panel) for path in (tmp_path / "out/S1.parquet", predicted / "large.parquet")
     )

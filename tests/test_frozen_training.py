@@ -1,11 +1,13 @@
 """Training of a frozen encoder's heads: features are made once, and the loss is that of encoding in every step."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import train as train_job
 from safetensors.torch import load_file
 
 from mclstexp.config import Config, override
@@ -157,6 +159,43 @@ def test_missing_features_are_refused_with_the_command_that_makes_them(tiles: st
     before = list(Path(tiles, FEATURES).iterdir())
     store_features(tiles, sections, [trained])
     assert list(Path(tiles, FEATURES).iterdir()) == before
+
+
+class _JoinsRay(Exception):
+    """What the job does next."""
+
+
+@pytest.mark.parametrize(
+    ("features", "seed", "outcome", "message"),
+    [
+        ("require", 0, _JoinsRay, "now"),
+        ("require", 77, ConfigError, r"4 section\(s\) have no stored features.*jobs/embed\.py --data"),
+        ("make", 77, _JoinsRay, "now"),
+        ("some", 0, ConfigError, "--features='some': Input should be 'make' or 'require'"),
+    ],
+)
+def test_the_job_looks_for_required_features_before_it_joins_ray(
+    tiles: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    features: str,
+    seed: int,
+    outcome: type[Exception],
+    message: str,
+) -> None:
+    """Those of seed 0 are stored."""
+    with_features(_open(tiles, tmp_path))
+
+    def connect(_: Config) -> None:
+        raise _JoinsRay("now")
+
+    monkeypatch.setattr(train_job._launch, "connect", connect)
+    texts = {name: ",".join(value) if isinstance(value, list) else str(value) for name, value in SETTINGS.items()}
+    options = [part for name, text in texts.items() for part in (f"--{name}", text)]
+    options += ["--train.seed", str(seed), "--features", features, "--verbose"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", tiles, "--out", str(tmp_path), *options])
+    with pytest.raises(outcome, match=message):
+        train_job.main()
 
 
 def test_the_network_of_features_has_no_encoder(tiles: str, tmp_path: Path) -> None:
