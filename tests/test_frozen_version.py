@@ -149,9 +149,14 @@ def test_version_and_card_bear_the_licence_of_the_pretrained_weights(tmp_path: P
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_trained_encoder_is_always_among_the_weights(tmp_path: Path, stored: bool) -> None:
+def test_a_trained_encoder_is_always_among_the_weights(
+    tmp_path: Path, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = random_version()
     if not stored:  # a licence that allows no copy of the pretrained weights
+        preset = PRESETS["lunit-s16"]
+        shallow = replace(preset, arguments={**preset.arguments, "depth": 1})
+        monkeypatch.setitem(PRESETS, "lunit-s16", shallow)
         version.config = override(version.config, {"model.image_encoder": "lunit-s16"})
         version.weights = TwoTowers(version.config.model, 3, 0, 32).state_dict()
     folder = _saved(version, tmp_path / "version")

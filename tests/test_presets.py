@@ -1,6 +1,7 @@
 """Presets: the layouts that pathology encoders are published in, timm's own forward, and their page in the docs."""
 
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,7 @@ def test_names_and_shapes_are_those_that_are_published(name: str) -> None:
     assert PUBLISHED[name][5] in (0, pytest.approx(millions, abs=0.05))
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(("name", "suffix"), [*zip(PUBLISHED, cycle((".safetensors", ".bin")), strict=False)])
 def test_a_published_file_loads_strictly_and_gives_the_card_s_feature(
     name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
