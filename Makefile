@@ -23,7 +23,8 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not gpu and not ray"
 
-# Whole jobs, as a new user runs them: the demo, and jobs submitted to a cluster whose nodes have only dependencies.
+# Whole jobs, as a new user runs them: the demo, jobs submitted to a cluster whose nodes have only dependencies, and one
+# encoder of each family.
 accept: $(STAMP)
 	$(PYTEST) -ra tests/accept_*.py
 
