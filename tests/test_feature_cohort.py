@@ -218,8 +218,9 @@ def test_a_plan_and_an_explanation_need_no_slide(
     name, votes = explain_tile(cohort, model, "large", 50, 20, ())
     best = pq.read_table(predicted / "large.parquet")["similarity"][1].as_py()
     assert (name, votes["similarity"].max()) == ("1", pytest.approx(best, abs=1e-4))
-    (tmp_path / folder.name).mkdir()
-    shutil.copy(folder / "nan.h5", tmp_path / folder.name)
+    features, corners = random_features(model, 300, 9)
+    features[20] = np.nan  # among those that are timed
+    write_features(tmp_path / folder.name / "nan.h5", features, corners, **AT_1_UM)
     faulty = open_feature_cohort(str(tmp_path / folder.name), model, str(tmp_path), Config().predict)
     with pytest.raises(SourceError, match="slide nan cannot be timed: features of tile"):
         forecast(faulty, model, WorkerCounts(1, 1, False))
