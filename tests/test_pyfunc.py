@@ -1,5 +1,6 @@
 """A registered model version, loaded by MLflow alone."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from mclstexp.slides.codec import encode_tile
 
 
 @pytest.mark.parametrize("make", [random_version, frozen_version])
-def test_mlflow_alone_gives_the_same_prediction(tmp_path: Path, make: Callable[[], ModelVersion]) -> None:
+def test_mlflow_alone_gives_the_same_prediction(
+    tmp_path: Path, mlflow_template: Path, make: Callable[[], ModelVersion]
+) -> None:
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     config = override(Config(), {"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     folder = tmp_path / "version"
     folder.mkdir()
