@@ -68,4 +68,4 @@ def write(tiles: Path | str, plain: FeatureManifest, entry: SectionEntry, blocks
     """Writes a section's blocks; returns the reader of the table."""
     sentences = [([f"spot{i}" for i in range(len(each["image/rgb"]))], each) for each in blocks]
     manifest = write_features(str(tiles), plain, entry, sentences)
-    return FeatureReader(feature_root(str(tiles), plain.name), manifest, plain.views)
+    return FeatureReader(feature_root(str(tiles), plain.name), manifest, plain.views, plain.encoder)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from plain_probe import plain_probe
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_absolute_error, mean_squared_error
@@ -146,14 +147,14 @@ def test_every_row_equals_plain_numpy(tiles: str, version: ModelVersion, scored:
     assert rows.loc[("train mean", "all"), "mse"] == pytest.approx(mean_squared_error(truth, mean), rel=1e-4)
     assert rows.loc[("train mean", "all"), "undefined"] == len(version.panel)
     assert rows.loc[("zeros", "all"), "mse"] == pytest.approx((truth**2).mean(), rel=1e-4)
-    (alphas,) = (note for note in scored.record["notes"] if note.startswith(f"alpha of the ridges in {target}"))
+    (alphas,) = (
+        note for note in scored.record["notes"] if note.startswith(f"alpha of the ridges in {target}, by leave")
+    )
     features = {"RGB": _rgb, "trained small_cnn": lambda tiles: _trained_features(version, tiles)}
     for name, features_of in features.items():
-        alpha = float(alphas.split(f"ridge on {name} ")[1].split(",")[0])
-        seen, asked = features_of(images), features_of(_tiles_of(tiles, TEST))
-        spread = np.where(seen.std(0) > 0, seen.std(0), 1)
-        ridge = Ridge(alpha=alpha).fit((seen - seen.mean(0)) / spread, training)
-        _assert_scores(rows.loc[(f"ridge on {name}", "all")], truth, ridge.predict((asked - seen.mean(0)) / spread))
+        alpha, expected = plain_probe(features_of(images), training, features_of(_tiles_of(tiles, TEST)))
+        assert f"ridge on {name} {alpha:.0f}" in alphas
+        _assert_scores(rows.loc[(f"ridge on {name}", "all")], truth, expected)
     predicted = _plain_prediction(tiles, version, TEST, training)
     _assert_scores(rows.loc[("model", "all")], truth, predicted)
     _assert_scores(rows.loc[("model", "two")], truth[:, [3]], predicted[:, [3]])

@@ -131,6 +131,11 @@ def test_a_table_serves_whoever_asks_for_no_more_than_it_has() -> None:
     assert not PLAIN.served_by(newer, manifest, record)
     bf16 = PLAIN.plain_table(manifest, record, "bf16")
     assert replace(PLAIN, precision="auto").served_by(bf16, manifest, record)
+    both, third = (_encoder(image_layers=layers).record for layers in (("third", "pooled"), ("third",)))
+    layered = three.plain_table(manifest, both, "fp32")
+    assert all(PLAIN.served_by(layered, manifest, each) for each in (record, third, both))
+    assert not any(PLAIN.served_by(table, manifest, each) for each in (third, both))
+    assert not PLAIN.served_by(layered, manifest, _encoder(1).record)
 
 
 def _copied(tiles: str, folder: Path) -> tuple[str, Manifest]:
@@ -310,5 +315,5 @@ def _recut(root: str, manifest: Manifest, name: str) -> Manifest:
 
 
 def test_a_reader_crosses_process_borders(tmp_path: Path) -> None:
-    reader = FeatureReader("x", _plain(_encoder()), ("image",))
+    reader = FeatureReader("x", _plain(_encoder()), ("image",), _encoder().record)
     assert pickle.loads(pickle.dumps(reader)) == reader

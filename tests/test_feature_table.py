@@ -1,5 +1,6 @@
 """Feature tables: what is read is what was written, by any Parquet reader too; one request per sentence; no damage."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,13 @@ def test_features_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert np.array_equal(reader.read("A1", group, draw=0), _joined(sentence, "/0"))
     assert np.array_equal(reader.read_section("A1"), np.concatenate([_joined(each) for each in blocks]))
     assert np.array_equal(reader.read_colours("A1"), np.concatenate([each["image/rgb"] for each in blocks]))
-    wide = FeatureReader(reader.root, reader.manifest, ("image_wide",))
+    wide = replace(reader, views=("image_wide",))
     assert np.array_equal(wide.read("A1", 1), _joined(blocks[1], views=("image_wide",)))
+    assert (reader.widths, wide.widths) == ((5, 3, 5, 3), (5, 3))
+    turned = replace(reader, views=("image",), encoder=record(layers=("mean", "class"), widths=(3, 5)))
+    expected = [blocks[1]["image/mean/0"], blocks[1]["image/class/0"]]
+    assert np.array_equal(turned.read("A1", 1, draw=0), np.concatenate(expected, axis=1))
+    assert replace(turned, encoder=record(layers=("mean",), widths=(3,))).num_features == 3
     with pytest.raises(TableError, match="has 1 draws of each tile, and no draw 1"):
         reader.read("A1", 0, draw=1)
 
@@ -137,7 +143,7 @@ def test_sections_are_missing_until_they_are_stored_as_they_are_cut_now(tmp_path
     left = load_features(str(tmp_path), PLAIN.name)
     assert left is not None
     assert [each.section_id for each in left.sections] == ["A1"]
-    FeatureReader(reader.root, left, PLAIN.views).read_section("A1")
+    replace(reader, manifest=left).read_section("A1")
 
 
 @pytest.mark.parametrize("on_s3", [False, True])
@@ -235,6 +241,6 @@ def test_a_damaged_section_is_replaced_even_by_the_same_cut(tmp_path: Path) -> N
     damaged, blocks = reader.manifest.section("A1"), section_blocks(PLAIN, entry, 9)
     sentences = [([str(i) for i in range(len(each["image/rgb"]))], each) for each in blocks]
     manifest = write_features(str(tmp_path), PLAIN, entry, sentences, damaged)
-    assert np.array_equal(FeatureReader(reader.root, manifest, PLAIN.views).read("A1", 0), _joined(blocks[0]))
+    assert np.array_equal(replace(reader, manifest=manifest).read("A1", 0), _joined(blocks[0]))
     assert not Path(reader.root, damaged.file).exists()
     assert load_manifest(str(tmp_path)).section("A1").sha256 == manifest.section("A1").tiles_sha256

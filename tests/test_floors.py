@@ -1,21 +1,20 @@
-"""Floors and reference lines: ridges against independent solutions, the noise ceiling against simulated sections whose
-noise-free expression is known, and real sections against published figures.
+"""Floors where sections lack genes; reference lines: the noise ceiling against simulated sections whose noise-free
+expression is known, and real sections against published figures.
 """
 
 import os
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from plain_probe import plain_probe
 
 from ingest.readers import READERS, legacy_st
 from mclstexp.data.measured import MeasuredSection, normalise_section
 from mclstexp.data.sheet import read_sheet
-from mclstexp.errors import UserError
-from mclstexp.evaluation import floors, ridge
+from mclstexp.evaluation import floors
 from mclstexp.evaluation.floors import halve, noise_ceiling
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
 from mclstexp.evaluation.scores import gene_scores, gene_sets, set_table
@@ -42,66 +41,10 @@ PUBLISHED = {
 }
 
 
-def _problem(num_spots: int, num_features: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    features = rng.normal(3, [1, *[10] * (num_features - 1)], (num_spots, num_features))
-    target = features @ rng.normal(size=(num_features, 5)) / 10 + 2 + noise * rng.normal(size=(num_spots, 5))
-    return features.astype(np.float32), target.astype(np.float32)
-
-
-def _closed_form(features: np.ndarray, target: np.ndarray, alpha: float, asked: np.ndarray) -> np.ndarray:
-    mean, std = features.mean(0), features.std(0)
-    x, y = (features - mean) / std, target - target.mean(0)
-    weights = np.linalg.solve(x.T @ x + alpha * np.eye(x.shape[1]), x.T @ y)
-    return (asked - mean) / std @ weights + target.mean(0)
-
-
-@pytest.mark.parametrize(("num_features", "noise"), [(6, 0.1), (6, 30.0), (90, 3.0)])
-def test_ridge_takes_the_alpha_of_smallest_error_on_groups_left_out(num_features: int, noise: float) -> None:
-    features, target = (values.astype(np.float64) for values in _problem(80, num_features, noise))
-    groups = np.repeat(["a", "b", "c"], [30, 30, 20])
-    errors = []
-    for alpha in ridge.ALPHAS:
-        folds = [(groups != left_out, groups == left_out) for left_out in "abc"]
-        gaps = [_closed_form(features[i], target[i], alpha, features[o]) - target[o] for i, o in folds]
-        errors.append(np.mean([(gap**2).mean() for gap in gaps]))
-    best = ridge.ALPHAS[int(np.argmin(errors))]
-    floor = ridge.RidgeFloor(features, target, groups)
-    asked = _problem(40, num_features, 0, seed=1)[0]
-    assert floor.alpha == best
-    np.testing.assert_allclose(floor.predict(asked), _closed_form(features, target, best, asked), rtol=1e-4, atol=1e-4)
-
-
-def test_ridge_samples_the_training_spots_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ridge, "MAX_RIDGE_SPOTS", 60)
-    features, target = _problem(200, 6, 0.1)
-    groups = np.arange(200) % 2
-    first, again = (ridge.RidgeFloor(features, target, groups) for _ in range(2))
-    np.testing.assert_array_equal(first.predict(features), again.predict(features))
-    assert (pearson_per_gene(target, first.predict(features)) > 0.9).all()
-
-
-def test_ridge_accepts_constant_features() -> None:
-    features, target = _problem(60, 6, 0.1)
-    features[:, 3] = 7
-    prediction = ridge.RidgeFloor(features, target, np.arange(60) % 3).predict(features)
-    assert np.isfinite(prediction).all()
-
-
 def test_constants_and_library_size_are_the_same_for_all_spots_and_for_all_genes() -> None:
     np.testing.assert_array_equal(floors.constant(np.array([2.0, 4.0]), 3), np.tile([2, 4], (3, 1)))
     oracle = floors.library_size(np.array([0.0, np.e - 1]), 4)
     np.testing.assert_allclose(oracle, [[0] * 4, [1] * 4], rtol=1e-6)
-
-
-def test_groups_are_patients_then_sections_then_stretches() -> None:
-    patients, sections = np.array(["A", "A", "B"], object), np.array(["A1", "A2", "B1"], object)
-    assert list(ridge.training_groups(patients, sections)) == ["A", "A", "B"]
-    assert list(ridge.training_groups(patients[:2], sections[:2])) == ["A1", "A2"]
-    one = np.array(["A1"] * 10, object)
-    assert list(ridge.training_groups(one, one)) == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
-    with pytest.raises(UserError, match="at least 2 training spots"):
-        ridge.training_groups(one[:1], one[:1])
 
 
 def _rates(depth: float) -> tuple[np.ndarray, np.ndarray]:
@@ -257,7 +200,7 @@ def test_reliability_predicted_from_fewer_counts_errs_upwards(name: str, least: 
     assert least < predicted[both].mean() / measured[both].mean() < most
 
 
-def _partly_measured() -> tuple[list[MeasuredSection], floors.Features]:
+def _partly_measured() -> tuple[list[MeasuredSection], dict[str, floors.Seen]]:
     """Three training sections of two patients, of which two lack some of five genes, and their features."""
     rng = np.random.default_rng(0)
     lacks = {"A1": [], "A2": [1, 4], "B1": [4]}
@@ -269,7 +212,7 @@ def _partly_measured() -> tuple[list[MeasuredSection], floors.Features]:
         xy, totals = rng.normal(size=(num, 2)), counts.sum(axis=1, dtype=np.float64) + rng.poisson(20, num)
         sections.append(MeasuredSection(name, name[0], spots, xy, xy, spots, counts, totals, np.array(genes, int)))
         features[name] = rng.normal(size=(num, 3))
-    return sections, {"ridge on RGB": features}
+    return sections, {"ridge on RGB": floors.Seen(features, (3,))}
 
 
 @pytest.mark.odd
@@ -278,38 +221,26 @@ def test_floors_of_a_gene_are_fitted_where_it_is_measured(target: str) -> None:
     sections, features = _partly_measured()
     fitted = floors.Floors(sections, features, TARGETS[target])
     predicted = fitted.predict(sections[0])
-    alpha = float(fitted.alphas().removeprefix("ridge on RGB "))
-    for gene, names in {0: ["A1", "A2", "B1"], 1: ["A1", "B1"], 4: ["A1"]}.items():
+    of, penalties = features["ridge on RGB"].sections, []
+    for genes, names in {(0, 2, 3): ["A1", "A2", "B1"], (1,): ["A1", "B1"], (4,): ["A1"]}.items():
         own = [section for section in sections if section.section_id in names]
-        truth = np.concatenate([section.expression(TARGETS[target])[:, gene] for section in own]).astype(np.float64)
+        truth = np.concatenate([section.expression(TARGETS[target])[:, genes] for section in own]).astype(np.float64)
         assert np.isfinite(truth).all()
-        np.testing.assert_allclose(predicted["train mean"][:, gene], truth.mean(), rtol=1e-5)
-        seen, asked = np.concatenate([features["ridge on RGB"][name] for name in names]), features["ridge on RGB"]["A1"]
-        expected = _closed_form(seen, truth[:, None], alpha, asked)[:, 0]
-        np.testing.assert_allclose(predicted["ridge on RGB"][:, gene], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(predicted["train mean"][:, genes], np.tile(truth.mean(0), (20, 1)), rtol=1e-5)
+        penalty, expected = plain_probe(np.concatenate([of[name] for name in names]), truth, of["A1"])
+        penalties.append(penalty)
+        np.testing.assert_allclose(predicted["ridge on RGB"][:, genes], expected, rtol=1e-5, atol=1e-6)
+    low, high = (f"{limit(penalties):.0f}" for limit in (min, max))
+    assert fitted.alphas() == f"ridge on RGB {low}" + (f" to {high}" if low != high else "")
 
 
 @pytest.mark.odd
 def test_a_gene_that_no_training_section_measures_has_floors_of_zero() -> None:
     sections, features = _partly_measured()
-    fitted = floors.Floors(sections[1:], {"ridge on RGB": features["ridge on RGB"]}, TARGETS["per_spot"])
+    fitted = floors.Floors(sections[1:], features, TARGETS["per_spot"])
     for values in fitted.predict(sections[0]).values():
         assert np.isfinite(values).all()
         assert not values[:, 4].any()
-
-
-@pytest.mark.odd
-def test_most_genes_of_one_patient_still_choose_a_penalty() -> None:
-    sections, features = _partly_measured()
-    only = [replace(section, unmeasured=np.arange(2 if section.section_id == "A1" else 4)) for section in sections]
-    fitted = floors.Floors(only, features, TARGETS["per_spot"])
-    assert np.isfinite(fitted.predict(sections[0])["ridge on RGB"]).all()
-
-
-def test_where_all_is_measured_the_fit_is_one() -> None:
-    _, target = _problem(90, 6, 0.1)
-    ((genes, spots),) = ridge.measured_parts(target)
-    assert (genes.tolist(), spots.tolist()) == (list(range(5)), list(range(90)))
 
 
 @pytest.mark.odd

@@ -6,8 +6,8 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from mclstexp.evaluation import ridge
 from mclstexp.evaluation.hest_probe import HestProbe
+from mclstexp.model import probe
 
 
 def _problem(num_spots: int, num_features: int = 400, num_genes: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,7 +85,7 @@ def test_a_gene_is_fitted_where_it_is_measured() -> None:
 def test_the_probe_samples_the_training_spots_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     features, target, asked = _problem(300, 20)
     whole = HestProbe(features, target).predict(asked)
-    monkeypatch.setattr(ridge, "MAX_RIDGE_SPOTS", 100)
+    monkeypatch.setattr(probe, "MAX_SPOTS", 100)
     first, again = (HestProbe(features, target).predict(asked) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - whole).max() > 1e-3

@@ -12,9 +12,9 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.data.spots import Batch, SpotReader
-from mclstexp.evaluation.ridge import RidgeFloor
 from mclstexp.evaluation.scores import gene_scores
 from mclstexp.model.embed import network_of
+from mclstexp.model.probe import Probe
 from mclstexp.model.retrieval import retrieve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.version import ModelVersion
@@ -86,7 +86,7 @@ def _scores(tiles: str, folder: Path, shuffle_pairs: bool) -> dict[str, pd.Serie
     train, test = (_spots(run.reader, names) for names in (run.split.train, run.split.test))
     embed = network_of(model).build(torch.device("cpu"))
     found = retrieve(embed(test["image"]), model.bank, model.config.retrieval)
-    colour = RidgeFloor(_colour(train["image"]), train["payload"], np.arange(len(train["image"])) % 3)
+    colour = Probe(_colour(train["image"]), train["payload"])
     mean = np.tile(train["payload"].mean(axis=0), (len(test["image"]), 1))
     predicted = {"model": found.prediction, "ridge on RGB": colour.predict(_colour(test["image"])), "train mean": mean}
     same_totals = np.ones(len(mean))

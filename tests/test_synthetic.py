@@ -11,7 +11,7 @@ from ingest.readers import READERS
 from ingest.synthetic import CohortSpec, make_cohort
 from mclstexp.data.sheet import read_sheet
 from mclstexp.evaluation.metrics import pearson_per_gene
-from mclstexp.evaluation.ridge import RidgeFloor
+from mclstexp.model.probe import Probe
 from mclstexp.slides.codec import decode_tile, encode_tile
 
 SPEC = CohortSpec(num_patients=4, array_side=12, pitch_px=32, num_genes=80, median_counts=2500)
@@ -61,7 +61,7 @@ def test_colour_predicts_nothing_unless_jpeg_halves_it(
             patients.append(np.full(len(tiles), patient))
     x, y, patient = (np.concatenate(part) for part in (features, target, patients))
     train = np.isin(patient, TRAINING)
-    predicted = RidgeFloor(x[train], y[train], patient[train]).predict(x[~train])
+    predicted = Probe(x[train], y[train]).predict(x[~train])
     assert lowest < np.nanmean(pearson_per_gene(y[~train], predicted)) < highest
 
 

@@ -180,12 +180,19 @@ class FeatureReader:
     """URI of the feature table."""
     manifest: FeatureManifest
     views: tuple[str, ...]
-    """The views whose blocks are joined, in this order; within a view the encoder's layers in theirs."""
+    """The views whose blocks are joined, in this order."""
+    encoder: EncoderRecord
+    """Has the layers that are joined within each view, in this order; the table may have more."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each of the joined blocks."""
+        return self.encoder.widths * len(self.views)
 
     @property
     def num_features(self) -> int:
         """Width F of the joined features."""
-        return len(self.views) * sum(self.manifest.encoder.widths)
+        return sum(self.widths)
 
     def read(self, section_id: str, group: int, draw: int | None = None) -> np.ndarray:
         """Returns the features of one sentence in stored order, float32 (n, F), by one range request.
@@ -223,7 +230,7 @@ class FeatureReader:
     def _joined(self, section_id: str, groups: Sequence[int], draw: int | None) -> np.ndarray:
         if draw is not None and not 0 <= draw < self.manifest.num_draws:
             raise TableError(f"{self.root} has {self.manifest.num_draws} draws of each tile, and no draw {draw}")
-        columns = [name for view in self.views for name in self.manifest.encoder.blocks(view, draw)]
+        columns = [name for view in self.views for name in self.encoder.blocks(view, draw)]
         table = self._table(section_id, groups, columns)
         blocks = [_numbers(table[name], self.manifest.number_type()) for name in columns]
         return np.concatenate(blocks, axis=1, dtype=np.float32)

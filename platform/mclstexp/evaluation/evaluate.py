@@ -97,7 +97,7 @@ def evaluate(
     rows, genes = [], []
     for name, target in targets.items():
         floors = Floors(training, seen, target)
-        notes.append(f"alpha of the ridges in {name}, by cross-validation over training: {floors.alphas()}")
+        notes.append(f"alpha of the ridges in {name}, by leave-one-out over training spots: {floors.alphas()}")
         for section in tested:
             predicted = _answer(model, section, queries[section.section_id], banks[name])
             in_unit = target == reader.target or banks[name] is not None

@@ -1,71 +1,75 @@
 """What a model must beat, and the lines to read its scores by.
 
-Floors are fitted on the model's training spots: train mean, zeros, ridges on colour and on image features, and the
-probe of HEST-bench on a frozen encoder's. Features of an encoder that was not trained here are made once, beside the
-tiles, and serve every model, fold and target; the first time costs a pass over all tiles for each network, which is
-the price of an honest comparison. Reference lines read the held-out section itself, so a
-model need not beat them: the library-size oracle shows how much of a correlation is density, and the noise ceiling how
-much of it counting noise leaves.
+Floors are fitted on the model's training spots: train mean, zeros, ridges (`model.probe`) on colour and on features of
+the image encoder, and the probe of HEST-bench. Of a frozen encoder, ridge and probe see what encoders are usually
+probed by, the preset's own pooled feature of the tile alone; where the model sees more layers or views, another ridge
+sees all of them. Features of an encoder that was not trained here are made once, beside the tiles, and serve
+every model, fold and target; the first time costs a pass over all tiles for each network, which is the price of an
+honest comparison.
+
+Reference lines read the held-out section itself, so a model need not beat them: the library-size oracle shows how much
+of a correlation is density, and the noise ceiling how much of it counting noise leaves.
 
 Shapes: N training spots, M spots of a scored section, G genes, F features.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from mclstexp.config import Config, override
-from mclstexp.data.features import FeatureReader
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.measured import MeasuredSection, normalise_section
 from mclstexp.data.schema import load_manifest
 from mclstexp.data.spots import SpotReader
 from mclstexp.evaluation.hest_probe import HestProbe
 from mclstexp.evaluation.metrics import density_free_pearson, pearson_per_gene
-from mclstexp.evaluation.ridge import RidgeFloor, measured_parts, training_groups
 from mclstexp.model.embed import embed_sections, network_of
+from mclstexp.model.encoders import layer_widths
 from mclstexp.model.extract import Wanted, can_store, features, wanted
 from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
+from mclstexp.model.probe import Probe, measured_parts
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show
 from mclstexp.settings import ModelConfig
 
 SEED = 0
-PROBE = "HEST-bench probe"
-"""The floor by which HEST-bench ranks encoders, on the features of a frozen model."""
+HEST_PROBE = "HEST-bench probe"
+"""The floor by which HEST-bench ranks encoders, on the own pooled feature of a frozen model's."""
+ALL_FEATURES = "ridge on the model's features"
+"""The floor that sees all layers and views of a frozen model, where these are more than its encoder's own feature."""
 NUM_SPLITS = 10
 """Random halvings over which the noise ceiling averages, so that it depends less on the seed."""
-Features = dict[str, dict[str, np.ndarray]]
-"""Features of each section by the floor that sees them, (M, F)."""
+Asked = dict[str, tuple[FrozenEncoder, Wanted]]
+"""Encoders that were not trained here, and what is wanted of each, by the floor that sees it."""
 Half = tuple[np.ndarray, np.ndarray]
 """Panel counts (M, G) and totals over all genes (M,), int64."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The features that a floor sees."""
+
+    sections: Mapping[str, np.ndarray]
+    """Of each section, (M, F)."""
+    widths: tuple[int, ...]
+    """Of the blocks, such as layers and views, that the features consist of; their sum is F."""
 
 
 class Floors:
     """The floors of one target, fitted on the training spots."""
 
-    def __init__(self, training: Sequence[MeasuredSection], features: Features, target: Normaliser) -> None:
-        """Fits the mean and, on each kind of features, a ridge or the probe; a gene where its section measures it.
-
-        Raises:
-            UserError: there are fewer than two training spots.
-        """
+    def __init__(self, training: Sequence[MeasuredSection], features: Mapping[str, Seen], target: Normaliser) -> None:
+        """Fits the mean and, on what each floor sees, a ridge or the probe; a gene where its section measures it."""
         expression = np.concatenate([section.expression(target) for section in training])
-        patient, section_id = (
-            np.concatenate([np.full(len(section), getattr(section, name), object) for section in training])
-            for name in ("patient_id", "section_id")
-        )
-        groups = training_groups(patient, section_id)
+        names = [section.section_id for section in training]
         self._features = features
         self._mean = np.zeros(expression.shape[1])
         for genes, spots in measured_parts(expression):
             self._mean[genes] = expression[np.ix_(spots, genes)].mean(axis=0, dtype=np.float64)
-        self._fitted = {
-            method: _fit(method, np.concatenate([of[section.section_id] for section in training]), expression, groups)
-            for method, of in features.items()
-        }
+        self._fitted = {method: _fit(method, seen, names, expression) for method, seen in features.items()}
 
     def predict(self, section: MeasuredSection) -> dict[str, np.ndarray]:
         """Returns each floor's prediction of a section with known features, float32 (M, G), by the floor's name."""
@@ -73,20 +77,27 @@ class Floors:
             "train mean": constant(self._mean, len(section)),
             "zeros": constant(np.zeros(len(self._mean)), len(section)),
         } | {
-            method: fitted.predict(self._features[method][section.section_id])
+            method: fitted.predict(self._features[method].sections[section.section_id])
             for method, fitted in self._fitted.items()
         }
 
     def alphas(self) -> str:
-        """Returns the penalty of each ridge in words."""
-        ridges = {method: each for method, each in self._fitted.items() if isinstance(each, RidgeFloor)}
-        return ", ".join(f"{method} {ridge.alpha:g}" for method, ridge in ridges.items())
+        """Returns the penalty of each ridge in words; a range where genes measured by different spots have several."""
+        ridges = {method: each.alphas for method, each in self._fitted.items() if isinstance(each, Probe)}
+        return ", ".join(f"{method} {_range(alphas)}" for method, alphas in ridges.items())
 
 
-def _fit(method: str, features: np.ndarray, expression: np.ndarray, groups: np.ndarray) -> RidgeFloor | HestProbe:
-    if method == PROBE:
+def _fit(method: str, seen: Seen, names: Sequence[str], expression: np.ndarray) -> Probe | HestProbe:
+    features = np.concatenate([seen.sections[name] for name in names])
+    if method == HEST_PROBE:
         return HestProbe(features, expression)
-    return RidgeFloor(features, expression, groups)
+    return Probe(features, expression, seen.widths)
+
+
+def _range(alphas: Sequence[float]) -> str:
+    """Returns the lowest and the highest of some penalties in words."""
+    low, high = (f"{limit(alphas):.0f}" for limit in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def constant(values: np.ndarray, num_spots: int) -> np.ndarray:
@@ -114,11 +125,11 @@ def floor_features(
     floor_weights: str | None,
     show: Show,
     scratch: str,
-) -> Features:
-    """Returns what ridges and probe see: colour, and features of the model's encoder with its own and other weights.
+) -> dict[str, Seen]:
+    """Returns what ridges and probe see, by floor: colour, and features of the model's encoder with several weights.
 
-    Features of encoders that were not trained here are made once and stored beside the tiles. A frozen encoder's own
-    are those that the model was trained on; where `floor_weights` are its weights, they are one floor.
+    Features of encoders that were not trained here are made once and stored beside the tiles; where `floor_weights`
+    are a frozen model's own, they are one floor.
 
     Args:
         model: the version to score.
@@ -132,19 +143,23 @@ def floor_features(
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
         TableError: stored features are damaged.
     """
-    stored = _stored_features(model, reader, section_ids, floor_weights, show, scratch)
+    root, manifest, config = reader.root, reader.manifest, model.config
+    name = config.model.image_encoder
+    stored = {
+        method: features(root, manifest, section_ids, encoder, blocks, show, scratch=scratch)
+        for method, (encoder, blocks) in _asked(config, model.tile_size_px, model.encoder, floor_weights).items()
+    }
     colours = next(iter(stored.values()))
-    name = model.config.model.image_encoder
-    found: Features = {"ridge on RGB": {section: colours.read_colours(section) for section in section_ids}}
-    for word, encoded in stored.items():
-        found[f"ridge on {word} {name}"] = {section: encoded.read_section(section) for section in section_ids}
-    if model.encoder is None:
-        network, what = replace(network_of(model), head=None), f"tiles through trained {name}"
-        embedded = embed_sections(reader.root, reader.manifest, section_ids, network, show, what)
-        found[f"ridge on trained {name}"] = {section: arrays["embedding"] for section, arrays in embedded}
-    else:
-        found[PROBE] = found[f"ridge on frozen {name}"]
-    return found
+    found = {"ridge on RGB": Seen({section: colours.read_colours(section) for section in section_ids}, (6,))}
+    for method, encoded in stored.items():
+        found[method] = Seen({section: encoded.read_section(section) for section in section_ids}, encoded.widths)
+    if model.encoder is not None:
+        return found | {HEST_PROBE: found[f"ridge on frozen {name}"]}
+    network, what = replace(network_of(model), head=None), f"tiles through trained {name}"
+    embedded = embed_sections(root, manifest, section_ids, network, show, what)
+    widths = layer_widths(name, model.tile_size_px, config.model.image_layers)[1] * len(config.model.image_views)
+    trained = Seen({section: arrays["embedding"] for section, arrays in embedded}, widths)
+    return found | {f"ridge on trained {name}": trained}
 
 
 def make_floor_features(
@@ -157,34 +172,28 @@ def make_floor_features(
     Raises:
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
-    manifest = load_manifest(tiles)
     if not can_store(tiles):
         return
-    for encoder in floor_encoders(config.model, manifest.tile_size_px, floor_weights).values():
-        features(tiles, manifest, section_ids, encoder, _plain(config), show)
+    manifest, model = load_manifest(tiles), config.model
+    own = frozen_encoder(model, manifest.tile_size_px, config.train.seed) if model.freeze_encoder else None
+    for encoder, blocks in _asked(config, manifest.tile_size_px, own, floor_weights).values():
+        features(tiles, manifest, section_ids, encoder, blocks, show)
 
 
-def _stored_features(
-    model: ModelVersion,
-    reader: SpotReader,
-    section_ids: Sequence[str],
-    floor_weights: str | None,
-    show: Show,
-    scratch: str,
-) -> dict[str, FeatureReader]:
-    """Returns the features of every encoder that was not trained here, by what its weights are."""
-    own, config = model.encoder, model.config
+def _asked(config: Config, tile_size_px: int, own: FrozenEncoder | None, floor_weights: str | None) -> Asked:
+    """Returns the encoders that floors see beside a trained one; `own` is a frozen model's."""
+    name, blocks = config.model.image_encoder, _plain(config)
     asked = {
-        word: (encoder, _plain(config))
-        for word, encoder in floor_encoders(config.model, model.tile_size_px, floor_weights).items()
+        f"ridge on {word} {name}": (encoder, blocks)
+        for word, encoder in floor_encoders(config.model, tile_size_px, floor_weights).items()
         if own is None or encoder.record.digest != own.record.digest
     }
-    if own is not None:
-        asked["frozen"] = (own, wanted(config))
-    return {
-        word: features(reader.root, reader.manifest, section_ids, encoder, blocks, show, scratch=scratch)
-        for word, (encoder, blocks) in asked.items()
-    }
+    if own is None:
+        return asked
+    probed, view = own.with_own_layer(), ("image",)
+    if (own.record.layers, blocks.views) != (probed.record.layers, view):
+        asked[ALL_FEATURES] = own, blocks  # first, so that the probe's, which are mostly among them, are found
+    return asked | {f"ridge on frozen {name}": (probed, replace(blocks, views=view))}
 
 
 def _plain(config: Config) -> Wanted:

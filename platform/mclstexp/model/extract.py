@@ -69,13 +69,20 @@ class Wanted:
         )
 
     def served_by(self, table: FeatureManifest, manifest: Manifest, record: EncoderRecord) -> bool:
-        """Returns whether a feature table has them: it may have more draws, and with `auto` either arithmetic."""
+        """Returns whether a feature table has them.
+
+        It may have more layers, in another order, and more draws, and with `auto` either arithmetic.
+        """
         if table.num_draws < self.num_draws or (self.precision != "auto" and table.arithmetic != self.precision):
             return False
+        if not set(record.layers) <= set(table.encoder.layers):
+            return False
         asked = self.plain_table(manifest, record, table.arithmetic)
+        same_layers = table.encoder.model_copy(update={"layers": record.layers, "widths": record.widths})
+        table = table.model_copy(update={"encoder": same_layers, "num_draws": self.num_draws})
         if not self.num_draws:
             table = table.model_copy(update={"augmentation": "none", "seed": 0})
-        return table.model_copy(update={"num_draws": self.num_draws}).name == asked.name
+        return table.name == asked.name
 
 
 def wanted(config: Config) -> Wanted:
@@ -116,20 +123,21 @@ def features(
         ModelError: the encoder's weights cannot be found, or a feature is not finite.
     """
     require_views(manifest, wanted.views)
-    tables = _tables_that_serve(tiles, manifest, encoder.record, wanted)
-    missing = [_missing(tiles, table, manifest, section_ids) for table in tables]
-    for table, lost in zip(tables, missing, strict=True):
-        if not lost:
-            return FeatureReader(feature_root(tiles, table.name), table, wanted.views)
+    fewest = section_ids
+    for place in (tiles, scratch) if scratch else (tiles,):
+        for table in _tables_that_serve(place, manifest, encoder.record, wanted):
+            missing = _missing(place, table, manifest, section_ids)
+            if not missing:
+                return FeatureReader(feature_root(place, table.name), table, wanted.views, encoder.record)
+            fewest = min(fewest, missing, key=len)
     if not make:
-        fewest = min(missing, key=len, default=section_ids)
         raise ConfigError(_command_that_makes(tiles, encoder.record, wanted, fewest))
     plain = wanted.plain_table(manifest, encoder.record, _arithmetic(wanted.precision))
     place = _place(tiles, scratch)
     todo = _missing(place, load_or_plain(place, plain), manifest, section_ids)
     table, root = make_features(tiles, manifest, todo, encoder, plain, show, place), feature_root(place, plain.name)
     print(f"stored the features of {len(todo)} section(s) by {encoder.record.name} in {root}", flush=True)
-    return FeatureReader(root, table, wanted.views)
+    return FeatureReader(root, table, wanted.views, encoder.record)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,12 @@ class FrozenEncoder:
                 "use the code and timm of that time, or make features and model again"
             )
 
+    def with_own_layer(self) -> "FrozenEncoder":
+        """Returns the encoder with the preset's own pooled feature, whichever layers it had."""
+        layers, widths = layer_widths(self.record.name, self.record.tile_size_px)
+        record = self.record.model_copy(update={"layers": layers, "widths": widths})
+        return FrozenEncoder(record, self._state)
+
     def _found(self) -> dict[str, torch.Tensor]:
         weights = next(self._places(), None)
         if weights is not None:
