@@ -9,11 +9,11 @@ from mclstexp.data.measured import MeasuredSection
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import encoder_network
 from mclstexp.model.fit_blend import FeatureBlocks, TrainingSpots, fit_program_model
-from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
+from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.version import ModelVersion, TrainingRecord
 
 TILE_PX, PITCH_UM = 32, 40.0
-NUM_SPOTS, NUM_GENES = 49, 20
+NUM_SPOTS, NUM_GENES = 36, 20
 SETTINGS = {
     "tiles.size_px": TILE_PX,
     "tiles.mpp": 1.0,
@@ -33,27 +33,24 @@ def program_version(**settings: object) -> ModelVersion:
     encoder = frozen_encoder(config.model, TILE_PX, 0)
     tiles = {name: _tiles(seed) for seed, name in enumerate(("P1S1", "P2S1", "P3S1", "P3S2"))}
     sections = [_section(name, images) for name, images in tiles.items()]
-    of_tiles = _features(encoder)
+    encode = encoder_network(encoder, "fp32").build(torch.device("cpu"))
+    features = {name: encode(images) for name, images in tiles.items()}
     num_blocks, target = len(encoder.record.widths), normalisers(config.genes)[1]
     spots = TrainingSpots(
         sections,
-        lambda name: of_tiles(tiles[name]),
+        features.__getitem__,
         FeatureBlocks(encoder.record.widths, near=tuple(range(num_blocks)), level=0),
         target,
     )
-    programs, keys = fit_program_model(spots, config.retrieval)
+    fitted = fit_program_model(spots, config.retrieval)
     names = {
         name: np.concatenate([_names(each, name) for each in sections])
         for name in ("section_id", "patient_id", "spot_id")
     }
     genes = tuple(f"ENSG{gene:011d}" for gene in range(NUM_GENES))
     panel = GenePanel(genes, tuple(f"G{gene}" for gene in range(NUM_GENES)), genes)
-    bank = Bank.of(keys, spots.expression, **names)
-    return ModelVersion(config, panel, (TILE_PX, 1.0), 0, _record(tiles), {}, bank, 0.2, encoder, programs=programs)
-
-
-def _features(encoder: FrozenEncoder):
-    return encoder_network(encoder, "fp32").build(torch.device("cpu"))
+    bank = Bank.of(fitted.keys, spots.expression, **names)
+    return ModelVersion(config, panel, (TILE_PX, 1.0), 0, _record(tiles), {}, bank, 0.2, encoder, programs=fitted.model)
 
 
 def _tiles(seed: int) -> np.ndarray:

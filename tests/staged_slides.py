@@ -37,6 +37,8 @@ class Slide:
     grid: pd.DataFrame
     answer: SimpleNamespace
     complete: np.ndarray
+    sums: np.ndarray
+    """Of each part, float64 (parts, S)."""
 
     @property
     def centre_px(self) -> np.ndarray:
@@ -88,7 +90,7 @@ def stage(
     vars(answer).update({key: rng.random(num_tiles, np.float32) for key in CONFIDENCE})
     complete = np.ones(num_tiles, bool)
     complete[rng.choice(num_tiles, missing, replace=False)] = False
-    slide = Slide(folder / f"{name}-key", record, grid, answer, complete)
+    slide = Slide(folder / f"{name}-key", record, grid, answer, complete, np.zeros((num_parts(num_tiles), 0)))
     write(slide)
     return slide
 
@@ -104,8 +106,9 @@ def write(slide: Slide) -> None:
         Image.fromarray(picture).save(slide.staging / name)
     for part in range(num_parts(len(slide.grid))):
         rows = slice(part * PART_TILES, (part + 1) * PART_TILES)
-        cut = SimpleNamespace(**{key: values[rows] for key, values in vars(slide.answer).items()}, sums=np.zeros(0))
-        write_part(str(slide.staging), part, encode_part(cut, slide.complete[rows]))
+        confidence = {name: getattr(slide.answer, name)[rows] for name in CONFIDENCE}
+        answer = SimpleNamespace(values=slide.answer.values[rows], sums=slide.sums[part], confidence=confidence)
+        write_part(str(slide.staging), part, encode_part(answer, slide.complete[rows]))
 
 
 def publish(slide: Slide, out: Path | str, key: str = "key") -> None:

@@ -29,10 +29,8 @@ class TileAnswers:
     """float32 (n, G): expression; or (n, 2R): scores, as in `decode.TileScores`."""
     sums: np.ndarray
     """float64 (C,): components of the level, summed over complete tiles; (0,) without programs."""
-    similarity: np.ndarray
-    """As in `Retrieved`, float32 (n,), as are the next two."""
-    effective_donors: np.ndarray
-    donor_share: np.ndarray
+    confidence: dict[str, np.ndarray]
+    """What `Retrieved` says of each tile beside its prediction, float32 (n,) each."""
 
 
 @dataclass(frozen=True)
@@ -85,4 +83,5 @@ def answerer_of(model: ModelVersion, of_features: bool = False) -> Answerer:
 
 
 def _of(found: Retrieved) -> TileAnswers:
-    return TileAnswers(found.prediction, np.zeros(0), found.similarity, found.effective_donors, found.donor_share)
+    confidence = {name: values for name, values in vars(found).items() if name != "prediction"}
+    return TileAnswers(found.prediction, np.zeros(0), confidence)

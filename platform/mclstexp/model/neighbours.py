@@ -14,7 +14,7 @@ REACH = 4.0
 """Neighbours count up to this many widths away; beyond, a weight is under 4e-4."""
 MIN_DISTANCE_UM = 1.0
 """Nearer tiles are the same place."""
-_AT_ONCE = 4096
+_AT_ONCE = 512
 
 
 def neighbour_means(values: np.ndarray, xy_um: np.ndarray, width_um: float) -> tuple[np.ndarray, np.ndarray]:
@@ -30,25 +30,26 @@ def neighbour_means(values: np.ndarray, xy_um: np.ndarray, width_um: float) -> t
     means, has_any = np.zeros(values.shape), np.zeros(len(values), bool)
     if not len(values):
         return means, has_any
-    tree, whole = KDTree(xy_um), np.asarray(values, np.float64)
+    tree = KDTree(xy_um)
     for start in range(0, len(values), _AT_ONCE):
         rows = slice(start, start + _AT_ONCE)
-        weights = _weights(tree, np.asarray(xy_um, np.float64), rows, width_um)
+        weights, near = _weights(tree, np.asarray(xy_um, np.float64), rows, width_um)
         totals = np.asarray(weights.sum(axis=1)).ravel()
         has_any[rows] = totals > 0
-        means[rows] = (weights @ whole) / np.where(totals > 0, totals, 1)[:, None]
+        means[rows] = (weights @ values[near].astype(np.float64)) / np.where(totals > 0, totals, 1)[:, None]
     return means, has_any
 
 
-def _weights(tree: KDTree, xy_um: np.ndarray, rows: slice, width_um: float) -> csr_array:
-    """Returns the weights of all N tiles for some of them, sparse (n, N), each row in the order of the tiles."""
+def _weights(tree: KDTree, xy_um: np.ndarray, rows: slice, width_um: float) -> tuple[csr_array, np.ndarray]:
+    """Returns the weights of the M tiles around some tiles, sparse (n, M), and which these are, ascending (M,)."""
     found = tree.query_ball_point(xy_um[rows], REACH * width_um, return_sorted=True)
     starts = np.cumsum([0, *map(len, found)])
     others = np.concatenate([np.asarray(each, np.int64) for each in found])
     centres = np.repeat(xy_um[rows], np.diff(starts), axis=0)
     squared = ((xy_um[others] - centres) ** 2).sum(axis=1)
     weight = np.exp(-0.5 * squared / width_um**2) * (squared > MIN_DISTANCE_UM**2)
-    return csr_array((weight, others, starts), shape=(len(found), len(xy_um)))
+    near, column = np.unique(others, return_inverse=True)
+    return csr_array((weight, column, starts), shape=(len(found), len(near))), near
 
 
 def pitch_um(sections: list[np.ndarray]) -> float:

@@ -103,13 +103,7 @@ class Answer(Protocol):
     def sums(self) -> np.ndarray: ...  # noqa: D102
 
     @property
-    def similarity(self) -> np.ndarray: ...  # noqa: D102
-
-    @property
-    def effective_donors(self) -> np.ndarray: ...  # noqa: D102
-
-    @property
-    def donor_share(self) -> np.ndarray: ...  # noqa: D102
+    def confidence(self) -> dict[str, np.ndarray]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -120,10 +114,8 @@ class Part:
     """float32 (n, W): expression in the model's unit, or scores of a program model; NaN if a tile is not complete."""
     sums: np.ndarray
     """float64 (S,), over the complete tiles; (0,) for a model without programs."""
-    similarity: np.ndarray
-    """float32 (n,), as are the next two."""
-    effective_donors: np.ndarray
-    donor_share: np.ndarray
+    confidence: dict[str, np.ndarray]
+    """`CONFIDENCE`, float32 (n,) each; NaN if a tile is not complete."""
     complete: np.ndarray
     """bool (n,): whether the slide has pixels there."""
 
@@ -178,7 +170,7 @@ def encode_part(found: Answer, complete: np.ndarray) -> bytes:
     """
     has_pixels = np.asarray(complete, bool)
     arrays = {"values": np.where(has_pixels[:, None], found.values, np.float32(np.nan))}
-    arrays |= {name: np.where(has_pixels, getattr(found, name), np.float32(np.nan)) for name in CONFIDENCE}
+    arrays |= {name: np.where(has_pixels, found.confidence[name], np.float32(np.nan)) for name in CONFIDENCE}
     arrays = {name: values.astype(np.float32) for name, values in arrays.items()}
     return save(arrays | {"sums": found.sums.astype(np.float64), "complete": has_pixels.astype(np.uint8)})
 
@@ -215,7 +207,8 @@ def read_part(staging: str, part: int, num_tiles: int, num_values: int, num_sums
     got = {name: (values.shape, str(values.dtype)) for name, values in arrays.items()}
     if got != wanted:
         raise _removed(uri, f"it has {_shapes(got)}, expected {_shapes(wanted)}")
-    return Part(**arrays | {"complete": arrays["complete"].astype(bool)})
+    confidence = {name: arrays[name] for name in CONFIDENCE}
+    return Part(arrays["values"], arrays["sums"], confidence, arrays["complete"].astype(bool))
 
 
 def parts_done(staging: str) -> set[int]:

@@ -19,6 +19,7 @@ from mclstexp.prediction.writers.slide import OutputInfo
 GROUP_PARTS = 16
 GROUP_TILES = GROUP_PARTS * PART_TILES
 """Most tiles of a group."""
+_NO_VALUES = np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _read(staging: str, first: int, num_tiles: int, info: OutputInfo) -> Group:
         complete,
         np.concatenate([part.values for part in parts])[complete],
         np.sum([part.sums for part in parts], axis=0),
-        {name: np.concatenate([getattr(part, name) for part in parts])[complete] for name in CONFIDENCE},
+        {name: np.concatenate([part.confidence[name] for part in parts])[complete] for name in CONFIDENCE},
     )
 
 
@@ -71,10 +72,11 @@ def _decoded(groups: list[Group], grid: pa.Table, decoder: SlideDecoder) -> Iter
     tiles = TileScores(
         np.concatenate([group.values for group in groups]), np.sum([group.sums for group in groups], axis=0)
     )
+    groups = [replace(group, values=_NO_VALUES) for group in groups]  # their memory is needed
     scores, level = decoder.scores(tiles, xy_um), decoder.slide_level(tiles)
     del tiles
     start = 0
     for group in groups:
-        rows = slice(start, start + len(group.values))
+        rows = slice(start, start + int(group.complete.sum()))
         yield replace(group, values=decoder.expression(scores[rows], level))
         start = rows.stop
