@@ -24,10 +24,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from mclstexp.data.genes import GenePanel  # noqa: E402
+from mclstexp.model.answer import TileAnswers  # noqa: E402
 from mclstexp.model.bank import Bank  # noqa: E402
-from mclstexp.model.retrieval import regressed, resolve, retrieve  # noqa: E402
+from mclstexp.model.retrieval import resolve, retrieve  # noqa: E402
 from mclstexp.prediction.inspect import Inspection, corners, inspect  # noqa: E402
-from mclstexp.prediction.parts import PART_TILES, encode_part, num_parts, read_grid, write_part  # noqa: E402
+from mclstexp.prediction.parts import CONFIDENCE, PART_TILES, encode_part, num_parts, read_grid, write_part  # noqa: E402
 from mclstexp.prediction.plan import CohortPlan, SlideSource  # noqa: E402
 from mclstexp.prediction.publish import publish_slide  # noqa: E402
 from mclstexp.prediction.tile_reader import TileReader  # noqa: E402
@@ -58,6 +59,11 @@ def random_bank(num_keys: int, num_genes: int) -> Bank:
     keys, payload = (rng.normal(size=(num_keys, width)).astype(np.float32) for width in (WIDTH, num_genes))
     donors = np.array([f"P{number}" for number in range(16)], object)[np.arange(num_keys) % 16]
     return Bank.of(keys, payload, donors, donors, donors)
+
+
+def random_answer(rng: np.random.Generator, num_tiles: int, num_genes: int) -> TileAnswers:
+    unknown = dict.fromkeys(CONFIDENCE, np.full(num_tiles, np.nan, np.float32))
+    return TileAnswers(rng.random((num_tiles, num_genes), np.float32), np.zeros(0), unknown)
 
 
 def timed(name: str, work: Callable[[], Any], num_tiles: int) -> Any:
@@ -94,11 +100,11 @@ def main() -> None:
         panel = GenePanel.from_names([f"GENE{gene}" for gene in range(arguments.genes)])
         info = OutputInfo(panel, "random", "none", arguments.size_px, arguments.mpp, None)
         lengths = [min(PART_TILES, num_tiles - part * PART_TILES) for part in range(num_parts(num_tiles))]
-        answers = [regressed(rng.random((length, arguments.genes), np.float32)) for length in lengths]
+        answers = [random_answer(rng, length, arguments.genes) for length in lengths]
 
         def write_parts() -> None:
             for part, answer in enumerate(answers):
-                write_part(found.staging, part, encode_part(answer, np.ones(len(answer.prediction), bool)))
+                write_part(found.staging, part, encode_part(answer, np.ones(len(answer.values), bool)))
 
         timed("write", write_parts, num_tiles)
         timed("publish", lambda: publish_slide(found.staging, f"{out}/published", info), num_tiles)
