@@ -80,7 +80,7 @@ def test_features_of_a_file_are_answered_as_their_tiles() -> None:
     np.testing.assert_allclose(
         found.values[:, 0], model.programs.tile_scores(features, *_own(model, features)).values[:, 0]
     )
-    needs = feature_needs(model.encoder.record, model.config.model, "folder")
+    needs = feature_needs(model, "folder")
     assert (needs.layer, needs.width) == ("pooled", features.shape[1])
 
 
