@@ -7,7 +7,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.data.measured import MeasuredSection
 from mclstexp.model.bank import Bank
-from mclstexp.model.embed import encoder_network
+from mclstexp.model.embed import ImageNetwork
 from mclstexp.model.fit_blend import FeatureBlocks, TrainingSpots, fit_program_model
 from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.version import ModelVersion, TrainingRecord
@@ -33,7 +33,8 @@ def program_version(**settings: object) -> ModelVersion:
     encoder = frozen_encoder(config.model, TILE_PX, 0)
     tiles = {name: _tiles(seed) for seed, name in enumerate(("P1S1", "P2S1", "P3S1", "P3S2"))}
     sections = [_section(name, images) for name, images in tiles.items()]
-    encode = encoder_network(encoder, "fp32").build(torch.device("cpu"))
+    tower = {f"encoder.{name}": value for name, value in encoder.state().items()}
+    encode = ImageNetwork(config.model.model_dump(mode="json"), TILE_PX, tower, None, "fp32").build(torch.device("cpu"))
     features = {name: encode(images) for name, images in tiles.items()}
     num_blocks, target = len(encoder.record.widths), normalisers(config.genes)[1]
     spots = TrainingSpots(
