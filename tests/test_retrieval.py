@@ -114,6 +114,7 @@ def test_no_queries_give_empty_answers() -> None:
         "similarity": (0,),
         "effective_donors": (0,),
         "donor_share": (0,),
+        "spread": (0,),
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mclstexp.model.bank import Bank
-from mclstexp.model.blend import ProgramModel
+from mclstexp.model.blend import ProgramModel, spread
 from mclstexp.model.embed import ImageHead, ImageNetwork, head_of, network_of
 from mclstexp.model.nearest import Keys
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
@@ -67,7 +67,7 @@ class Answerer:
             return _of(retrieve(embedding, self.bank, self.retrieval, keys))
         found = retrieve(self.queries(embedding), self.bank, self.retrieval, keys)
         tiles = self.programs.tile_scores(embedding, found.prediction, complete)
-        return replace(_of(found), values=tiles.values, sums=tiles.sums)
+        return replace(_of(found), values=tiles.values, sums=tiles.sums, spread=spread(found.prediction))
 
 
 def answerer_of(model: ModelVersion, of_features: bool = False) -> Answerer:

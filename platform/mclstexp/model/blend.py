@@ -34,6 +34,24 @@ _NUMBERS = ("neighbour_um", "retrieved_scale", "share")
 _NUMBERS_KEY = "numbers"
 
 
+def with_squares(scores: np.ndarray) -> np.ndarray:
+    """Returns program scores (N, R) and, as a last column, their squared length, float32 (N, R + 1)."""
+    values = np.asarray(scores, np.float64)
+    return np.column_stack([values, (values**2).sum(axis=1)]).astype(np.float32)
+
+
+def spread(retrieved: np.ndarray) -> np.ndarray:
+    """Returns how far the scores of a tile's donors lie apart: their weighted standard deviation, float32 (n,).
+
+    It is in units of expression, over all programs: the root of the mean squared distance of donors from their mean.
+
+    Args:
+        retrieved: weighted means of what `with_squares` returns, (n, R + 1).
+    """
+    mean, squares = retrieved[:, :-1].astype(np.float64), retrieved[:, -1].astype(np.float64)
+    return np.sqrt(np.maximum(squares - (mean**2).sum(axis=1), 0)).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class ProgramModel:
     """The fitted closed forms of a model version; its bank holds the keys that retrieval searches."""
@@ -64,8 +82,8 @@ class ProgramModel:
     level: Level
 
     def bank(self, measured: Bank) -> Bank:
-        """Returns the bank whose payload are program scores, in the place of expression."""
-        return replace(measured, payload=self.donor_scores, measured=None)
+        """Returns the bank whose payload are program scores and their squared length, in the place of expression."""
+        return replace(measured, payload=with_squares(self.donor_scores), measured=None)
 
     def queries(self, features: np.ndarray) -> np.ndarray:
         """Returns what tiles are searched by, float32 (n, D)."""
@@ -76,13 +94,13 @@ class ProgramModel:
 
         Args:
             features: of the tiles, float32 (n, F).
-            retrieved: their retrieved scores, (n, R).
+            retrieved: what they retrieve from `bank`, (n, R + 1).
             complete: bool (n,); other tiles have no part in the level.
         """
         standard = self.own.apply(features)
         near = self.near.apply(features[:, self.near_columns], clip=False)
         components = standard[:, self.level_columns] @ self.level.components
-        own = standard @ self.own_weights + self.retrieved_scale * retrieved
+        own = standard @ self.own_weights + self.retrieved_scale * retrieved[:, :-1]
         values = np.concatenate([own, near @ self.near_weights], axis=1, dtype=np.float32)
         return TileScores(values, components[complete].sum(axis=0))
 

@@ -15,7 +15,7 @@ from scipy.linalg import eigh
 
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.measured import MeasuredSection
-from mclstexp.model.blend import ProgramModel
+from mclstexp.model.blend import ProgramModel, spread, with_squares
 from mclstexp.model.left_out import LeftOut, leave_out
 from mclstexp.model.level import fit_level
 from mclstexp.model.nearest import directions, nearest
@@ -70,10 +70,14 @@ class TrainingSpots:
         return np.concatenate([np.full(len(each), each.section_id, object) for each in self.sections])
 
     @cached_property
+    def patient_id(self) -> np.ndarray:
+        """Strings, (N,)."""
+        return np.concatenate([np.full(len(each), each.patient_id, object) for each in self.sections])
+
+    @cached_property
     def folds(self) -> LeftOut:
         """What is left out together."""
-        patient_id = np.concatenate([np.full(len(each), each.patient_id, object) for each in self.sections])
-        return leave_out(patient_id, self.section_id, np.concatenate([each.xy_um for each in self.sections]))
+        return leave_out(self.patient_id, self.section_id, np.concatenate([each.xy_um for each in self.sections]))
 
     @cached_property
     def expression(self) -> np.ndarray:
@@ -128,6 +132,9 @@ class FittedPrograms:
     """Keys of the bank, float32 (N, D), in the order of the sections' spots."""
     left_out: np.ndarray
     """Expression of each spot as predicted without its fold, float32 (N, G)."""
+    left_out_scores: np.ndarray
+    """The scores behind it, less their section's mean, float64 (N, R)."""
+    retrieved: "LeftOutRetrieval"
 
 
 def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Show = hidden) -> FittedPrograms:
@@ -157,7 +164,7 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Sh
     key_weights = _leading_directions(standard.astype(np.float64)).astype(np.float32)
     keys = standard @ key_weights
     retrieved = left_out_retrieval(keys, scores, spots.folds, retrieval)
-    blend, within = _fit_blend(spots, programs, ridge, retrieved)
+    blend, within = _fit_blend(spots, programs, ridge, retrieved.scores)
 
     show(_WHAT, 3, _STEPS, "level")
     level_columns = spots.blocks.columns([spots.blocks.level])
@@ -179,19 +186,36 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Sh
         programs=programs,
         level=level,
     )
-    return FittedPrograms(model, keys, (level_left_out + within).astype(np.float32))
+    left_out = (level_left_out + programs.expression(within)).astype(np.float32)
+    return FittedPrograms(model, keys, left_out, within, retrieved)
 
 
-def left_out_retrieval(keys: np.ndarray, scores: np.ndarray, folds: LeftOut, config: RetrievalConfig) -> np.ndarray:
-    """Returns the scores that each spot retrieves from the spots outside its fold, (N, R)."""
-    retrieved = np.zeros(scores.shape)
+@dataclass(frozen=True)
+class LeftOutRetrieval:
+    """What each spot retrieves from the spots outside its fold."""
+
+    scores: np.ndarray
+    """float64 (N, R)."""
+    spread: np.ndarray
+    """How far their scores lie apart (`blend.spread`), float32 (N,)."""
+    similarity: np.ndarray
+    """Cosine of the best match, float32 (N,)."""
+
+
+def left_out_retrieval(
+    keys: np.ndarray, scores: np.ndarray, folds: LeftOut, config: RetrievalConfig
+) -> LeftOutRetrieval:
+    """Returns what spots with these keys, (N, D), and scores, (N, R), retrieve from the spots outside their folds."""
+    payload = with_squares(scores)
+    retrieved, best = np.zeros(payload.shape), np.zeros(len(keys), np.float32)
     for index in range(folds.num_folds):
         outside, inside = folds.sides(index)
         resolved = resolve(config.model_copy(update={"k": None}), int(outside.sum()))
         ids, similarity = nearest(keys[inside], directions(keys[outside]), resolved.k or 0)
         weight = weights(Neighbours(ids, similarity, None), resolved)
-        retrieved[inside] = np.einsum("qk,qkr->qr", weight, scores[outside][ids])
-    return retrieved
+        retrieved[inside] = np.einsum("qk,qkr->qr", weight, payload[outside][ids])
+        best[inside] = similarity[:, 0]
+    return LeftOutRetrieval(retrieved[:, :-1], spread(retrieved), best)
 
 
 @dataclass(frozen=True)
@@ -206,7 +230,7 @@ class _Blend:
 def _fit_blend(
     spots: TrainingSpots, programs: Programs, ridge: ProgramRidge, retrieved: np.ndarray
 ) -> tuple[_Blend, np.ndarray]:
-    """Returns the blend, and the expression within sections that it predicts out of fold, float64 (N, G).
+    """Returns the blend, and the scores within sections that it predicts out of fold, float64 (N, R).
 
     `scale` brings retrieved scores to the size of the ridge's; `slope` is that of measured on predicted expression.
 
@@ -219,8 +243,9 @@ def _fit_blend(
     of_ridge, of_retrieval = (centred_within(each, spots.section_id) for each in (ridge.left_out, retrieved))
     truth = centred_within(spots.expression, spots.section_id)
     scale = float(np.sqrt((of_ridge**2).mean() / max((of_retrieval**2).mean(), 1e-12)))
-    blended = programs.expression((1 - SHARE) * of_ridge + SHARE * scale * of_retrieval)
-    slope = float(np.nansum(blended * truth) / max((blended**2).sum(), 1e-12))
+    blended = (1 - SHARE) * of_ridge + SHARE * scale * of_retrieval
+    predicted = programs.expression(blended)
+    slope = float(np.nansum(predicted * truth) / max((predicted**2).sum(), 1e-12))
     return _Blend(SHARE, scale, slope), slope * blended
 
 

@@ -37,12 +37,14 @@ class Retrieved:
     """1 / sum of squared weights (Kish 1965), float32 (Q,)."""
     donor_share: np.ndarray
     """Total weight of the patient with the largest weight, float32 (Q,)."""
+    spread: np.ndarray
+    """How far the program scores of the donors lie apart (`blend.spread`), float32 (Q,); NaN without programs."""
 
 
 def regressed(prediction: np.ndarray) -> Retrieved:
     """Returns predictions of a direct regression, float32 (Q, G); what needs neighbours or donors is NaN."""
     unknown = np.full(len(prediction), np.nan, np.float32)
-    return Retrieved(prediction, unknown, unknown, unknown)
+    return Retrieved(prediction, unknown, unknown, unknown, unknown)
 
 
 def resolve(config: RetrievalConfig, num_keys: int) -> RetrievalConfig:
@@ -227,6 +229,7 @@ def _answer(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Keys
         similarity=found.similarity[:, 0],
         effective_donors=(1 / (weight**2).sum(axis=1)).astype(np.float32),
         donor_share=by_patient.max(axis=1, initial=0).astype(np.float32),
+        spread=np.full(len(queries), np.nan, np.float32),
     )
 
 

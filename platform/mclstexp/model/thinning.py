@@ -44,6 +44,11 @@ def thinned(section: MeasuredSection, target: Normaliser, seed: int = 0) -> list
     return found
 
 
+def thinned_most(section: MeasuredSection, target: Normaliser, seed: int = 0) -> np.ndarray:
+    """Returns a section's expression at the lowest of its `shares_of`, float32 (N, G)."""
+    return thinned(section, target, seed)[-1]
+
+
 def thinned_target(section: MeasuredSection, target: Normaliser, seed: int = 0) -> np.ndarray:
     """Returns half the section's own expression and half its mean over all depths, float32 (N, G).
 

@@ -5,10 +5,11 @@ file's checksum, and its own digest names the version. A folder with a missing o
 bank made for other weights, genes, tiles or normalisers, whatever the checksums say. The price is that loading reads
 every byte once, also of a bank that is then read by memory map.
 
-Schema 6 may have a program model beside its bank. Schema 5 keeps a frozen encoder apart from what was learnt: its
-record always, its tensors where its licence allows a copy. Schema 4 stores the directions of the bank's keys. Earlier
-versions load too: without stored directions (1 to 3, they are computed), without a note of what the bank was made for
-(1 and 2), and without `ood_similarity` (1, so that tiles are not flagged as out of distribution).
+Schema 6 may have a program model beside its bank, with the calibration of its answers. Schema 5 keeps a frozen encoder
+apart from what was learnt: its record always, its tensors where its licence allows a copy. Schema 4 stores the
+directions of the bank's keys. Earlier versions load too: without stored directions (1 to 3, they are computed), without
+a note of what the bank was made for (1 and 2), and without `ood_similarity` (1, so that tiles are not flagged as out of
+distribution).
 """
 
 import hashlib
@@ -30,7 +31,9 @@ from mclstexp.errors import ModelError, RunError
 from mclstexp.messages import AGAINST_DIVERGENCE
 from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
 from mclstexp.model.blend import FILE as PROGRAMS
-from mclstexp.model.blend import ProgramModel
+from mclstexp.model.blend import ProgramModel, spread
+from mclstexp.model.calibration import FILE as CALIBRATION
+from mclstexp.model.calibration import Calibration
 from mclstexp.model.encoders import preset_of
 from mclstexp.model.frozen import FrozenEncoder, encoder_from_state
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
@@ -100,10 +103,13 @@ class ModelVersion:
         encoder: FrozenEncoder | None = None,
         wide: tuple[int, float] | None = None,
         programs: ProgramModel | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.config, self.panel, self.training, self.bank = config, panel, training, bank
         self.programs = programs
         """What answers in gene programs; None for a model that retrieves or regresses expression itself."""
+        self.calibration = calibration
+        """What programs know of their errors; None for other models."""
         self.tile_size_px, self.mpp = geometry
         self.num_positions = num_positions
         self.weights = weights
@@ -131,7 +137,8 @@ class ModelVersion:
             return retrieve(embedding, bank, retrieval)
         found = retrieve(self.programs.queries(embedding), bank, retrieval)
         tiles = self.programs.tile_scores(embedding, found.prediction, np.ones(len(embedding), bool))
-        return replace(found, prediction=self.programs.decoder().predict(tiles, xy_um))
+        prediction = self.programs.decoder().predict(tiles, xy_um)
+        return replace(found, prediction=prediction, spread=spread(found.prediction))
 
     @property
     def searched_bank(self) -> Bank | None:
@@ -210,6 +217,8 @@ class ModelVersion:
             save_file(self.encoder.state(), folder / ENCODER)
         if self.programs is not None:
             self.programs.save(folder)
+        if self.calibration is not None:
+            self.calibration.save(folder, self.panel)
         if self.bank is not None:
             self.bank.save(folder, self._identity(folder))
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
@@ -234,10 +243,12 @@ class ModelVersion:
                     f"{folder} has model schema {tree['schema_version']}, this code reads {readable}; {_FIX}"
                 )
             record = _ModelFile.model_validate(tree)
+            panel = GenePanel.from_json(record.panel)
             weights = load_file(folder / WEIGHTS)
             stored = load_file(folder / ENCODER) if (folder / ENCODER).is_file() else None
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
             programs = ProgramModel.load(folder) if (folder / PROGRAMS).is_file() else None
+            calibration = Calibration.load(folder, panel) if (folder / CALIBRATION).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error
         config = recorded_config(_without_turned_features(record), str(folder))
@@ -249,7 +260,7 @@ class ModelVersion:
             )
         version = cls(
             config=config,
-            panel=GenePanel.from_json(record.panel),
+            panel=panel,
             geometry=(record.tile_size_px, record.mpp),
             num_positions=record.num_positions,
             training=record.training,
@@ -259,6 +270,7 @@ class ModelVersion:
             encoder=encoder,
             wide=record.wide,
             programs=programs,
+            calibration=calibration,
         )
         version._require_own_bank(folder)
         if found := version._not_finite():
@@ -299,8 +311,9 @@ class ModelVersion:
                 return f"the weight {name}"
         if self.encoder is not None and (found := self.encoder.not_finite()):
             return f"the weight {found} of the frozen encoder"
-        if self.programs is not None and (found := self.programs.not_finite()):
-            return found
+        for part in (self.programs, self.calibration):
+            if part is not None and (found := part.not_finite()):
+                return found
         return None if self.bank is None else self.bank.not_finite()
 
     def _require_wide_view(self, manifest: Manifest) -> None:

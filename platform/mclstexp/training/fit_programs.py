@@ -5,6 +5,7 @@ import numpy as np
 from mclstexp.data.measured import MeasuredSection, read_measured
 from mclstexp.model.bank import Bank, drawn_sections, ood_similarity
 from mclstexp.model.fit_blend import FeatureBlocks, TrainingSpots, fit_program_model
+from mclstexp.model.fit_calibration import fit_calibration
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show
@@ -12,7 +13,7 @@ from mclstexp.training.run import Run
 
 
 def with_programs(run: Run, version: ModelVersion, show: Show) -> ModelVersion:
-    """Returns the version with the program model of its training sections, its bank and its threshold.
+    """Returns the version with the program model of its training sections, its bank, threshold and calibration.
 
     Args:
         run: has stored features.
@@ -26,6 +27,7 @@ def with_programs(run: Run, version: ModelVersion, show: Show) -> ModelVersion:
     spots = TrainingSpots(sections, features.read_section, blocks, run.reader.target)
     fitted = fit_program_model(spots, run.config.retrieval, show)
     version.programs, version.bank = fitted.model, _bank(sections, spots.expression, fitted.keys)
+    version.calibration = fit_calibration(spots, fitted)
     version.config = run.config.model_copy(update={"retrieval": resolve(run.config.retrieval, len(version.bank))})
     drawn = drawn_sections({name: run.manifest.section(name).num_spots for name in run.split.train})
     queries = {name: version.programs.queries(features.read_section(name)) for name in drawn}
