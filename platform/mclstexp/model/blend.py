@@ -25,7 +25,9 @@ from mclstexp.model.bank import Bank
 from mclstexp.model.decode import SlideDecoder, TileScores
 from mclstexp.model.level import Level
 from mclstexp.model.programs import Programs
+from mclstexp.model.retrieval import Retrieved, retrieve
 from mclstexp.model.standardise import Standardiser
+from mclstexp.settings import RetrievalConfig
 
 FILE = "programs.safetensors"
 _STANDARDISERS = ("own", "near")
@@ -103,6 +105,19 @@ class ProgramModel:
         own = standard @ self.own_weights + self.retrieved_scale * retrieved[:, :-1]
         values = np.concatenate([own, near @ self.near_weights], axis=1, dtype=np.float32)
         return TileScores(values, components[complete].sum(axis=0))
+
+    def answer(self, features: np.ndarray, xy_um: np.ndarray, bank: Bank, config: RetrievalConfig) -> Retrieved:
+        """Returns the answer to all tiles of a slide, which are complete.
+
+        Args:
+            features: of the tiles, float32 (n, F).
+            xy_um: their centres in micrometres, (n, 2).
+            bank: as the method `bank` returns it.
+            config: as `retrieval.resolve` returns it.
+        """
+        found = retrieve(self.queries(features), bank, config)
+        tiles = self.tile_scores(features, found.prediction, np.ones(len(features), bool))
+        return replace(found, prediction=self.decoder().predict(tiles, xy_um), spread=spread(found.prediction))
 
     def decoder(self) -> SlideDecoder:
         """Returns what turns the scores of a whole slide into expression."""

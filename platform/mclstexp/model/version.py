@@ -14,7 +14,6 @@ distribution).
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from mclstexp.errors import ModelError, RunError
 from mclstexp.messages import AGAINST_DIVERGENCE
 from mclstexp.model.bank import ARRAYS, DONORS, Bank, made_for
 from mclstexp.model.blend import FILE as PROGRAMS
-from mclstexp.model.blend import ProgramModel, spread
+from mclstexp.model.blend import ProgramModel
 from mclstexp.model.calibration import FILE as CALIBRATION
 from mclstexp.model.calibration import Calibration
 from mclstexp.model.encoders import preset_of
@@ -135,10 +134,7 @@ class ModelVersion:
         retrieval = resolve(self.config.retrieval, len(bank))
         if self.programs is None:
             return retrieve(embedding, bank, retrieval)
-        found = retrieve(self.programs.queries(embedding), bank, retrieval)
-        tiles = self.programs.tile_scores(embedding, found.prediction, np.ones(len(embedding), bool))
-        prediction = self.programs.decoder().predict(tiles, xy_um)
-        return replace(found, prediction=prediction, spread=spread(found.prediction))
+        return self.programs.answer(embedding, xy_um, bank, retrieval)
 
     @property
     def searched_bank(self) -> Bank | None:

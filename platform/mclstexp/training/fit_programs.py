@@ -1,5 +1,7 @@
 """The program model of a run: fitted to the stored features of its training sections, after its towers are trained."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mclstexp.data.measured import MeasuredSection, read_measured
@@ -26,7 +28,7 @@ def with_programs(run: Run, version: ModelVersion, show: Show) -> ModelVersion:
     blocks = feature_blocks(features.manifest.encoder.widths, len(features.views))
     spots = TrainingSpots(sections, features.read_section, blocks, run.reader.target)
     fitted = fit_program_model(spots, run.config.retrieval, show)
-    version.programs, version.bank = fitted.model, _bank(sections, spots.expression, fitted.keys)
+    version.programs, version.bank = fitted.model, program_bank(sections, spots.expression, fitted.keys)
     version.calibration = fit_calibration(spots, fitted)
     version.config = run.config.model_copy(update={"retrieval": resolve(run.config.retrieval, len(version.bank))})
     drawn = drawn_sections({name: run.manifest.section(name).num_spots for name in run.split.train})
@@ -45,7 +47,8 @@ def feature_blocks(layer_widths: tuple[int, ...], num_views: int) -> FeatureBloc
     return FeatureBlocks(layer_widths * num_views, tuple(dict.fromkeys((last, 0))), last)
 
 
-def _bank(sections: list[MeasuredSection], expression: np.ndarray, keys: np.ndarray) -> Bank:
+def program_bank(sections: Sequence[MeasuredSection], expression: np.ndarray, keys: np.ndarray) -> Bank:
+    """Returns the bank of training sections, with expression (N, G) and keys (N, D) of all their spots in order."""
     names = {
         name: np.concatenate([np.full(len(each), getattr(each, name), object) for each in sections])
         for name in ("section_id", "patient_id")
