@@ -104,6 +104,10 @@ class Calibration:
     """Share of the values of each left-out patient (section, block) that intervals fitted to the others contain."""
     trust: GeneTrust
 
+    def half_widths(self, spread: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+        """Returns half the widths of tiles' intervals, float64 (n, G); spread and similarity as in `TileScale.of`."""
+        return self.scale.of(spread, similarity)[:, None] * self.half_width
+
     def abstain(self, spread: np.ndarray, out_of_distribution: np.ndarray) -> np.ndarray:
         """Returns which tiles' answers are to be set aside, bool (n,): unlike all training tiles, or donors disagree.
 
