@@ -20,6 +20,7 @@ from scipy.spatial import KDTree
 from mclstexp.model.calibration import GeneTrust
 from mclstexp.model.fit_blend import TrainingSpots
 from mclstexp.model.left_out import MIN_PATIENTS
+from mclstexp.model.neighbours import pitch_um
 from mclstexp.model.programs import Programs
 
 NUM_MOVES = 200
@@ -54,8 +55,20 @@ def gene_trust(spots: TrainingSpots, scores: np.ndarray, programs: Programs) -> 
     moved = _moved(maps, decoder, patients)
     centre, scatter = moved.mean(axis=0), np.maximum(moved.std(axis=0), _TINY)
     low, high = _interval(correlation, of_patients, scatter)
-    q_value = _q_values((correlation - centre) / scatter, (moved - centre) / scatter)
+    q_value = q_values((correlation - centre) / scatter, (moved - centre) / scatter)
     return GeneTrust(correlation, low, high, q_value, q_value <= MAX_FALSE)
+
+
+def q_values(observed: np.ndarray, by_chance: np.ndarray) -> np.ndarray:
+    """Returns q-values, float64 (G,), of statistics (G,) by those of chance, (B, G), which all genes share."""
+    sorted_chance = np.sort(by_chance[np.isfinite(by_chance)])
+    larger = len(sorted_chance) - np.searchsorted(sorted_chance, observed)
+    p_value = (1 + larger) / (1 + len(sorted_chance))
+    defined = np.isfinite(observed)
+    q_value = np.full(len(observed), np.nan)
+    if defined.any():
+        q_value[defined] = scipy.stats.false_discovery_control(p_value[defined])
+    return q_value
 
 
 @dataclass(frozen=True)
@@ -78,13 +91,21 @@ class _Map:
         squares = spread * (self.truth**2).sum(axis=0)
         return np.where(squares > _TINY, products / np.sqrt(np.maximum(squares, _TINY)), np.nan)
 
-    def moves(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns for each spot those that lie nearest to it when the section is moved on a torus, int64 (B, n)."""
-        low, extent = self.xy_um.min(axis=0), np.ptp(self.xy_um, axis=0) + 1
-        shares = rng.uniform(size=(count, 1, 2))
-        far = rng.integers(2, size=count)  # the axis along which it is moved far
-        shares[np.arange(count), 0, far] = rng.uniform(MIN_MOVE, 1 - MIN_MOVE, count)
-        return KDTree(self.xy_um).query((self.xy_um - low + shares * extent) % extent + low)[1]
+
+def moved_sources(xy_um: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns for each spot those that lie nearest to it when its section is moved on a torus, int64 (B, n).
+
+    Args:
+        xy_um: the section's spots in micrometres, (n, 2).
+        count: number of moves B, each at least `MIN_MOVE` along one of the axes.
+        rng: draws them.
+    """
+    low, pitch = xy_um.min(axis=0), pitch_um([xy_um]) if len(xy_um) > 1 else 1.0
+    extent = np.ptp(xy_um, axis=0) + pitch
+    shares = rng.uniform(size=(count, 1, 2))
+    far = rng.integers(2, size=count)  # the axis
+    shares[np.arange(count), 0, far] = rng.uniform(MIN_MOVE, 1 - MIN_MOVE, count)
+    return KDTree(xy_um).query((xy_um - low + shares * extent) % extent + low)[1]
 
 
 def _moved(maps: Sequence[_Map], decoder: np.ndarray, patients: Sequence[str]) -> np.ndarray:
@@ -92,7 +113,7 @@ def _moved(maps: Sequence[_Map], decoder: np.ndarray, patients: Sequence[str]) -
     rng = np.random.default_rng(_SEED)
     parts = []
     for _ in range(NUM_MOVES // _AT_ONCE):
-        of_sections = np.stack([each.correlations(decoder, each.moves(_AT_ONCE, rng)) for each in maps])
+        of_sections = np.stack([each.correlations(decoder, moved_sources(each.xy_um, _AT_ONCE, rng)) for each in maps])
         parts.append(_mean_over_patients(of_sections, patients)[0])
     return np.concatenate(parts)
 
@@ -115,18 +136,6 @@ def _interval(correlation: np.ndarray, of_patients: np.ndarray, scatter: np.ndar
     error = np.sqrt(squares / np.where(count > 1, (count - 1) * count, np.nan))
     reach = scipy.stats.t.ppf((1 + _LEVEL) / 2, np.maximum(count - 1, 1)) * error
     return np.maximum(correlation - reach, -1), np.minimum(correlation + reach, 1)
-
-
-def _q_values(observed: np.ndarray, by_chance: np.ndarray) -> np.ndarray:
-    """Returns q-values, float64 (G,), of statistics (G,) by those of chance, (B, G), which all genes share."""
-    sorted_chance = np.sort(by_chance[np.isfinite(by_chance)])
-    larger = len(sorted_chance) - np.searchsorted(sorted_chance, observed)
-    p_value = (1 + larger) / (1 + len(sorted_chance))
-    defined = np.isfinite(observed)
-    q_value = np.full(len(observed), np.nan)
-    if defined.any():
-        q_value[defined] = scipy.stats.false_discovery_control(p_value[defined])
-    return q_value
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
