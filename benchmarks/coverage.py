@@ -81,6 +81,7 @@ class Table:
         self.blocks = feature_blocks(manifest.encoder.widths, len(manifest.views))
 
     def patients(self) -> list[str]:
+        """Returns the patients with measured sections."""
         return sorted({entry.patient_id for entry in self.manifest.sections if entry.measured})
 
     def fold(self, patient: str) -> list[tuple[MeasuredSection, Retrieved, Calibration, np.ndarray]]:
@@ -109,6 +110,7 @@ class Table:
         spots: TrainingSpots,
         fitted: FittedPrograms,
     ) -> Retrieved:
+        """Returns the answer to a section's spots of a model fitted to `spots` of `sections`."""
         bank = fitted.model.bank(program_bank(sections, spots.expression, fitted.keys))
         features = self.features.read_section(section.section_id)
         return fitted.model.answer(features, section.xy_um, bank, resolve(RETRIEVAL, len(bank)))
@@ -116,6 +118,7 @@ class Table:
     def print_row(
         self, section: MeasuredSection, found: Retrieved, calibration: Calibration, constant: np.ndarray
     ) -> float:
+        """Prints a section's row; returns its coverage."""
         errors = np.abs(section.expression(self.target) - found.prediction)
         scale = calibration.scale.of(found.spread, found.similarity)[:, None]
         cells = [

@@ -9,6 +9,7 @@ from mclstexp.data.measured import MeasuredSection
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import ImageNetwork
 from mclstexp.model.fit_blend import FeatureBlocks, TrainingSpots, fit_program_model
+from mclstexp.model.fit_calibration import fit_calibration
 from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.version import ModelVersion, TrainingRecord
 
@@ -51,7 +52,19 @@ def program_version(**settings: object) -> ModelVersion:
     genes = tuple(f"ENSG{gene:011d}" for gene in range(NUM_GENES))
     panel = GenePanel(genes, tuple(f"G{gene}" for gene in range(NUM_GENES)), genes)
     bank = Bank.of(fitted.keys, spots.expression, **names)
-    return ModelVersion(config, panel, (TILE_PX, 1.0), 0, _record(tiles), {}, bank, 0.2, encoder, programs=fitted.model)
+    return ModelVersion(
+        config,
+        panel,
+        (TILE_PX, 1.0),
+        0,
+        _record(tiles),
+        {},
+        bank,
+        0.2,
+        encoder,
+        programs=fitted.model,
+        calibration=fit_calibration(spots, fitted),
+    )
 
 
 def _tiles(seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mclstexp.data.genes import GenePanel
+from mclstexp.model.calibration import SPREAD
 from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry
 from mclstexp.prediction.parts import GRID_SCHEMA, PART_TILES, SlideRecord, encode_part, num_parts, write_part
 from mclstexp.prediction.publish import publish_slide
@@ -106,7 +107,8 @@ def write(slide: Slide) -> None:
         Image.fromarray(picture).save(slide.staging / name)
     for part in range(num_parts(len(slide.grid))):
         rows = slice(part * PART_TILES, (part + 1) * PART_TILES)
-        confidence = {name: getattr(slide.answer, name)[rows] for name in CONFIDENCE}
+        names = [name for name in (*CONFIDENCE, SPREAD) if hasattr(slide.answer, name)]
+        confidence = {name: getattr(slide.answer, name)[rows] for name in names}
         answer = SimpleNamespace(values=slide.answer.values[rows], sums=slide.sums[part], confidence=confidence)
         write_part(str(slide.staging), part, encode_part(answer, slide.complete[rows]))
 

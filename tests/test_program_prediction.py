@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata
 import numpy as np
 import openslide
 import pyarrow.parquet as pq
@@ -11,21 +12,28 @@ import tifffile
 import torch
 from predicted_cohort import BIG_PX, TILE_PX, digests, predict, write_slide
 from program_version import program_version
+from random_version import random_version
 from staged_slides import stage, write
 
 from mclstexp.config import Config, override
+from mclstexp.errors import ModelError
 from mclstexp.model.answer import answerer_of
+from mclstexp.model.calibration import SPREAD
 from mclstexp.model.embed import network_of
+from mclstexp.model.retrieval import Retrieved
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction import run
-from mclstexp.prediction.cohort import open_cohort
+from mclstexp.prediction.cohort import open_cohort, plan_of
 from mclstexp.prediction.explain import explain_tile, shares
 from mclstexp.prediction.feature_cohort import feature_needs
 from mclstexp.prediction.forecast import forecast
 from mclstexp.prediction.parts import CONFIDENCE, PART_TILES
 from mclstexp.prediction.pipeline import WorkerCounts
+from mclstexp.prediction.plan import SlideSource, key
 from mclstexp.prediction.publish import publish_slide
 from mclstexp.prediction.writers.slide import OutputInfo
+from mclstexp.prediction.writers.table import info_of
+from mclstexp.settings import PredictConfig
 from mclstexp.slides.codec import decode_tile, encode_tile
 
 CPU = torch.device("cpu")
@@ -55,18 +63,70 @@ def test_parts_are_answered_alone_and_equal_the_whole_slide(model: ModelVersion,
     starts = range(0, 600, PART_TILES)
     parts = [answer((tiles[at : at + PART_TILES],), slide.complete[at : at + PART_TILES]) for at in starts]
     slide.answer.values = np.concatenate([part.values for part in parts])
-    for name in CONFIDENCE:
+    for name in (*CONFIDENCE, SPREAD):
         setattr(slide.answer, name, np.concatenate([part.confidence[name] for part in parts]))
     slide = type(slide)(**vars(slide) | {"sums": np.stack([part.sums for part in parts])})
     write(slide)
-    publish_slide(str(slide.staging), str(tmp_path / "out"), OutputInfo.of_model(model))
+    publish_slide(str(slide.staging), str(tmp_path / "out"), OutputInfo.of_model(model, intervals=True))
     embedding = network_of(model).build(CPU)(tiles[slide.complete])
     expected = model.predict(embedding, slide.centre_px * slide.record.mpp)
     table = tmp_path / "out" / "A.parquet"
     np.testing.assert_allclose(expression(table, model), expected.prediction, atol=1e-5)
-    for name in CONFIDENCE:
+    for name in (*CONFIDENCE, SPREAD):
         np.testing.assert_allclose(pq.read_table(table)[name].to_numpy(), getattr(expected, name), rtol=1e-5)
     assert expression(table, model).std(axis=0).min() > 0.01, "tiles must differ for this to mean anything"
+    check_doubt(table, model, expected)
+
+
+def check_doubt(table: Path, model: ModelVersion, expected: Retrieved) -> None:
+    """Intervals and flags of a published slide, from the numbers in the version's files."""
+    assert model.calibration is not None
+    rows, data = pq.read_table(table), anndata.read_h5ad(table.with_suffix(".h5ad"))
+    scale = model.calibration.scale
+    signs = np.log(np.stack([expected.spread, 1 - expected.similarity], axis=1))
+    of_tile = np.exp(scale.strength * ((signs.clip(scale.low, scale.high) - scale.median) @ scale.slopes))
+    np.testing.assert_allclose(rows["interval_scale"].to_numpy(), of_tile, rtol=1e-3)
+    abstain = (expected.similarity < 0.2) | (expected.spread > model.calibration.max_spread)
+    assert rows["abstain"].to_pylist() == abstain.tolist() == data.obs["abstain"].tolist()
+    assert 0 < abstain.sum() < len(abstain)
+    half_width = of_tile[:, None] * model.calibration.half_width
+    np.testing.assert_allclose(data.layers["lower"], expected.prediction - half_width, atol=1e-3)
+    np.testing.assert_allclose(data.layers["upper"], expected.prediction + half_width, atol=1e-3)
+    assert {values.dtype for values in data.layers.values()} == {np.dtype("float32")}
+    metadata = {name.decode(): value.decode() for name, value in rows.schema.metadata.items()}
+    stated = np.array(metadata["half_width"].split(","), float)
+    np.testing.assert_array_equal(stated, model.calibration.half_width)
+    np.testing.assert_array_equal(data.var["half_width"], model.calibration.half_width)
+    np.testing.assert_array_equal(data.var["trusted"], model.calibration.trust.trusted)
+    assert info_of(rows.schema).panel == model.panel
+
+
+def test_without_intervals_a_table_is_the_same_and_the_file_has_no_layers(model: ModelVersion, tmp_path: Path) -> None:
+    slide = stage(tmp_path, "A", 6, 5, scale=0.5)
+    tiles = np.random.default_rng(0).integers(0, 255, (30, TILE_PX, TILE_PX, 3), np.uint8)
+    found = answerer_of(model).build(CPU)((tiles,), slide.complete)
+    vars(slide.answer).update({"values": found.values} | found.confidence)
+    slide = type(slide)(**vars(slide) | {"sums": found.sums[None]})
+    write(slide)
+    for intervals in (False, True):
+        info = OutputInfo.of_model(model, intervals)
+        publish_slide(str(slide.staging), str(tmp_path / str(intervals)), info)
+    plain, more = (tmp_path / name / "A.parquet" for name in ("False", "True"))
+    assert plain.read_bytes() == more.read_bytes()
+    assert list(anndata.read_h5ad(plain.with_suffix(".h5ad")).layers) == []
+
+
+def test_intervals_are_refused_for_a_model_without_and_are_part_of_a_slides_key(
+    model: ModelVersion, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"predict\.intervals=true.*model\.predictor=infonce.*is not calibrated"):
+        plan_of(random_version(), str(tmp_path), PredictConfig(intervals=True), None)
+    source = SlideSource("A", "P", "", "a.tif", 0.5)
+    with_, without = (
+        key(source, "print", plan_of(model, str(tmp_path), PredictConfig(intervals=asked), None))
+        for asked in (True, False)
+    )
+    assert with_ != without
 
 
 def test_features_of_a_file_are_answered_as_their_tiles() -> None:

@@ -271,6 +271,9 @@ class PredictConfig(ConfigBlock):
     """Whether slides may be enlarged by more than 1.5 to reach the model's resolution."""
     other_stains: bool = False
     """Whether images that do not look like H&E are predicted, with a flag, instead of quarantined."""
+    intervals: bool = False
+    """Whether h5ad files have the ends of 90 % intervals as layers `lower` and `upper`, which makes them three times as
+    large; of a calibrated model (`model.predictor=programs`). Its tables state what they follow from in any case."""
     retry_quarantined: bool = False
     """Whether slides that an earlier run quarantined are tried again."""
     num_cpus: int | None = Field(None, ge=2)

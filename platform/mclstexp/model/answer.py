@@ -7,13 +7,14 @@ Shapes: n tiles, G genes, R programs, C components of the level.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mclstexp.model.bank import Bank
 from mclstexp.model.blend import ProgramModel, spread
+from mclstexp.model.calibration import SPREAD
 from mclstexp.model.embed import ImageHead, ImageNetwork, head_of, network_of
 from mclstexp.model.nearest import Keys
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
@@ -30,7 +31,7 @@ class TileAnswers:
     sums: np.ndarray
     """float64 (C,): components of the level, summed over complete tiles; (0,) without programs."""
     confidence: dict[str, np.ndarray]
-    """What `Retrieved` says of each tile beside its prediction, float32 (n,) each."""
+    """What `Retrieved` says of each tile beside its prediction, float32 (n,) each; `spread` with programs alone."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Answerer:
             return _of(retrieve(embedding, self.bank, self.retrieval, keys))
         found = retrieve(self.queries(embedding), self.bank, self.retrieval, keys)
         tiles = self.programs.tile_scores(embedding, found.prediction, complete)
-        return replace(_of(found), values=tiles.values, sums=tiles.sums, spread=spread(found.prediction))
+        confidence = _confidence(found) | {SPREAD: spread(found.prediction)}
+        return TileAnswers(tiles.values, tiles.sums, confidence)
 
 
 def answerer_of(model: ModelVersion, of_features: bool = False) -> Answerer:
@@ -83,5 +85,8 @@ def answerer_of(model: ModelVersion, of_features: bool = False) -> Answerer:
 
 
 def _of(found: Retrieved) -> TileAnswers:
-    confidence = {name: values for name, values in vars(found).items() if name != "prediction"}
-    return TileAnswers(found.prediction, np.zeros(0), confidence)
+    return TileAnswers(found.prediction, np.zeros(0), _confidence(found))
+
+
+def _confidence(found: Retrieved) -> dict[str, np.ndarray]:
+    return {name: values for name, values in vars(found).items() if name not in ("prediction", SPREAD)}

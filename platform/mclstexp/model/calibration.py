@@ -21,6 +21,8 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ModelError
 
 FILE, TRUST = "calibration.json", "trust.parquet"
+SPREAD = "spread"
+"""Name of `Retrieved.spread` in parts and tables."""
 COVERAGE = 0.9
 """Share of a gene's values that its intervals are to contain."""
 _GENES = pa.schema(
@@ -132,10 +134,13 @@ class Calibration:
         bad = [name for name, value in numbers.items() if not np.isfinite(value).all()]
         return f"{bad[0]} of the calibration" if bad else None
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns what is known of each gene, (G,) each, by name."""
+        return vars(self.trust) | {name: getattr(self, name) for name in _WIDTHS}
+
     def save(self, folder: str | Path, panel: GenePanel) -> None:
         """Writes `trust.parquet`, one row per gene, and `calibration.json` into a local folder."""
-        columns = {"gene_id": panel.gene_id, "symbol": panel.symbol, **vars(self.trust)}
-        columns |= {name: getattr(self, name) for name in _WIDTHS}
+        columns = {"gene_id": panel.gene_id, "symbol": panel.symbol} | self.columns()
         table = pa.table({name: columns[name] for name in _GENES.names}, schema=_GENES)
         pq.write_table(table, Path(folder, TRUST), store_schema=False)
         facts = {

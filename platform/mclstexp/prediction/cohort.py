@@ -24,7 +24,7 @@ from mclstexp.cluster import guarded
 from mclstexp.data.schema import IMAGE_WIDE
 from mclstexp.data.sheet import read_sheet
 from mclstexp.data.text_table import read_text_table
-from mclstexp.errors import SheetError, SourceError, UserError
+from mclstexp.errors import ModelError, SheetError, SourceError, UserError
 from mclstexp.messages import did_you_mean, some_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.ledger import PREDICTED, Entry
@@ -163,7 +163,16 @@ def open_cohort(
 
 
 def plan_of(model: ModelVersion, out: str, config: PredictConfig, assume_mpp: float | None) -> CohortPlan:
-    """Returns how slides are cut as a model's training tiles were."""
+    """Returns how slides are cut as a model's training tiles were.
+
+    Raises:
+        ModelError: intervals are asked of a model that has none.
+    """
+    if config.intervals and model.calibration is None:
+        raise ModelError(
+            f"predict.intervals=true, and model {model.digest} (model.predictor={model.config.model.predictor}) is not "
+            "calibrated; a model with model.predictor=programs is. Predict without intervals, or train one"
+        )
     free = {"min_tissue": config.min_tissue, "allow_upsampling": config.allow_upsampling}
     return CohortPlan(
         out=storage.absolute(out),
@@ -177,6 +186,7 @@ def plan_of(model: ModelVersion, out: str, config: PredictConfig, assume_mpp: fl
         allow_other_stains=config.other_stains,
         views=model.config.model.image_views,
         wide=model.wide if IMAGE_WIDE in model.config.model.image_views else None,
+        intervals=config.intervals,
     )
 
 

@@ -7,7 +7,7 @@ stays one request, and the same command makes good what was lost.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -115,7 +115,7 @@ class Part:
     sums: np.ndarray
     """float64 (S,), over the complete tiles; (0,) for a model without programs."""
     confidence: dict[str, np.ndarray]
-    """`CONFIDENCE`, float32 (n,) each; NaN if a tile is not complete."""
+    """`CONFIDENCE` and, of a program model, `SPREAD`, float32 (n,) each; NaN if a tile is not complete."""
     complete: np.ndarray
     """bool (n,): whether the slide has pixels there."""
 
@@ -170,7 +170,7 @@ def encode_part(found: Answer, complete: np.ndarray) -> bytes:
     """
     has_pixels = np.asarray(complete, bool)
     arrays = {"values": np.where(has_pixels[:, None], found.values, np.float32(np.nan))}
-    arrays |= {name: np.where(has_pixels, found.confidence[name], np.float32(np.nan)) for name in CONFIDENCE}
+    arrays |= {name: np.where(has_pixels, each, np.float32(np.nan)) for name, each in found.confidence.items()}
     arrays = {name: values.astype(np.float32) for name, values in arrays.items()}
     return save(arrays | {"sums": found.sums.astype(np.float64), "complete": has_pixels.astype(np.uint8)})
 
@@ -180,7 +180,9 @@ def write_part(staging: str, part: int, file: bytes) -> None:
     storage.write(storage.join(staging, part_name(part)), file)
 
 
-def read_part(staging: str, part: int, num_tiles: int, num_values: int, num_sums: int) -> Part:
+def read_part(
+    staging: str, part: int, num_tiles: int, num_values: int, num_sums: int, confidence: Sequence[str] = CONFIDENCE
+) -> Part:
     """Returns one part.
 
     Args:
@@ -188,6 +190,7 @@ def read_part(staging: str, part: int, num_tiles: int, num_values: int, num_sums
         part: its number.
         num_tiles: tiles of the whole slide.
         num_values, num_sums: W and S of the model.
+        confidence: names of what it knows of each tile.
 
     Raises:
         PartError: it is missing, truncated or of another shape. A damaged part is removed, so that `parts_done` no
@@ -203,12 +206,12 @@ def read_part(staging: str, part: int, num_tiles: int, num_values: int, num_sums
         raise _removed(uri, str(error)) from None
     wanted = {"values": ((length, num_values), "float32"), "sums": ((num_sums,), "float64")}
     wanted |= {"complete": ((length,), "uint8")}
-    wanted |= dict.fromkeys(CONFIDENCE, ((length,), "float32"))
+    wanted |= dict.fromkeys(confidence, ((length,), "float32"))
     got = {name: (values.shape, str(values.dtype)) for name, values in arrays.items()}
     if got != wanted:
         raise _removed(uri, f"it has {_shapes(got)}, expected {_shapes(wanted)}")
-    confidence = {name: arrays[name] for name in CONFIDENCE}
-    return Part(arrays["values"], arrays["sums"], confidence, arrays["complete"].astype(bool))
+    known = {name: arrays[name] for name in confidence}
+    return Part(arrays["values"], arrays["sums"], known, arrays["complete"].astype(bool))
 
 
 def parts_done(staging: str) -> set[int]:

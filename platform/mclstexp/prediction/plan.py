@@ -65,6 +65,8 @@ class CohortPlan:
     """Edge of the wide view in pixels and its micrometres per pixel; None: the model does not read it."""
     features: FeatureNeeds | None = None
     """What the slides' feature files must contain; None: tiles are cut from images."""
+    intervals: bool = False
+    """Whether files have the ends of intervals."""
 
 
 def key(source: SlideSource, fingerprint: str, plan: CohortPlan, *, assumed: bool = False) -> str:
@@ -89,6 +91,7 @@ def key(source: SlideSource, fingerprint: str, plan: CohortPlan, *, assumed: boo
             "overlap": plan.overlap,
             "positions": None if given is None else _digest(given.to_pydict()),
             "model": plan.model_digest,
+            **({"intervals": True} if plan.intervals else {}),
         }
     )
 

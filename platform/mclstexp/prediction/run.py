@@ -114,7 +114,7 @@ def predict_cohort(model: ModelVersion, cohort: Cohort, out: str, show: Show, co
     report = Report(skipped={name: entry for name, entry in existing.items() if cohort.is_settled(entry, again)})
     left = [name for name in cohort.fingerprints if name not in report.skipped]
     total = len(left) + len(cohort.unreachable)
-    context = RunContext(model, cohort, out, ray.put(OutputInfo.of_model(model)), workers)
+    context = RunContext(model, cohort, out, ray.put(OutputInfo.of_model(model, config.intervals)), workers)
     run = CohortRun(
         context, report, lambda: show("predict slides", len(report.entries), total, f"{report.num_tiles:,} tiles")
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from mclstexp.model.decode import SlideDecoder, TileScores
-from mclstexp.prediction.parts import CONFIDENCE, PART_TILES, SlideRecord, num_parts, read_part
+from mclstexp.prediction.parts import PART_TILES, SlideRecord, num_parts, read_part
 from mclstexp.prediction.writers.slide import OutputInfo
 
 GROUP_PARTS = 16
@@ -33,7 +33,7 @@ class Group:
     sums: np.ndarray
     """float64 (S,), over the group."""
     confidence: dict[str, np.ndarray]
-    """`CONFIDENCE`, float32 (m,) each."""
+    """`OutputInfo.confidence`, float32 (m,) each."""
 
 
 def gather(staging: str, record: SlideRecord, grid: pa.Table, info: OutputInfo) -> Iterator[Group]:
@@ -56,13 +56,13 @@ def gather(staging: str, record: SlideRecord, grid: pa.Table, info: OutputInfo) 
 def _read(staging: str, first: int, num_tiles: int, info: OutputInfo) -> Group:
     """Returns the group that begins with part `first`."""
     numbers = range(first, min(first + GROUP_PARTS, num_parts(num_tiles)))
-    parts = [read_part(staging, part, num_tiles, info.num_values, info.num_sums) for part in numbers]
+    parts = [read_part(staging, part, num_tiles, info.num_values, info.num_sums, info.confidence) for part in numbers]
     complete = np.concatenate([part.complete for part in parts])
     return Group(
         complete,
         np.concatenate([part.values for part in parts])[complete],
         np.sum([part.sums for part in parts], axis=0),
-        {name: np.concatenate([part.confidence[name] for part in parts])[complete] for name in CONFIDENCE},
+        {name: np.concatenate([part.confidence[name] for part in parts])[complete] for name in info.confidence},
     )
 
 

@@ -13,10 +13,10 @@ import pandas as pd
 import pyarrow as pa
 from anndata.io import write_elem
 
-from mclstexp.data.genes import GenePanel
 from mclstexp.prediction.parts import PART_TILES
-from mclstexp.prediction.writers.slide import PredictedSlide, provenance, tile_edge
-from mclstexp.prediction.writers.table import GROUP_TILES, SPOT_SCHEMA, row_groups, table_schema
+from mclstexp.prediction.writers.gather import GROUP_TILES
+from mclstexp.prediction.writers.slide import OutputInfo, PredictedSlide, provenance, tile_edge
+from mclstexp.prediction.writers.table import SCALE, row_groups, spot_schema, table_schema
 
 _INDEX = "spot_id"
 _CHUNK_GENES = 1024
@@ -29,29 +29,33 @@ def write_h5ad(path: Path, slide: PredictedSlide) -> None:
 
     X float32 (n, G); obs by spot id with the table's other columns; var by gene id with symbol and ensembl_id;
     obsm["spatial"] float64 (n, 2) in level-0 pixels; uns["prediction"] with `provenance`; uns["spatial"][slide_id]
-    in the layout of Space Ranger's readers, with a tile's edge as the spot diameter.
+    in the layout of Space Ranger's readers, with a tile's edge as the spot diameter. A calibrated model adds what it
+    knows of each gene to var (`trust.parquet` of the version) and, if `slide.info.intervals`, the ends of intervals as
+    layers `lower` and `upper`, float32 (n, G).
 
     Args:
         path: local file to write.
         slide: its table is written.
     """
-    record, panel = slide.record, slide.info.panel
+    record = slide.record
     with h5py.File(path, "w") as file:
         _mark(file, "anndata", "0.1.0")
         obs, obsm = file.create_group("obs"), file.create_group("obsm")
         _mark(obs, "dataframe")
         _mark(obsm, "dict", "0.1.0")
-        obs.attrs.update({"_index": _INDEX, "column-order": [name for name in SPOT_SCHEMA.names if name != _INDEX]})
+        obs.attrs.update(
+            {"_index": _INDEX, "column-order": [name for name in spot_schema(slide.info).names if name != _INDEX]}
+        )
         for name, constant in (("section_id", record.slide_id), ("patient_id", record.patient_id)):
             _create_constant(obs, name, constant)
-        _append_rows(file, table_schema(slide.info).empty_table(), panel)  # makes all datasets, even without a row
+        _append_rows(file, table_schema(slide.info).empty_table(), slide.info)  # makes all datasets, even without a row
         for rows in row_groups(slide.table):
-            _append_rows(file, rows, panel)
-        genes = {"symbol": panel.symbol, "ensembl_id": panel.ensembl_id}
-        write_elem(file, "var", pd.DataFrame(genes, index=list(panel.gene_id)))
+            _append_rows(file, rows, slide.info)
+        write_elem(file, "var", _genes(slide.info))
         write_elem(file, "uns", _unstructured(slide), dataset_kwargs=_PACKED)
         for name in ("layers", "obsp", "varm", "varp"):
-            write_elem(file, name, {})
+            if name not in file:
+                write_elem(file, name, {})
 
 
 def published_thumbnail(path: Path, slide_id: str) -> np.ndarray:
@@ -60,11 +64,26 @@ def published_thumbnail(path: Path, slide_id: str) -> np.ndarray:
         return np.asarray(file["uns"]["spatial"][slide_id]["images"]["hires"])
 
 
-def _append_rows(file: h5py.File, rows: pa.Table, panel: GenePanel) -> None:
-    _append(file, "X", _matrix(rows, list(panel.gene_id)))
+def _append_rows(file: h5py.File, rows: pa.Table, info: OutputInfo) -> None:
+    expression = _matrix(rows, list(info.panel.gene_id))
+    _append(file, "X", expression)
+    if info.intervals and info.calibration is not None:
+        half_width = rows[SCALE].to_numpy()[:, None] * info.calibration.half_width
+        layers = file.require_group("layers")
+        _mark(layers, "dict", "0.1.0")
+        _append(layers, "lower", (expression - half_width).astype(np.float32))
+        _append(layers, "upper", (expression + half_width).astype(np.float32))
     _append(file["obsm"], "spatial", _matrix(rows, ["x_px", "y_px"]))
-    for field in SPOT_SCHEMA:
+    for field in spot_schema(info):
         _append_column(file["obs"], field.name, rows[field.name])
+
+
+def _genes(info: OutputInfo) -> pd.DataFrame:
+    """Returns what is known of each gene, by gene id."""
+    panel, columns = info.panel, {"symbol": info.panel.symbol, "ensembl_id": info.panel.ensembl_id}
+    if info.calibration is None:
+        return pd.DataFrame(columns, index=list(panel.gene_id))
+    return pd.DataFrame(columns | info.calibration.columns(), index=list(panel.gene_id))
 
 
 def _matrix(rows: pa.Table, columns: list[str]) -> np.ndarray:

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.errors import StorageError
+from mclstexp.model.calibration import SPREAD, Calibration
 from mclstexp.model.decode import SlideDecoder
-from mclstexp.prediction.parts import SlideRecord
+from mclstexp.prediction.parts import CONFIDENCE, SlideRecord
 from mclstexp.slides.tiles import tile_corner
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class OutputInfo:
     """Best similarity below which a tile is out of distribution; None if the model has no threshold."""
     decoder: SlideDecoder | None = field(default=None, compare=False)
     """Of a program model, whose parts hold scores; None: they hold expression. A published table does not state it."""
+    calibration: Calibration | None = field(default=None, compare=False)
+    """Of a program model; its genes' half widths are in a published table, the rest is not."""
+    intervals: bool = False
+    """Whether h5ad files have the layers `lower` and `upper`."""
 
     @property
     def num_values(self) -> int:
@@ -52,12 +57,27 @@ class OutputInfo:
         """Numbers that a part holds for all its tiles together."""
         return 0 if self.decoder is None else self.decoder.num_sums
 
+    @property
+    def confidence(self) -> tuple[str, ...]:
+        """What parts hold for each tile beside its values."""
+        return CONFIDENCE if self.decoder is None else (*CONFIDENCE, SPREAD)
+
     @classmethod
-    def of_model(cls, model: "ModelVersion") -> "OutputInfo":
-        """Returns what finishing tasks get of a model version."""
+    def of_model(cls, model: "ModelVersion", intervals: bool = False) -> "OutputInfo":
+        """Returns what finishing tasks get of a model version, whose files have `intervals`, or not."""
         unit = normalisers(model.config.genes)[1].unit()
         decoder = model.programs.decoder() if model.programs else None
-        return cls(model.panel, unit, model.digest, model.tile_size_px, model.mpp, model.ood_similarity, decoder)
+        return cls(
+            panel=model.panel,
+            unit=unit,
+            model_digest=model.digest,
+            tile_size_px=model.tile_size_px,
+            mpp=model.mpp,
+            ood_similarity=model.ood_similarity,
+            decoder=decoder,
+            calibration=model.calibration,
+            intervals=intervals,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ class PredictedSlide:
     staging: str
     """URI of the staging folder; empty for a slide that is drawn from its published table."""
     table: Path
-    """Local Parquet table: one row per tile, columns of `table.SPOT_SCHEMA` and one per gene id."""
+    """Local Parquet table: one row per tile, columns of `table.spot_schema` and one per gene id."""
     info: OutputInfo
     thumbnail: np.ndarray
     """The slide, uint8 (height, width, 3)."""

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import StorageError
+from mclstexp.model.calibration import SPREAD
 from mclstexp.prediction.parts import CONFIDENCE, GRID_SCHEMA, SlideRecord, read_grid, read_record
 from mclstexp.prediction.writers.gather import GROUP_TILES, Group, gather
 from mclstexp.prediction.writers.slide import RECORD_KEY, OutputInfo, PredictedSlide, provenance_of
@@ -29,6 +30,9 @@ SPOT_SCHEMA = pa.schema(
     ]
 )
 """The columns in front of the genes."""
+ABSTAIN, SCALE = "abstain", "interval_scale"
+_DOUBT_SCHEMA = pa.schema([(SPREAD, pa.float32()), (ABSTAIN, pa.bool_()), (SCALE, pa.float32())])
+"""Behind them, of a calibrated model."""
 
 
 def write_table(path: Path, slide: PredictedSlide) -> None:
@@ -36,6 +40,10 @@ def write_table(path: Path, slide: PredictedSlide) -> None:
 
     Tiles without pixels are left out. A row group has at most 4,096 rows. The file's metadata is `provenance`, the
     panel's genes and symbols, and the slide's record with the number of tiles left out.
+
+    A calibrated model adds `spread`, `abstain` and `interval_scale`. A gene's interval in a tile is its prediction plus
+    and minus `interval_scale` times the gene's `half_width`, which are in the metadata in the order of its genes
+    (`half_width_any_depth`: for an assay of fewer counts too).
 
     Args:
         path: local file to write.
@@ -49,7 +57,7 @@ def write_table(path: Path, slide: PredictedSlide) -> None:
     grid = read_grid(slide.staging, record.num_tiles)
     num_tiles = num_rows = 0
     # Expression neither repeats nor is searched by range; dictionaries and statistics of it would only cost.
-    options = {"use_dictionary": _NAMES, "write_statistics": SPOT_SCHEMA.names, "compression": "zstd"}
+    options = {"use_dictionary": _NAMES, "write_statistics": spot_schema(info).names, "compression": "zstd"}
     with pq.ParquetWriter(path, table_schema(info), store_schema=False, **options) as writer:
         for group in gather(slide.staging, record, grid, info):
             tiles = grid.slice(num_tiles, len(group.complete))
@@ -59,7 +67,7 @@ def write_table(path: Path, slide: PredictedSlide) -> None:
         # A slide that was moved gives the same bytes, so the image's URI is left out.
         record = record.model_copy(update={"missing_tiles": record.num_tiles - num_rows, "image": ""})
         genes = {"genes": ",".join(info.panel.gene_id), "symbols": ",".join(info.panel.symbol)}
-        metadata = provenance_of(record, info) | genes | {RECORD_KEY: record.model_dump_json()}
+        metadata = provenance_of(record, info) | genes | _half_widths(info) | {RECORD_KEY: record.model_dump_json()}
         writer.add_key_value_metadata(metadata)
 
 
@@ -70,9 +78,14 @@ def row_groups(table: Path, columns: list[str] | None = None) -> Iterator[pa.Tab
             yield file.read_row_group(group, columns)
 
 
+def spot_schema(info: OutputInfo) -> pa.Schema:
+    """Returns the columns in front of the genes."""
+    return SPOT_SCHEMA if info.calibration is None else pa.schema([*SPOT_SCHEMA, *_DOUBT_SCHEMA])
+
+
 def table_schema(info: OutputInfo) -> pa.Schema:
     """Returns the schema of a slide's table."""
-    return pa.schema([*SPOT_SCHEMA, *((gene, pa.float32()) for gene in info.panel.gene_id)])
+    return pa.schema([*spot_schema(info), *((gene, pa.float32()) for gene in info.panel.gene_id)])
 
 
 def info_of(schema: pa.Schema) -> OutputInfo:
@@ -82,9 +95,9 @@ def info_of(schema: pa.Schema) -> OutputInfo:
         StorageError: a key is missing or has no valid value.
     """
     facts = {name.decode(): value.decode() for name, value in (schema.metadata or {}).items()}
-    genes = tuple(schema.names[len(SPOT_SCHEMA) :])
     try:
         symbols, ood = tuple(facts["symbols"].split(",")), facts["ood_similarity"]
+        genes = tuple(schema.names[-len(symbols) :])
         # A gene's id is its Ensembl id if it has one, else its symbol.
         ensembl_ids = tuple("" if gene == symbol else gene for gene, symbol in zip(genes, symbols, strict=True))
         return OutputInfo(
@@ -106,12 +119,31 @@ def _joined(tiles: pa.Table, group: Group, record: SlideRecord, info: OutputInfo
         [
             *names,
             *tiles.filter(pa.array(group.complete)).columns,
-            *map(pa.array, group.confidence.values()),
+            *(pa.array(group.confidence[name]) for name in CONFIDENCE),
             _out_of_distribution(group.confidence["similarity"], info.ood_similarity),
+            *_doubts(group, info),
             *map(pa.array, group.values.T),
         ],
         schema=table_schema(info),
     )
+
+
+def _doubts(group: Group, info: OutputInfo) -> list[pa.Array]:
+    """Returns the columns of `_DOUBT_SCHEMA`; none without a calibration."""
+    if info.calibration is None:
+        return []
+    similarity, spread = (group.confidence[name] for name in ("similarity", SPREAD))
+    is_far = np.zeros(len(spread), bool) if info.ood_similarity is None else similarity < info.ood_similarity
+    scale = info.calibration.scale.of(spread, similarity).astype(np.float32)
+    return [pa.array(spread), pa.array(info.calibration.abstain(spread, is_far)), pa.array(scale)]
+
+
+def _half_widths(info: OutputInfo) -> dict[str, str]:
+    """Returns the genes' half widths as metadata."""
+    if info.calibration is None:
+        return {}
+    found = {name: getattr(info.calibration, name) for name in ("half_width", "half_width_any_depth")}
+    return {name: ",".join(map(repr, values.tolist())) for name, values in found.items()}
 
 
 def _out_of_distribution(similarity: np.ndarray, threshold: float | None) -> pa.Array:
