@@ -46,6 +46,7 @@ def with_scores(slide: Slide, decoder: SlideDecoder) -> Slide:
     """Stages a slide with random scores and sums in the place of expression."""
     rng, num_tiles = np.random.default_rng(2), len(slide.grid)
     slide.answer.values = rng.normal(size=(num_tiles, decoder.num_values)).astype(np.float32)
+    slide.answer.spread = rng.random(num_tiles, np.float32)
     scored = replace(slide, sums=rng.normal(size=(num_parts(num_tiles), decoder.num_sums)))
     write(scored)
     return scored

@@ -119,7 +119,7 @@ def test_without_intervals_a_table_is_the_same_and_the_file_has_no_layers(model:
 def test_intervals_are_refused_for_a_model_without_and_are_part_of_a_slides_key(
     model: ModelVersion, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=r"predict\.intervals=true.*model\.predictor=infonce.*is not calibrated"):
+    with pytest.raises(ModelError, match=r"predict\.intervals=true.*model\.predictor=retrieval.*is not calibrated"):
         plan_of(random_version(), str(tmp_path), PredictConfig(intervals=True), None)
     source = SlideSource("A", "P", "", "a.tif", 0.5)
     with_, without = (

@@ -73,10 +73,10 @@ def test_correlations_are_means_over_patients_and_predicted_genes_are_trusted() 
         ]
         of_patients.append(np.mean(of_sections, axis=0))
     expected = np.mean(of_patients, axis=0)
-    np.testing.assert_allclose(trust.correlation, expected, atol=1e-6)
+    np.testing.assert_allclose(trust.correlation, expected, atol=1e-5)
     student = scipy.stats.t.interval(0.95, 3, expected, scipy.stats.sem(of_patients))
-    np.testing.assert_allclose(trust.low, np.maximum(student[0], -1), atol=1e-6)
-    np.testing.assert_allclose(trust.high, np.minimum(student[1], 1), atol=1e-6)
+    np.testing.assert_allclose(trust.low, np.maximum(student[0], -1), atol=1e-4)
+    np.testing.assert_allclose(trust.high, np.minimum(student[1], 1), atol=1e-4)
     assert trust.trusted[trust.correlation > 0.4].all()
     assert trust.trusted.mean() > 0.8
 
@@ -87,7 +87,7 @@ def test_with_one_patient_the_interval_is_as_wide_as_chance_scatters() -> None:
     assert (trust.low < trust.correlation).all()
     assert (trust.correlation < trust.high).all()
     reach = np.arctanh(trust.high) - np.arctanh(trust.correlation)
-    np.testing.assert_allclose(reach, np.arctanh(trust.correlation) - np.arctanh(trust.low), rtol=1e-6)
+    np.testing.assert_allclose(reach, np.arctanh(trust.correlation) - np.arctanh(trust.low), rtol=1e-4)
     assert (reach > 1.96 / np.sqrt(128 - 3)).mean() > 0.8  # neighbours are alike: fewer than 128 independent spots
 
 

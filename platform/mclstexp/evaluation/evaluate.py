@@ -23,6 +23,7 @@ from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.table import read_thumbnail
 from mclstexp.errors import ModelError, SplitError
+from mclstexp.evaluation.coverage import coverage_notes
 from mclstexp.evaluation.floors import (
     SEED,
     Floors,
@@ -38,7 +39,7 @@ from mclstexp.messages import some_of
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import embed_sections, head_of, network_of
 from mclstexp.model.extract import features, wanted
-from mclstexp.model.retrieval import resolve, retrieve
+from mclstexp.model.retrieval import Retrieved, resolve, retrieve
 from mclstexp.model.version import ModelVersion, TrainingRecord
 from mclstexp.progress import Show, hidden
 
@@ -89,17 +90,20 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         queries = _queries(model, reader, names, show, scratch)
         seen = floor_features(model, reader, [*model.training.sections, *names], floor_weights, show, scratch)
+    answers = {each.section_id: model.predict(queries[each.section_id], each.xy_um) for each in tested}
 
     # Every section in every target
     labels = unique_labels(model.panel.names(), model.panel.gene_id, GenePanel.from_table(all_genes).names())
     marker_sets, missing = marker_columns(markers or {}, model.panel)
     notes = [*_notes(model, manifest, names, missing), *_unmeasured_notes(training, tested, labels)]
+    if model.calibration is not None:
+        notes.extend(coverage_notes(model.calibration, tested, answers, reader.target))
     rows, genes = [], []
     for name, target in targets.items():
         floors = Floors(training, seen, target)
         notes.append(f"alpha of the ridges in {name}, by leave-one-out over training spots: {floors.alphas()}")
         for section in tested:
-            predicted = _answer(model, section, queries[section.section_id], banks[name])
+            predicted = _answer(model, queries[section.section_id], banks[name], answers[section.section_id])
             in_unit = target == reader.target or banks[name] is not None
             tables = _gene_tables(section, target, predicted, in_unit, floors)
             rows += _set_rows(section, name, tables, gene_sets(section.expression(target), marker_sets))
@@ -112,7 +116,7 @@ def evaluate(
         genes=labels,
         rows=pd.concat(rows, ignore_index=True),
         per_gene=pd.concat(genes, ignore_index=True),
-        sections=tuple(_result(model, reader, section, queries[section.section_id]) for section in tested),
+        sections=tuple(_result(model, reader, each, answers[each.section_id].prediction) for each in tested),
     )
 
 
@@ -199,10 +203,13 @@ def _queries(
     return {name: embed(stored.read_section(name)) for name in names}
 
 
-def _answer(model: ModelVersion, section: MeasuredSection, queries: np.ndarray, bank: Bank | None) -> np.ndarray:
-    """Returns the model's prediction for a section's embedded tiles (N, D), float32 (N, G), in the unit of the bank."""
-    if bank is None:
-        return model.predict(queries, section.xy_um).prediction
+def _answer(model: ModelVersion, queries: np.ndarray, bank: Bank | None, own: Retrieved) -> np.ndarray:
+    """Returns the model's prediction for a section's embedded tiles (N, D), float32 (N, G), in the unit of the bank.
+
+    `own` is its answer in its own target, which is also that of a model without another bank.
+    """
+    if bank is None or bank is model.bank:
+        return own.prediction
     return retrieve(queries, bank, resolve(model.config.retrieval, len(bank))).prediction
 
 
@@ -252,13 +259,13 @@ def _labelled(table: pd.DataFrame, labels: Labels) -> pd.DataFrame:
     return table.assign(**labels)[[*labels, *table.columns]]
 
 
-def _result(model: ModelVersion, reader: SpotReader, section: MeasuredSection, queries: np.ndarray) -> SectionResult:
+def _result(model: ModelVersion, reader: SpotReader, section: MeasuredSection, prediction: np.ndarray) -> SectionResult:
     entry = reader.manifest.section(section.section_id)
     return SectionResult(
         section=section,
         panel=model.panel,
         truth=section.expression(reader.target),
-        prediction=model.predict(queries, section.xy_um).prediction,
+        prediction=prediction,
         thumbnail=read_thumbnail(reader.root, entry),
         thumbnail_scale=entry.thumbnail_scale,
     )

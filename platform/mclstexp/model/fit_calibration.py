@@ -40,12 +40,12 @@ def fit_calibration(spots: TrainingSpots, fitted: FittedPrograms) -> Calibration
     found = fitted.retrieved
     errors = np.abs(spots.expression - fitted.left_out)
     scale = fit_scale(errors, found.spread, found.similarity, group)
-    of_tile = scale.of(found.spread, found.similarity)
-    widths, coverage = half_widths(errors / of_tile[:, None], group)
+    of_tile = scale.of(found.spread, found.similarity)[:, None].astype(np.float32)
+    widths, coverage = half_widths(errors / of_tile, group)
     thin = np.concatenate([thinned_most(each, spots.target) for each in spots.sections])
     return Calibration(
         half_width=widths,
-        half_width_any_depth=half_widths(np.abs(thin - fitted.left_out) / of_tile[:, None], group)[0],
+        half_width_any_depth=half_widths(np.abs(thin - fitted.left_out) / of_tile, group)[0],
         scale=scale,
         max_spread=float(np.percentile(found.spread, MAX_SPREAD_PERCENTILE)),
         calibrated_on=spots.folds.kind,
@@ -77,7 +77,7 @@ def half_widths(errors: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, dict
     ratios = []
     for index, each in enumerate(rows):
         others = _mean(np.delete(own, index, axis=0))
-        ratios.append(errors[each] / np.maximum(others, _MIN_WIDTH))
+        ratios.append(errors[each] / np.maximum(others, _MIN_WIDTH).astype(errors.dtype))
     low, high = 0.0, _MAX_FACTOR
     for _ in range(_BISECTIONS):
         factor = (low + high) / 2

@@ -45,7 +45,7 @@ def gene_trust(spots: TrainingSpots, scores: np.ndarray, programs: Programs) -> 
     starts = np.cumsum([len(each) for each in spots.sections])[:-1]
     truth, of_section = np.split(spots.expression, starts), np.split(scores, starts)
     maps = [
-        _Map(_centred(values), each, section.xy_um)
+        _Map(_centred(values), each.astype(np.float32), section.xy_um)
         for values, each, section in zip(truth, of_section, spots.sections, strict=True)
     ]
     patients = [section.patient_id for section in spots.sections]
@@ -76,9 +76,9 @@ class _Map:
     """What is measured and predicted in one section."""
 
     truth: np.ndarray
-    """Expression less its mean, float64 (n, G); NaN for a gene that is not measured."""
+    """Expression less its mean, float32 (n, G); NaN for a gene that is not measured."""
     scores: np.ndarray
-    """(n, R)."""
+    """float32 (n, R)."""
     xy_um: np.ndarray
     """(n, 2)."""
 
@@ -88,7 +88,7 @@ class _Map:
         scores = scores - scores.mean(axis=1, keepdims=True)
         products = np.einsum("gbr,rg->bg", np.tensordot(self.truth, scores, (0, 1)), decoder)
         spread = np.einsum("brs,rg,sg->bg", np.einsum("bnr,bns->brs", scores, scores), decoder, decoder, optimize=True)
-        squares = spread * (self.truth**2).sum(axis=0)
+        squares = spread * (self.truth**2).sum(axis=0, dtype=np.float64)
         return np.where(squares > _TINY, products / np.sqrt(np.maximum(squares, _TINY)), np.nan)
 
 
@@ -139,7 +139,7 @@ def _interval(correlation: np.ndarray, of_patients: np.ndarray, scatter: np.ndar
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float64) - values.mean(axis=0, dtype=np.float64)
+    return (values - values.mean(axis=0, dtype=np.float64)).astype(np.float32)
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
