@@ -30,7 +30,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MAX_SPREAD_PERCENTILE = 99.0
 _LIMITS = (1.0, 99.0)
 _SCALE_GENES = 50
-"""Genes that choose the strength, about."""
+"""Genes that choose the scale, about."""
 _MIN_WIDTH, _MAX_FACTOR, _BISECTIONS = 1e-9, 1e3, 40
 
 
@@ -96,12 +96,13 @@ def fit_scale(errors: np.ndarray, spread: np.ndarray, similarity: np.ndarray, gr
     constant width, where the scale tells nothing of patients never seen.
 
     Args:
-        errors: absolute errors, (N, G); NaN where a gene is not measured.
+        errors: absolute errors, (N, G); genes that are NaN somewhere, not measured, are left out.
         spread, similarity: of each spot's donors outside its fold, (N,).
         group: strings (N,), at least two different ones.
     """
-    some = errors[:, :: max(1, errors.shape[1] // _SCALE_GENES)]
-    some = some / np.maximum(np.nanmean(some, axis=0), _MIN_WIDTH)
+    everywhere = np.flatnonzero(~np.isnan(errors).any(axis=0))
+    some = errors[:, everywhere[:: max(1, len(everywhere) // _SCALE_GENES)]]
+    some = some / np.maximum(some.mean(axis=0), _MIN_WIDTH)
     signs = doubts(spread, similarity)
     scores = np.zeros(len(STRENGTHS))
     for name in np.unique(group):
@@ -116,7 +117,7 @@ def fit_scale(errors: np.ndarray, spread: np.ndarray, similarity: np.ndarray, gr
 
 def _scale(errors: np.ndarray, signs: np.ndarray, group: np.ndarray) -> TileScale:
     """Returns the scale of full strength from errors in units of each gene's mean, (N, G), and `doubts`, (N, 2)."""
-    size = np.log(np.maximum(np.nanmean(errors, axis=1), _MIN_WIDTH))
+    size = np.log(np.maximum(errors.mean(axis=1), _MIN_WIDTH))
     low, high = np.percentile(signs, _LIMITS, axis=0)
     signs = signs.clip(low, high)
     slopes, _ = nnls(centred_within(signs, group), centred_within(size, group))
@@ -125,7 +126,7 @@ def _scale(errors: np.ndarray, signs: np.ndarray, group: np.ndarray) -> TileScal
 
 def _interval_score(errors: np.ndarray, width: np.ndarray) -> float:
     """Returns the mean interval score of symmetric intervals of half widths (n, G) with absolute errors (n, G)."""
-    return float(np.nanmean(2 * width + 2 / (1 - COVERAGE) * np.maximum(errors - width, 0)))
+    return float(np.mean(2 * width + 2 / (1 - COVERAGE) * np.maximum(errors - width, 0)))
 
 
 def _quantiles(errors: np.ndarray) -> np.ndarray:
