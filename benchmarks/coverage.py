@@ -126,11 +126,16 @@ class Table:
             f"{len(calibration.left_out_coverage)} {calibration.calibrated_on}",
             f"{(errors <= scale * calibration.half_width).mean():.3f}",
             f"{(errors <= scale * calibration.half_width_any_depth).mean():.3f}",
-            f"{spearmanr(scale[:, 0], (errors / constant).mean(axis=1))[0]:.2f}",
+            f"{rank_correlation(scale[:, 0], (errors / constant).mean(axis=1)):.2f}",
             *(f"{score(errors, width, constant):.3f}" for width in (scale * calibration.half_width, constant)),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
         return float((errors <= scale * calibration.half_width).mean())
+
+
+def rank_correlation(scale: np.ndarray, errors: np.ndarray) -> float:
+    """Returns Spearman's correlation of tiles' scales and errors; 0 for a constant scale."""
+    return 0.0 if np.ptp(scale) == 0 else float(spearmanr(scale, errors)[0])
 
 
 def score(errors: np.ndarray, width: np.ndarray, unit: np.ndarray) -> float:
