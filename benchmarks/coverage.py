@@ -119,18 +119,21 @@ class Table:
         self, section: MeasuredSection, found: Retrieved, calibration: Calibration, constant: np.ndarray
     ) -> float:
         """Prints a section's row; returns its coverage."""
-        errors = np.abs(section.expression(self.target) - found.prediction)
+        measured = np.setdiff1d(np.arange(len(constant)), section.unmeasured)
+        errors = np.abs(section.expression(self.target) - found.prediction)[:, measured]
         scale = calibration.scale.of(found.spread, found.similarity)[:, None]
+        constant, plain, wide = (
+            width[measured] for width in (constant, calibration.half_width, calibration.half_width_any_depth)
+        )
         cells = [
             f"{section.section_id} of {section.patient_id}",
             f"{len(calibration.left_out_coverage)} {calibration.calibrated_on}",
-            f"{(errors <= scale * calibration.half_width).mean():.3f}",
-            f"{(errors <= scale * calibration.half_width_any_depth).mean():.3f}",
+            *(f"{(errors <= scale * width).mean():.3f}" for width in (plain, wide)),
             f"{rank_correlation(scale[:, 0], (errors / constant).mean(axis=1)):.2f}",
-            *(f"{score(errors, width, constant):.3f}" for width in (scale * calibration.half_width, constant)),
+            *(f"{score(errors, width, constant):.3f}" for width in (scale * plain, constant)),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-        return float((errors <= scale * calibration.half_width).mean())
+        return float((errors <= scale * plain).mean())
 
 
 def rank_correlation(scale: np.ndarray, errors: np.ndarray) -> float:
