@@ -29,8 +29,8 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Strengths of the scale that are tried; 0 is a constant width."""
 MAX_SPREAD_PERCENTILE = 99.0
 _LIMITS = (1.0, 99.0)
-_SCALE_GENES = 50
-"""Genes that choose the scale, about."""
+_SCALE_VALUES, _SCALE_GENES = 1_000_000, 50
+"""Values that choose the scale, about, and the fewest genes."""
 _MIN_WIDTH, _MAX_FACTOR, _BISECTIONS = 1e-9, 1e3, 40
 
 
@@ -101,7 +101,8 @@ def fit_scale(errors: np.ndarray, spread: np.ndarray, similarity: np.ndarray, gr
         group: strings (N,), at least two different ones.
     """
     everywhere = np.flatnonzero(~np.isnan(errors).any(axis=0))
-    some = errors[:, everywhere[:: max(1, len(everywhere) // _SCALE_GENES)]]
+    num_genes = max(_SCALE_GENES, _SCALE_VALUES // len(errors))
+    some = errors[:, everywhere[:: -(-len(everywhere) // num_genes)]]
     some = some / np.maximum(some.mean(axis=0), _MIN_WIDTH)
     signs = doubts(spread, similarity)
     scores = np.zeros(len(STRENGTHS))
