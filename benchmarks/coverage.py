@@ -5,7 +5,7 @@
     python benchmarks/coverage.py TILES
 
 Fits a program model to the stored features of all patients but one, calibrates it, and predicts that patient. One row
-per held-out section: the share of its values inside their intervals, as calibrated and for any depth; the rank
+per held-out section: trusted genes; the share of its values inside their intervals, as calibrated and for any depth; the rank
 correlation of a tile's scale with its mean error; and the interval score (smaller is better) beside that of intervals
 of constant width. `--cohort` makes the synthetic cohort of 12 patients first, with features of a small random encoder.
 """
@@ -39,7 +39,9 @@ from mclstexp.training.fit_programs import feature_blocks, program_bank  # noqa:
 
 NUM_PATIENTS = 12
 RETRIEVAL = RetrievalConfig(weighting="fixed_number")
-HEAD = "| held out | calibrated on | coverage | any depth | rank correlation | interval score | of constant width |"
+HEAD = (
+    "| held out | calibrated on | trusted | coverage | any depth | rank correlation | interval score | constant width |"
+)
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
     if parsed.cohort:
         make_table(parsed.tiles)
     table = Table(str(parsed.tiles.resolve()))
-    print(f"{HEAD}\n|---|---|---|---|---|---|---|", flush=True)
+    print(f"{HEAD}\n|---|---|---|---|---|---|---|---|", flush=True)
     shares = []
     for patient in parsed.patients.split(",") if parsed.patients else table.patients():
         shares.append(np.mean([table.print_row(*each) for each in table.fold(patient)]))
@@ -128,6 +130,7 @@ class Table:
         cells = [
             f"{section.section_id} of {section.patient_id}",
             f"{len(calibration.left_out_coverage)} {calibration.calibrated_on}",
+            f"{calibration.trust.trusted.sum()} of {len(calibration.half_width)}",
             *(f"{(errors <= scale * width).mean():.3f}" for width in (plain, wide)),
             f"{rank_correlation(scale[:, 0], (errors / constant).mean(axis=1)):.2f}",
             *(f"{score(errors, width, constant):.3f}" for width in (scale * plain, constant)),
