@@ -5,9 +5,10 @@
     python benchmarks/coverage.py TILES
 
 Fits a program model to the stored features of all patients but one, calibrates it, and predicts that patient. One row
-per held-out section: trusted genes; the share of its values inside their intervals, as calibrated and for any depth; the rank
-correlation of a tile's scale with its mean error; and the interval score (smaller is better) beside that of intervals
-of constant width. `--cohort` makes the synthetic cohort of 12 patients first, with features of a small random encoder.
+per held-out section: trusted genes; the share of its values inside their intervals, as calibrated and for any depth;
+the rank correlation of a tile's scale with its mean error; and the interval score (smaller is better) beside that of
+intervals of constant width. `--cohort` makes the synthetic cohort of 12 patients first, with features of a small random
+encoder.
 """
 
 import argparse
