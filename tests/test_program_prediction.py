@@ -194,7 +194,7 @@ def test_a_forecast_times_the_answer_and_counts_scores(model: ModelVersion, slid
 @pytest.fixture(scope="module")
 def predicted(model: ModelVersion, slides: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    assert predict(model, slides, out, num_cpus=6, overlap=0.5).counts() == {"done": 2, "empty": 1}
+    assert predict(model, slides, out, num_cpus=6, overlap=0.5, intervals=True).counts() == {"done": 2, "empty": 1}
     return out
 
 
@@ -217,6 +217,10 @@ def test_a_slide_gets_what_the_version_says_of_all_its_tiles(
     tiles, xy_um = tiles_of(slides / f"{name}.tif", predicted / f"{name}.parquet", model)
     expected = model.predict(network_of(model).build(CPU)(tiles), xy_um)
     np.testing.assert_allclose(expression(predicted / f"{name}.parquet", model), expected.prediction, atol=1e-4)
+    assert model.calibration is not None
+    half_width = model.calibration.half_widths(expected.spread, expected.similarity)
+    layers = anndata.read_h5ad(predicted / f"{name}.h5ad").layers
+    np.testing.assert_allclose(layers["upper"] - layers["lower"], 2 * half_width, rtol=2e-3)
 
 
 @pytest.mark.ray
@@ -229,12 +233,12 @@ def test_a_run_that_stopped_midway_ends_with_the_same_bytes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.CohortRun, "_take", _stopping(rows))
         with pytest.raises(KeyboardInterrupt):
-            predict(model, slides, tmp_path, overlap=0.5, num_cpus=6)
+            predict(model, slides, tmp_path, overlap=0.5, intervals=True, num_cpus=6)
     (staging,) = (tmp_path / "staging").glob("big-*")
     parts = sorted((staging / "answers").glob("*.safetensors"))
     assert len(parts) >= 2
     parts[0].unlink()
-    report = predict(model, slides, tmp_path, overlap=0.5)
+    report = predict(model, slides, tmp_path, overlap=0.5, intervals=True)
     assert report.counts() == {"done": 2, "empty": 1}
     assert digests(tmp_path) == digests(predicted)
 
