@@ -15,7 +15,7 @@ from program_version import program_version
 from random_version import random_version
 from staged_slides import stage, write
 
-from mclstexp.config import Config, override
+from mclstexp.config import Config
 from mclstexp.errors import ModelError
 from mclstexp.model.answer import answerer_of
 from mclstexp.model.calibration import SPREAD
@@ -180,7 +180,7 @@ def test_votes_are_those_of_the_bank_and_their_share_is_named(
 
 
 def test_a_forecast_times_the_answer_and_counts_scores(model: ModelVersion, slides: Path, tmp_path: Path) -> None:
-    cohort = open_cohort(str(slides), model, str(tmp_path), override(Config(), {"predict.overlap": 0.5}).predict)
+    cohort = open_cohort(str(slides), model, str(tmp_path), PredictConfig(overlap=0.5, intervals=True))
     planned = forecast(cohort, model, WorkerCounts(1, 1, False))
     assert "3 slides, 3 of them inspected: 0 cannot be predicted" in planned
     most = max(
@@ -189,6 +189,8 @@ def test_a_forecast_times_the_answer_and_counts_scores(model: ModelVersion, slid
         if "per slide" in line
     )
     assert f"meanwhile {most * 32 * 4 / 1e9:.3g} GB in its staging folder" in planned
+    (total,) = (int(line.split()[1].replace(",", "")) for line in planned.split("\n") if line.startswith("tiles"))
+    assert f"at most {total * 20 * (4 + 4 + 2 * 4) / 1e9:.3g} GB" in planned  # table, X, lower and upper
 
 
 @pytest.fixture(scope="module")

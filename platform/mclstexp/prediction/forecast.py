@@ -169,6 +169,7 @@ def _in_words(
     staged_bytes = max(tiles) * tile_bytes * workers.num_readers
     in_flight = part_bytes * (_PARTS_IN_FLIGHT * workers.num_readers + 2 * workers.num_embedders)
     in_flight += PART_TILES * tile_bytes * _ANSWERS_IN_FLIGHT * workers.num_embedders
+    value_bytes = _BYTES_PER_VALUE * (2 if cohort.plan.intervals else 1)  # with two more layers
     inspected = f"{len(found) + len(faults)} of them inspected"
     lines = [
         f"slides     {len(cohort.sources)} slides, {inspected}: {len(faults)} cannot be predicted",
@@ -181,7 +182,7 @@ def _in_words(
         f"memory     about {(in_flight + bank_bytes) / 2**30:.2g} GiB of object store, whatever the slides' sizes, and "
         f"{plain_bytes / 2**30:.2g} GiB for plain images, which are decoded whole",
         f"scratch    at most {cohort.plan.scratch_budget_bytes / 1e9:.3g} GB on each node, for remote slides",
-        f"output     at most {total * len(model.panel) * _BYTES_PER_VALUE / 1e9:.3g} GB before compression "
+        f"output     at most {total * len(model.panel) * value_bytes / 1e9:.3g} GB before compression "
         f"({len(model.panel)} genes), and meanwhile {staged_bytes / 1e9:.3g} GB in its staging folder",
     ]
     return "\n".join(lines)
