@@ -14,7 +14,7 @@ from mclstexp.data.measured import MeasuredSection
 from mclstexp.errors import ModelError
 from mclstexp.model.bank import Bank
 from mclstexp.model.blend import ProgramModel
-from mclstexp.model.fit_blend import SHARE, FeatureBlocks, FittedPrograms, TrainingSpots, fit_program_model
+from mclstexp.model.fit_blend import SHARE, SHARES, FeatureBlocks, FittedPrograms, TrainingSpots, fit_program_model
 from mclstexp.model.program_ridge import ALPHAS
 from mclstexp.model.retrieval import resolve, retrieve
 from mclstexp.settings import RetrievalConfig
@@ -200,3 +200,22 @@ def test_what_is_not_finite_is_named(fitted: FittedPrograms) -> None:
     assert fitted.model.not_finite() is None
     broken = replace(fitted.model, own_weights=fitted.model.own_weights * np.nan)
     assert broken.not_finite() == "own_weights of the programs"
+
+
+def test_left_out_patients_choose_the_share_of_retrieval() -> None:
+    sections = [_section(name, name, seed) for seed, name in enumerate("PQRS", start=1)]
+    features = {section.section_id: values for section, values in sections}
+    spots = TrainingSpots([section for section, _ in sections], features.__getitem__, BLOCKS, TARGET)
+    found = fit_program_model(spots, RETRIEVAL)
+    truth = np.split(spots.expression, 4)
+    chosen = np.mean([_correlation(p, t) for p, t in zip(np.split(found.left_out, 4), truth, strict=True)])
+    for share in SHARES:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("mclstexp.model.fit_blend.SHARES", (share,))
+            other = np.split(fit_program_model(spots, RETRIEVAL).left_out, 4)
+        assert np.mean([_correlation(p, t) for p, t in zip(other, truth, strict=True)]) <= chosen + 1e-6
+    assert found.model.share in SHARES
+
+
+def _correlation(predicted: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.mean([np.corrcoef(predicted[:, gene], truth[:, gene])[0, 1] for gene in range(truth.shape[1])]))

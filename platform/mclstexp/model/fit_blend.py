@@ -34,6 +34,8 @@ KEY_WIDTH = 256
 """Width of keys that are made of features: their leading directions."""
 SHARE = 0.25
 """Retrieval's share where there are too few patients to choose it."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares that are tried on left-out patients."""
 _WHAT, _STEPS = "fitting programs: steps", 4
 
 
@@ -233,6 +235,8 @@ def _fit_blend(
     """Returns the blend, and the scores within sections that it predicts out of fold, float64 (N, R).
 
     `scale` brings retrieved scores to the size of the ridge's; `slope` is that of measured on predicted expression.
+    Where whole patients are left out, the share has the highest mean correlation within their sections; blocks and
+    sections of one patient choose badly for another, so that with fewer patients it is `SHARE`.
 
     Args:
         spots: the training sections.
@@ -243,10 +247,27 @@ def _fit_blend(
     of_ridge, of_retrieval = (centred_within(each, spots.section_id) for each in (ridge.left_out, retrieved))
     truth = centred_within(spots.expression, spots.section_id)
     scale = float(np.sqrt((of_ridge**2).mean() / max((of_retrieval**2).mean(), 1e-12)))
-    blended = (1 - SHARE) * of_ridge + SHARE * scale * of_retrieval
-    predicted = programs.expression(blended)
-    slope = float(np.nansum(predicted * truth) / max((predicted**2).sum(), 1e-12))
-    return _Blend(SHARE, scale, slope), slope * blended
+
+    def blended(share: float) -> np.ndarray:
+        return (1 - share) * of_ridge + share * scale * of_retrieval
+
+    def correlation(share: float) -> float:
+        return _mean_correlation(programs.expression(blended(share)), truth, spots.section_id)
+
+    share = max(SHARES, key=correlation) if spots.folds.kind == "patients" else SHARE
+    predicted, measured = programs.expression(blended(share)), ~np.isnan(truth)
+    slope = float((predicted * truth)[measured].sum() / max((predicted**2)[measured].sum(), 1e-12))
+    return _Blend(share, scale, slope), slope * blended(share)
+
+
+def _mean_correlation(predicted: np.ndarray, truth: np.ndarray, section_id: np.ndarray) -> float:
+    """Returns the mean over sections of the mean correlation over genes, of values centred within sections (N, G)."""
+    means = []
+    for name in np.unique(section_id):
+        p, t = predicted[section_id == name], truth[section_id == name]
+        size = np.sqrt((p**2).sum(axis=0) * (t**2).sum(axis=0))
+        means.append(np.nanmean((p * t).sum(axis=0) / np.maximum(size, 1e-12)))
+    return float(np.mean(means))
 
 
 def _leading_directions(standard: np.ndarray) -> np.ndarray:
