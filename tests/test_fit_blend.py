@@ -134,10 +134,11 @@ def _by_the_formulas() -> tuple[np.ndarray, np.ndarray]:
     slope = (blended * _within(expression, lengths)).sum() / (blended**2).sum()
 
     def probe(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
-        pca = PCA(svd_solver="full").fit(key[rows, 16:])
-        model = RidgeCV(alphas=np.logspace(1, 6, 16))
-        model.fit(pca.transform(key[rows, 16:]) * np.sqrt(8), expression[rows])
-        return model.predict(pca.transform(of) * np.sqrt(8)).mean(axis=0)
+        seen = key[rows, 16:]
+        scale = lambda v: (v - seen.mean(axis=0)) / (seen.std(axis=0) + 1e-6)  # noqa: E731
+        pca = PCA(svd_solver="full").fit(scale(seen))
+        model = RidgeCV(alphas=np.logspace(1, 6, 16)).fit(pca.transform(scale(seen)), expression[rows])
+        return model.predict(pca.transform(scale(of))).mean(axis=0)
 
     told, means = [], []
     for out in range(3):
@@ -215,6 +216,34 @@ def test_left_out_patients_choose_the_share_of_retrieval() -> None:
             other = np.split(fit_program_model(spots, RETRIEVAL).left_out, 4)
         assert np.mean([_correlation(p, t) for p, t in zip(other, truth, strict=True)]) <= chosen + 1e-6
     assert found.model.share in SHARES
+
+
+def test_genes_that_a_section_lacks_are_predicted_too() -> None:
+    lacking = replace(TRAIN[1][0], unmeasured=np.array([7]))
+    sections = [TRAIN[0], (lacking, TRAIN[1][1]), TRAIN[2]]
+    features = {section.section_id: values for section, values in sections}
+    spots = TrainingSpots([section for section, _ in sections], features.__getitem__, BLOCKS, TARGET)
+    found = fit_program_model(spots, RETRIEVAL)
+    assert found.model.not_finite() is None
+    assert np.isfinite(found.left_out).all()
+    predicted, truth = _predicted(found, *TEST)[:, 7], TEST[0].expression(TARGET)[:, 7]
+    assert np.corrcoef(predicted, truth)[0, 1] > 0.3
+    measured = np.concatenate([TRAIN[0][0].expression(TARGET)[:, 7], TRAIN[2][0].expression(TARGET)[:, 7]])
+    assert found.model.level.mean[7] == pytest.approx(measured.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("max_drawn", [45, 7])
+def test_directions_and_level_are_fitted_to_some_spots_of_many(
+    fitted: FittedPrograms, max_drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mclstexp.model.fit_blend.MAX_DRAWN", max_drawn)
+    features = {section.section_id: values for section, values in TRAIN}
+    spots = TrainingSpots([section for section, _ in TRAIN], features.__getitem__, BLOCKS, TARGET)
+    drawn, standard = spots.drawn()
+    assert len(drawn) == len(standard) <= max_drawn
+    np.testing.assert_allclose(standard, np.concatenate(list(spots.standard()))[drawn])
+    found = fit_program_model(spots, RETRIEVAL)
+    assert _correlation(_predicted(found, *TEST), _predicted(fitted, *TEST)) > 0.9
 
 
 def _correlation(predicted: np.ndarray, truth: np.ndarray) -> float:

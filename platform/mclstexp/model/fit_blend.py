@@ -1,7 +1,8 @@
 """Fits the program model to training sections: programs, ridge, retrieval's share and level, each choice out of fold.
 
 Nothing here sees a validation or test section. Features are streamed section by section and more than once, so that
-memory goes with their width and not with the number of spots; expression, scores and keys of all spots are in memory.
+memory goes with their width and not with the number of spots (`MAX_DRAWN` of them at most are held at once);
+expression, scores and keys of all spots are in memory.
 
 Shapes: N training spots, G genes, F features, R programs, D width of keys.
 """
@@ -36,6 +37,8 @@ SHARE = 0.25
 """Retrieval's share where there are too few patients to choose it."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares that are tried on left-out patients."""
+MAX_DRAWN = 20_000
+"""Spots that the directions of keys and the level are fitted to, at most."""
 _WHAT, _STEPS = "fitting programs: steps", 4
 
 
@@ -95,6 +98,16 @@ class TrainingSpots:
         """Yields the standardised own features of each section, (n, F)."""
         for each in self.sections:
             yield self.own.apply(self.features(each.section_id))
+
+    def drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns at most `MAX_DRAWN` spots, evenly over all, as indices (n,), and their standardised features (n, F).
+
+        More would cost memory and gain nothing where a few hundred directions are fitted to them.
+        """
+        step = -(-len(self.section_id) // MAX_DRAWN)
+        starts = np.cumsum([0, *map(len, self.sections)])
+        parts = [each[-start % step :: step] for start, each in zip(starts, self.standard(), strict=False)]
+        return np.arange(0, starts[-1], step), np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -162,15 +175,18 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Sh
     ridge = fit_program_ridge(around.seen, scores, spots.section_id, spots.folds)
 
     show(_WHAT, 2, _STEPS, "retrieval")
-    standard = np.concatenate([each.astype(np.float32) for each in spots.standard()])
-    key_weights = _leading_directions(standard.astype(np.float64)).astype(np.float32)
-    keys = standard @ key_weights
+    drawn, standard = spots.drawn()
+    key_weights = _leading_directions(standard).astype(np.float32)
+    keys = np.concatenate([each.astype(np.float32) @ key_weights for each in spots.standard()])
     retrieved = left_out_retrieval(keys, scores, spots.folds, retrieval)
     blend, within = _fit_blend(spots, programs, ridge, retrieved.scores)
 
     show(_WHAT, 3, _STEPS, "level")
     level_columns = spots.blocks.columns([spots.blocks.level])
-    level, level_left_out = fit_level(standard[:, level_columns], spots.expression, spots.section_id, spots.folds)
+    level, left_out_levels = fit_level(
+        standard[:, level_columns], spots.expression[drawn], spots.section_id[drawn], spots.folds.of(drawn)
+    )
+    levels = [left_out_levels.get(key, level.mean) for key in zip(spots.folds.fold, spots.section_id, strict=True)]
     num_own = len(spots.own.mean)
     weights_of_ridge = blend.slope * (1 - blend.share) * ridge.weights
     model = ProgramModel(
@@ -188,7 +204,7 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Sh
         programs=programs,
         level=level,
     )
-    left_out = (level_left_out + programs.expression(within)).astype(np.float32)
+    left_out = (levels + programs.expression(within)).astype(np.float32)
     return FittedPrograms(model, keys, left_out, within, retrieved)
 
 

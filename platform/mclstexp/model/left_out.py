@@ -31,6 +31,10 @@ class LeftOut:
         """Number of folds, 2 to 5."""
         return int(self.fold.max()) + 1
 
+    def of(self, spots: np.ndarray) -> "LeftOut":
+        """Returns the folds of some spots, by their indices."""
+        return LeftOut(self.kind, self.fold[spots])
+
     def sides(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the spots outside and inside a fold, bool (N,) each."""
         return self.fold != index, self.fold == index

@@ -15,9 +15,6 @@ import numpy as np
 if TYPE_CHECKING:
     from mclstexp.model.left_out import LeftOut
 
-NUM_COMPONENTS = 256
-ALPHAS = np.logspace(1, 6, 16)
-
 
 @dataclass(frozen=True)
 class Level:
@@ -39,10 +36,14 @@ class Level:
         return self.mean + self.share * (mean_components @ self.coefficients + self.intercept - self.mean)
 
 
+LeftOutLevels = dict[tuple[int, str], np.ndarray]
+"""Mean expression (G,) of a section, by a fold and its name, as predicted without the fold's spots."""
+
+
 def fit_level(
     features: np.ndarray, expression: np.ndarray, section_id: np.ndarray, folds: "LeftOut"
-) -> tuple[Level, np.ndarray]:
-    """Returns the level, and that of each spot's section as predicted without the spot's fold, float64 (N, G).
+) -> tuple[Level, LeftOutLevels]:
+    """Returns the level, and those of the sections out of fold.
 
     Where whole patients are left out, the level's share is the least squares slope of measured on predicted differences
     from the training mean, over all genes and left-out sections, limited to 0 and 1. Sections of one patient do not say
@@ -50,35 +51,39 @@ def fit_level(
 
     Args:
         features: standardised, (N, F).
-        expression: (N, G).
+        expression: (N, G); NaN for a gene that a spot's section does not measure. Genes that only some spots measure
+            have the training mean as their level.
         section_id: strings, (N,).
         folds: the spots that are left out together.
     """
     products = squares = 0.0
-    means, differences = np.empty(expression.shape), np.empty(expression.shape)
+    probes: list[Level] = []
+    differences: LeftOutLevels = {}
     for index in range(folds.num_folds):
         outside, inside = folds.sides(index)
         probe = _probe(features[outside], expression[outside])
+        probes.append(probe)
         for name in np.unique(section_id[inside]):
             rows = inside & (section_id == name)
             predicted = probe.of(features[rows].mean(axis=0) @ probe.components) - probe.mean
-            products += predicted @ (expression[rows].mean(axis=0) - probe.mean)
+            products += predicted @ np.nan_to_num(expression[rows].mean(axis=0) - probe.mean)
             squares += predicted @ predicted
-            means[rows], differences[rows] = probe.mean, predicted
+            differences[index, name] = predicted
     share = 1.0
     if folds.kind == "patients":
         share = float(np.clip(products / squares, 0, 1)) if squares else 0.0
-    return replace(_probe(features, expression), share=share), means + share * differences
+    left_out = {key: probes[key[0]].mean + share * each for key, each in differences.items()}
+    return replace(_probe(features, expression), share=share), left_out
 
 
 def _probe(features: np.ndarray, expression: np.ndarray) -> Level:
-    from sklearn.decomposition import PCA  # here, because tasks that finish slides read levels and need none of it
-    from sklearn.linear_model import RidgeCV
+    from mclstexp.model.probe import Probe  # here, because tasks that finish slides start without scikit-learn
 
-    num_components = min(NUM_COMPONENTS, len(features) - 1, features.shape[1])
-    pca = PCA(num_components, svd_solver="full").fit(features)
-    size = np.sqrt(features.shape[1])
-    ridge = RidgeCV(alphas=ALPHAS).fit(pca.transform(features) * size, expression)
-    coefficients = ridge.coef_.T * size
-    intercept = ridge.intercept_ - (pca.mean_ @ pca.components_.T) @ coefficients
-    return Level(pca.components_.T, coefficients, intercept, expression.mean(axis=0), 1.0)
+    genes, fitted = Probe(features, expression).parts[0]
+    num_measured = (~np.isnan(expression)).sum(axis=0)
+    mean = np.nansum(expression, axis=0, dtype=np.float64) / np.maximum(1, num_measured)
+    coefficients, intercept = np.zeros((fitted.components.shape[1], len(mean))), mean.copy()
+    components = fitted.components / fitted.deviation[:, None]
+    coefficients[:, genes] = fitted.coefficients
+    intercept[genes] = fitted.intercept - fitted.mean @ components @ fitted.coefficients
+    return Level(components, coefficients, intercept, mean, 1.0)
