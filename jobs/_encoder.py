@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mclstexp.config import Config
     from mclstexp.data.schema import Manifest
     from mclstexp.settings import ModelConfig
 
@@ -25,3 +26,15 @@ def warn_of_encoder(config: "ModelConfig", manifest: "Manifest") -> None:
         warnings.append(resolution_warning(config.image_encoder, manifest.tile_size_px, manifest.mpp))
     for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def warn_of_augmentation(config: "Config") -> None:
+    """Prints that stored features of plain tiles are not augmented, where the settings ask for augmentation."""
+    train = config.train
+    if config.model.freeze_encoder and train.epochs and train.augmentation != "none" and not train.feature_draws:
+        print(
+            f"warning: train.augmentation={train.augmentation} has no effect on stored features of plain tiles; give "
+            "train.feature_draws a number of draws, or train.augmentation none",
+            file=sys.stderr,
+            flush=True,
+        )

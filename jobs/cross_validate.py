@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
-from _encoder import warn_of_encoder
+from _encoder import warn_of_augmentation, warn_of_encoder
 from _markers import markers
 from _patients import warn_of_similar_patients
 
@@ -67,6 +67,7 @@ def main() -> None:
     manifest, protocol, floor = load_manifest(arguments.data), arguments.protocol, arguments.floor_weights
     warn_of_similar_patients(manifest)
     warn_of_encoder(config.model, manifest)
+    warn_of_augmentation(config)
     folds = folds_of.make_folds(manifest, config, protocol, arguments.folds)
     name = arguments.name or folds_of.default_name(arguments.out, manifest, protocol, config, floor, marker_sets)
     uri = storage.join(storage.absolute(arguments.out), name)

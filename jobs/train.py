@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
-from _encoder import warn_of_encoder
+from _encoder import warn_of_augmentation, warn_of_encoder
 from _patients import warn_of_similar_patients
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def main() -> None:
     opened = open_run(arguments.data, arguments.out, arguments.name, config, track)
     warn_of_similar_patients(opened.manifest)
     warn_of_encoder(config.model, opened.manifest)
+    warn_of_augmentation(config)
     print(f"run {opened.name}: {len(opened.split.train)} training sections, {len(opened.panel)} genes", flush=True)
     if is_finished(opened):
         print("the run is finished already; give another --name to repeat it")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import _launch  # first: puts the project on the path
 from _cli import JobArguments, describe, parse, run
-from _encoder import warn_of_encoder
+from _encoder import warn_of_augmentation, warn_of_encoder
 from _patients import warn_of_similar_patients
 from pydantic import Field
 
@@ -60,6 +60,7 @@ def main() -> None:
     manifest = load_manifest(arguments.data)
     warn_of_similar_patients(manifest)
     warn_of_encoder(config.model, manifest)
+    warn_of_augmentation(config)
     config = cluster.side_by_side(with_validation(manifest, config))
     if arguments.features == "require":
         store_features(arguments.data, read_sections(manifest, config), feature_configs(space, config), make=False)

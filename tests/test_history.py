@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,19 @@ def test_a_snapshot_that_was_cut_is_made_again(run: Path, text: str) -> None:
     assert _names(result.best_checkpoints) == [f"checkpoint_{number}" for number in (3, 0, 2, 1)], "worst first"
     assert result.metrics is not None
     assert result.metrics["step"] == 4
+
+
+def test_every_changed_letter_of_the_snapshot_still_finds_a_checkpoint(run: Path) -> None:
+    snapshot = run / "checkpoint_manager_snapshot.json"
+    whole = snapshot.read_bytes()
+    names = {path.name for path in run.glob("checkpoint_?")}
+    for place in range(0, len(whole), 3):
+        snapshot.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with suppress(RunError):  # a changed folder name counts as a damaged checkpoint
+            found = newest_checkpoint(str(run))
+            assert found is not None
+            assert found.uri.rpartition("/")[2] in names
+    snapshot.write_bytes(whole)
 
 
 def test_the_best_checkpoint_is_the_best_sound_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ray
 
@@ -139,27 +139,34 @@ def _stored(run_uri: str) -> list[StoredCheckpoint]:
     snapshot = _snapshot(run_uri)
     if snapshot is None:
         return _found(run_uri)
+    return sorted(_listed(run_uri, snapshot), key=lambda one: -one.report)
+
+
+def _listed(run_uri: str, snapshot: dict[str, Any]) -> list[StoredCheckpoint]:
+    """Returns the checkpoints of a snapshot, in its order."""
     pairs = zip(snapshot["checkpoint_results"], snapshot["checkpoint_report_indices"], strict=True)
-    stored = [
-        StoredCheckpoint(storage.join(run_uri, result["checkpoint_dir_name"]), result["metrics"], report)
+    return [
+        StoredCheckpoint(
+            storage.join(run_uri, str(result["checkpoint_dir_name"])), Metrics(result["metrics"]), int(report)
+        )
         for result, report in pairs
     ]
-    return sorted(stored, key=lambda one: -one.report)
 
 
 def _snapshot(run_uri: str) -> dict[str, Any] | None:
-    """Returns Ray Train's snapshot of a run; None if it is missing, or damaged by a kill while it was written."""
+    """Returns Ray Train's snapshot of a run; None if it is missing, or damaged, as by a kill while it was written."""
     try:
         snapshot = json.loads(storage.read(storage.join(run_uri, SNAPSHOT)))
-        return snapshot if snapshot["checkpoint_results"] is not None else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        _listed(run_uri, snapshot)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return cast(dict[str, Any], snapshot)
 
 
 def _found(run_uri: str) -> list[StoredCheckpoint]:
     """Returns the checkpoints whose folders are in storage, newest first, with the metrics that their states have."""
     inside = (file.removeprefix(f"{run_uri}/") for file in storage.list_files(run_uri))
-    names = sorted({path.split("/")[0] for path in inside if path.startswith(_FOLDERS)})
+    names = sorted({path.split("/")[0] for path in inside if path.startswith(_FOLDERS) and "/" in path})
     found = []
     for report, name in enumerate(names):
         uri = storage.join(run_uri, name)
