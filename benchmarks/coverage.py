@@ -80,7 +80,7 @@ class Table:
         name = sorted(path.name for path in Path(root, "features").iterdir())[0]
         manifest = load_features(root, name)
         assert manifest is not None
-        self.features = FeatureReader(feature_root(root, name), manifest, manifest.views)
+        self.features = FeatureReader(feature_root(root, name), manifest, manifest.views, manifest.encoder)
         self.blocks = feature_blocks(manifest.encoder.widths, len(manifest.views))
 
     def patients(self) -> list[str]:
