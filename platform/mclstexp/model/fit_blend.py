@@ -49,14 +49,15 @@ class FeatureBlocks:
     widths: tuple[int, ...]
     """Features of each block, a layer of a view."""
     near: tuple[int, ...]
-    """Blocks whose means over neighbours count, by index."""
+    """Blocks whose means over neighbours count, by index; there may be none."""
     level: int
     """Block that the level sees."""
 
     def columns(self, blocks: Sequence[int]) -> np.ndarray:
         """Returns the columns of some blocks, int64."""
         ends = np.cumsum(self.widths)
-        return np.concatenate([np.arange(ends[block] - self.widths[block], ends[block]) for block in blocks])
+        parts = [np.arange(ends[block] - self.widths[block], ends[block]) for block in blocks]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 @dataclass(frozen=True)
