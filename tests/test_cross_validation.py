@@ -211,6 +211,7 @@ def test_the_board_of_a_fold_is_on_the_requested_node(ray_session: None) -> None
 @pytest.mark.slow
 def test_folds_run_once_and_one_that_fails_stops_no_other(tiles: str, tmp_path: Path, mlflow_template: Path) -> None:
     shutil.copy(mlflow_template, tmp_path / "mlflow.db")
+    tiles = shutil.copytree(tiles, tmp_path / "tiles", ignore=shutil.ignore_patterns("features")).as_posix()
     config = _config(tmp_path)
     manifest = load_manifest(tiles)
     study, folds = _study(tiles, tmp_path, config), make_folds(manifest, config, "patient", ["P3", "P2"])

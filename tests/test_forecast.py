@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mclstexp.config import Config
 from mclstexp.prediction import forecast
 from mclstexp.prediction.pipeline import WorkerCounts
 
@@ -14,8 +15,10 @@ def test_memory_counts_the_answers_that_wait_to_be_written(num_readers: int, num
     """Tiles of 1 px, so that all but the answers is negligible."""
     num_genes = 500_000
     record = SimpleNamespace(num_tiles=256, tile_area_mm2=1.0, width_px=1, height_px=1, reads_regions=True)
-    model = SimpleNamespace(tile_size_px=1, mpp=0.5, bank=None, panel=range(num_genes))
-    cohort = SimpleNamespace(sources=[None], plan=SimpleNamespace(scratch_budget_bytes=0, features=None))
+    without = dict.fromkeys(("searched_bank", "programs", "calibration", "ood_similarity"))
+    model = SimpleNamespace(tile_size_px=1, mpp=0.5, panel=range(num_genes), config=Config(), digest="", **without)
+    plan = SimpleNamespace(scratch_budget_bytes=0, features=None, intervals=False)
+    cohort = SimpleNamespace(sources=[None], plan=plan)
     text = forecast._in_words(
         cohort,
         model,
