@@ -34,7 +34,7 @@ SWIGLU = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "init_val
 FAMILIES = {
     "h0-mini": (
         ("vit_base_patch14_reg4_dinov2", {"img_size": 224, "mlp_ratio": 5.33334, **SWIGLU}),
-        ["--model.image_layers", "class", "--model.feature_dtype", "float16"],
+        ["--model.image_layers", "class_mean,class", "--model.feature_dtype", "float16"],
     ),
     "densenet121": (None, ["--model.image_layers", "transition3,norm", "--model.image_views", "image,image_wide"]),
     "resnet18": (None, []),
