@@ -163,7 +163,7 @@ def report(table: Table) -> None:
             for section, value in zip(test, values, strict=True):
                 unit = section.section_id if fold.protocol.startswith("section") else section.patient_id
                 rows = scored.setdefault(fold.protocol, {}).setdefault(method, {}).setdefault(unit, [])
-                rows.append(scores(section, section.expression(table.target), value, truth.mean(axis=0)))
+                rows.append(scores(section, section.expression(table.target), value, np.nanmean(truth, axis=0)))
     for protocol, methods in scored.items():
         print(f"\n{Path(table.root).name}, {protocol}:\n")
         print(f"| method | {' | '.join(SCORES)} | PCC all beside the probe's |\n{'|---' * 6}|")
@@ -221,7 +221,7 @@ def scores(section: MeasuredSection, truth: np.ndarray, value: np.ndarray, mean:
     truth, value = truth.astype(np.float64), value.astype(np.float64)
     plain = correlations(weight, truth, value)
     free = correlations(weight, without_size(truth), without_size(value))
-    error, of_mean = (weight @ ((each - truth) ** 2).mean(axis=1) for each in (value, mean))
+    error, of_mean = (weight @ np.nanmean((each - truth) ** 2, axis=1) for each in (value, mean))
     highest = np.nan_to_num(plain[:, highest_genes(truth)])
     return np.stack(
         [np.nanmean(plain, axis=1), highest.mean(axis=1), np.nanmean(free, axis=1), error / of_mean], axis=1
