@@ -122,6 +122,19 @@ def test_left_out_donors_are_of_other_folds() -> None:
         np.testing.assert_allclose(found.similarity[spot], (unit[others] @ unit[spot]).max(), atol=1e-5)
 
 
+def test_left_out_spots_retrieve_by_the_weights_that_answer_slides() -> None:
+    rng = np.random.default_rng(7)
+    keys, scores = rng.normal(size=(30, 4)).astype(np.float32), rng.normal(size=(30, 2))
+    folds = LeftOut("patients", np.repeat([0, 1, 2], 10))
+    found = left_out_retrieval(keys, scores, folds, RetrievalConfig(weighting="inverse_square", k=5))
+    for spot in range(30):
+        others = np.flatnonzero(folds.fold != folds.fold[spot])
+        cosine = keys[others] @ keys[spot] / np.linalg.norm(keys[others], axis=1)
+        near = others[np.argsort(-cosine)[:5]]
+        weight = 1 / ((keys[near] - keys[spot]) ** 2).sum(axis=1)
+        np.testing.assert_allclose(found.scores[spot], weight @ scores[near] / weight.sum(), atol=1e-5)
+
+
 def test_coverage_of_12_patients_left_out_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     sections = cohort(12)
     shares, ranks, gains = [], [], []

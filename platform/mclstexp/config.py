@@ -103,6 +103,11 @@ class Config(ConfigBlock):
             raise ValueError(
                 "model.predictor=programs needs model.freeze_encoder=true: programs are fitted to stored features"
             )
+        if model.predictor == "programs" and train.epochs:
+            raise ValueError(
+                f"model.predictor=programs needs train.epochs=0, not {train.epochs}: it finds spots by the features of "
+                "the frozen encoder, and towers would be trained for nothing; use jobs/configs/programs.yaml"
+            )
         if not train.epochs and model.predictor != "programs":
             raise ValueError(
                 f"train.epochs=0 needs model.predictor=programs: {model.predictor} has nothing to answer with before "

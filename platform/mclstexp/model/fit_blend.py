@@ -16,14 +16,14 @@ from scipy.linalg import eigh
 
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.measured import MeasuredSection
+from mclstexp.model.bank import Bank
 from mclstexp.model.blend import ProgramModel, spread, with_squares
 from mclstexp.model.left_out import LeftOut, leave_out
 from mclstexp.model.level import fit_level
-from mclstexp.model.nearest import directions, nearest
 from mclstexp.model.neighbours import neighbour_means, pitch_um
 from mclstexp.model.program_ridge import ProgramRidge, fit_program_ridge
 from mclstexp.model.programs import Programs, centred_within, fit_programs
-from mclstexp.model.retrieval import Neighbours, resolve, weights
+from mclstexp.model.retrieval import resolve, retrieve
 from mclstexp.model.standardise import Standardiser, fit_standardiser
 from mclstexp.model.thinning import thinned_target
 from mclstexp.progress import Show, hidden
@@ -224,16 +224,19 @@ class LeftOutRetrieval:
 def left_out_retrieval(
     keys: np.ndarray, scores: np.ndarray, folds: LeftOut, config: RetrievalConfig
 ) -> LeftOutRetrieval:
-    """Returns what spots with these keys, (N, D), and scores, (N, R), retrieve from the spots outside their folds."""
+    """Returns what spots with these keys, (N, D), and scores, (N, R), retrieve from the spots outside their folds.
+
+    It is what `retrieve` gives a tile, by the same weights, so that what is fitted to it holds for slides.
+    """
     payload = with_squares(scores)
     retrieved, best = np.zeros(payload.shape), np.zeros(len(keys), np.float32)
     for index in range(folds.num_folds):
         outside, inside = folds.sides(index)
-        resolved = resolve(config.model_copy(update={"k": None}), int(outside.sum()))
-        ids, similarity = nearest(keys[inside], directions(keys[outside]), resolved.k or 0)
-        weight = weights(Neighbours(ids, similarity, None), resolved)
-        retrieved[inside] = np.einsum("qk,qkr->qr", weight, payload[outside][ids])
-        best[inside] = similarity[:, 0]
+        no_names = np.full(outside.sum(), "", object)  # who the donors are changes no answer
+        bank = Bank.of(keys[outside], payload[outside], no_names, no_names, no_names)
+        asked = config.model_copy(update={"k": min(config.k, len(bank)) if config.k else None})
+        found = retrieve(keys[inside], bank, resolve(asked, len(bank)))
+        retrieved[inside], best[inside] = found.prediction, found.similarity
     return LeftOutRetrieval(retrieved[:, :-1], spread(retrieved), best)
 
 
