@@ -33,6 +33,7 @@ def test_features_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert np.array_equal(found, _joined(sentence))
         assert np.array_equal(reader.read("A1", group, draw=0), _joined(sentence, "/0"))
     assert np.array_equal(reader.read_section("A1"), np.concatenate([_joined(each) for each in blocks]))
+    assert np.array_equal(reader.read_section("A1", draw=0), np.concatenate([_joined(each, "/0") for each in blocks]))
     assert np.array_equal(reader.read_colours("A1"), np.concatenate([each["image/rgb"] for each in blocks]))
     wide = replace(reader, views=("image_wide",))
     assert np.array_equal(wide.read("A1", 1), _joined(blocks[1], views=("image_wide",)))

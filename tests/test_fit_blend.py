@@ -1,5 +1,6 @@
 """The program model as a whole, against the formulas written out on dense matrices."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 from sklearn.decomposition import PCA
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 
 from mclstexp.config import Config, override
 from mclstexp.data.genes import Normaliser
@@ -45,10 +46,28 @@ TRAIN = [_section("a", "P", 1), _section("b", "P", 2), _section("c", "Q", 3)]
 TEST = _section("d", "R", 4)
 
 
+STAIN = np.random.default_rng(97).normal(size=24).astype(np.float32)
+"""How features move with a stain."""
+
+
+def _draw(seed: int) -> list[np.ndarray]:
+    """Features of the training tiles, each stained by another amount."""
+    rng = np.random.default_rng(seed)
+    return [values + rng.normal(size=(len(values), 1)).astype(np.float32) * STAIN for _, values in TRAIN]
+
+
+def _fit(draws: Sequence[list[np.ndarray]]) -> FittedPrograms:
+    sections = [section for section, _ in TRAIN]
+    of = [
+        dict(zip([section.section_id for section in sections], each, strict=True)).__getitem__
+        for each in ([values for _, values in TRAIN], *draws)
+    ]
+    return fit_program_model(TrainingSpots(sections, of[0], BLOCKS, TARGET, of[1:]), RETRIEVAL)
+
+
 @pytest.fixture(scope="module")
 def fitted() -> FittedPrograms:
-    features = {section.section_id: values for section, values in TRAIN}
-    return fit_program_model(TrainingSpots([s for s, _ in TRAIN], features.__getitem__, BLOCKS, TARGET), RETRIEVAL)
+    return _fit([])
 
 
 def _bank(fitted: FittedPrograms) -> Bank:
@@ -86,7 +105,7 @@ def _softmax_of_12(cosines: np.ndarray) -> np.ndarray:
     return weight(brentq(lambda t: 1 / (weight(t) ** 2).sum() - 12, -8, 4))
 
 
-def _by_the_formulas() -> tuple[np.ndarray, np.ndarray]:
+def _by_the_formulas(draws: Sequence[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """The prediction of TEST and that of the training spots out of fold, on dense matrices."""
     lengths = [len(section) for section, _ in TRAIN]
     expression = np.concatenate([section.expression(TARGET) for section, _ in TRAIN]).astype(np.float64)
@@ -99,19 +118,29 @@ def _by_the_formulas() -> tuple[np.ndarray, np.ndarray]:
         return z.clip(-clip, clip) / np.sqrt(np.repeat(widths, widths))
 
     own = [values.astype(np.float64) for _, values in TRAIN]
-    near = [_means_around(values[:, NEAR], section.xy_um) for section, values in TRAIN]
+    around = lambda of: [  # noqa: E731
+        _means_around(values[:, NEAR].astype(np.float64), section.xy_um)
+        for (section, _), values in zip(TRAIN, of, strict=True)
+    ]
+    near = around(own)
     key = standard(own, [6, 10, 8], np.concatenate(own), 8)
     query = standard(own, [6, 10, 8], TEST[1].astype(np.float64), 8)
     test_near = _means_around(TEST[1][:, NEAR].astype(np.float64), TEST[0].xy_um)
     seen = np.hstack([key, standard(near, [8, 6], np.concatenate(near), np.inf)])
     asked = np.hstack([query, standard(near, [8, 6], test_near, np.inf)])
+    keys = [key, *(standard(own, [6, 10, 8], np.concatenate(draw), 8) for draw in draws)]
+    fitted_to = [seen]
+    for draw, of_draw in zip(draws, keys[1:], strict=True):
+        fitted_to.append(np.hstack([of_draw, standard(near, [8, 6], np.concatenate(around(draw)), np.inf)]))
     fold = np.repeat([0, 1, 2], lengths)
 
     def kernel_ridge(rows: np.ndarray, of: np.ndarray, alpha: float) -> np.ndarray:
-        kernel = seen[rows] @ seen[rows].T
+        stacked = np.concatenate([each[rows] for each in fitted_to])
+        kernel = stacked @ stacked.T
         offset = scores[rows].mean(axis=0)
-        solved = np.linalg.solve(kernel + alpha * np.trace(kernel) / 100 * np.eye(len(kernel)), scores[rows] - offset)
-        return of @ seen[rows].T @ solved + offset
+        wanted = np.tile(scores[rows] - offset, (len(fitted_to), 1))
+        solved = np.linalg.solve(kernel + alpha * np.trace(kernel) / 100 * np.eye(len(kernel)), wanted)
+        return of @ stacked.T @ solved + offset
 
     everywhere = np.ones(len(fold), bool)
     paths, ridge = np.empty((len(ALPHAS), *scores.shape)), np.empty((len(ALPHAS), len(asked), 16))
@@ -135,11 +164,15 @@ def _by_the_formulas() -> tuple[np.ndarray, np.ndarray]:
     slope = (blended * _within(expression, lengths)).sum() / (blended**2).sum()
 
     def probe(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
-        seen = key[rows, 16:]
-        scale = lambda v: (v - seen.mean(axis=0)) / (seen.std(axis=0) + 1e-6)  # noqa: E731
-        pca = PCA(svd_solver="full").fit(scale(seen))
-        model = RidgeCV(alphas=np.logspace(1, 6, 16)).fit(pca.transform(scale(seen)), expression[rows])
-        return model.predict(pca.transform(scale(of))).mean(axis=0)
+        model = None
+        for copies in (keys[:1], keys):  # the penalty is chosen on plain tiles alone
+            seen = np.concatenate([each[rows, 16:] for each in copies])
+            scale = lambda v, seen=seen: (v - seen.mean(axis=0)) / (seen.std(axis=0) + 1e-6)  # noqa: E731
+            pca = PCA(svd_solver="full").fit(scale(seen))
+            new = Ridge(model.alpha_ * len(copies)) if model else RidgeCV(alphas=np.logspace(1, 6, 16))
+            fitted = new.fit(pca.transform(scale(seen)), np.tile(expression[rows], (len(copies), 1)))
+            model = model or fitted
+        return fitted.predict(pca.transform(scale(of))).mean(axis=0)
 
     told, means = [], []
     for out in range(3):
@@ -152,10 +185,23 @@ def _by_the_formulas() -> tuple[np.ndarray, np.ndarray]:
     return whole, left_out
 
 
-def test_a_slide_is_answered_as_the_formulas_say(fitted: FittedPrograms) -> None:
-    whole, left_out = _by_the_formulas()
+@pytest.mark.parametrize("num_draws", [0, 2])
+def test_a_slide_is_answered_as_the_formulas_say(num_draws: int) -> None:
+    draws = [_draw(seed) for seed in range(num_draws)]
+    fitted = _fit(draws)
+    whole, left_out = _by_the_formulas(draws)
     np.testing.assert_allclose(_predicted(fitted, *TEST), whole, atol=2e-4)
     np.testing.assert_allclose(fitted.left_out, left_out, atol=2e-4)
+
+
+def test_a_model_of_stained_draws_depends_less_on_a_stain(fitted: FittedPrograms) -> None:
+    section, features = TEST
+
+    def change(model: FittedPrograms) -> float:
+        plain, stained = (_predicted(model, section, values) for values in (features, features + 0.5 * STAIN))
+        return float(np.sqrt(((stained - plain) ** 2).mean()))
+
+    assert change(_fit([_draw(seed) for seed in range(4)])) < 0.6 * change(fitted)
 
 
 def test_it_shows_the_patterns_of_a_section_never_seen(fitted: FittedPrograms) -> None:
@@ -243,6 +289,8 @@ def test_directions_and_level_are_fitted_to_some_spots_of_many(
     drawn, standard = spots.drawn()
     assert len(drawn) == len(standard) <= max_drawn
     np.testing.assert_allclose(standard, np.concatenate(list(spots.standard()))[drawn])
+    with_draws, _ = replace(spots, augmented=[features.__getitem__] * 2).drawn()
+    assert 3 * len(with_draws) <= max_drawn
     found = fit_program_model(spots, RETRIEVAL)
     assert _correlation(_predicted(found, *TEST), _predicted(fitted, *TEST)) > 0.9
 

@@ -20,16 +20,21 @@ def _spots(num_spots: int, num_features: int) -> tuple[list[np.ndarray], np.ndar
     return np.split(features, 4), centred_within(scores, section), section, folds
 
 
-@pytest.mark.parametrize(("num_spots", "num_features"), [(40, 60), (80, 12)], ids=["dual", "primal"])
-def test_it_is_a_ridge_with_a_penalty_for_each_program(num_spots: int, num_features: int) -> None:
+@pytest.mark.parametrize("num_draws", [0, 2])
+@pytest.mark.parametrize(("num_spots", "num_features"), [(40, 180), (80, 12)], ids=["dual", "primal"])
+def test_it_is_a_ridge_with_a_penalty_for_each_program(num_spots: int, num_features: int, num_draws: int) -> None:
     sections, scores, section, folds = _spots(num_spots, num_features)
-    found = fit_program_ridge(lambda: sections, scores, section, folds)
+    noise = np.random.default_rng(1).normal(size=(num_draws, *np.concatenate(sections).shape))
+    draws = [[each + part for each, part in zip(sections, np.split(of_draw, 4), strict=True)] for of_draw in noise]
+    found = fit_program_ridge(lambda: sections, scores, section, folds, [lambda each=each: each for each in draws])
     features = np.concatenate(sections)
 
     def ridge(rows: np.ndarray, program: int, alpha: float) -> Ridge:
-        penalty = alpha * (features[rows] ** 2).sum() / 100
+        seen = np.concatenate([features[rows], *(np.concatenate(draw)[rows] for draw in draws)])
+        penalty = alpha * (seen**2).sum() / 100
         offset = scores[rows].mean(axis=0)
-        model = Ridge(penalty, fit_intercept=False).fit(features[rows], (scores[rows] - offset)[:, program])
+        centred = np.tile((scores[rows] - offset)[:, program], 1 + num_draws)
+        model = Ridge(penalty, fit_intercept=False).fit(seen, centred)
         model.offset = offset[program]
         return model
 
@@ -50,6 +55,16 @@ def test_it_is_a_ridge_with_a_penalty_for_each_program(num_spots: int, num_featu
         whole = ridge(np.ones(num_spots, bool), program, ALPHAS[best])
         np.testing.assert_allclose(found.weights[:, program], whole.coef_, atol=1e-8)
     assert found.alphas[2] > found.alphas[0], "noise is shrunk by its own penalty"
+
+
+@pytest.mark.parametrize(("num_spots", "num_features"), [(40, 180), (40, 60), (80, 12)])
+def test_draws_like_the_plain_tiles_change_nothing(num_spots: int, num_features: int) -> None:
+    sections, scores, section, folds = _spots(num_spots, num_features)
+    plain = fit_program_ridge(lambda: sections, scores, section, folds)
+    found = fit_program_ridge(lambda: sections, scores, section, folds, [lambda: sections] * 2)
+    np.testing.assert_array_equal(found.alphas, plain.alphas)
+    np.testing.assert_allclose(found.weights, plain.weights, atol=1e-8)
+    np.testing.assert_allclose(found.left_out, plain.left_out, atol=1e-8)
 
 
 def test_constant_features_predict_nothing() -> None:

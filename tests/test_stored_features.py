@@ -13,6 +13,7 @@ from mclstexp.data.features import FeatureReader
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.spots import KeptReader, SentenceLoader, SpotReader, kept_spots, make_reader
 from mclstexp.training import feed
+from mclstexp.training.fit_programs import training_spots
 
 DRAWS = 3
 PLAIN = plain_table(views=("image",), num_draws=DRAWS)
@@ -160,6 +161,17 @@ def test_random_spots_take_their_own_features_and_draws_in_turn(stored, monkeypa
         for slot, spot in enumerate([8, 0, 3]):
             assert np.array_equal(batch["features"][0, slot], joined[spot, (spot + epoch) % DRAWS])
             assert np.array_equal(batch["expression"][0, slot], expression[spot])
+
+
+def test_programs_are_fitted_to_plain_tiles_and_every_draw(stored) -> None:
+    reader, blocks = stored
+    spots = training_spots(reader, ["B1", "A1"], 2)
+    assert [section.section_id for section in spots.sections] == ["B1", "A1"]
+    assert len(spots.augmented) == 2
+    for draw, features in ((None, spots.features), (0, spots.augmented[0]), (1, spots.augmented[1])):
+        for name in ("A1", "B1"):
+            parts = [_joined(each, draw) for (section, _), each in blocks.items() if section == name]
+            assert np.array_equal(features(name), np.concatenate(parts))
 
 
 def test_features_of_random_spots_must_fit_into_memory(stored, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,8 +198,8 @@ class TrainConfig(ConfigBlock):
     """Flips, quarter turns and mild colour and stain jitter; the published recipe (Visium's: `flips`); or none. With
     `freeze_encoder` only the stored draws are augmented (`feature_draws`)."""
     feature_draws: int = Field(0, ge=0, le=64)
-    """Augmented draws of each tile whose features are stored and used in turn; 0: the plain tile. Needs
-    `model.freeze_encoder`."""
+    """Augmented draws of each tile whose features are stored; 0: the plain tile. Towers take them in turn; programs are
+    fitted to all of them and the plain tile. Needs `model.freeze_encoder`."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """Optimiser."""
     tower_lr: float = Field(1e-4, gt=0)

@@ -209,13 +209,17 @@ class FeatureReader:
         """
         return self._joined(section_id, [group], draw)
 
-    def read_section(self, section_id: str) -> np.ndarray:
-        """Returns the features of a whole section's plain tiles in stored order, float32 (N, F).
+    def read_section(self, section_id: str, draw: int | None = None) -> np.ndarray:
+        """Returns the features of a whole section in stored order, float32 (N, F).
+
+        Args:
+            section_id: the section.
+            draw: as `read`.
 
         Raises:
             TableError: as `read`.
         """
-        return self._joined(section_id, range(len(self.manifest.section(section_id).row_groups)), None)
+        return self._joined(section_id, range(len(self.manifest.section(section_id).row_groups)), draw)
 
     def read_colours(self, section_id: str) -> np.ndarray:
         """Returns the block `RGB` of the first view for a whole section, float32 (N, 6).

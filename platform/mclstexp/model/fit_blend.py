@@ -9,7 +9,7 @@ Shapes: N training spots, G genes, F features, R programs, D width of keys.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from scipy.linalg import eigh
@@ -40,6 +40,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MAX_DRAWN = 20_000
 """Spots that the directions of keys and the level are fitted to, at most."""
 _WHAT, _STEPS = "fitting programs: steps", 4
+Features = Callable[[str], np.ndarray]
+"""Returns a section's features in the order of its spots, float32 (n, F)."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,13 @@ class TrainingSpots:
     """The training sections with their features."""
 
     sections: Sequence[MeasuredSection]
-    features: Callable[[str], np.ndarray]
-    """Returns a section's features in the order of its spots, float32 (n, F)."""
+    features: Features
+    """Of the plain tiles."""
     blocks: FeatureBlocks
     target: Normaliser
+    augmented: Sequence[Features] = ()
+    """Of each augmented draw of the tiles: ridge, keys' directions and level are fitted to them as to more spots, and
+    nothing else sees them."""
 
     @cached_property
     def section_id(self) -> np.ndarray:
@@ -95,19 +100,20 @@ class TrainingSpots:
         """Of a spot's own features."""
         return fit_standardiser((self.features(each.section_id) for each in self.sections), self.blocks.widths)
 
-    def standard(self) -> Iterator[np.ndarray]:
-        """Yields the standardised own features of each section, (n, F)."""
+    def standard(self, draw: Features | None = None) -> Iterator[np.ndarray]:
+        """Yields the standardised own features of each section, (n, F): the plain ones, or those of a draw."""
         for each in self.sections:
-            yield self.own.apply(self.features(each.section_id))
+            yield self.own.apply((draw or self.features)(each.section_id))
 
-    def drawn(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns at most `MAX_DRAWN` spots, evenly over all, as indices (n,), and their standardised features (n, F).
+    def drawn(self, draw: Features | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns some spots, evenly over all, as indices (n,), and their features as `standard`, (n, F).
 
-        More would cost memory and gain nothing where a few hundred directions are fitted to them.
+        They are at most `MAX_DRAWN` with all their draws. More would cost memory and gain nothing where a few hundred
+        directions are fitted to them.
         """
-        step = -(-len(self.section_id) // MAX_DRAWN)
+        step = -(-len(self.section_id) * (1 + len(self.augmented)) // MAX_DRAWN)
         starts = np.cumsum([0, *map(len, self.sections)])
-        parts = [each[-start % step :: step] for start, each in zip(starts, self.standard(), strict=False)]
+        parts = [each[-start % step :: step] for start, each in zip(starts, self.standard(draw), strict=False)]
         return np.arange(0, starts[-1], step), np.concatenate(parts)
 
 
@@ -122,20 +128,23 @@ class _Neighbourhood:
     @cached_property
     def near(self) -> Standardiser:
         widths = [self.spots.blocks.widths[block] for block in self.spots.blocks.near]
-        return fit_standardiser((self._means(each)[0] for each in self.spots.sections), widths)
+        return fit_standardiser((self._means(each, self.spots.features)[0] for each in self.spots.sections), widths)
 
-    def seen(self) -> Iterator[np.ndarray]:
-        """Yields what the ridge sees of each section: own features, and means over neighbours, (n, F + F')."""
-        for own, section in zip(self.spots.standard(), self.spots.sections, strict=True):
-            means, has_any = self._means(section)
+    def seen(self, draw: Features | None = None) -> Iterator[np.ndarray]:
+        """Yields what the ridge sees of each section: own features, and means over neighbours, (n, F + F').
+
+        They are those of the plain tiles, or of one draw: of a spot and of its neighbours.
+        """
+        for own, section in zip(self.spots.standard(draw), self.spots.sections, strict=True):
+            means, has_any = self._means(section, draw or self.spots.features)
             near = np.zeros((len(own), len(self.columns)))  # the training mean, for spots without neighbours
             near[has_any] = self.near.apply(means, clip=False)
             yield np.concatenate([own, near], axis=1)
 
-    def _means(self, section: MeasuredSection) -> tuple[np.ndarray, np.ndarray]:
+    def _means(self, section: MeasuredSection, features: Features) -> tuple[np.ndarray, np.ndarray]:
         """Returns the means of spots that have neighbours, and which do, bool (n,)."""
-        features = self.spots.features(section.section_id)[:, self.columns]
-        means, has_any = neighbour_means(features, section.xy_um, self.width_um)
+        near = features(section.section_id)[:, self.columns]
+        means, has_any = neighbour_means(near, section.xy_um, self.width_um)
         return means[has_any], has_any
 
 
@@ -173,11 +182,13 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Sh
         spots.blocks.columns(spots.blocks.near),
         NEIGHBOUR_PITCHES * pitch_um([each.xy_um for each in spots.sections]),
     )
-    ridge = fit_program_ridge(around.seen, scores, spots.section_id, spots.folds)
+    of_draws = [partial(around.seen, draw) for draw in spots.augmented]
+    ridge = fit_program_ridge(around.seen, scores, spots.section_id, spots.folds, of_draws)
 
     show(_WHAT, 2, _STEPS, "retrieval")
     drawn, standard = spots.drawn()
-    key_weights = _leading_directions(standard).astype(np.float32)
+    augmented = [spots.drawn(draw)[1] for draw in spots.augmented]
+    key_weights = _leading_directions([standard, *augmented]).astype(np.float32)
     keys = np.concatenate([each.astype(np.float32) @ key_weights for each in spots.standard()])
     retrieved = left_out_retrieval(keys, scores, spots.folds, retrieval)
     blend, within = _fit_blend(spots, programs, ridge, retrieved.scores)
@@ -185,7 +196,11 @@ def fit_program_model(spots: TrainingSpots, retrieval: RetrievalConfig, show: Sh
     show(_WHAT, 3, _STEPS, "level")
     level_columns = spots.blocks.columns([spots.blocks.level])
     level, left_out_levels = fit_level(
-        standard[:, level_columns], spots.expression[drawn], spots.section_id[drawn], spots.folds.of(drawn)
+        standard[:, level_columns],
+        spots.expression[drawn],
+        spots.section_id[drawn],
+        spots.folds.of(drawn),
+        [each[:, level_columns] for each in augmented],
     )
     levels = [left_out_levels.get(key, level.mean) for key in zip(spots.folds.fold, spots.section_id, strict=True)]
     num_own = len(spots.own.mean)
@@ -290,11 +305,11 @@ def _mean_correlation(predicted: np.ndarray, truth: np.ndarray, section_id: np.n
     return float(np.mean(means))
 
 
-def _leading_directions(standard: np.ndarray) -> np.ndarray:
-    """Returns the leading right singular vectors of standardised features (N, F), (F, D)."""
-    num_spots, num_features = standard.shape
-    if num_spots > num_features:
-        return _leading(standard.T @ standard)
+def _leading_directions(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the leading right singular vectors of standardised features, (n, F) each, (F, D)."""
+    if sum(map(len, parts)) > parts[0].shape[1]:
+        return _leading(sum((part.T @ part for part in parts), start=np.zeros(())))
+    standard = np.concatenate(parts)
     turned = standard.T @ _leading(standard @ standard.T)
     return turned / np.maximum(np.linalg.norm(turned, axis=0), 1e-12)
 

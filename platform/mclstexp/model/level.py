@@ -7,6 +7,7 @@ slide needs only the mean of its tiles' components.
 Shapes: N training spots, F features, C components, G genes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,11 @@ LeftOutLevels = dict[tuple[int, str], np.ndarray]
 
 
 def fit_level(
-    features: np.ndarray, expression: np.ndarray, section_id: np.ndarray, folds: "LeftOut"
+    features: np.ndarray,
+    expression: np.ndarray,
+    section_id: np.ndarray,
+    folds: "LeftOut",
+    augmented: Sequence[np.ndarray] = (),
 ) -> tuple[Level, LeftOutLevels]:
     """Returns the level, and those of the sections out of fold.
 
@@ -55,13 +60,14 @@ def fit_level(
             have the training mean as their level.
         section_id: strings, (N,).
         folds: the spots that are left out together.
+        augmented: features of augmented draws of the same tiles, (N, F) each; only fitted to, never predicted.
     """
     products = squares = 0.0
     probes: list[Level] = []
     differences: LeftOutLevels = {}
     for index in range(folds.num_folds):
         outside, inside = folds.sides(index)
-        probe = _probe(features[outside], expression[outside])
+        probe = _probe(features[outside], expression[outside], [each[outside] for each in augmented])
         probes.append(probe)
         for name in np.unique(section_id[inside]):
             rows = inside & (section_id == name)
@@ -73,13 +79,23 @@ def fit_level(
     if folds.kind == "patients":
         share = float(np.clip(products / squares, 0, 1)) if squares else 0.0
     left_out = {key: probes[key[0]].mean + share * each for key, each in differences.items()}
-    return replace(_probe(features, expression), share=share), left_out
+    return replace(_probe(features, expression, augmented), share=share), left_out
 
 
-def _probe(features: np.ndarray, expression: np.ndarray) -> Level:
+def _probe(features: np.ndarray, expression: np.ndarray, augmented: Sequence[np.ndarray]) -> Level:
+    """Returns the probe fitted to plain tiles and augmented draws, with the penalty that suits the plain ones.
+
+    A draw of a spot that is left out would tell of it, so that draws have no say in the penalty.
+    """
     from mclstexp.model.probe import Probe  # here, because tasks that finish slides start without scikit-learn
 
     genes, fitted = Probe(features, expression).parts[0]
+    if augmented and np.isfinite(fitted.alpha):
+        copies = 1 + len(
+            augmented
+        )  # with as many times the spots, a penalty counts as much if it is as many times larger
+        everything = np.concatenate([features, *augmented]), np.tile(expression, (copies, 1))
+        genes, fitted = Probe(*everything, alphas=[copies * fitted.alpha]).parts[0]
     num_measured = (~np.isnan(expression)).sum(axis=0)
     mean = np.nansum(expression, axis=0, dtype=np.float64) / np.maximum(1, num_measured)
     coefficients, intercept = np.zeros((fitted.components.shape[1], len(mean))), mean.copy()

@@ -116,7 +116,12 @@ class Probe(GeneRegression[LinearMap]):
     """The probe, fitted; each part has components and a penalty of its own."""
 
     def __init__(
-        self, features: np.ndarray, target: np.ndarray, widths: Sequence[int] | None = None, seed: int = 0
+        self,
+        features: np.ndarray,
+        target: np.ndarray,
+        widths: Sequence[int] | None = None,
+        seed: int = 0,
+        alphas: Sequence[float] = tuple(ALPHAS),
     ) -> None:
         """Fits as `GeneRegression`.
 
@@ -125,8 +130,9 @@ class Probe(GeneRegression[LinearMap]):
             target: their expression, (N, G).
             widths: of the blocks that the features consist of; none: they are one block.
             seed: as `GeneRegression`.
+            alphas: penalties to choose from.
         """
-        super().__init__(features, target, partial(_fit, widths or [features.shape[1]]), seed)
+        super().__init__(features, target, partial(_fit, widths or [features.shape[1]], alphas), seed)
 
     @property
     def alphas(self) -> list[float]:
@@ -161,7 +167,7 @@ def principal_components(features: np.ndarray) -> PCA | None:
     return PCA(components, svd_solver="covariance_eigh" if num_spots > num_features else "full") if components else None
 
 
-def _fit(widths: Sequence[int], features: np.ndarray, target: np.ndarray) -> LinearMap:
+def _fit(widths: Sequence[int], alphas: Sequence[float], features: np.ndarray, target: np.ndarray) -> LinearMap:
     mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-6
     nothing = np.zeros((features.shape[1], 0)), np.zeros((0, target.shape[1]))
     constant = LinearMap(mean, deviation, *nothing, target.mean(axis=0), np.inf)
@@ -170,7 +176,7 @@ def _fit(widths: Sequence[int], features: np.ndarray, target: np.ndarray) -> Lin
         return constant
     weight = np.sqrt(sum(widths) / np.repeat(widths, widths))
     scores = pca.fit_transform(constant.standardised(features) * weight)
-    ridge = RidgeCV(ALPHAS).fit(scores, target)
+    ridge = RidgeCV(alphas).fit(scores, target)
     coefficients = ridge.coef_.reshape(target.shape[1], -1).T
     intercept = ridge.intercept_ - pca.mean_ @ pca.components_.T @ coefficients
     components = weight[:, None] * pca.components_.T

@@ -2,14 +2,17 @@
 
 A program that the image does not show is shrunk by its own penalty. Penalties are relative: alpha stands for
 alpha * N / 100 times the mean squared length of a spot's features. No intercept: features are standardised, and scores
-are centred within their sections. With at most as many spots as features the kernel matrix is decomposed, otherwise the
-sums of products, so that memory goes with the features and not with the spots.
+are centred within their sections. Augmented draws of the tiles are fitted to as more spots with the same scores; both
+sides of the ridge grow by the same factor, so that relative penalties are as strong as before. With at most as many
+spots as features the kernel matrix is decomposed, otherwise the sums of products, so that memory goes with the features
+and not with the spots.
 
 Shapes: N spots, F features, R programs, P penalties.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -35,7 +38,9 @@ class ProgramRidge:
     """Scores of each training spot as predicted without its fold, float64 (N, R)."""
 
 
-def fit_program_ridge(blocks: Blocks, scores: np.ndarray, section_id: np.ndarray, folds: LeftOut) -> ProgramRidge:
+def fit_program_ridge(
+    blocks: Blocks, scores: np.ndarray, section_id: np.ndarray, folds: LeftOut, augmented: Sequence[Blocks] = ()
+) -> ProgramRidge:
     """Returns the ridge whose penalties have the least squared error within sections, out of fold.
 
     Args:
@@ -43,13 +48,15 @@ def fit_program_ridge(blocks: Blocks, scores: np.ndarray, section_id: np.ndarray
         scores: their program scores, (N, R).
         section_id: strings, (N,).
         folds: the spots that are left out together.
+        augmented: features of augmented draws of the same tiles, as `blocks`; only fitted to, never predicted.
     """
-    paths = [_path(blocks, scores, folds.sides(index)[0]) for index in range(folds.num_folds)]
+    copies = (blocks, *augmented)
+    paths = [_path(copies, scores, folds.sides(index)[0]) for index in range(folds.num_folds)]
     offsets = np.stack([scores[folds.sides(index)[0]].mean(axis=0) for index in range(folds.num_folds)])
     predicted = np.concatenate(
         [
             _left_out(features, fold, paths) + offsets[fold][None]
-            for features, fold in _with_folds(blocks(), folds.fold)
+            for features, fold in _with_values(blocks(), folds.fold)
         ],
         axis=1,
     )
@@ -57,22 +64,20 @@ def fit_program_ridge(blocks: Blocks, scores: np.ndarray, section_id: np.ndarray
     errors = np.stack([((centred_within(each, section_id) - truth) ** 2).mean(axis=0) for each in predicted])
     best = errors.argmin(axis=0)
     programs = np.arange(scores.shape[1])
-    whole = _path(blocks, scores, np.ones(len(scores), bool))
+    whole = _path(copies, scores, np.ones(len(scores), bool))
     return ProgramRidge(whole[best, :, programs].T.copy(), ALPHAS[best], predicted[best, :, programs].T.copy())
 
 
-def _path(blocks: Blocks, scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def _path(copies: Sequence[Blocks], scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Returns the weights for each of ALPHAS, (P, F, R), fitted to the chosen spots, bool (N,), centred."""
     centred = scores - scores[chosen].mean(axis=0)
     products: _Products | None = None
-    start = 0
-    for features in blocks():
-        rows = slice(start, start + len(features))
+    spots = np.arange(len(scores))
+    for features, rows in chain.from_iterable(_with_values(blocks(), spots) for blocks in copies):
         kept = chosen[rows]
         if kept.any():
-            added = features[kept], centred[rows][kept]
+            added = features[kept], centred[rows[kept]]
             products = _Products.of(*added) if products is None else products.plus(*added)
-        start = rows.stop
     assert products is not None, "every fold leaves spots to fit to"
     return products.path(ALPHAS)
 
@@ -120,10 +125,11 @@ class _Products:
         return np.stack([lift @ (turned / each[:, None]) for each in spread])
 
 
-def _with_folds(blocks: Iterable[np.ndarray], fold: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _with_values(blocks: Iterable[np.ndarray], values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the features of each section and its part of the spots' values, (N,)."""
     start = 0
     for features in blocks:
-        yield features, fold[start : start + len(features)]
+        yield features, values[start : start + len(features)]
         start += len(features)
 
 
