@@ -1,7 +1,7 @@
 """Coverage of 90 % intervals on patients left out, one fold after the other.
 
     python jobs/prepare.py --samples COHORT/samples.csv --out TILES
-    python jobs/embed.py --data TILES --model.image_encoder densenet121 --model.image_weights WEIGHTS
+    python jobs/embed.py --data TILES --model.image_weights WEIGHTS
     python benchmarks/coverage.py TILES
 
 Fits a program model to the stored features of all patients but one, calibrates it, and predicts that patient. One row
@@ -64,9 +64,10 @@ def main() -> None:
 def make_table(tiles: Path) -> None:
     """Makes the synthetic cohort beside a tile table, cuts it and computes features."""
     sheet = make_cohort(f"{tiles}-cohort", dataclasses.replace(CohortSpec.small(), num_patients=NUM_PATIENTS))
-    encoder = ("--model.image_encoder", "small_cnn", "--train.precision", "fp32")
+    encoder = ("--model.image_encoder", "small_cnn", "--model.image_layers", "pooled", "--train.precision", "fp32")
+    cut = ("--tiles.size_px", 32, "--tiles.mpp", 1, "--tiles.wide_um", "none")
     for arguments in (
-        ("prepare.py", "--samples", sheet, "--out", tiles, "--tiles.size_px", 32, "--tiles.mpp", 1),
+        ("prepare.py", "--samples", sheet, "--out", tiles, *cut),
         ("embed.py", "--data", tiles, *encoder),
     ):
         subprocess.run([sys.executable, f"jobs/{arguments[0]}", *map(str, arguments[1:])], check=True, cwd=ROOT)

@@ -2,8 +2,8 @@
 
     python benchmarks/programs.py WEIGHTS TILES [TILES ...]
 
-Each tile table needs wide views (`jobs/prepare.py --tiles.wide_um 618`) and at least two patients. Features are made
-where they are missing. One patient is left out after the other; tables whose largest patient has several sections also
+Each tile table needs wide views, as `jobs/prepare.py` cuts them, and at least two patients. Features are made where
+they are missing. One patient is left out after the other; tables whose largest patient has several sections also
 leave out each of these alone. Prints Markdown: scores as on score cards (means over patients, or sections), MSE as a
 share of the train mean's, PCC all beside the probe's with a 95 % interval of the difference (spatial blocks within
 sections drawn anew; with two patients it tells how sure the figure is on these slides, not on the next patient).
@@ -30,7 +30,7 @@ from mclstexp.data.features import FeatureReader  # noqa: E402
 from mclstexp.data.genes import Normaliser, normalisers  # noqa: E402
 from mclstexp.data.measured import MeasuredSection, read_measured  # noqa: E402
 from mclstexp.data.panel import fit_panel  # noqa: E402
-from mclstexp.data.schema import Manifest, load_manifest  # noqa: E402
+from mclstexp.data.schema import IMAGE, IMAGE_WIDE, Manifest, load_manifest, require_views  # noqa: E402
 from mclstexp.data.spots import make_reader  # noqa: E402
 from mclstexp.evaluation.metrics import highest_genes  # noqa: E402
 from mclstexp.model.extract import features, wanted  # noqa: E402
@@ -40,6 +40,7 @@ from mclstexp.model.probe import Probe  # noqa: E402
 from mclstexp.model.programs import fit_programs  # noqa: E402
 from mclstexp.model.retrieval import resolve  # noqa: E402
 from mclstexp.training.fit_programs import feature_blocks, program_bank  # noqa: E402
+from mclstexp.training.run import with_views  # noqa: E402
 
 DRAWS = 200
 Units = dict[str, list[np.ndarray]]
@@ -115,11 +116,11 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="weights of model.image_encoder in programs.yaml, here DenseNet-121")
+    parser.add_argument("weights", help="weights of model.image_encoder in default.yaml, here DenseNet-121")
     parser.add_argument("tiles", nargs="+", help="tile tables")
     parsed = parser.parse_args()
     config = override(
-        load_config(ROOT / "jobs" / "configs" / "programs.yaml"),
+        load_config(ROOT / "jobs" / "configs" / "default.yaml"),
         {"model.image_weights": parsed.weights, "train.precision": "fp32"},
     )
     connect(config, {})
@@ -130,6 +131,8 @@ def main() -> None:
 def open_table(tiles: str, config: Config) -> Table:
     """Returns a tile table with its features."""
     manifest = load_manifest(tiles)
+    require_views(manifest, (IMAGE, IMAGE_WIDE))
+    config = with_views(config, manifest)
     encoder = frozen_encoder(config.model, manifest.tile_size_px, config.train.seed)
     names = [entry.section_id for entry in manifest.sections if entry.measured]
     return Table(config, tiles, manifest, features(tiles, manifest, names, encoder, wanted(config)))

@@ -8,8 +8,8 @@
 # you have no model, train a small one (a minute or two; its scores mean nothing):
 #
 #   python jobs/prepare.py --samples DATA/samples.csv --out tiles --tiles.size_px 64 --tiles.sentence_length 64
-#   python jobs/train.py --data tiles --name tiny --split.protocol reference --split.test_sections C5,B4 \
-#       --model.image_encoder small_cnn --model.spot_layers 1 --train.epochs 1 --train.num_workers 1
+#   python jobs/train.py --config jobs/configs/finetune.yaml --data tiles --name tiny --split.protocol reference \
+#       --split.test_sections C5,B4 --model.image_weights random --model.image_encoder small_cnn --model.spot_layers 1 --train.epochs 1 --train.num_workers 1
 set -euo pipefail
 data=$(realpath "$1") model=$(realpath "$2") out=$3
 mkdir -p "$out"

@@ -22,14 +22,19 @@ study() { # arguments: name, tiles, protocol, config, settings...
 }
 
 python "$jobs/prepare.py" --config "$jobs/configs/reference.yaml" --samples "$data/samples.csv" --out "$out/tiles" \
-    --tiles.sentence_length 64
+    --tiles.sentence_length 64 --tiles.wide_um none
 panel=(--genes.panel "$data/her2st/panel_785.txt")
 study reference tiles reference reference "${panel[@]}" --train.epochs "$epochs"
 study reference-patient tiles patient reference "${panel[@]}" --train.epochs "$epochs"
 for protocol in patient reference; do
-    for config in default stnet bleep; do
+    for config in finetune stnet bleep; do
         study "$config-$protocol" tiles "$protocol" "$config" --train.epochs "$epochs" --train.batch_sentences 2
     done
+done
+
+python "$jobs/prepare.py" --samples "$data/samples.csv" --out "$out/wide" --tiles.min_tissue 0
+for protocol in patient reference; do
+    study "default-$protocol" wide "$protocol" default --train.precision fp32
 done
 
 python "$(dirname "$0")/frozen_features.py" "$out/tiles" "$weights" "$out"
@@ -37,5 +42,5 @@ python "$(dirname "$0")/frozen_features.py" "$out/tiles" "$weights" "$out"
 # The labelled section is five times coarser, so all sections are cut at its resolution, in tiles of 218 um.
 python "$(dirname "$0")/join_sheets.py" "$data/samples.csv" "$data/samples_lowres.csv" > "$out/all.csv"
 python "$jobs/prepare.py" --samples "$out/all.csv" --out "$out/tiles_coarse" --tiles.size_px 64 --tiles.mpp 3.4 \
-    --tiles.sentence_length 64 --tiles.min_tissue 0
-study domains tiles_coarse patient default --folds A --train.epochs 30 --train.batch_sentences 2
+    --tiles.sentence_length 64 --tiles.min_tissue 0 --tiles.wide_um none
+study domains tiles_coarse patient finetune --folds A --train.epochs 30 --train.batch_sentences 2

@@ -267,7 +267,8 @@ def _require_wider(recipe: Recipe) -> None:
     if tiles.wide_um is not None and tiles.wide_um <= tile_um:
         raise ConfigError(
             f"tiles.wide_um={tiles.wide_um:.4g} is not wider than the tile of {tiles.size_px} px x {recipe.mpp:.4g} "
-            f"um/px = {tile_um:.4g} um; raise tiles.wide_um (to {4 * tile_um:.4g}, for example), or leave it empty"
+            f"um/px = {tile_um:.4g} um; raise tiles.wide_um (to {4 * tile_um:.4g}, for example), or leave the wide "
+            "view out (tiles.wide_um=none)"
         )
 
 
@@ -276,7 +277,8 @@ def _require_no_upsampling(recipe: Recipe, mpp: Mapping[str, float]) -> None:
     _require_not_enlarged(f"tiles.mpp={recipe.mpp:.4g}", "raise tiles.mpp", recipe.mpp, recipe, mpp)
     if recipe.wide_mpp is not None:
         named = f"tiles.wide_um={tiles.wide_um:.4g} in tiles.wide_px={tiles.wide_px}"
-        _require_not_enlarged(named, "lower tiles.wide_px", recipe.wide_mpp, recipe, mpp)
+        fix = "lower tiles.wide_px, or leave the wide view out (tiles.wide_um=none),"
+        _require_not_enlarged(named, fix, recipe.wide_mpp, recipe, mpp)
 
 
 def _require_not_enlarged(setting: str, fix: str, target: float, recipe: Recipe, mpp: Mapping[str, float]) -> None:

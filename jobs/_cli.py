@@ -1,7 +1,8 @@
 """The command line of all jobs, made from pydantic fields: a job's own arguments and the configuration's settings.
 
-`--train.epochs 3` on the command line wins over `--config FILE.yaml`, which wins over the defaults. Name, type, bounds
-and help text of an argument or a setting are written once, at its field.
+`--train.epochs 3` on the command line wins over `--config FILE.yaml`, which wins over the defaults. Without a file,
+jobs that make a model use `configs/default.yaml`. Name, type, bounds and help text of an argument or a setting are
+written once, at its field.
 """
 
 import argparse
@@ -10,15 +11,19 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import yaml
-from _launch import hide_logs_of_ray
+from _launch import ROOT, hide_logs_of_ray
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mclstexp.config import Config, leaf_fields, load_config, override, unknown_setting, validation_faults
 from mclstexp.errors import ConfigError, UserError
 from mclstexp.settings import ConfigBlock
+
+RECIPE = ROOT / "jobs" / "configs" / "default.yaml"
+"""Settings of the jobs that make a model, where no file is given."""
 
 
 class JobArguments(ConfigBlock):
@@ -57,7 +62,8 @@ def parse(
         ConfigError: an unknown or invalid argument or setting, with the nearest valid name.
     """
     settings = [name for name in leaf_fields() if name.partition(".")[0] in blocks or name in blocks]
-    known, unknown = _parser(kind, purpose, example, settings).parse_known_args(argv)
+    recipe = RECIPE if "model" in blocks else None
+    known, unknown = _parser(kind, purpose, example, settings, recipe).parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         if name in kind.former:
@@ -69,7 +75,7 @@ def parse(
     values = {name: _value(fields[name], text) for name, text in given.items()}
     arguments = _validated(kind, {name: value for name, value in values.items() if name in kind.model_fields})
     changed = {name: value for name, value in values.items() if "." in name} | dict(implied or {})
-    config = override(load_config(known.config if settings else None), changed, "the command line")
+    config = override(load_config((known.config or recipe) if settings else None), changed, "the command line")
     os.environ.update(config.storage.environment())
     if not arguments.verbose:
         hide_logs_of_ray()
@@ -91,7 +97,9 @@ def describe(config: Config, blocks: Sequence[str]) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", include=whole), sort_keys=False).rstrip()
 
 
-def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(
+    kind: type[JobArguments], purpose: str, example: str, settings: Sequence[str], recipe: Path | None
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=purpose,
         epilog=f"example: {example}",
@@ -100,26 +108,27 @@ def _parser(kind: type[JobArguments], purpose: str, example: str, settings: Sequ
     )
     own = {name: field for name, field in kind.model_fields.items() if name not in JobArguments.model_fields}
     for name, field in own.items():
-        _add(parser, _option(name), name, field)
+        _add(parser, _option(name), name, field, field.default)
     if settings:
-        parser.add_argument(
-            "--config", metavar="FILE.yaml", help="Settings from a file; the command line wins over it."
-        )
+        used = f" [{recipe.relative_to(ROOT)}]" if recipe else ""
+        text = f"Settings from a file{used}; the command line wins over it."
+        parser.add_argument("--config", metavar="FILE.yaml", help=text)
     for name, field in JobArguments.model_fields.items():
-        _add(parser, _option(name), name, field)
+        _add(parser, _option(name), name, field, field.default)
+    values = load_config(recipe).model_dump()
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name in settings:
-        block = name.partition(".")[0]
+        block, _, last = name.partition(".")
         if block not in groups:
             title = Config.model_fields[block].annotation.__doc__ or ""
             groups[block] = parser.add_argument_group(block, title)
-        _add(groups[block], name, name, _setting(name))
+        _add(groups[block], name, name, _setting(name), values[block][last])
     return parser
 
 
-def _add(group: argparse._ActionsContainer, option: str, name: str, field: FieldInfo) -> None:
-    is_plain = field.default is None or field.default is False or field.default == ()
-    default = "" if is_plain else f" [{field.default}]"
+def _add(group: argparse._ActionsContainer, option: str, name: str, field: FieldInfo, value: object) -> None:
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    default = "" if shown is None or shown is False or shown == "" else f" [{shown}]"
     default = " (required)" if field.is_required() else default
     text = f"{field.description}{default}".replace("%", "%%")
     switch: dict[str, typing.Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}

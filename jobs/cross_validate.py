@@ -57,6 +57,7 @@ def main() -> None:
     from mclstexp.evaluation.show import card_tables
     from mclstexp.model.losses import require_loss
     from mclstexp.model.weights import require_encoder
+    from mclstexp.training.run import with_views
     from mclstexp.training.stored import store_features
     from tuning import cross_validation as folds_of
 
@@ -68,6 +69,7 @@ def main() -> None:
     warn_of_similar_patients(manifest)
     warn_of_encoder(config.model, manifest)
     warn_of_augmentation(config)
+    config = with_views(config, manifest)
     folds = folds_of.make_folds(manifest, config, protocol, arguments.folds)
     name = arguments.name or folds_of.default_name(arguments.out, manifest, protocol, config, floor, marker_sets)
     uri = storage.join(storage.absolute(arguments.out), name)

@@ -11,7 +11,10 @@ from pydantic import Field
 if TYPE_CHECKING:
     from mclstexp.model.extract import Renewal
 
-EXAMPLE = "python jobs/embed.py --data s3://bucket/tiles --model.image_encoder uni2-h --model.image_weights uni2-h.bin"
+EXAMPLE = (
+    "python jobs/embed.py --data s3://bucket/tiles --model.image_encoder uni2-h --model.image_layers class_mean "
+    "--model.image_weights uni2-h.bin"
+)
 BLOCKS = ("storage", "cluster", "model", "train")
 
 
@@ -35,6 +38,7 @@ def main() -> None:
     from mclstexp.data.schema import load_manifest
     from mclstexp.model.extract import plan_features, renew_features, wanted
     from mclstexp.model.frozen import frozen_encoder
+    from mclstexp.training.run import with_views
 
     # Mistakes first
     if arguments.views is not None:
@@ -43,6 +47,7 @@ def main() -> None:
     names = tuple(dict.fromkeys(arguments.sections)) or tuple(entry.section_id for entry in manifest.sections)
     manifest.num_spots(names)  # refuses unknown ones
     warn_of_encoder(config.model, manifest)
+    config = with_views(config, manifest)
     encoder = frozen_encoder(config.model, manifest.tile_size_px, config.train.seed)
     if arguments.dry_run:
         from mclstexp.model.forecast import forecast

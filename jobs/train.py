@@ -80,10 +80,12 @@ def main() -> None:
 def _require_features(data: str, config: "Config") -> None:
     from mclstexp.data.folds import make_split
     from mclstexp.data.schema import load_manifest
+    from mclstexp.training.run import with_views
     from mclstexp.training.stored import store_features
 
-    split = make_split(load_manifest(data), config.split)
-    store_features(data, (*split.train, *split.validation), [config], make=False)
+    manifest = load_manifest(data)
+    split = make_split(manifest, config.split)
+    store_features(data, (*split.train, *split.validation), [with_views(config, manifest)], make=False)
 
 
 def _plan(data: str, config: "Config") -> str:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tuning.space import Space
     from tuning.sweep import Sweep, Trial
 
-EXAMPLE = "python jobs/tune.py --data s3://bucket/tiles --space jobs/configs/sweep.yaml --trials 20"
+EXAMPLE = (
+    "python jobs/tune.py --config jobs/configs/finetune.yaml --data s3://bucket/tiles --space jobs/configs/sweep.yaml"
+)
 BLOCKS = ("storage", "cluster", "genes", "split", "model", "train", "retrieval", "tune", "tracking")
 
 
@@ -49,6 +51,7 @@ def main() -> None:
     from mclstexp.data.schema import load_manifest
     from mclstexp.model.losses import require_loss
     from mclstexp.model.weights import require_encoder
+    from mclstexp.training.run import with_views
     from mclstexp.training.stored import store_features
     from tuning.forecast import plan
     from tuning.space import feature_configs, load_space, num_trials
@@ -61,7 +64,7 @@ def main() -> None:
     warn_of_similar_patients(manifest)
     warn_of_encoder(config.model, manifest)
     warn_of_augmentation(config)
-    config = cluster.side_by_side(with_validation(manifest, config))
+    config = cluster.side_by_side(with_validation(manifest, with_views(config, manifest)))
     if arguments.features == "require":
         store_features(arguments.data, read_sections(manifest, config), feature_configs(space, config), make=False)
     search, trials = arguments.search, num_trials(space, arguments.search, arguments.trials)

@@ -92,7 +92,16 @@ def tables(sheets: tuple[str, str], ray_here: None, tmp_path_factory: pytest.Tem
     folder, wide = tmp_path_factory.mktemp("tables"), ["--tiles.wide_um", "64", "--tiles.wide_px", "32"]
     found = {False: str(folder / "plain"), True: str(folder / "wide")}
     for has_wide, root in found.items():
-        _run("prepare", "--samples", sheets[0], "--out", root, "--tiles.size_px", "32", *(wide if has_wide else []))
+        _run(
+            "prepare",
+            "--samples",
+            sheets[0],
+            "--out",
+            root,
+            "--tiles.size_px",
+            "32",
+            *(wide if has_wide else ["--tiles.wide_um", "none"]),
+        )
     return found
 
 
@@ -133,13 +142,14 @@ def _all_jobs(name: str, encoder: Sequence[str], slide: str, folder: Path) -> No
     """Runs the jobs on the tile table in a folder."""
     tracking = ["--tracking.uri", f"sqlite:///{folder}/mlflow.db"]
     table, version = str(folder / "tiles"), folder / "runs" / "run" / "model"
-    embedded = _run("embed", "--data", table, *encoder)
+    frozen = ["--config", str(ROOT / "jobs/configs/frozen.yaml"), *encoder]
+    embedded = _run("embed", "--data", table, *frozen)
     made = _feature_tables(table)
     (features,) = made
     assert f"\nfeatures {table}/{FEATURES}/{features}\n" in embedded
 
     runs = ["--data", table, "--out", str(folder / "runs"), "--name", "run", "--features", "require"]
-    _run("train", *runs, "--config", str(ROOT / "jobs/configs/frozen.yaml"), *encoder, *SMALL, *tracking)
+    _run("train", *runs, *frozen, *SMALL, *tracking)
     record = json.loads((version / "model.json").read_text())["encoder"]
     assert record["name"] == name
     assert record["digest"] == json.loads(made[features])["encoder"]["digest"]

@@ -133,7 +133,7 @@ def tiles(cohort: str, ray_session: None, tmp_path_factory: pytest.TempPathFacto
     from ingest.prepare import prepare
     from mclstexp.config import Config, override
 
-    config = override(Config(), {"tiles.size_px": 32, "tiles.sentence_length": 16})
+    config = override(Config(), {"tiles.size_px": 32, "tiles.sentence_length": 16, "tiles.wide_um": None})
     root = str(tmp_path_factory.mktemp("tiles") / "table")
     prepare(cohort, root, config)
     return root

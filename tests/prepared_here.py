@@ -13,7 +13,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.schema import SectionEntry, decode_rows
 from mclstexp.slides.codec import decode_tile
 
-SETTINGS = {"tiles.size_px": 32, "tiles.sentence_length": 16, "tiles.encoding": "png"}
+SETTINGS = {"tiles.size_px": 32, "tiles.sentence_length": 16, "tiles.encoding": "png", "tiles.wide_um": None}
 
 
 @dataclass(frozen=True)

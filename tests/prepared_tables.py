@@ -13,7 +13,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.schema import load_genes, load_manifest
 from mclstexp.data.table import read_sentence
 
-SETTINGS = {"tiles.size_px": 32, "tiles.sentence_length": 16, "tiles.encoding": "png"}
+SETTINGS = {"tiles.size_px": 32, "tiles.sentence_length": 16, "tiles.encoding": "png", "tiles.wide_um": None}
 CONFIG = override(Config(), SETTINGS)
 
 

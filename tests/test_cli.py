@@ -54,6 +54,20 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     assert (config.tiles.size_px, config.train.tower_lr) == (64, Config().train.tower_lr)
 
 
+def test_jobs_that_make_a_model_have_the_default_recipe_where_no_file_is_given(tmp_path: Path) -> None:
+    assert _parse() == load_config(ROOT / "jobs" / "configs" / "default.yaml")
+    assert parse(Arguments, "Does it.", "python jobs/x.py", ["predict"], ["--data", "d"])[1] == Config()
+    (tmp_path / "empty.yaml").touch()
+    assert _parse("--config", str(tmp_path / "empty.yaml")) == Config()
+
+
+def test_the_wide_view_can_be_left_out() -> None:
+    def wide(*argv: str) -> float | None:
+        return parse(Arguments, "Does it.", "python jobs/x.py", ["tiles"], ["--data", "d", *argv])[1].tiles.wide_um
+
+    assert (wide(), wide("--tiles.wide_um", "none"), wide("--tiles.wide_um", "865")) == (618.0, None, 865.0)
+
+
 def test_values_of_every_kind() -> None:
     given = ("--split.test_patients", "A,B", "--model.spot_width", "none", "--train.use_gpu", "--train.compile=false")
     config = _parse(*given, "--train.tower_lr", "3e-4", "--model.position=table")
@@ -139,7 +153,7 @@ def test_mistakes_of_and_in_a_base_are_answered(tmp_path: Path, base: str, top: 
 
 
 def test_described_settings_are_settings(tmp_path: Path) -> None:
-    config = _parse("--train.epochs", "3", "--split.test_patients", "A")
+    config = _parse("--train.seed", "3", "--split.test_patients", "A")
     file = tmp_path / "resolved.yaml"
     file.write_text(describe(config, list(Config.model_fields)))
     assert load_config(file) == config
@@ -169,6 +183,8 @@ def test_help_explains_every_setting_at_once(job: Path) -> None:
     assert "--dry-run [true|false]" in flat
     if "train" in blocks:
         assert "dropout and initial weights. [0]" in flat
+        assert "Settings from a file [jobs/configs/default.yaml]; the command line wins" in flat
+        assert "pooled feature. [transition2,transition3,norm]" in flat, "the recipe's"
     for name, (block, field) in leaf_fields().items():
         if name.partition(".")[0] in chosen or name in chosen:
             assert f"--{name}" in flat

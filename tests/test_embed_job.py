@@ -22,7 +22,7 @@ from mclstexp.data.schema import MANIFEST, load_manifest
 from mclstexp.errors import UserError
 
 JOB = Path(__file__).parents[1] / "jobs" / "embed.py"
-ENCODER = ("--model.image_encoder", "small_cnn", "--train.precision", "fp32")
+ENCODER = ("--config", os.devnull, "--model.image_encoder", "small_cnn", "--train.precision", "fp32")
 DRAWS = ("--views", "12", "--train.augmentation", "default")
 """Enough draws for a run to be killed midway."""
 

@@ -1,6 +1,7 @@
 """Training of a frozen encoder's heads: features are made once, and the loss is that of encoding in every step."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -193,7 +194,9 @@ def test_the_job_looks_for_required_features_before_it_joins_ray(
     texts = {name: ",".join(value) if isinstance(value, list) else str(value) for name, value in SETTINGS.items()}
     options = [part for name, text in texts.items() for part in (f"--{name}", text)]
     options += ["--train.seed", str(seed), "--features", features, "--verbose"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", tiles, "--out", str(tmp_path), *options])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--config", os.devnull, "--data", tiles, "--out", str(tmp_path), *options]
+    )
     with pytest.raises(outcome, match=message):
         train_job.main()
 

@@ -29,6 +29,7 @@ SETTINGS = {
     "tiles.size_px": 32,
     "tiles.sentence_length": 32,
     "tiles.jpeg_quality": 95,
+    "tiles.wide_um": None,
     "genes.num_genes": 60,
     "split.test_patients": ["P4", "P5", "P6", "P7", "P8"],
     "model.image_encoder": "small_cnn",

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _encoder import warn_of_encoder
 from small_table import make_table
 
 from mclstexp import storage
 from mclstexp.config import Config, override
-from mclstexp.data.schema import MANIFEST
-from mclstexp.errors import RunError
+from mclstexp.data.schema import MANIFEST, WIDE_SCHEMA_VERSION, load_manifest
+from mclstexp.errors import ConfigError, RunError
 from mclstexp.model.frozen import frozen_encoder
 from mclstexp.settings import ModelConfig
 from mclstexp.training.run import RECORD, Run, former_digest, identity, name_of, open_run, recorded_tiles
@@ -130,6 +131,55 @@ def test_a_version_knows_how_the_tables_tiles_were_cut(table: Path) -> None:
     assert {f"tiles.{name}": tiles[name] for name in tiles if f"tiles.{name}" in recorded_tiles(run.manifest)} == (
         recorded_tiles(run.manifest)
     )
+
+
+FROZEN: dict[str, object] = {"model.image_encoder": "small_cnn", "model.freeze_encoder": True}
+
+
+def _with_wide_view(table: Path) -> None:
+    manifest = load_manifest(str(table))
+    wide = {"schema_version": WIDE_SCHEMA_VERSION, "wide_px": 112, "wide_mpp": 618 / 112}
+    (table / MANIFEST).write_bytes(manifest.model_copy(update=wide).encode())
+
+
+def test_all_views_are_those_that_the_table_has(table: Path) -> None:
+    run = _open(table, **FROZEN, **{"model.image_views": ["all"]})
+    assert run.config.model.image_views == ("image",)
+    assert run.name == _open(table, **FROZEN).name, "one run, whichever way it was asked for"
+    assert run.config.tiles.wide_um is None, "as the table was cut, not as tables are by default"
+    with pytest.raises(ConfigError, match=r"needs the view image_wide, the tile table has image; .*tiles\.wide_um 618"):
+        _open(table, **FROZEN, **{"model.image_views": ["image", "image_wide"]})
+
+    _with_wide_view(table)
+    run = _open(table, **FROZEN, **{"model.image_views": ["all"], "tiles.wide_um": None, "tiles.wide_px": 64})
+    assert run.config.model.image_views == ("image", "image_wide")
+    assert (run.config.tiles.wide_um, run.config.tiles.wide_px) == (618.0, 112)
+    record = json.loads(Path(run.uri, RECORD).read_text())
+    assert record["identity"]["model"]["image_views"] == ["image", "image_wide"]
+
+
+def test_all_views_are_asked_for_alone_and_of_a_frozen_encoder() -> None:
+    with pytest.raises(ConfigError, match="all,image names views beside `all`"):
+        override(Config(), FROZEN | {"model.image_views": ["all", "image"]})
+    with pytest.raises(ConfigError, match=r"model\.image_views=all needs model\.freeze_encoder=true"):
+        override(Config(), {"model.image_views": ["all"]})
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_table_without_a_wide_view_is_a_warning_with_its_cost(
+    table: Path, wide: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if wide:
+        _with_wide_view(table)
+    manifest = load_manifest(str(table))
+    model = ModelConfig(image_encoder="small_cnn", image_views=("all",))
+    warn_of_encoder(model, manifest)
+    warning = "the tile table has no wide view, and the model does without: in our four tests that changed PCC all by "
+    shown = capsys.readouterr().err
+    assert (warning in shown) == (not wide)
+    assert ("jobs/prepare.py --tiles.wide_um 618" in shown) == (not wide)
+    warn_of_encoder(model.model_copy(update={"image_views": ("image",)}), manifest)
+    assert warning not in capsys.readouterr().err, "asked for"
 
 
 def test_the_scaling_of_the_first_encoders_goes_under_the_name_that_it_had() -> None:

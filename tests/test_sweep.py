@@ -71,7 +71,18 @@ def _command(tiles: str, folder: Path, name: str, *more: str) -> list[str]:
     settings = SETTINGS | {"cluster.object_store_mb": 256}  # and MLflow where it is by default, in the working folder
     texts = {key: ",".join(value) if isinstance(value, list) else str(value) for key, value in settings.items()}
     options = [part for key, value in texts.items() for part in (f"--{key}", value)]
-    paths = ["--data", tiles, "--space", str(folder / "space.yaml"), "--out", str(folder), "--name", name]
+    paths = [
+        "--config",
+        os.devnull,
+        "--data",
+        tiles,
+        "--space",
+        str(folder / "space.yaml"),
+        "--out",
+        str(folder),
+        "--name",
+        name,
+    ]
     return [sys.executable, str(ROOT / "jobs" / "tune.py"), *paths, *options, *more]
 
 

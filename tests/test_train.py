@@ -46,7 +46,7 @@ RESUMED = {"tracking.uri": "sqlite:///other.db", "train.max_failures": 1, "clust
 
 def _start(folder: Path, tiles: str, changed: dict[str, object]) -> subprocess.Popen[str]:
     settings = SETTINGS | changed
-    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    options = ["--config", os.devnull] + [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", tiles, "--out", str(folder / "runs")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
     return subprocess.Popen(

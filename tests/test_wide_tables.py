@@ -59,6 +59,13 @@ def test_the_plan_says_the_views(one, tmp_path):
     assert "views      image, image_wide (20 px at 8 um/px = 160 um)\n" in describe(wide.plan)
 
 
+def test_prepare_cuts_a_wide_view_by_default(one, tmp_path):
+    made = prepare_here(one, tmp_path / "out", **{"tiles.wide_um": TilesConfig().wide_um})
+    assert "views      image, image_wide (112 px at 5.518 um/px = 618 um)\n" in describe(made.plan)
+    spots = made.spots("P1S1").values()
+    assert {decode_tile(spot[IMAGE_WIDE]).shape for spot in spots} == {(112, 112, 3)}
+
+
 def fingerprint(one, out, **settings):
     return prepare_here(one, out, **settings).entries["P1S1"].fingerprint
 
@@ -72,7 +79,7 @@ def test_settings_of_the_wide_view_cut_again_only_where_there_is_one(one, tmp_pa
 
 
 def test_tables_from_before_there_were_views_are_not_cut_again():
-    assert _settings_digest(Recipe(TilesConfig(), 1.0)) == "e3b3cc21998128b2"
+    assert _settings_digest(Recipe(TilesConfig(wide_um=None), 1.0)) == "e3b3cc21998128b2"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +88,9 @@ def test_tables_from_before_there_were_views_are_not_cut_again():
         ({"tiles.wide_um": 32}, r"tiles\.wide_um=32 is not wider than the tile of 32 px x 1 um/px = 32 um"),
         (
             {"tiles.wide_um": 100, "tiles.wide_px": 400},
-            r"tiles\.wide_px=400 would enlarge P1S1 by 4.*lower tiles\.wide_px",
+            r"tiles\.wide_px=400 would enlarge P1S1 by 4.*lower tiles\.wide_px, or leave .*\(tiles\.wide_um=none\)",
         ),
+        ({"tiles.wide_um": 618, "tiles.mpp": 20}, r"not wider than the tile .* 640 um; .*\(tiles\.wide_um=none\)"),
     ],
 )
 def test_views_that_show_nothing_more_are_refused(one, tmp_path, settings, reason):

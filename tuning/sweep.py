@@ -31,7 +31,7 @@ from mclstexp import cluster, storage
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.errors import RunError
+from mclstexp.errors import ConfigError, RunError
 from mclstexp.progress import Show, hidden
 from mclstexp.training.run import TrackedRecord, former_digest, identity
 from mclstexp.training.stored import store_features
@@ -98,7 +98,13 @@ def with_validation(manifest: Manifest, config: Config) -> Config:
 
     Raises:
         SplitError: no patient would be left to train on.
+        ConfigError: nothing is trained, so that no trial could be compared.
     """
+    if not config.train.epochs:
+        raise ConfigError(
+            "train.epochs=0 leaves a sweep nothing to compare: trials are scored after each epoch; use --config "
+            "jobs/configs/finetune.yaml, or another recipe that trains"
+        )
     split = make_split(manifest, config.split)
     if not split.validation:
         free = manifest.patients(split.train) - manifest.patients(split.test)

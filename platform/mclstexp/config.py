@@ -73,6 +73,10 @@ class Config(ConfigBlock):
                 f"model.image_views={','.join(model.image_views)} needs model.freeze_encoder=true; an encoder that is "
                 "trained sees the view `image` alone"
             )
+        if "all" in model.image_views and len(model.image_views) > 1:
+            raise ValueError(
+                f"model.image_views={','.join(model.image_views)} names views beside `all`; use all alone, or name each"
+            )
         if len(set(model.image_views)) < len(model.image_views):
             raise ValueError(f"model.image_views={','.join(model.image_views)} names a view twice")
         if train.feature_draws and (not model.freeze_encoder or train.augmentation == "none"):
@@ -106,7 +110,7 @@ class Config(ConfigBlock):
         if model.predictor == "programs" and train.epochs:
             raise ValueError(
                 f"model.predictor=programs needs train.epochs=0, not {train.epochs}: it finds spots by the features of "
-                "the frozen encoder, and towers would be trained for nothing; use jobs/configs/programs.yaml"
+                "the frozen encoder, and towers would be trained for nothing; use jobs/configs/finetune.yaml to train"
             )
         if not train.epochs and model.predictor != "programs":
             raise ValueError(

@@ -81,8 +81,8 @@ class TilesConfig(ConfigBlock):
     """Maximum number of spots in a sentence, the unit of reading and of attention."""
     min_tissue: float = Field(0.1, ge=0, le=1)
     """Minimum share of tissue in a tile; tiles and measured spots with less are rejected."""
-    wide_um: float | None = Field(None, gt=0)
-    """Edge in micrometres of a second, wider view of each spot (618 is a good value); empty: tiles have one view."""
+    wide_um: float | None = Field(618.0, gt=0)
+    """Edge in micrometres of a second, wider view of each spot; none: tiles have one view."""
     wide_px: int = Field(112, ge=16, le=2048)
     """Edge of the wide view in pixels."""
 
@@ -136,8 +136,9 @@ class ModelConfig(ConfigBlock):
     file (.safetensors, .pth, .bin; local or s3://)."""
     image_layers: tuple[str, ...] = ()
     """Pooled layers of the encoder that are joined to a view's features; empty: the preset's own pooled feature."""
-    image_views: tuple[Literal["image", "image_wide"], ...] = Field(("image",), min_length=1)
-    """Views of a spot whose features are joined; `image_wide` needs a tile table with wide views."""
+    image_views: tuple[Literal["image", "image_wide", "all"], ...] = Field(("image",), min_length=1)
+    """Views of a spot whose features are joined: `image`, `image_wide` (needs a tile table with wide views), both, or
+    `all` that the tile table has."""
     feature_dtype: Literal["float32", "float16"] = "float32"
     """Number format of the stored features of a frozen encoder."""
     input_scaling: Literal["imagenet", "unit", "bgr255"] | None = None

@@ -162,7 +162,10 @@ def chosen_layers(name: str, layers: Sequence[str]) -> tuple[str, ...]:
     preset = preset_of(name)
     for layer in layers:
         if layer not in preset.layers:
-            raise ConfigError(f"model.image_layers={layer} is no layer of {name}; it offers {', '.join(preset.layers)}")
+            raise ConfigError(
+                f"model.image_layers={layer} is no layer of {name}; set model.image_layers to some of "
+                f"{', '.join(preset.layers)}"
+            )
     if len(set(layers)) < len(layers):
         raise ConfigError(f"model.image_layers={','.join(layers)} names a layer twice")
     return tuple(layers) or preset.layers[:1]

@@ -18,7 +18,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.folds import Split, make_split
 from mclstexp.data.genes import GenePanel, align
 from mclstexp.data.panel import fit_panel, require_counts
-from mclstexp.data.schema import Manifest, load_genes, load_manifest, require_views
+from mclstexp.data.schema import IMAGE_WIDE, Manifest, load_genes, load_manifest, require_views
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.errors import RunError
 from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
@@ -114,6 +114,7 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
     root = storage.absolute(data)
     manifest = load_manifest(root)
     config = override(config, recorded_tiles(manifest), "the tile table")  # so that a version knows how they were cut
+    config = with_views(config, manifest)
     split = make_split(manifest, config.split)
     require_views(manifest, config.model.image_views)
     encoder = None
@@ -225,9 +226,19 @@ def with_tracking(record: Record, uri: str, mlflow_run_id: str) -> Record:
     return changed
 
 
+def with_views(config: Config, manifest: Manifest) -> Config:
+    """Returns the settings with the views that a table has instead of `all`."""
+    if config.model.image_views != ("all",):
+        return config
+    return override(config, {"model.image_views": manifest.views}, "the tile table")
+
+
 def recorded_tiles(manifest: Manifest) -> dict[str, object]:
     """Returns the settings under which a table's tiles were cut, by their dotted names."""
-    cut = {"size_px": manifest.tile_size_px}
+    cut: dict[str, object] = {"size_px": manifest.tile_size_px, "wide_um": None}
+    if manifest.wide_px is not None:
+        wide_um = manifest.wide_px * manifest.view_mpp(IMAGE_WIDE)
+        cut |= {"wide_px": manifest.wide_px, "wide_um": round(wide_um, 6)}  # a quotient was stored
     cut |= {name: getattr(manifest, name) for name in ("mpp", "encoding", "jpeg_quality", "sentence_length")}
     return {f"tiles.{name}": value for name, value in cut.items()}
 
