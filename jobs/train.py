@@ -92,6 +92,8 @@ def _plan(data: str, config: "Config") -> str:
     from mclstexp import cluster
     from mclstexp.data.folds import make_split
     from mclstexp.data.schema import load_manifest
+    from mclstexp.data.totals import GeneCounts
+    from mclstexp.training.run import require_totals
 
     manifest = load_manifest(data)
     warn_of_similar_patients(manifest)
@@ -100,7 +102,7 @@ def _plan(data: str, config: "Config") -> str:
     for side, names in {"train": split.train, "validation": split.validation, "test": split.test}.items():
         sentences, spots = len(manifest.sentences(names)), manifest.num_spots(names)
         lines.append(f"{side}: {len(names)} sections, {sentences} sentences, {spots} spots ({', '.join(names) or '-'})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *require_totals(GeneCounts(data, manifest), split, config.genes)])
 
 
 def _register(opened: "Run") -> None:

@@ -6,7 +6,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import load_manifest
-from mclstexp.data.spots import make_reader
+from mclstexp.data.spots import make_reader, total_genes
 from mclstexp.model.bank import build_bank
 from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.towers import TwoTowers, build_network
@@ -36,4 +36,5 @@ def untrained_version(tiles: str, settings: dict[str, object]) -> ModelVersion:
     bank = build_bank(network, reader, split.train, False) if retrieves else None
     frozen = config.model.freeze_encoder
     encoder = frozen_encoder(config.model, manifest.tile_size_px, config.train.seed) if frozen else None
-    return ModelVersion(config, panel, geometry, 0, record, network.state_dict(), bank, encoder=encoder)
+    weights, genes = network.state_dict(), total_genes(reader)
+    return ModelVersion(config, panel, geometry, 0, record, weights, bank, encoder=encoder, total_genes=genes)

@@ -20,6 +20,7 @@ from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.totals import GeneCounts
 from mclstexp.errors import RunError, SplitError, UserError
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.evaluation.floors import make_floor_features
@@ -30,7 +31,8 @@ from mclstexp.evaluation.scores import read_table
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Log, Metrics, ProgressBoard, Show, hidden
 from mclstexp.tracking import MetricLog
-from mclstexp.training.run import Run, TrackedRecord, former_digest, identity, open_run
+from mclstexp.training.run import RECORD as RUN_RECORD
+from mclstexp.training.run import Run, TrackedRecord, former_digest, identity, open_run, require_totals
 from mclstexp.training.stored import store_features
 from mclstexp.training.trainer import train_to_end
 from tuning.study import Track, open_record, study_name
@@ -141,12 +143,15 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[
     Features of a frozen encoder and of the floors' encoders are made before, so that no two folds make the same.
 
     Raises:
-        ConfigError, ModelError: features cannot be made.
+        ConfigError, ModelError: features cannot be made, or spot totals of a fold's sections are over other genes.
     """
     folds, study = _for_tasks(folds, study)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
     task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(cluster.guarded)
     waiting = [fold for fold in folds if not is_scored(study, fold.name)]
+    _require_totals(
+        [fold for fold in waiting if not storage.exists(storage.join(study.uri, fold.name, RUN_RECORD))], study
+    )
     sections = read_sections(load_manifest(study.data), waiting)
     store_features(study.data, sections, [fold.config for fold in waiting[:1]], show)
     if waiting:
@@ -171,6 +176,14 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[
             num_done += 1
     show("folds", num_done, len(folds))
     return failed
+
+
+def _require_totals(folds: Sequence[Fold], study: Study) -> None:
+    """Checks folds that have not begun before any features are made for them."""
+    manifest = load_manifest(study.data)
+    counts = GeneCounts(study.data, manifest)
+    for fold in folds:
+        require_totals(counts, make_split(manifest, fold.config.split), fold.config.genes)
 
 
 def is_scored(study: Study, fold: str) -> bool:

@@ -15,6 +15,7 @@ from mclstexp import tracking
 from mclstexp.config import override
 from mclstexp.data.genes import normalisers
 from mclstexp.data.measured import MeasuredSection, read_measured
+from mclstexp.data.spots import total_genes
 from mclstexp.errors import ConfigError, ModelError, UserError
 from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
 from mclstexp.model.embed import embed_model
@@ -163,6 +164,9 @@ def _obstacle(run: Run, champion: ModelVersion) -> str:
     _, unit = normalisers(champion.config.genes)
     if unit != run.reader.target:
         return f"it answers in another unit: {unit.unit()}, not {run.reader.target.unit()}"
+    own, others = (genes and set(genes.gene_id) for genes in (total_genes(run.reader), champion.total_genes))
+    if unit.total == "shared" and own != others:
+        return "both divide by spot totals over the genes that their training sections share, and these genes differ"
     if unit.scheme == "per_spot_panel" and set(champion.panel.gene_id) != set(run.panel.gene_id):
         return "both divide by the panel's own total, and their panels differ"
     shared = set(champion.panel.gene_id) & set(run.panel.gene_id)

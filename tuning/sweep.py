@@ -31,9 +31,10 @@ from mclstexp import cluster, storage
 from mclstexp.config import Config, override
 from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest, load_manifest
+from mclstexp.data.totals import GeneCounts
 from mclstexp.errors import ConfigError, RunError
 from mclstexp.progress import Show, hidden
-from mclstexp.training.run import TrackedRecord, former_digest, identity
+from mclstexp.training.run import TrackedRecord, former_digest, identity, require_totals
 from mclstexp.training.stored import store_features
 from mclstexp.training.validation import VALIDATION_PCC
 from mclstexp.training.worker import PLACEMENT_GROUP
@@ -153,10 +154,13 @@ def run_trials(sweep: Sweep, show: Show = hidden) -> list[Trial]:
 
     Raises:
         RunError: an interrupt, after which Ray Tune returns as if all trials had ended.
-        ConfigError, ModelError: features cannot be made.
+        ConfigError, ModelError: features cannot be made, or spot totals of the sections are over other genes.
     """
     plan = sweep.plan
-    sections = read_sections(load_manifest(plan.data), plan.config)
+    manifest = load_manifest(plan.data)
+    if not _has_begun(sweep):
+        require_totals(GeneCounts(plan.data, manifest), make_split(manifest, plan.config.split), plan.config.genes)
+    sections = read_sections(manifest, plan.config)
     store_features(plan.data, sections, feature_configs(sweep.space, plan.config), show)
     with _shown(show, sweep.trials):
         results = _tuner(sweep).fit()

@@ -117,6 +117,11 @@ class Config(ConfigBlock):
                 f"train.epochs=0 needs model.predictor=programs: {model.predictor} has nothing to answer with before "
                 "training"
             )
+        if self.genes.total == "shared" and "per_spot_all" not in (self.genes.input, self.genes.target):
+            raise ValueError(
+                f"genes.total=shared has no effect with genes.input={self.genes.input} and genes.target="
+                f"{self.genes.target}, which do not divide by the total of per_spot_all; leave it at all"
+            )
         if model.predictor == "regression" and self.genes.input != self.genes.target:
             raise ValueError(
                 f"model.predictor=regression learns genes.target={self.genes.target} as it is streamed, which is as "

@@ -105,6 +105,9 @@ class GenesConfig(ConfigBlock):
     """Divisor of counts: the spot's total over all genes or over the panel, or the gene's total in the section."""
     target: Literal["per_spot_all", "per_spot_panel", "per_gene"] = "per_spot_all"
     """Divisor of the counts that are retrieved, predicted and scored."""
+    total: Literal["all", "shared"] = "all"
+    """Genes that make the spot's total of `per_spot_all`: all that the section measures, or those that all training
+    sections measure, for assays with different genes."""
     scale: float = Field(1e4, gt=0)
     """Total of each spot (or gene) after division, before the logarithm."""
     log_base: Literal["e", "10"] = "e"

@@ -26,6 +26,7 @@ from mclstexp.messages import did_you_mean, some_of
 from mclstexp.settings import GenesConfig
 
 Scheme = Literal["per_spot_all", "per_spot_panel", "per_gene"]
+Total = Literal["all", "shared"]
 IN_BRACKETS, AFTER_NAME = "{name} ({gene_id})", "{name} {gene_id}"
 """Where a label has the gene id: in score cards and reports, and in pictures and GeoJSON."""
 _NUM_NEAREST = 3
@@ -166,13 +167,15 @@ class Normaliser:
     scheme: Scheme
     scale: float
     log_base: Literal["e", "10"]
+    total: Total = "all"
+    """Genes of the spot total of `per_spot_all`, as `genes.total`."""
 
     def apply(self, counts: np.ndarray, totals: np.ndarray, gene_totals: np.ndarray | None) -> np.ndarray:
         """Returns normalised expression, float32 (N, G); a total of zero gives zeros.
 
         Args:
             counts: raw counts of the panel genes, (N, G).
-            totals: each spot's count over all genes, (N,).
+            totals: each spot's count over the genes of the total, (N,).
             gene_totals: each panel gene's count over its section, (G,); only `per_gene` uses it.
 
         Raises:
@@ -191,8 +194,9 @@ class Normaliser:
     def unit(self) -> str:
         """Returns the unit in words, for outputs."""
         log = "ln" if self.log_base == "e" else "log10"
+        genes = "all genes" if self.total == "all" else "the genes that all training sections measure"
         total = {
-            "per_spot_all": "spot total over all genes",
+            "per_spot_all": f"spot total over {genes}",
             "per_spot_panel": "spot total over the panel",
             "per_gene": "gene total over the section",
         }[self.scheme]
@@ -201,20 +205,22 @@ class Normaliser:
 
 def normalisers(config: GenesConfig) -> tuple[Normaliser, Normaliser]:
     """Returns the normalisers of the spot tower's input and of the target."""
-    return (
-        Normaliser(config.input, config.scale, config.log_base),
-        Normaliser(config.target, config.scale, config.log_base),
+    first, second = (
+        Normaliser(scheme, config.scale, config.log_base, config.total if scheme == "per_spot_all" else "all")
+        for scheme in (config.input, config.target)
     )
+    return first, second
 
 
 def panel_counts(
-    gene_index: pa.ChunkedArray, count: pa.ChunkedArray, columns: np.ndarray
+    gene_index: pa.ChunkedArray, count: pa.ChunkedArray, columns: np.ndarray, total: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns panel counts, float32 (N, G), and totals over all genes, float64 (N,), of N stored rows.
+    """Returns panel counts, float32 (N, G), and totals, float64 (N,), of N stored rows.
 
     Args:
         gene_index, count: the table's sparse columns.
         columns: row of each panel gene in the gene table, (G,); a gene at -1 gets zeros.
+        total: the genes that make a total, bool (genes,); None: all.
     """
     genes, values = (column.combine_chunks() for column in (gene_index, count))
     lengths = np.diff(genes.offsets.to_numpy())
@@ -225,7 +231,8 @@ def panel_counts(
     dense = np.zeros((len(genes), len(columns)), np.float32)
     wanted = column_of[gene] >= 0
     dense[spots[wanted], column_of[gene[wanted]]] = value[wanted]
-    return dense, np.bincount(spots, weights=value, minlength=len(genes))
+    counted = value if total is None else value * total[gene]
+    return dense, np.bincount(spots, weights=counted, minlength=len(genes))
 
 
 def gene_totals(root: str, manifest: Manifest, entry: SectionEntry, columns: np.ndarray) -> np.ndarray:

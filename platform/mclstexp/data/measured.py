@@ -34,9 +34,11 @@ class MeasuredSection:
     counts: np.ndarray
     """Raw counts of the panel's genes, float32 (N, G)."""
     totals: np.ndarray
-    """Count over all genes, float64 (N,)."""
+    """Count over the genes that make a total (`genes.total`), float64 (N,)."""
     unmeasured: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """The panel's genes that the section does not measure, indices (n,)."""
+    in_total: np.ndarray = field(default_factory=lambda: np.ones(1, bool))
+    """Whether each gene of the panel is part of the totals, bool (G,), or (1,) for all."""
 
     def __len__(self) -> int:
         return len(self.spot_id)
@@ -54,7 +56,7 @@ def normalise_section(target: Normaliser, counts: np.ndarray, totals: np.ndarray
     Args:
         target: a model's, or another of a score card.
         counts: raw counts of the panel's G genes in all N spots of the section, (N, G).
-        totals: each spot's count over all genes, (N,).
+        totals: each spot's count over the genes of the total, (N,).
     """
     return target.apply(counts, totals, counts.sum(axis=0, dtype=np.float64))
 
@@ -63,7 +65,7 @@ def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
     """Returns a measured section of the reader's tile table over the reader's panel."""
     entry = reader.manifest.section(section_id)
     table = read_columns(reader.root, entry, ["spot_id", *XY_UM, *XY_PX, "label", "gene_index", "count"])
-    counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns)
+    counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns, reader.total)
     xy_um, xy_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (XY_UM, XY_PX))
     return MeasuredSection(
         section_id,
@@ -75,4 +77,5 @@ def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
         counts,
         totals,
         unmeasured_genes(reader.manifest, section_id, reader.columns),
+        np.ones(1, bool) if reader.total is None else np.append(reader.total, False)[reader.columns],
     )

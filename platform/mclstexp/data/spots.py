@@ -27,6 +27,7 @@ from mclstexp.data.genes import (
 )
 from mclstexp.data.schema import Manifest, SectionEntry, load_genes
 from mclstexp.data.table import read_columns, read_sentence
+from mclstexp.data.totals import genes_of_total
 from mclstexp.errors import UserError
 from mclstexp.slides.codec import decode_tile
 
@@ -58,6 +59,8 @@ class SpotReader:
     """What `expression` has for such a gene, float32 (G,); None: NaN."""
     features: FeatureReader | None = None
     """Stored features of the tiles of all sections that are read; None: the tiles themselves are read."""
+    total: np.ndarray | None = None
+    """Genes of the table that make a spot's total, bool (genes,); None: all."""
 
     @property
     def image_input(self) -> str:
@@ -142,7 +145,7 @@ class SpotReader:
         return spots | (self._expression(section_id, table) if entry.measured else {})
 
     def _expression(self, section_id: str, table: pa.Table) -> Batch:
-        counts, totals = panel_counts(table["gene_index"], table["count"], self.columns)
+        counts, totals = panel_counts(table["gene_index"], table["count"], self.columns, self.total)
         section_totals = self.gene_totals.get(section_id)
         expression, payload = (each.apply(counts, totals, section_totals) for each in (self.input, self.target))
         if section_id in self.unmeasured:
@@ -202,13 +205,26 @@ def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
     return images
 
 
-def make_reader(root: str, manifest: Manifest, panel: GenePanel, config: Config, training: Sequence[str]) -> SpotReader:
+def make_reader(
+    root: str,
+    manifest: Manifest,
+    panel: GenePanel,
+    config: Config,
+    training: Sequence[str],
+    total_genes: GenePanel | None = None,
+) -> SpotReader:
     """Returns the reader of a tile table for a panel, with the normalisers and positions of a configuration.
+
+    With `genes.total=shared` totals are over `total_genes`, or over those that all `training` sections measure.
 
     For a gene that a spot's section does not measure, the spot tower's input has the mean over the `training` sections,
     which says nothing about the spot. Direct regression learns this input, so there the gene stays NaN.
+
+    Raises:
+        ConfigError, ModelError: as `genes_of_total`.
     """
-    columns = align(panel, load_genes(root, manifest))
+    all_genes = load_genes(root, manifest)
+    columns = align(panel, all_genes)
     both = normalisers(config.genes)
     totals = {}
     if any(normaliser.scheme == "per_gene" for normaliser in both):
@@ -220,10 +236,26 @@ def make_reader(root: str, manifest: Manifest, panel: GenePanel, config: Config,
         if entry.measured
     }
     unmeasured = {name: each for name, each in genes.items() if len(each)}
-    reader = SpotReader(storage.absolute(root), manifest, columns, *both, config.model.position, totals, unmeasured)
+    reader = SpotReader(
+        storage.absolute(root),
+        manifest,
+        columns,
+        *both,
+        config.model.position,
+        totals,
+        unmeasured,
+        total=genes_of_total(config.genes, manifest, all_genes, training, total_genes),
+    )
     if config.model.predictor == "regression" or not unmeasured.keys() & set(training):
         return reader
     return replace(reader, stand_in=_mean_expression(reader, training))
+
+
+def total_genes(reader: SpotReader) -> GenePanel | None:
+    """Returns the genes that make a spot's total, for a model version to record; None: all that its section counts."""
+    if reader.total is None:
+        return None
+    return GenePanel.from_table(load_genes(reader.root, reader.manifest)).take(np.flatnonzero(reader.total))
 
 
 def _mean_expression(reader: SpotReader, section_ids: Sequence[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ from scipy.sparse import csr_array, diags_array
 
 from mclstexp.data.schema import Manifest
 from mclstexp.data.table import read_counts
+from mclstexp.data.totals import shared_genes
 from mclstexp.settings import GenesConfig
 
 NUM_BINS = 20
@@ -52,15 +53,16 @@ def most_variable(
 
     At least `min_sections` of the sections measure them, and all that do have counts of them, in at least `min_spots`
     spots together. They are ranked by the variance of ln(1 + scale * count / spot total) over all spots of these
-    sections; ties by gene id.
+    sections; ties by gene id. The total is that of `genes.total`.
     """
     num_genes = manifest.num_genes
+    in_total = shared_genes(manifest, section_ids) if config.total == "shared" else np.ones(num_genes, bool)
     first, second = np.zeros(num_genes), np.zeros(num_genes)
     seen = _Seen.nothing(num_genes)
     for name in section_ids:
         counts = read_counts(root, manifest.section(name), num_genes)
         seen.add(counts, manifest.measures(name))
-        logs = _scaled(counts, config.scale).log1p()
+        logs = _scaled(counts, config.scale, counts @ in_total).log1p()
         first += np.asarray(logs.sum(axis=0)).ravel()
         second += np.asarray(logs.multiply(logs).sum(axis=0)).ravel()
     num_spots = np.maximum(1, seen.num_measured)
@@ -109,7 +111,7 @@ def normalised_dispersion(counts: csr_array) -> np.ndarray:
         counts: raw counts, (spots, genes), of genes that have some.
     """
     totals = np.asarray(counts.sum(axis=1)).ravel()
-    values = _scaled(counts, float(np.median(totals[totals > 0])))
+    values = _scaled(counts, float(np.median(totals[totals > 0])), totals)
     mean = np.asarray(values.mean(axis=0)).ravel()
     squares = np.asarray(values.multiply(values).mean(axis=0)).ravel()
     num_spots = counts.shape[0]
@@ -119,10 +121,9 @@ def normalised_dispersion(counts: csr_array) -> np.ndarray:
     return _standardised(dispersion, _bins(np.log1p(mean)))
 
 
-def _scaled(counts: csr_array, total: float) -> csr_array:
-    """Returns counts scaled to the same total in each spot, float64; a spot without counts stays empty."""
-    totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
-    factors = np.divide(total, totals, out=np.zeros_like(totals), where=totals > 0)
+def _scaled(counts: csr_array, total: float, totals: np.ndarray) -> csr_array:
+    """Returns counts scaled from each spot's total, (spots,), to the same one, float64; a total of 0 gives zeros."""
+    factors = np.divide(total, totals, out=np.zeros(len(totals)), where=totals > 0)
     return diags_array(factors).dot(counts.astype(np.float64)).tocsr()
 
 

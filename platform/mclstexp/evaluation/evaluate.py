@@ -22,6 +22,7 @@ from mclstexp.data.panel import require_counts
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import SpotReader, make_reader
 from mclstexp.data.table import read_thumbnail
+from mclstexp.data.totals import GeneCounts, other_totals
 from mclstexp.errors import ModelError, SplitError
 from mclstexp.evaluation.coverage import coverage_notes
 from mclstexp.evaluation.floors import (
@@ -70,18 +71,21 @@ def evaluate(
     Raises:
         SplitError, TableError, ModelError: as `held_out`; or the table does not have all genes of the panel, or its
             training spots are not those of the model's bank.
-        ConfigError: a section names the panel's genes differently, or measures none of them.
+        ConfigError: a section names the panel's genes differently, or measures none of them, or too few of those that
+            its model's spot totals are over.
         ConfigError, ModelError: `floor_weights` cannot be loaded or do not fit.
     """
     # What is scored, in which units
     root = storage.absolute(tiles)
     manifest = load_manifest(root)
     names = held_out(model, manifest, sections, on_validation)
-    reader = make_reader(root, manifest, model.panel, model.config, model.training.sections)
+    reader = make_reader(root, manifest, model.panel, model.config, model.training.sections, model.total_genes)
     if (reader.columns < 0).any():
         raise ModelError(f"there is no truth for all genes of the model: {coverage(model.panel, reader.columns)}")
     all_genes = load_genes(root, manifest)
     require_counts(root, manifest, names, "the model's panel", reader.columns.tolist(), all_genes)
+    sections_read = [*model.training.sections, *names]
+    odd_totals = other_totals(GeneCounts(root, manifest), model.training.sections, sections_read, reader.total)
     training, tested = ([read_measured(reader, name) for name in part] for part in (model.training.sections, names))
     targets = scored_targets(reader.target, reader.input)
     banks = _banks(model, reader.target, training, targets)
@@ -89,13 +93,13 @@ def evaluate(
     # Every spot through every network
     with tempfile.TemporaryDirectory() as scratch:
         queries = _queries(model, reader, names, show, scratch)
-        seen = floor_features(model, reader, [*model.training.sections, *names], floor_weights, show, scratch)
+        seen = floor_features(model, reader, sections_read, floor_weights, show, scratch)
     answers = {each.section_id: model.predict(queries[each.section_id], each.xy_um) for each in tested}
 
     # Every section in every target
     labels = unique_labels(model.panel.names(), model.panel.gene_id, GenePanel.from_table(all_genes).names())
     marker_sets, missing = marker_columns(markers or {}, model.panel)
-    notes = [*_notes(model, manifest, names, missing), *_unmeasured_notes(training, tested, labels)]
+    notes = [*_notes(model, manifest, names, missing), *_unmeasured_notes(training, tested, labels), *odd_totals]
     if model.calibration is not None:
         notes.extend(coverage_notes(model.calibration, tested, answers, reader.target))
     rows, genes = [], []
@@ -223,7 +227,7 @@ def _gene_tables(
     truth, totals = section.expression(target), section.totals
     own = gene_scores(truth, predicted, totals)
     oracle = without_unit(gene_scores(truth, library_size(totals, truth.shape[1]), totals))
-    ceiling = noise_ceiling(section.counts, totals, target, SEED)[["pcc", "pcc_density_free"]]
+    ceiling = noise_ceiling(section.counts, totals, target, SEED, section.in_total)[["pcc", "pcc_density_free"]]
     return {
         (MODEL, MODEL): own if in_unit else without_unit(own),
         **{(method, FLOOR): gene_scores(truth, values, totals) for method, values in floors.predict(section).items()},
@@ -293,6 +297,8 @@ def _notes(
     notes += [
         f"genes of {name} that are not in the panel: {', '.join(genes)}" for name, genes in missing.items() if genes
     ]
+    if model.total_genes is not None:
+        notes.append(f"spot totals are over the {len(model.total_genes)} genes that all training sections measure")
     if model.licence:
         encoder = model.config.model.image_encoder
         notes.append(f"the image encoder, {encoder}, began with weights under this licence: {model.licence}")

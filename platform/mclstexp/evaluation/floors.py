@@ -45,7 +45,7 @@ NUM_SPLITS = 10
 Asked = dict[str, tuple[FrozenEncoder, Wanted]]
 """Encoders that were not trained here, and what is wanted of each, by the floor that sees it."""
 Half = tuple[np.ndarray, np.ndarray]
-"""Panel counts (M, G) and totals over all genes (M,), int64."""
+"""Panel counts (M, G) and totals (M,), int64."""
 
 
 @dataclass(frozen=True)
@@ -204,13 +204,15 @@ def _plain(config: Config) -> Wanted:
 def library_size(totals: np.ndarray, num_genes: int) -> np.ndarray:
     """Returns ln(1 + total) of each scored spot, the same for all genes, float32 (M, G): the library-size oracle.
 
-    It reads the scored section's own totals over all genes, float (M,), and shows how much of a correlation is
+    It reads the scored section's own totals, float (M,), and shows how much of a correlation is
     density. It is not in a unit of expression, so only its correlations mean something.
     """
     return np.tile(np.log1p(totals).astype(np.float32)[:, None], (1, num_genes))
 
 
-def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, seed: int) -> pd.DataFrame:
+def noise_ceiling(
+    counts: np.ndarray, totals: np.ndarray, target: Normaliser, seed: int, in_total: np.ndarray | bool = True
+) -> pd.DataFrame:
     """Returns each gene's reliability and the correlation that predictions exceed only by chance, G rows.
 
     Counts are halved at random (`halve`), each half is normalised on its own, and r is the correlation of the halves
@@ -227,9 +229,10 @@ def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, se
 
     Args:
         counts: raw counts of the panel's genes in all spots of one section, whole numbers (M, G).
-        totals: each spot's count over all genes, whole numbers (M,).
+        totals: each spot's count over the genes of the total, whole numbers (M,).
         target: the scored unit.
         seed: of the halvings.
+        in_total: whether each gene of the panel is part of the totals, bool (G,), or for all.
 
     Returns:
         Columns `pcc` and `pcc_density_free`, the ceilings of these two scores (`scores.SCORES`), and `reliability` and
@@ -238,7 +241,7 @@ def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, se
     rng = np.random.default_rng(seed)
     plain, density_free = np.zeros((2, NUM_SPLITS, counts.shape[1]))
     for split in range(NUM_SPLITS):
-        first, second = (normalise_section(target, *half) for half in halve(counts, totals, rng))
+        first, second = (normalise_section(target, *half) for half in halve(counts, totals, rng, in_total))
         plain[split] = pearson_per_gene(first, second)
         density_free[split] = density_free_pearson(first, second, totals)
     reliability, reliability_free = (_spearman_brown(halves.mean(axis=0)) for halves in (plain, density_free))
@@ -252,7 +255,9 @@ def noise_ceiling(counts: np.ndarray, totals: np.ndarray, target: Normaliser, se
     )
 
 
-def halve(counts: np.ndarray, totals: np.ndarray, rng: np.random.Generator) -> tuple[Half, Half]:
+def halve(
+    counts: np.ndarray, totals: np.ndarray, rng: np.random.Generator, in_total: np.ndarray | bool = True
+) -> tuple[Half, Half]:
     """Returns two halves of a section's counts: the toss of a coin decides for each molecule.
 
     Binomial thinning: halves of Poisson counts are independent Poisson counts of half the rate (Neufeld et al. 2022,
@@ -260,12 +265,14 @@ def halve(counts: np.ndarray, totals: np.ndarray, rng: np.random.Generator) -> t
 
     Args:
         counts: raw counts of the panel's genes, whole numbers (M, G).
-        totals: each spot's count over all genes, whole numbers (M,).
+        totals: each spot's count over the genes of the total, whole numbers (M,).
         rng: the source of randomness.
+        in_total: whether each gene of the panel is part of the totals, bool (G,), or for all.
     """
     counts, totals = counts.astype(np.int64), totals.astype(np.int64)
     first = rng.binomial(counts, 0.5)
-    first_totals = first.sum(axis=1) + rng.binomial(totals - counts.sum(axis=1), 0.5)
+    others = totals - counts.sum(axis=1, where=in_total)
+    first_totals = first.sum(axis=1, where=in_total) + rng.binomial(others, 0.5)
     return (first, first_totals), (counts - first, totals - first_totals)
 
 

@@ -12,7 +12,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from mclstexp.data.genes import GenePanel, Normaliser
+from mclstexp.data.genes import GenePanel, Normaliser, Total
 from mclstexp.data.measured import XY_PX, XY_UM, MeasuredSection
 from mclstexp.errors import ModelError
 from mclstexp.evaluation.domains import spot_pitch
@@ -55,11 +55,16 @@ def scored_targets(own: Normaliser, seen: Normaliser) -> dict[str, Normaliser]:
 
     The model's own target first, then `per_spot`, `per_gene` and the unit in which the model has `seen` its spots: in
     mclSTExp's recipe `per_spot_panel`, the per-spot unit of its published figures. A target that is not in `TARGETS`
-    is named by its unit.
+    is named by its unit. `per_spot` divides by the model's own spot total (`genes.total`).
     """
-    known = {target: name for name, target in TARGETS.items()}
-    stated = (own, TARGETS["per_spot"], TARGETS["per_gene"], seen)
+    total: Total = "shared" if "shared" in (own.total, seen.total) else "all"
+    known = {_with_total(target, total): name for name, target in TARGETS.items()}
+    stated = (own, _with_total(TARGETS["per_spot"], total), TARGETS["per_gene"], seen)
     return {known.get(target, target.unit()): target for target in stated}
+
+
+def _with_total(target: Normaliser, total: Total) -> Normaliser:
+    return replace(target, total=total) if target.scheme == "per_spot_all" else target
 
 
 def with_target(bank: Bank, training: Sequence[MeasuredSection], target: Normaliser) -> Bank:

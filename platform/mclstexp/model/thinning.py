@@ -22,7 +22,7 @@ MIN_COUNTS = 1000
 
 
 def shares_of(totals: np.ndarray) -> list[float]:
-    """Returns the shares that a section's spots are thinned to, 1 first, from their totals over all genes (N,)."""
+    """Returns the shares that a section's spots are thinned to, 1 first, from their totals (N,)."""
     median = np.median(totals) if len(totals) else 0.0
     return [share for share in SHARES if share == 1 or share * median >= MIN_COUNTS]
 
@@ -35,11 +35,12 @@ def thinned(section: MeasuredSection, target: Normaliser, seed: int = 0) -> list
     """
     rng = np.random.default_rng([seed, zlib.crc32(section.section_id.encode())])
     whole = np.rint(section.counts).astype(np.int64)
-    others = np.maximum(np.rint(section.totals).astype(np.int64) - whole.sum(axis=1), 0)
+    in_panel = whole.sum(axis=1, where=section.in_total)
+    others = np.maximum(np.rint(section.totals).astype(np.int64) - in_panel, 0)
     found = [section.expression(target)]
     for share in shares_of(section.totals)[1:]:
         kept = rng.binomial(whole, share)
-        kept_totals = kept.sum(axis=1) + rng.binomial(others, share)
+        kept_totals = kept.sum(axis=1, where=section.in_total) + rng.binomial(others, share)
         found.append(replace(section, counts=kept, totals=kept_totals).expression(target))
     return found
 

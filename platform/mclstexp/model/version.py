@@ -84,6 +84,7 @@ class _ModelFile(BaseModel):
     ood_similarity: float | None = None
     encoder: EncoderRecord | None = None
     wide: tuple[int, float] | None = None
+    total_genes: str | None = None
 
 
 class ModelVersion:
@@ -103,6 +104,7 @@ class ModelVersion:
         wide: tuple[int, float] | None = None,
         programs: ProgramModel | None = None,
         calibration: Calibration | None = None,
+        total_genes: GenePanel | None = None,
     ) -> None:
         self.config, self.panel, self.training, self.bank = config, panel, training, bank
         self.programs = programs
@@ -118,6 +120,8 @@ class ModelVersion:
         """The frozen image encoder; None if it was trained, so that its tensors are among `weights`."""
         self.wide = wide
         """Edge of the wide view in pixels and its micrometres per pixel; None: the model sees one view."""
+        self.total_genes = total_genes
+        """Genes that make a spot's total; None: all that a section counts (genes.total=all)."""
         self.digest = ""
         """12 hex digits that name the version's content; empty until it is saved or loaded."""
 
@@ -206,6 +210,7 @@ class ModelVersion:
             ood_similarity=self.ood_similarity,
             encoder=self.encoder.record if self.encoder else None,
             wide=self.wide,
+            total_genes=self.total_genes.to_json() if self.total_genes else None,
         )
         (folder / MODEL).write_text(record.model_dump_json(indent=1))
         save_file(plain_tensors(self.weights), folder / WEIGHTS)
@@ -240,6 +245,7 @@ class ModelVersion:
                 )
             record = _ModelFile.model_validate(tree)
             panel = GenePanel.from_json(record.panel)
+            total_genes = GenePanel.from_json(record.total_genes) if record.total_genes else None
             weights = load_file(folder / WEIGHTS)
             stored = load_file(folder / ENCODER) if (folder / ENCODER).is_file() else None
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
@@ -267,7 +273,11 @@ class ModelVersion:
             wide=record.wide,
             programs=programs,
             calibration=calibration,
+            total_genes=total_genes,
         )
+        if (total_genes is None) != (config.genes.total == "all"):
+            has = "no genes" if total_genes is None else f"{len(total_genes)} genes"
+            raise ModelError(f"{folder} has {has} of spot totals, and genes.total={config.genes.total}; fetch it again")
         version._require_own_bank(folder)
         if found := version._not_finite():
             raise ModelError(f"{found} of the model version {folder} is not finite, so no answer would be; {_RETRAIN}")
@@ -333,6 +343,9 @@ class ModelVersion:
             "spots": f"in {spot.unit()}",
             "a target": f"in {target.unit()}",
         }
+        if self.total_genes is not None:
+            genes = _sha256_of(self.total_genes.to_json())[:12]
+            identity["spot totals"] = f"over {len(self.total_genes)} genes with SHA-256 {genes}..."
         if self.encoder is not None:
             identity["a frozen encoder"] = f"with digest {self.encoder.record.digest[:12]}..."
         if self.programs is not None:

@@ -13,7 +13,7 @@ import torch
 
 from mclstexp import storage
 from mclstexp.data.schema import IMAGE_WIDE, Manifest
-from mclstexp.data.spots import num_positions
+from mclstexp.data.spots import num_positions, total_genes
 from mclstexp.errors import RunError
 from mclstexp.messages import AGAINST_DIVERGENCE
 from mclstexp.model.bank import Bank, build_bank, drawn_sections, ood_similarity
@@ -130,6 +130,7 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
         bank=None,
         encoder=run.encoder,
         wide=_wide(manifest) if IMAGE_WIDE in config.model.image_views else None,
+        total_genes=total_genes(run.reader),
     )
     if config.model.predictor == "regression":
         return version

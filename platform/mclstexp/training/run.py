@@ -7,6 +7,7 @@ name is refused.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,10 +21,13 @@ from mclstexp.data.genes import GenePanel, align
 from mclstexp.data.panel import fit_panel, require_counts
 from mclstexp.data.schema import IMAGE_WIDE, Manifest, load_genes, load_manifest, require_views
 from mclstexp.data.spots import SpotReader, make_reader
+from mclstexp.data.totals import GeneCounts, other_totals, require_one_total, shared_genes
 from mclstexp.errors import RunError
 from mclstexp.model.frozen import FrozenEncoder, frozen_encoder
 from mclstexp.settings import GenesConfig
 from mclstexp.training.history import StoredCheckpoint, newest_checkpoint
+
+log = logging.getLogger(__name__)
 
 RECORD = "run.json"
 _FREE_TRAIN_SETTINGS = {
@@ -38,7 +42,7 @@ _FREE_TRAIN_SETTINGS = {
 }
 """Settings of `train` that say where and how a run is computed, and may change when it goes on."""
 _LATER_SETTINGS = {
-    "genes": {"min_sections"},
+    "genes": {"min_sections", "total"},
     "model": {"image_layers", "image_views", "feature_dtype"},
     "train": {"feature_draws"},
     "retrieval": {"effective_donors"},
@@ -107,7 +111,8 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
 
     Raises:
         TableError, SplitError: the data or the split is not usable.
-        ConfigError: the panel cannot be made, a section lists its genes under other names, or the table lacks a view.
+        ConfigError: the panel cannot be made, a section lists its genes under other names, the table lacks a view, or
+            spot totals are over other genes in some sections.
         ModelError: the weights of the frozen encoder cannot be read or do not fit.
         RunError: the name belongs to a run with other settings, data or encoder weights.
     """
@@ -125,6 +130,8 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
 
     is_new = not storage.exists(uri)
     if is_new:
+        for said in require_totals(GeneCounts(root, manifest), split, config.genes):
+            log.warning(said)
         panel = _fit_panel(root, manifest, split, config.genes)
         request = _request(config, manifest)
         digest = encoder.record.digest if encoder else None
@@ -250,6 +257,22 @@ def last_checkpoint(run: Run) -> StoredCheckpoint | None:
 
 def _request(config: Config, manifest: Manifest) -> dict[str, object]:
     return {"identity": identity(config), "manifest_digest": manifest.digest()}
+
+
+def require_totals(counts: GeneCounts, split: Split, config: GenesConfig) -> list[str]:
+    """Checks that spot totals mean the same in all sections of a split; returns what is to be known in sentences.
+
+    Raises:
+        ConfigError: as `require_one_total`, `shared_genes` and `other_totals`.
+    """
+    if "per_spot_all" not in (config.input, config.target):
+        return []
+    held_out = (*split.validation, *split.test)
+    if config.total == "all":
+        return [*require_one_total(counts, split.train), *other_totals(counts, split.train, held_out, None)]
+    genes = shared_genes(counts.manifest, split.train)
+    other_totals(counts, split.train, held_out, genes)
+    return [f"genes.total=shared: spot totals are over {genes.sum()} of the table's {len(genes)} genes"]
 
 
 def _fit_panel(root: str, manifest: Manifest, split: Split, config: GenesConfig) -> GenePanel:
