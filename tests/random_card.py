@@ -1,6 +1,7 @@
 """Score cards of random predictions, whose better method is known."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,25 @@ def random_card(
     example = _result(measured, predicted[MODEL, MODEL])
     tables = pd.concat(rows, ignore_index=True), pd.concat(genes, ignore_index=True)
     return ScoreCard(protocol, TARGETS, "abc", ("trained on A1",), GENES, *tables, (example,))
+
+
+def levels_card(protocol: str) -> ScoreCard:
+    """A card of five sections of four patients with known levels; one section does not measure a gene."""
+    rng = np.random.default_rng(3)
+    base, tables, genes = random_card(1.0, 1.0, protocol), [], []
+    for section in ("A1", "A2", "B1", "C1", "D1"):
+        truth = rng.normal(rng.normal(3, 1, 4), 0.5, (int(rng.integers(9, 40)), 4)).astype(np.float32)
+        truth[:, [3] if section in ("B1", "C1") else []] = np.nan
+        model = np.nan_to_num(truth) + rng.normal(0, 0.5, 4) + rng.normal(size=truth.shape)
+        train_mean = np.full(truth.shape, 0.1, np.float32)
+        of = {"section_id": section, "patient_id": section[0], "target": "per_spot"}
+        for method, prediction in ((MODEL, model.astype(np.float32)), ("train mean", train_mean)):
+            own = of | {"method": method, "kind": MODEL if method == MODEL else FLOOR, "num_spots": len(truth)}
+            table = gene_scores(truth, prediction, np.ones(len(truth)))
+            tables.append(set_table(table, gene_sets(truth, {})).assign(**own))
+            genes.append(table.assign(**of, method=method, gene=list("wxyz")))
+    rows, per_gene = (pd.concat(parts, ignore_index=True) for parts in (tables, genes))
+    return replace(base, targets={"per_spot": "ln(1 + x)"}, rows=rows, per_gene=per_gene)
 
 
 def row_of(frame: pd.DataFrame, **where: str) -> pd.Series:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import ray
 import torch
+from random_card import levels_card
 from small_table import section_entry
 
 from mclstexp import tracking
@@ -167,6 +169,19 @@ def test_a_card_joins_all_scored_folds_whichever_were_asked_for_last(
     one = pd.read_csv(tmp_path / "A" / "scores" / "score_card.csv")
     assert len(card.rows) == 2 * len(one)
     assert card.model_digest.endswith("(2 folds)")
+
+
+def test_folds_are_compared_with_each_other_by_their_levels(tmp_path: Path) -> None:
+    whole = levels_card("patient")
+    for fold in "ABCD":
+        rows, genes = (table[table["patient_id"] == fold] for table in (whole.rows, whole.per_gene))
+        Path(tmp_path, fold, "scores").mkdir(parents=True)
+        save_card(replace(whole, rows=rows, per_gene=genes), tmp_path / fold / "scores")
+    card = collect(list("ABCD"), Study("", str(tmp_path), "patient", "", None, {}))
+    found, expected = (each.means().set_index(["method", "gene_set"]) for each in (card, whole))
+    for name in ("level_mse", "level_pcc"):
+        pd.testing.assert_series_equal(found[name], expected[name])
+    assert np.isfinite(found.loc[("model", "all"), "level_pcc"])
 
 
 def test_a_leak_of_all_folds_is_noted_once(tmp_path: Path, make_result: Callable[..., Path]) -> None:

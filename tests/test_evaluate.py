@@ -192,11 +192,11 @@ def test_the_job_reports_what_it_scored_and_where_it_wrote(version: ModelVersion
     assert list(scored.rows) == [
         *("protocol", "section_id", "patient_id", "num_spots", "target", "method", "kind"),
         *("gene_set", "num_genes", "not_measured", "pcc"),
-        *("undefined", "pcc_density_free", "undefined_density_free", "mse", "rmse", "mae"),
+        *("undefined", "pcc_density_free", "undefined_density_free", "mse", "rmse", "mae", "level_mse"),
     ]
     assert list(pd.read_csv(scored.folder / "scores" / "per_gene.csv")) == [
         *("protocol", "section_id", "patient_id", "target", "method", "gene", "truth_mean", "truth_variance"),
-        *("pcc", "pcc_density_free", "mse", "mae"),
+        *("predicted_mean", "pcc", "pcc_density_free", "mse", "mae", "level_mse"),
     ]
     assert list(scored.rows["gene_set"].unique()) == ["all", "heg50", "hvg50", "two"]
     assert "genes of two that are not in the panel: ABSENT1" in scored.record["notes"]

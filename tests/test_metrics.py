@@ -120,3 +120,24 @@ def test_equal_totals_leave_the_plain_correlation() -> None:
 def test_two_spots_leave_nothing() -> None:
     truth, prediction, totals = _section(2)
     assert np.isnan(density_free_pearson(truth, prediction, totals)).all()
+
+
+def test_levels_are_correlated_over_those_who_measure_the_gene() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(5, 1, (6, 5))
+    prediction = truth + rng.normal(size=truth.shape)
+    lacking = np.zeros(truth.shape, bool)
+    lacking[[0, 4], 1], lacking[:4, 2], lacking[:, 3] = True, True, True  # 4, 2 and no measured ones
+    prediction[:, 4] = 0.1 * (1 + 1e-9 * rng.normal(size=6))  # constant but for rounding
+    truth[lacking] = prediction[lacking] = np.nan
+    found = metrics.pearson_between(truth, prediction)
+    for gene in (0, 1):
+        rows = ~lacking[:, gene]
+        expected = scipy.stats.pearsonr(truth[rows, gene], prediction[rows, gene]).statistic
+        assert found[gene] == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(found[2:]).all()
+
+
+def test_the_error_of_a_level_is_that_of_the_mean_over_spots() -> None:
+    truth, prediction = np.array([[1.0, 0], [3, 4]], np.float32), np.array([[2.0, 9], [4, 1]], np.float32)
+    assert metrics.squared_level_error(truth, prediction).tolist() == [1.0, 9.0]

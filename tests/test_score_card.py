@@ -1,15 +1,19 @@
 """The score card: means over patients and sections, and the registry's metrics and tags."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
-from random_card import GENES, random_card, row_of
+from random_card import GENES, levels_card, random_card, row_of
 from rich.console import Console
 
+from mclstexp.evaluation.save import save_card
 from mclstexp.evaluation.score_card import MODEL, ORACLE
+from mclstexp.evaluation.scores import read_table
 from mclstexp.evaluation.show import card_tables, draw
 
 
@@ -104,3 +108,59 @@ def test_the_terminal_and_the_picture_cope_with_unmeasured_genes(tmp_path: Path)
     assert "measured ┃" not in heads["whole"][0]
     assert heads["partial"][0].rstrip().endswith("measured ┃")
     assert max(len(line) for line in printed["partial"].splitlines()) <= 120
+
+
+@pytest.mark.parametrize(("protocol", "unit"), [("patient", "patient_id"), ("reference", "section_id")])
+def test_levels_are_correlated_over_units(protocol: str, unit: str) -> None:
+    card = levels_card(protocol)
+    own = card.per_gene[card.per_gene["method"] == MODEL]
+    correlations, errors = [], []
+    for gene in "wxyz":
+        of_gene = own[own["gene"] == gene].dropna()
+        means = of_gene.groupby(unit)[["truth_mean", "predicted_mean"]].mean()
+        if len(means) >= 3:
+            correlations.append(scipy.stats.pearsonr(means["truth_mean"], means["predicted_mean"]).statistic)
+    for _, of_section in own.groupby("section_id"):
+        gap = (of_section["truth_mean"] - of_section["predicted_mean"]).dropna()
+        errors.append((of_section["patient_id"].iloc[0], np.mean(gap**2)))
+    errors_of = pd.DataFrame(errors, columns=["patient_id", "error"])
+    expected = (
+        errors_of.groupby("patient_id")["error"].mean().mean() if protocol == "patient" else errors_of["error"].mean()
+    )
+    mean = row_of(card.means(), method=MODEL, gene_set="all")
+    assert len(correlations) == (3 if protocol == "patient" else 4)
+    assert mean["level_pcc"] == pytest.approx(np.mean(correlations))
+    assert mean["level_mse"] == pytest.approx(expected)
+    assert (mean["undefined_level"], mean["level_pcc_units"]) == (4 - len(correlations), 4 + (protocol != "patient"))
+    constant = row_of(card.means(), method="train mean", gene_set="all")  # its mean over spots is rounded differently
+    assert np.isnan(constant["level_pcc"])
+    assert constant["undefined_level"] == 4
+    assert card.metrics()["test/model/level_pcc"] == pytest.approx(mean["level_pcc"])
+    assert np.isnan(row_of(card.means(), method=MODEL, gene_set="heg50")["level_pcc"])
+
+
+def test_two_patients_say_nothing_of_how_patients_differ() -> None:
+    card = random_card(0.5, 2.0)
+    mean = row_of(card.means(), method=MODEL, target="per_spot", gene_set="all")
+    assert np.isnan(mean["level_pcc"])
+    assert mean["undefined_level"] == len(GENES)
+    assert np.isfinite(mean["level_mse"])
+    assert "score.level_pcc" not in card.tags()
+    assert "test/model/level_pcc" not in card.metrics()
+
+
+def test_tables_from_before_levels_are_scored_without_them(tmp_path: Path) -> None:
+    card = random_card(0.5, 2.0, protocol="reference")
+    save_card(card, tmp_path)
+    newer = ["level_mse", "predicted_mean"]
+    read = {}
+    for name in ("score_card.csv", "per_gene.csv"):
+        path = tmp_path / name
+        pd.read_csv(path).drop(columns=newer, errors="ignore").to_csv(path, index=False)
+        read[name] = read_table(path.read_bytes())
+    old = replace(card, rows=read["score_card.csv"], per_gene=read["per_gene.csv"])
+    found, expected = (row_of(each.means(), method=MODEL, target="per_spot", gene_set="all") for each in (old, card))
+    assert found["pcc"] == pytest.approx(expected["pcc"])
+    assert np.isnan([found["level_mse"], found["level_pcc"]]).all()
+    assert not any("between sections" in verdict for verdict in old.verdicts())
+    assert all("MSE between sections" in verdict for verdict in card.verdicts())

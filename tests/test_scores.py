@@ -30,7 +30,8 @@ def test_the_gene_table_by_hand() -> None:
     truth, prediction, totals = _section()
     prediction[:, 4] = 2.5
     table = gene_scores(truth, prediction, totals)
-    assert list(table) == ["truth_mean", "truth_variance", "pcc", "pcc_density_free", "mse", "mae"]
+    scored = ["pcc", "pcc_density_free", "mse", "mae", "level_mse"]
+    assert list(table) == ["truth_mean", "truth_variance", "predicted_mean", *scored]
     assert len(table) == 60
     assert table["pcc"].isna().tolist() == table["pcc_density_free"].isna().tolist() == [g == 4 for g in range(60)]
     for gene in (0, 59):
@@ -39,10 +40,12 @@ def test_the_gene_table_by_hand() -> None:
         expected = {
             "truth_mean": np.mean(t),
             "truth_variance": np.mean((t - np.mean(t)) ** 2),
+            "predicted_mean": np.mean(p),
             "pcc": scipy.stats.pearsonr(t, p).statistic,
             "pcc_density_free": scipy.stats.pearsonr(*left).statistic,
             "mse": np.mean((t - p) ** 2),
             "mae": np.mean(np.abs(t - p)),
+            "level_mse": (np.mean(t) - np.mean(p)) ** 2,
         }
         assert table.loc[gene].to_dict() == pytest.approx(expected, abs=1e-9)
 
@@ -97,8 +100,10 @@ def test_a_table_without_errors_has_none() -> None:
 @pytest.mark.parametrize(
     ("fields", "fault"),
     [
-        ({}, "give by_gene or from_others"),
-        ({"by_gene": len, "from_others": len}, "give by_gene or from_others"),
+        ({}, "give by_gene, from_others or between"),
+        ({"by_gene": len, "from_others": len}, "give by_gene, from_others or between"),
+        ({"from_others": len, "between": len}, "give by_gene, from_others or between"),
+        ({"between": len}, "compared must be empty"),
         ({"by_gene": len, "of_sets": True, "compared": ("immune",)}, r"compared has \['immune'\], allowed: all, heg50"),
         ({"by_gene": len, "compared": ("hvg50",)}, "set of_sets=True"),
         ({"by_gene": len, "printed": ("all", "heg50")}, "set of_sets=True"),
@@ -164,7 +169,7 @@ def test_a_score_in_the_list_is_in_every_table(monkeypatch: pytest.MonkeyPatch, 
     bias = scores.Score("bias", "Bias", by_gene=bias_per_gene, is_error=True, needs_unit=True)
     monkeypatch.setattr(scores, "SCORES", (*scores.SCORES, bias))
     card = random_card(0.5, 2.0)
-    assert list(card.per_gene)[:7] == ["truth_mean", "truth_variance", "pcc", "pcc_density_free", "mse", "mae", "bias"]
+    assert list(card.per_gene)[3:9] == ["pcc", "pcc_density_free", "mse", "mae", "level_mse", "bias"]
     of_model = card.rows.query("target == 'per_spot' and method == 'model' and gene_set == 'all'")
     by_gene = card.per_gene.query("target == 'per_spot' and method == 'model'")
     for row in of_model.to_dict("records"):
@@ -179,7 +184,7 @@ def test_a_score_in_the_list_is_in_every_table(monkeypatch: pytest.MonkeyPatch, 
     assert f"{mean:.4f}" in printed.file.getvalue()
     save_card(card, tmp_path)
     table = target_tables(read_record(str(tmp_path)))[0]
-    assert table.columns[-3:] == ["MAE", "Bias", "undefined"]
+    assert table.columns[-3:] == ["PCC between sections", "Bias", "undefined"]
     cells = {line.method: line.cells[-2] for line in table.overall.lines}
     assert cells["model"].text == f"{mean:.3f}"
     assert [method for method, cell in cells.items() if cell.is_best] == [

@@ -21,7 +21,14 @@ def _with_scores(scores: dict[str, tuple[float, ...]]) -> ScoreCard:
     for method, (every, highest, density_free, mse, mae) in scores.items():
         of = {"section_id": "B1", "patient_id": "B", "target": "per_spot", "method": method}
         own = {"kind": MODEL if method == MODEL else FLOOR, "gene_set": "all", "num_spots": 9, "num_genes": 100}
-        values = {"pcc": every, "pcc_density_free": density_free, "mse": mse, "rmse": mse**0.5, "mae": mae}
+        values = {
+            "pcc": every,
+            "pcc_density_free": density_free,
+            "mse": mse,
+            "rmse": mse**0.5,
+            "mae": mae,
+            "level_mse": NAN,
+        }
         rows.append(of | own | values | {"undefined": 0, "undefined_density_free": 0})
         low, high = (
             {"pcc": pcc, "pcc_density_free": density_free, "truth_mean": mean, "truth_variance": 1.0}
@@ -79,6 +86,23 @@ def test_a_verdict_has_the_interval_of_the_paired_difference() -> None:
     floor, gap = errors["train mean"].mean(), errors["model"] - errors["train mean"]
     reach = 100 / floor * scipy.stats.t.ppf(0.975, 1) * gap.std() / np.sqrt(2)
     assert f"train mean: MSE {100 * gap.mean() / floor:+.1f}% ±{reach:.1f}%" in card.verdicts()[0]
+
+
+def test_a_level_that_is_the_train_mean_but_for_rounding_neither_wins_nor_loses() -> None:
+    card = _with_scores({MODEL: (0.5, 0.2, 0.3, 1.0, 2.0), "train mean": (NAN, NAN, NAN, 2.0, 1.0)})
+
+    def verdict(model: float, floor: float) -> str:
+        is_model = card.rows["method"] == MODEL
+        rows = card.rows.assign(level_mse=np.where(is_model, model, floor))
+        (words,) = replace(card, rows=rows).verdicts()
+        return words
+
+    both = (
+        "the model beats the train mean on MSE -50.0%; the train mean WINS on the rest, the model stands at MAE +100.0%"
+    )
+    assert verdict(0.2 + 1e-7, 0.2) == f"{both}; it equals the train mean in MSE between sections"
+    assert verdict(0.2, 0.4).startswith("the model beats the train mean on MSE -50.0%, MSE between sections -50.0%; ")
+    assert verdict(0.3, 0.2).endswith("the model stands at MAE +100.0%, MSE between sections +50.0%")
 
 
 def test_a_model_without_correlations_loses_them() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 NUM_HIGHEST = 50
+MIN_BETWEEN = 3
+"""Fewest patients (or sections) over which means are correlated."""
 _ROUNDING = 1e-6
 """Smallest root mean square of residuals, relative to the gene's largest value; less is single precision's rounding
 (2^-24)."""
@@ -70,6 +72,25 @@ def absolute_error_per_gene(truth: np.ndarray, prediction: np.ndarray) -> np.nda
     return np.abs(prediction.astype(np.float64) - truth).mean(axis=0)
 
 
+def squared_level_error(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Returns the squared difference of each gene's predicted and measured mean over spots, float64 (G,)."""
+    return (prediction.mean(axis=0, dtype=np.float64) - truth.mean(axis=0, dtype=np.float64)) ** 2
+
+
+def pearson_between(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Returns each gene's correlation of its means over U patients (or sections), float64 (G,).
+
+    NaN if fewer than three measure the gene, or one side varies by no more than rounding.
+
+    Args:
+        truth: mean measured expression, float64 (U, G); NaN where a gene is not measured.
+        prediction: mean predicted expression, float64 (U, G); NaN in the same places.
+    """
+    measured = ~np.isnan(truth)
+    found = pearson_per_gene(_whole(truth, measured), _whole(prediction, measured))
+    return np.where(measured.sum(axis=0) >= MIN_BETWEEN, found, np.nan)
+
+
 def highest_genes(truth: np.ndarray, count: int = NUM_HIGHEST) -> np.ndarray:
     """Returns the columns of the measured genes with the largest mean in the truth, largest first; ties by column.
 
@@ -116,3 +137,11 @@ def centred(values: np.ndarray) -> np.ndarray:
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
     """Returns the indices of the largest values, largest first; NaN is not among them."""
     return np.argsort(-values, kind="stable")[: min(count, np.count_nonzero(~np.isnan(values)))]
+
+
+def _whole(values: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Returns values (U, G) less the mean of the measured ones, 0 for the others, and for a gene that is constant."""
+    mean = np.where(measured, values, 0).sum(axis=0) / np.maximum(1, measured.sum(axis=0))
+    about_mean = np.where(measured, values - mean, 0)
+    varies = np.abs(about_mean).max(axis=0) > _ROUNDING * np.abs(mean)
+    return np.where(varies, about_mean, 0.0)

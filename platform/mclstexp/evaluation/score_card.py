@@ -1,8 +1,9 @@
 """The score card: a model beside its floors, by section, patient and gene.
 
 Scores are taken within a section, so that a small section weighs as much as a large one. Means are over patients, whose
-sections are averaged first, or over sections as published where the protocol is `reference`. This module holds the
-numbers; `show.py` prints and draws them, `save.py` writes them.
+sections are averaged first, or over sections as published where the protocol is `reference`. Some scores are about the
+level of sections instead, their mean expression (`Score.of_level`). This module holds the numbers; `show.py` prints and
+draws them, `save.py` writes them.
 """
 
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from mclstexp.evaluation import scores
-from mclstexp.evaluation.scores import ALL, NOT_MEASURED, UNDEFINED, mean_intervals
+from mclstexp.evaluation.scores import ALL, NOT_MEASURED, UNDEFINED, between_sections, mean_intervals, of_sections
 from mclstexp.evaluation.sections import SectionResult
 from mclstexp.evaluation.verdicts import verdict
 
@@ -81,9 +82,11 @@ class ScoreCard:
 
         Columns: target, method, kind, gene_set; num_spots and the counts of genes that are undefined or not measured,
         summed over sections; and for each score: the mean, NAME_low and NAME_high, its 95 % interval
-        (`scores.mean_intervals`), and NAME_units, the number of units that have it.
+        (`scores.mean_intervals`), and NAME_units, the number of units that have it. Scores that compare sections have
+        no interval, and are of all genes (`scores.between_sections`).
         """
-        return _means(self.rows, (), self.unit)
+        between = between_sections(self.per_gene, self.unit).assign(gene_set=ALL)
+        return _means(self.rows, (), self.unit).merge(between, "left", ["target", "method", "gene_set"])
 
     def patients(self) -> pd.DataFrame:
         """Returns the same for each patient over its sections, with patient_id as first column."""
@@ -119,9 +122,9 @@ class ScoreCard:
         return found
 
     def tags(self) -> dict[str, str]:
-        """Returns the model's means in its own target as short texts, for the registry."""
+        """Returns the model's means in its own target as short texts, for the registry, without undefined ones."""
         model = self.scores()[self.target][MODEL]
-        means = {_plain(f"score.{name}"): f"{value:.4f}" for name, value in model.items()}
+        means = {_plain(f"score.{name}"): f"{value:.4f}" for name, value in model.items() if math.isfinite(value)}
         return means | {"score.protocol": self.protocol}
 
     def metrics(self) -> dict[str, float]:
@@ -140,9 +143,9 @@ class ScoreCard:
 
 def _means(rows: pd.DataFrame, first: Sequence[str], unit: str) -> pd.DataFrame:
     by = [*first, "target", "method", "kind", "gene_set"]
-    counted = [NOT_MEASURED, *(score.undefined for score in scores.SCORES if score.undefined)]
+    counted = [NOT_MEASURED, *(score.undefined for score in of_sections() if score.undefined)]
     parts = [rows.groupby(by, sort=False)[["num_spots", *counted]].sum()]
-    for score in scores.SCORES:
+    for score in of_sections():
         name = score.name
         found = mean_intervals(rows, name, by, unit).set_index(by)[["mean", "low", "high", "num_units"]]
         parts.append(found.set_axis([name, f"{name}_low", f"{name}_high", f"{name}_units"], axis=1))

@@ -2,8 +2,8 @@
 
 To add a score, write its function in `metrics.py` and one line in `SCORES`: the tables here, the score card, the
 terminal, the verdicts and the report all walk over that list. Scores are taken within a section and then averaged, as
-published, so a small section weighs as much as a large one. All tables are long; the caller adds the columns that name
-the section, target and method.
+published, so a small section weighs as much as a large one; a few compare the levels of sections, their mean
+expression. All tables are long; the caller adds the columns that name the section, target and method.
 
 Shapes: N spots, G genes.
 """
@@ -22,8 +22,10 @@ from mclstexp.evaluation.metrics import (
     centred,
     density_free_pearson,
     highest_genes,
+    pearson_between,
     pearson_per_gene,
     squared_error_per_gene,
+    squared_level_error,
     variable_genes,
 )
 
@@ -34,6 +36,8 @@ UNDEFINED = "undefined"
 """The column that counts the measured genes without a `pcc`."""
 NOT_MEASURED = "not_measured"
 """The column that counts the genes that the section does not measure, which have no score there."""
+PREDICTED_MEAN = "predicted_mean"
+"""The column of a gene's mean prediction over the section's spots."""
 NAMES = ("protocol", "section_id", "patient_id", "target", "method", "kind", "gene_set", "gene")
 """Columns of saved tables that hold names; all others hold numbers."""
 LEVEL = 0.95
@@ -44,8 +48,9 @@ LEVEL = 0.95
 class Score:
     """One score: how it is computed, and where people see it.
 
-    Raises ValueError unless exactly one of `by_gene` and `from_others` is given, if `compared` has another set than
-    those of `SET_TITLES`, and if a score that is not `of_sets` names a set other than all genes.
+    Raises ValueError unless exactly one of `by_gene`, `from_others` and `between` is given, if `compared` has another
+    set than those of `SET_TITLES` or one of a score `between` sections, and if a score that is not `of_sets` names a
+    set other than all genes.
     """
 
     name: str
@@ -55,12 +60,17 @@ class Score:
     """From truth (N, G), prediction (N, G) and each spot's total count (N,): float64 (G,), NaN where not defined."""
     from_others: Callable[[Mapping[str, float]], float] | None = None
     """From the scores before it in `SCORES`, by name, of the same set of genes."""
+    between: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    """From means of patients (or sections), truth (U, G) and prediction (U, G): float64 (G,), NaN where not defined. A
+    single section has no such score."""
     undefined: str = ""
     """The column that counts the genes without it; such a gene counts as 0 in verdicts. Empty: always defined."""
     is_error: bool = False
     """Smaller is better."""
     needs_unit: bool = False
     """Means nothing where the prediction is in another unit than the truth."""
+    of_level: bool = False
+    """Compares the mean expression of sections, not their spots; the terminal shows it in a table of its own."""
     of_sets: bool = False
     """Shown for every set of genes; other scores are shown over all genes only."""
     printed: tuple[str, ...] = (ALL,)
@@ -71,8 +81,10 @@ class Score:
     """Sets of genes over which verdicts compare model and floor."""
 
     def __post_init__(self) -> None:
-        if (self.by_gene is None) == (self.from_others is None):
-            raise ValueError(f"score {self.name}: give by_gene or from_others")
+        if sum(way is not None for way in (self.by_gene, self.from_others, self.between)) != 1:
+            raise ValueError(f"score {self.name}: give by_gene, from_others or between")
+        if self.between and self.compared:
+            raise ValueError(f"score {self.name}: sections do not have it one by one, so compared must be empty")
         if unknown := set(self.compared) - set(SET_TITLES):
             raise ValueError(f"score {self.name}: compared has {sorted(unknown)}, allowed: {', '.join(SET_TITLES)}")
         if not self.of_sets and {*self.printed, *self.printed_in_others, *self.compared} - {ALL}:
@@ -115,6 +127,24 @@ SCORES: tuple[Score, ...] = (
         is_error=True,
         needs_unit=True,
     ),
+    Score(
+        "level_mse",
+        "MSE between sections",
+        by_gene=lambda truth, prediction, totals: squared_level_error(truth, prediction),
+        is_error=True,
+        needs_unit=True,
+        of_level=True,
+        printed=(),
+    ),
+    Score(
+        "level_pcc",
+        "PCC between sections",
+        between=pearson_between,
+        undefined="undefined_level",
+        of_level=True,
+        printed=(),
+        compared=(),
+    ),
 )
 
 
@@ -132,20 +162,28 @@ class ScoredSet(NamedTuple):
         return f"{self.score.title} {SET_TITLES.get(self.gene_set, self.gene_set)}"
 
 
+def of_sections() -> list[Score]:
+    """Returns the scores that a single section has."""
+    return [score for score in SCORES if score.between is None]
+
+
 def gene_scores(truth: np.ndarray, prediction: np.ndarray, totals: np.ndarray) -> pd.DataFrame:
     """Returns the scores of each gene for one prediction of one section: G rows in the panel's order.
 
-    Columns, float64: truth_mean and truth_variance over spots (0 only where the gene is constant), and each score that
-    is computed by gene. A correlation is NaN where it is not defined; all columns are for a gene that is not measured.
+    Columns, float64: truth_mean and truth_variance over spots (0 only where the gene is constant), predicted_mean, and
+    each score that is computed by gene. A correlation is NaN where it is not defined; all columns are for a gene that
+    is not measured.
 
     Args:
         truth: measured expression, (N, G); NaN for a gene that the section does not measure.
         prediction: predicted expression in the same unit, (N, G).
         totals: each spot's measured count over all genes, (N,).
     """
+    truth_mean = truth.mean(axis=0, dtype=np.float64)
     spread = {
-        "truth_mean": truth.mean(axis=0, dtype=np.float64),
+        "truth_mean": truth_mean,
         "truth_variance": (centred(truth) ** 2).mean(axis=0),
+        PREDICTED_MEAN: np.where(np.isnan(truth_mean), np.nan, prediction.mean(axis=0, dtype=np.float64)),
     }
     return pd.DataFrame(
         spread | {score.name: score.by_gene(truth, prediction, totals) for score in SCORES if score.by_gene}
@@ -159,7 +197,7 @@ def without_unit(genes: pd.DataFrame) -> pd.DataFrame:
 
 def with_only(genes: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Returns a `gene_scores` table with the columns of `scores` as its scores, and NaN for all others."""
-    masked = genes.assign(**{score.name: np.nan for score in SCORES if score.by_gene})
+    masked = genes.assign(**{score.name: np.nan for score in SCORES if score.by_gene} | {PREDICTED_MEAN: np.nan})
     return masked.assign(**{str(name): scores[name] for name in scores})
 
 
@@ -191,7 +229,32 @@ def read_table(data: bytes) -> pd.DataFrame:
         table[name] = pd.to_numeric(table[name].replace("", None))
     if "num_genes" in table and NOT_MEASURED not in table:
         table[NOT_MEASURED] = 0  # earlier versions scored every gene in every section
-    return table
+    return _with_newer_scores(table)
+
+
+def between_sections(per_gene: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """Returns the scores that compare sections, one row per target and method.
+
+    Args:
+        per_gene: as `ScoreCard.per_gene`; the means of a unit's sections are averaged first.
+        unit: the column of the independent unit: patient_id, or section_id as published.
+
+    Returns:
+        target, method, and for each score its mean over the genes that have it, the number of genes that do not, and
+        NAME_units, the number of units.
+    """
+    rows = []
+    for (target, method), own in per_gene.groupby(["target", "method"], sort=False):
+        means = own.groupby([unit, "gene"], sort=False)[["truth_mean", PREDICTED_MEAN]].mean().unstack("gene")
+        row: dict[str, object] = {"target": target, "method": method}
+        for score in SCORES:
+            if score.between:
+                values = score.between(means["truth_mean"].to_numpy(), means[PREDICTED_MEAN].to_numpy())
+                is_defined = ~np.isnan(values)
+                row[score.name] = values[is_defined].mean() if is_defined.any() else np.nan
+                row |= {score.undefined: (~is_defined).sum(), f"{score.name}_units": len(means)}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def mean_intervals(rows: pd.DataFrame, value: str, by: Sequence[str], unit: str) -> pd.DataFrame:
@@ -223,9 +286,19 @@ def mean_intervals(rows: pd.DataFrame, value: str, by: Sequence[str], unit: str)
 def _set_row(genes: pd.DataFrame) -> dict[str, float]:
     measured = genes["truth_mean"].notna() if "truth_mean" in genes else pd.Series(True, genes.index)
     row: dict[str, float] = {"num_genes": measured.sum(), NOT_MEASURED: (~measured).sum()}
-    for score in SCORES:
+    for score in of_sections():
         values = genes[score.name] if score.name in genes else pd.Series(np.nan, genes.index)
         row[score.name] = score.from_others(row) if score.from_others else values.mean()
         if score.undefined:
             row[score.undefined] = (values.isna() & measured).sum()
     return row
+
+
+def _with_newer_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns a table of an earlier version with NaN for what it does not have of `set_table` or `gene_scores`."""
+    newer: list[str] = []
+    if "num_genes" in table:
+        newer = [name for score in of_sections() for name in (score.name, score.undefined) if name]
+    elif "truth_mean" in table:
+        newer = [PREDICTED_MEAN, *(score.name for score in SCORES if score.by_gene)]
+    return table.assign(**{name: np.nan for name in newer if name not in table})

@@ -31,7 +31,8 @@ LABEL_WIDTH, TITLE_WIDTH = 16, 150
 _LEGEND = """\
 HEG50, HVG50: the 50 genes of highest mean and variance in the section; density-free: given the spots' library size
 undefined: genes without a correlation, summed over sections and left out of the mean; verdicts count one as 0
-where the measured gene varies, so that silence wins nothing; not measured: such genes have no score in a section"""
+where the measured gene varies, so that silence wins nothing; not measured: such genes have no score in a section
+between sections: of each gene's mean over a section; PCC over at least three patients (sections, as published)"""
 
 
 def card_tables(card: ScoreCard) -> Group:
@@ -41,6 +42,7 @@ def card_tables(card: ScoreCard) -> Group:
     blocks: list[RenderableType] = [
         Text(f"score card of model {card.model_digest}, {len(card.genes)} genes\n{card.heading()}"),
         *_block(card, [card.target], _own_columns(card), [overall, *_parts(card)]),
+        *_block(card, [card.target], _level_columns(card), [overall]),
         *_block(card, others, _other_columns(others), [overall]),
     ]
     if markers := _marker_columns(card):
@@ -97,6 +99,14 @@ def _own_columns(card: ScoreCard) -> list[_Column]:
     return [*columns, _Column(UNDEFINED, card.target, ALL, UNDEFINED), *lacking]
 
 
+def _level_columns(card: ScoreCard) -> list[_Column]:
+    """Returns the columns of the scores of sections' levels, and of the genes without a correlation."""
+    of_level = [score for score in scores.SCORES if score.of_level]
+    columns = [(score.title, score.name) for score in of_level]
+    columns += [(UNDEFINED, score.undefined) for score in of_level if score.undefined]
+    return [_Column(title, card.target, ALL, name) for title, name in columns]
+
+
 def _other_columns(targets: list[str]) -> list[_Column]:
     shown = [ScoredSet(score, gene_set) for score in scores.SCORES for gene_set in score.printed_in_others]
     return [
@@ -124,7 +134,7 @@ def _marker_columns(card: ScoreCard) -> list[_Column]:
 
 def _parts(card: ScoreCard) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yields the scores of each patient, or of each section if there is only one patient."""
-    names = [score.name for score in scores.SCORES]
+    names = [score.name for score in scores.of_sections()]
     columns = ["patient_id", "num_spots", "target", "method", "gene_set", *names, UNDEFINED, NOT_MEASURED]
     by_patient = card.patients()[columns]
     for column, rows in (("patient_id", by_patient), ("section_id", card.rows)):
@@ -161,8 +171,8 @@ def _cell(row: Mapping[Hashable, Any], name: str) -> str:
     value = row[name]
     if math.isnan(value):
         return "-"
-    if name in (UNDEFINED, NOT_MEASURED):
-        return str(value)
+    if name == NOT_MEASURED or name in {score.undefined for score in scores.SCORES}:
+        return f"{value:.0f}"
     reach = (row.get(f"{name}_high", math.nan) - row.get(f"{name}_low", math.nan)) / 2
     return f"{value:.4f}" if math.isnan(reach) else f"{value:.4f}\n±{reach:.4f}"
 

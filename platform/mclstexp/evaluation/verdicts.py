@@ -20,12 +20,15 @@ from mclstexp.evaluation.scores import HEG, HVG, ScoredSet, mean_intervals
 
 _HIGHEST_IN = {HEG: "truth_mean", HVG: "truth_variance"}
 """The column whose largest values select a set of genes."""
+_EQUAL = 1e-5
+"""Largest relative difference of errors that are equal but for rounding, such as those of a level that is the mean."""
 
 
 def verdict(rows: pd.DataFrame, per_gene: pd.DataFrame, model: str, floor: str, unit: str) -> str:
     """Returns a sentence on which means a model beats a floor, and on which the floor wins.
 
-    A score that the floor has nowhere is not compared; one that only the model has nowhere is lost.
+    A score that the floor has nowhere is not compared; one that only the model has nowhere is lost. Equal errors, such
+    as those of a model whose level is the train mean, are neither.
 
     Args:
         rows: as `ScoreCard.rows`, of one target.
@@ -35,9 +38,18 @@ def verdict(rows: pd.DataFrame, per_gene: pd.DataFrame, model: str, floor: str, 
         unit: the column over whose values means are taken.
     """
     compared = [ScoredSet(score, gene_set) for score in scores.SCORES for gene_set in score.compared]
-    differences = [_difference(rows, per_gene, model, floor, unit, each) for each in compared]
-    won = ", ".join(str(each) for each in differences if each is not None and each.is_won)
-    lost = ", ".join(str(each) for each in differences if each is not None and not each.is_won)
+    found = [_difference(rows, per_gene, model, floor, unit, each) for each in compared]
+    differences = [each for each in found if each is not None]
+    equal = ", ".join(each.compared.title for each in differences if each.is_equal)
+    won, lost = (
+        ", ".join(str(each) for each in differences if not each.is_equal and each.is_won == side)
+        for side in (True, False)
+    )
+    words = _in_words(floor, won, lost)
+    return f"{words}; it equals the {floor} in {equal}" if equal else words
+
+
+def _in_words(floor: str, won: str, lost: str) -> str:
     if not lost:
         return f"the model beats the {floor}: {won}"
     if not won:
@@ -53,6 +65,10 @@ class _Difference(NamedTuple):
     """The model's mean minus the floor's; NaN where the model has none."""
     reach: float
     """Half of the difference's 95 % interval; NaN with fewer than two units."""
+
+    @property
+    def is_equal(self) -> bool:
+        return self.compared.score.is_error and abs(self.difference) <= _EQUAL * self.floor
 
     @property
     def is_won(self) -> bool:

@@ -139,7 +139,7 @@ def _table(title: str, rows: list[Row], columns: Sequence[ScoredSet], counts: It
 
 def _best(rows: list[Row], column: ScoredSet) -> float | None:
     """Returns the best score of the model and its floors, or None if fewer than two have it."""
-    compared = [row[column.score.name] for row in _of(rows, gene_set=column.gene_set) if row["kind"] != LINE]
+    compared = [row.get(column.score.name) for row in _of(rows, gene_set=column.gene_set) if row["kind"] != LINE]
     values = [value for value in compared if value is not None]
     if len(values) < 2:
         return None
@@ -147,7 +147,7 @@ def _best(rows: list[Row], column: ScoredSet) -> float | None:
 
 
 def _cell(row: Row, name: str, best: float | None) -> Cell:
-    value = row[name]
+    value = row.get(name)  # a section has no score that compares sections
     low, high = (row.get(f"{name}_{end}") for end in ("low", "high"))
     interval = "" if low is None or high is None else f"{number(low)} to {number(high)}"
     return Cell(number(value), interval, row["kind"] != LINE and value is not None and value == best)
