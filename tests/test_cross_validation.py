@@ -12,19 +12,20 @@ import pytest
 import ray
 import torch
 from random_card import levels_card
-from small_table import section_entry
+from small_table import make_table, random_counts, section_entry
 
 from mclstexp import tracking
 from mclstexp.config import Config, override
 from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.spots import decode_tiles
 from mclstexp.data.table import read_sentence
-from mclstexp.errors import RunError, SplitError
+from mclstexp.errors import ConfigError, RunError, SplitError
 from mclstexp.evaluation.floors import floor_encoders
 from mclstexp.evaluation.save import save_card
 from mclstexp.model.extract import features, wanted
 from mclstexp.model.towers import ImageTower
 from mclstexp.model.version import ModelVersion
+from mclstexp.training.run import RECORD as RUN_RECORD
 from mclstexp.training.run import former_digest
 from tuning import cross_validation
 from tuning.cross_validation import (
@@ -220,6 +221,23 @@ def test_the_board_of_a_fold_is_on_the_requested_node(ray_session: None) -> None
     with pytest.raises(ray.exceptions.RayError):
         ray.get(elsewhere.take.remote(), timeout=2)
     ray.kill(elsewhere)
+
+
+def test_folds_of_different_assays_are_refused_before_any_begins(tmp_path: Path) -> None:
+    counts = {name: random_counts(9, seed) + 1 for seed, name in enumerate(("A1", "B1", "C1"))}
+    (tmp_path / "table").mkdir()
+    manifest = make_table(
+        tmp_path / "table", counts, measures={name: np.arange(8) != 2 * (name == "C1") for name in counts}
+    )
+    study, config = Study(f"{tmp_path}/table", f"{tmp_path}/study", "patient", "", None, {}), _config(tmp_path)
+    folds = make_folds(manifest, config, "patient")
+    with pytest.raises(ConfigError, match="are in genes that C1 does not measure"):
+        cross_validation._require_totals(folds, study)
+    cross_validation._require_totals(folds[2:], study)  # which trains on A1 and B1
+    for fold in folds[:2]:  # as an earlier version left them
+        Path(study.uri, fold.name).mkdir(parents=True)
+        Path(study.uri, fold.name, RUN_RECORD).write_text("{}")
+    cross_validation._require_totals(folds, study)
 
 
 @pytest.mark.ray

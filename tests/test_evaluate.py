@@ -398,6 +398,48 @@ def test_genes_that_sections_do_not_measure_are_left_out_of_scores_floors_and_ba
     assert np.isfinite(section.predicted).all()
 
 
+@pytest.mark.odd
+@pytest.mark.slow
+def test_shared_totals_make_one_unit_of_two_assays(tiles: str, tmp_path: Path) -> None:
+    """P1S1 lacks two panel genes and ten others; P2S1 lacks one more in the newer table that it is scored on."""
+    settings = SETTINGS | {"split.protocol": "reference", "split.test_sections": [TEST]}
+    ids = load_genes(tiles, load_manifest(tiles))["gene_id"].to_pylist()
+    panel = untrained_version(tiles, settings).panel
+    others = [row for row, gene in enumerate(ids) if gene not in panel.gene_id]
+    lacks = [*(ids.index(gene) for gene in panel.gene_id[5:7]), *others[:10]]
+    (tmp_path / "panel.txt").write_text("\n".join(panel.gene_id))
+    shared = settings | {"genes.panel": str(tmp_path / "panel.txt"), "genes.total": "shared"}
+    root = _without(tiles, tmp_path / "table", {"P1S1": lacks})
+    (tmp_path / "model").mkdir()
+    untrained_version(root, shared).save(tmp_path / "model")
+    version = ModelVersion.load(tmp_path / "model")
+
+    def expression(name: str) -> np.ndarray:
+        counts = read_counts(root, load_manifest(root).section(name)).toarray().astype(float)
+        totals = np.delete(counts, lacks, axis=1).sum(axis=1)
+        return np.log(1 + 1e4 * counts[:, [ids.index(gene) for gene in panel.gene_id]] / totals[:, None])
+
+    truth, names = expression(TEST), version.training.sections
+    training = {name: expression(name) for name in names}
+    known = {name: np.isin(range(12), [5, 6], invert=name == "P1S1") | (name != "P1S1") for name in names}
+    mean = [
+        np.concatenate([training[name][:, gene] for name in names if known[name][gene]]).mean() for gene in range(12)
+    ]
+    spots = np.concatenate([np.tile(known[name], (len(training[name]), 1)) for name in names])
+    predicted = _prediction_of_measuring_donors(root, version, np.concatenate([*training.values()]), spots)
+    newer = _without(root, tmp_path / "newer", {"P1S1": lacks, "P2S1": [others[10]]})
+    for data in (root, newer):
+        card = evaluate(version, data)
+        assert card.targets["per_spot"].endswith("spot total over the genes that all training sections measure)")
+        assert f"spot totals are over the {len(ids) - 12} genes that all training sections measure" in card.notes
+        rows = card.rows.query("target == 'per_spot' and gene_set == 'all'").set_index("method")
+        for method, values in {"zeros": np.zeros(12), "train mean": np.array(mean), "model": predicted}.items():
+            assert rows.loc[method, "mse"] == pytest.approx(((truth - values) ** 2).mean(), rel=1e-4), method
+    lists_few = _without(root, tmp_path / "few", {"P1S1": lacks, TEST: others[10:25]})
+    with pytest.raises(ConfigError, match=f"genes.total=shared: spot totals of section {TEST} are over other genes"):
+        evaluate(version, lists_few)
+
+
 def _prediction_of_measuring_donors(
     tiles: str, version: ModelVersion, payload: np.ndarray, known: np.ndarray
 ) -> np.ndarray:

@@ -24,6 +24,7 @@ from mclstexp.model.thinning import thinned
 from mclstexp.model.version import ModelVersion
 from mclstexp.settings import GenesConfig
 from mclstexp.training.run import RECORD, Run, open_run
+from tuning.promotion import _obstacle
 
 LACKS = {"A1": [0], "B1": [1, 4], "C1": [7]}
 """Genes that a section does not measure; A1 and B1 train."""
@@ -314,3 +315,11 @@ def test_a_table_without_a_gene_of_the_totals_is_refused(tmp_path: Path) -> None
     recorded = GenePanel.from_names([*NAMES[:3], "ABSENT"])
     with pytest.raises(ModelError, match="over 4 genes, and the tile table lacks 1 of them: ABSENT"):
         make_reader(str(tmp_path), manifest, PANEL, override(Config(), TOTAL), ["A1", "B1"], recorded)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_champion_with_other_totals_is_not_compared(tmp_path: Path, same: bool) -> None:
+    _table(tmp_path / "table", LACKS | {"C1": []})
+    run = _open(tmp_path / "table", **TOTAL)
+    champion = _version([NAMES[gene] for gene in (SHARED if same else SHARED[1:])])
+    assert (_obstacle(run, champion).startswith("both divide by spot totals over the genes")) != same

@@ -149,9 +149,7 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
     task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(cluster.guarded)
     waiting = [fold for fold in folds if not is_scored(study, fold.name)]
-    _require_totals(
-        [fold for fold in waiting if not storage.exists(storage.join(study.uri, fold.name, RUN_RECORD))], study
-    )
+    _require_totals(waiting, study)
     sections = read_sections(load_manifest(study.data), waiting)
     store_features(study.data, sections, [fold.config for fold in waiting[:1]], show)
     if waiting:
@@ -179,10 +177,11 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[
 
 
 def _require_totals(folds: Sequence[Fold], study: Study) -> None:
-    """Checks folds that have not begun before any features are made for them."""
+    """Checks folds that have not begun, before any features are made for them."""
     manifest = load_manifest(study.data)
     counts = GeneCounts(study.data, manifest)
-    for fold in folds:
+    new = [fold for fold in folds if not storage.exists(storage.join(study.uri, fold.name, RUN_RECORD))]
+    for fold in new:
         require_totals(counts, make_split(manifest, fold.config.split), fold.config.genes)
 
 
