@@ -50,9 +50,9 @@ def main() -> None:
         _require_features(arguments.data, config)
     _launch.connect(config)
     from mclstexp import cluster, progress, tracking
+    from mclstexp.training.complete import train_and_finish
     from mclstexp.training.finish import is_finished
     from mclstexp.training.run import open_run
-    from mclstexp.training.trainer import train_and_finish
 
     cluster.require_shared(config, [f"--data {arguments.data}", f"--out {arguments.out}"])
     cluster.require(config)

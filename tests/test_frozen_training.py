@@ -17,7 +17,7 @@ from mclstexp.data.schema import load_manifest
 from mclstexp.errors import ConfigError
 from mclstexp.model import embed, extract
 from mclstexp.model.towers import FeatureTower, ImageTower, build_network
-from mclstexp.training import finish, trainer
+from mclstexp.training import complete, finish, trainer
 from mclstexp.training.checkpoint import OPTIMIZER, STATE, WEIGHTS, TrainState
 from mclstexp.training.feed import make_feed
 from mclstexp.training.run import Run, open_run
@@ -99,7 +99,7 @@ def test_a_run_ends_with_learnt_tensors_alone_and_nothing_is_encoded_twice(
     monkeypatch.setattr(extract, "make_features", noted)
     posted = []
     run = _open(tiles, tmp_path, train__seed=11)  # an encoder of its own
-    trainer.train_and_finish(run, lambda step, metrics: posted.append(metrics))
+    complete.train_and_finish(run, lambda step, metrics: posted.append(metrics))
     assert made == [[*run.split.train, *run.split.validation]]
     scores = [metrics[VALIDATION_PCC] for metrics in posted if VALIDATION_PCC in metrics]
     assert len(scores) == 2

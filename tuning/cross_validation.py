@@ -31,10 +31,10 @@ from mclstexp.evaluation.scores import read_table
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Log, Metrics, ProgressBoard, Show, hidden
 from mclstexp.tracking import MetricLog
+from mclstexp.training.complete import train_to_end
 from mclstexp.training.run import RECORD as RUN_RECORD
 from mclstexp.training.run import Run, TrackedRecord, former_digest, identity, open_run, require_totals
 from mclstexp.training.stored import store_features
-from mclstexp.training.trainer import train_to_end
 from tuning.study import Track, open_record, study_name
 
 RECORD, SCORES = "study.json", "scores"

@@ -21,9 +21,9 @@ from mclstexp.evaluation.metrics import highest_genes, mean_by_patient
 from mclstexp.model.embed import embed_model
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden
+from mclstexp.training.complete import train_to_end
 from mclstexp.training.finish import model_uri
 from mclstexp.training.run import Run
-from mclstexp.training.trainer import train_to_end
 from tuning.sweep import Sweep, Trial
 from tuning.trial import open_trial
 

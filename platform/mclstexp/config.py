@@ -88,9 +88,9 @@ class Config(ConfigBlock):
             raise ValueError(
                 "model.test_turns=true needs model.freeze_encoder=false: stored features are of plain tiles"
             )
-        if train.batching == "random_spots" and model.position == "sinusoidal":
+        if train.batching == "random_spots" and model.position in ("sinusoidal", "distance"):
             raise ValueError(
-                "model.position=sinusoidal measures from the centre of a neighbourhood, which "
+                f"model.position={model.position} measures within a neighbourhood, which "
                 "train.batching=random_spots does not have; use table, pixel_table or none"
             )
         if train.positives == "soft" and model.l2_normalise:
@@ -107,10 +107,16 @@ class Config(ConfigBlock):
             raise ValueError(
                 "model.predictor=programs needs model.freeze_encoder=true: programs are fitted to stored features"
             )
-        if model.predictor == "programs" and train.epochs:
+        if model.predictor == "programs" and train.epochs and not self._trains_towers_of_programs():
             raise ValueError(
-                f"model.predictor=programs needs train.epochs=0, not {train.epochs}: it finds spots by the features of "
-                "the frozen encoder, and towers would be trained for nothing; use jobs/configs/finetune.yaml to train"
+                "model.predictor=programs with train.epochs above 0 trains towers on the leading directions of stored "
+                "features: set model.image_directions, train.batching=sentences, and leave train.shuffle_pairs out; or "
+                "train none, with train.epochs=0"
+            )
+        if model.image_directions is not None and (not model.freeze_encoder or model.predictor == "regression"):
+            raise ValueError(
+                f"model.image_directions={model.image_directions} needs model.freeze_encoder=true and towers: "
+                "directions are fitted to stored features, and model.predictor=regression has no towers"
             )
         if not train.epochs and model.predictor != "programs":
             raise ValueError(
@@ -128,6 +134,10 @@ class Config(ConfigBlock):
                 f"genes.input; use genes.input={self.genes.target}"
             )
         return self
+
+    def _trains_towers_of_programs(self) -> bool:
+        is_plain = self.train.batching == "sentences" and not self.train.shuffle_pairs
+        return is_plain and self.model.image_directions is not None
 
 
 def leaf_fields(block: type[ConfigBlock] = Config, prefix: str = "") -> dict[str, tuple[type[ConfigBlock], str]]:

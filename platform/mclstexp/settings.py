@@ -166,8 +166,14 @@ class ModelConfig(ConfigBlock):
     """Hidden width of a block's feed-forward layer, as a multiple of the tower's width."""
     spot_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout in the spot tower."""
-    position: Literal["sinusoidal", "table", "pixel_table", "none"] = "sinusoidal"
-    """Sines of the distance from the sentence's centre, learnt tables of array or pixel column and row, or none."""
+    position: Literal["sinusoidal", "table", "pixel_table", "distance", "none"] = "sinusoidal"
+    """Sines of the distance from the sentence's centre, learnt tables of array or pixel column and row, attention that
+    falls with the distance between spots, or none."""
+    image_directions: int | None = Field(None, ge=2, le=256)
+    """Leading directions of the standardised features that a frozen encoder's images are embedded from; empty: all
+    features as they are. Programs with towers need it."""
+    input_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of what the towers read: expression, and the image's directions."""
     embedding_dim: int = Field(256, ge=2)
     """Width of the common space."""
     l2_normalise: bool = True
@@ -187,7 +193,12 @@ class TrainConfig(ConfigBlock):
 
     epochs: int = Field(30, ge=0)
     """Passes over the training sentences. 0, with `model.predictor=programs`: no towers are trained, and spots are
-    found by the features of the frozen encoder."""
+    found by the features of the frozen encoder alone."""
+    min_steps: int = Field(0, ge=0)
+    """Fewest optimiser steps: epochs are added until they take as many. 0: as many as `epochs` take."""
+    cross_fit: int = Field(5, ge=2, le=5)
+    """Trainings of towers beside a program model, at most, that each leave out a part of the training patients (or
+    sections), so that the towers' share is chosen on spots that they did not see."""
     batching: Literal["sentences", "random_spots"] = "sentences"
     """A batch is a set of neighbourhoods, or random spots of all sections that attend to each other (as published)."""
     batch_sentences: int = Field(4, ge=1)

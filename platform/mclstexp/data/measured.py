@@ -61,10 +61,10 @@ def normalise_section(target: Normaliser, counts: np.ndarray, totals: np.ndarray
     return target.apply(counts, totals, counts.sum(axis=0, dtype=np.float64))
 
 
-def read_measured(reader: SpotReader, section_id: str) -> MeasuredSection:
-    """Returns a measured section of the reader's tile table over the reader's panel."""
+def read_measured(reader: SpotReader, section_id: str, group: int | None = None) -> MeasuredSection:
+    """Returns a measured section of the reader's tile table, or one of its sentences, over the reader's panel."""
     entry = reader.manifest.section(section_id)
-    table = read_columns(reader.root, entry, ["spot_id", *XY_UM, *XY_PX, "label", "gene_index", "count"])
+    table = read_columns(reader.root, entry, ["spot_id", *XY_UM, *XY_PX, "label", "gene_index", "count"], group)
     counts, totals = panel_counts(table["gene_index"], table["count"], reader.columns, reader.total)
     xy_um, xy_px = (np.stack([table[name].to_numpy() for name in names], axis=1) for names in (XY_UM, XY_PX))
     return MeasuredSection(

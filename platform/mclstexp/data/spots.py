@@ -155,23 +155,42 @@ class SpotReader:
         return {"expression": expression, "payload": payload}
 
 
-class KeptReader:
-    """Reads stored features as a SpotReader does, and keeps sentences in memory from epoch to epoch.
+class Kept:
+    """Arrays that are kept in memory from epoch to epoch, up to a limit. Several threads may read.
 
-    What exceeds `max_bytes` is read again in every epoch. Nothing kept is given up for it: an epoch reads each sentence
-    once, so that the oldest one would always be the next to be needed. Several threads may read.
+    What exceeds the limit is read again in every epoch. Nothing kept is given up for it: an epoch reads each sentence
+    once, so that the oldest one would always be the next to be needed.
     """
+
+    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        self._free_bytes = max_bytes
+        self._arrays: dict[tuple[object, ...], Batch] = {}
+        self._lock = threading.Lock()
+
+    def once(self, key: tuple[object, ...], read: Callable[[], Batch]) -> Batch:
+        """Returns what `read` gives, kept from the first call on if there is room."""
+        if key in self._arrays:
+            return self._arrays[key]
+        arrays = read()
+        num_bytes = sum(values.nbytes for values in arrays.values())
+        with self._lock:
+            if key not in self._arrays and num_bytes <= self._free_bytes:
+                self._arrays[key] = arrays
+                self._free_bytes -= num_bytes
+        return arrays
+
+
+class KeptReader:
+    """Reads stored features as a SpotReader does, and keeps sentences in memory."""
 
     def __init__(self, reader: SpotReader, max_bytes: int = MAX_KEPT_BYTES) -> None:
         assert reader.features is not None
         self.manifest, self.image_input, self.read_none = reader.manifest, reader.image_input, reader.read_none
-        self._reader, self._features, self._free_bytes = reader, reader.features, max_bytes
-        self._kept: dict[tuple[str, int] | tuple[str, int, int | None], Batch] = {}
-        self._lock = threading.Lock()
+        self._reader, self._features, self._kept = reader, reader.features, Kept(max_bytes)
 
     def read(self, section_id: str, group: int, keep: np.ndarray | None = None, draw: int | None = None) -> Batch:
         """Returns features, expression and position, as `SpotReader.read`."""
-        features = self._once(
+        features = self._kept.once(
             (section_id, group, draw), lambda: {"features": self._features.read(section_id, group, draw)}
         )
         return rows_of(self.read_spots(section_id, group) | features, keep)
@@ -183,18 +202,7 @@ class KeptReader:
             spots = self._reader.read_spots(section_id, group)
             return {name: spots[name] for name in ("expression", "position")}
 
-        return self._once((section_id, group), read)
-
-    def _once(self, key: tuple[str, int] | tuple[str, int, int | None], read: Callable[[], Batch]) -> Batch:
-        if key in self._kept:
-            return self._kept[key]
-        arrays = read()
-        num_bytes = sum(values.nbytes for values in arrays.values())
-        with self._lock:
-            if key not in self._kept and num_bytes <= self._free_bytes:
-                self._kept[key] = arrays
-                self._free_bytes -= num_bytes
-        return arrays
+        return self._kept.once((section_id, group), read)
 
 
 def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch import nn
 
 from mclstexp.errors import ModelError
 from mclstexp.model.bank import Bank
@@ -27,12 +28,14 @@ from mclstexp.model.level import Level
 from mclstexp.model.programs import Programs
 from mclstexp.model.retrieval import Retrieved, retrieve
 from mclstexp.model.standardise import Standardiser
+from mclstexp.model.tower_keys import TowerKeys
 from mclstexp.settings import RetrievalConfig
 
 FILE = "programs.safetensors"
 _STANDARDISERS = ("own", "near")
 _ARRAYS = ("near_columns", "level_columns", "own_weights", "near_weights", "key_weights", "donor_scores")
 _NUMBERS = ("neighbour_um", "retrieved_scale", "share")
+_TOWER_SHARE = "tower_share"
 _NUMBERS_KEY = "numbers"
 
 
@@ -82,14 +85,22 @@ class ProgramModel:
     """Of retrieval in the blend."""
     programs: Programs
     level: Level
+    towers: TowerKeys | None = None
+    """Trained towers that spots are also found by."""
 
     def bank(self, measured: Bank) -> Bank:
         """Returns the bank whose payload are program scores and their squared length, in the place of expression."""
         return replace(measured, payload=with_squares(self.donor_scores), measured=None)
 
+    @property
+    def tower_share(self) -> float:
+        """The towers' share of the similarity by which spots are found."""
+        return self.towers.share if self.towers else 0.0
+
     def queries(self, features: np.ndarray) -> np.ndarray:
         """Returns what tiles are searched by, float32 (n, D)."""
-        return self.own.apply(features).astype(np.float32) @ self.key_weights
+        of_features = self.own.apply(features).astype(np.float32) @ self.key_weights
+        return of_features if self.towers is None else self.towers.queries(features, of_features)
 
     def tile_scores(self, features: np.ndarray, retrieved: np.ndarray, complete: np.ndarray) -> TileScores:
         """Returns what tiles leave behind.
@@ -132,13 +143,17 @@ class ProgramModel:
         return None
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model into a local folder."""
+        """Writes the model into a local folder, without the tensors of its towers."""
         arrays = {name: np.ascontiguousarray(value) for name, value in self._arrays().items()}
         save_file(arrays, Path(folder, FILE), {_NUMBERS_KEY: json.dumps(self._numbers())})
 
     @classmethod
-    def load(cls, folder: str | Path) -> "ProgramModel":
+    def load(cls, folder: str | Path, head: nn.Module | None) -> "ProgramModel":
         """Returns the model that `save` wrote.
+
+        Args:
+            folder: where it is.
+            head: the image side of its towers; None if it has none.
 
         Raises:
             ModelError: an array or a number is missing.
@@ -159,7 +174,10 @@ class ProgramModel:
             plain = {name: arrays[name] for name in _ARRAYS} | {name: numbers[name] for name in _NUMBERS}
         except KeyError as error:
             raise ModelError(f"{FILE} in {folder} has no {error.args[0]}; fetch the model version again") from None
-        return cls(own=standardisers["own"], near=standardisers["near"], **plain, programs=programs, level=level)
+        towers = None if head is None else TowerKeys(numbers[_TOWER_SHARE], head)
+        return cls(
+            own=standardisers["own"], near=standardisers["near"], **plain, programs=programs, level=level, towers=towers
+        )
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
@@ -169,4 +187,5 @@ class ProgramModel:
         return arrays
 
     def _numbers(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in _NUMBERS} | {"level_share": self.level.share}
+        plain = {name: getattr(self, name) for name in _NUMBERS}
+        return plain | {"level_share": self.level.share, _TOWER_SHARE: self.tower_share}

@@ -18,7 +18,7 @@ from mclstexp.errors import ModelError
 from mclstexp.model.extract import features, wanted
 from mclstexp.model.extractor import colours
 from mclstexp.model.tile_stream import TILES_AT_ONCE, stream_sentences
-from mclstexp.model.towers import ImageTower, ProjectionHead, feature_width, uses_bf16
+from mclstexp.model.towers import ImageTower, feature_width, image_projection, uses_bf16
 from mclstexp.model.version import ModelVersion
 from mclstexp.progress import Show, hidden
 from mclstexp.settings import ModelConfig
@@ -107,7 +107,7 @@ def network_of(model: ModelVersion) -> ImageNetwork:
     Raises:
         ModelError: the weights of its frozen encoder cannot be found.
     """
-    network = image_network(model.config.model, model.tile_size_px, model.weights, model.config.train.precision)
+    network = image_network(model.config.model, model.tile_size_px, _head_weights(model), model.config.train.precision)
     if model.encoder is None:
         return network
     return replace(network, tower={f"encoder.{name}": value for name, value in model.encoder.state().items()})
@@ -129,7 +129,7 @@ def head_of(model: ModelVersion) -> ImageHead:
     """
     if model.encoder is None:
         raise ModelError("the model trained its image encoder, so it takes images, not features of a frozen encoder")
-    return image_head(model.config.model, model.tile_size_px, model.weights, model.config.train.precision)
+    return image_head(model.config.model, model.tile_size_px, _head_weights(model), model.config.train.precision)
 
 
 def image_head(
@@ -138,6 +138,11 @@ def image_head(
     """Returns what a network learnt on top of a frozen encoder, from its state dict."""
     width = feature_width(config, tile_size_px)
     return ImageHead(config.model_dump(mode="json"), width, _part(weights, "image_head.") or None, precision)
+
+
+def _head_weights(model: ModelVersion) -> dict[str, torch.Tensor]:
+    """Returns the weights on top of an encoder. A program model reads features; its towers are a part of its keys."""
+    return {} if model.programs else model.weights
 
 
 def _part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -227,7 +232,7 @@ def fixed_turns(tiles: np.ndarray) -> np.ndarray:
 
 
 def _head(config: ModelConfig, num_features: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    head: torch.nn.Module = ProjectionHead(num_features, config.embedding_dim, config.l2_normalise)
+    head = image_projection(config, num_features)
     if config.predictor == "regression":
         head = torch.nn.Linear(num_features, len(state["bias"]))
     head.load_state_dict(state)

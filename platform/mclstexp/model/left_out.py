@@ -40,27 +40,28 @@ class LeftOut:
         return self.fold != index, self.fold == index
 
 
-def leave_out(patient_id: np.ndarray, section_id: np.ndarray, xy_um: np.ndarray) -> LeftOut:
+def leave_out(patient_id: np.ndarray, section_id: np.ndarray, xy_um: np.ndarray, max_folds: int = MAX_FOLDS) -> LeftOut:
     """Returns the folds of N training spots.
 
     Args:
         patient_id, section_id: strings, (N,).
         xy_um: micrometres, (N, 2).
+        max_folds: folds at most.
 
     Raises:
         UserError: there are fewer than two spots.
     """
     if len(np.unique(patient_id)) >= MIN_PATIENTS:
-        return LeftOut("patients", _dealt(patient_id))
+        return LeftOut("patients", _dealt(patient_id, max_folds))
     if len(np.unique(section_id)) >= MIN_SECTIONS:
-        return LeftOut("sections", _dealt(section_id))
+        return LeftOut("sections", _dealt(section_id, max_folds))
     if len(section_id) < 2:
         raise UserError(f"what is fitted out of fold needs at least 2 training spots, there are {len(section_id)}")
     blocks = KMeans(min(NUM_BLOCKS, len(section_id)), n_init=4, random_state=_SEED).fit_predict(xy_um)
-    return LeftOut("blocks", _dealt(blocks))
+    return LeftOut("blocks", _dealt(blocks, max_folds))
 
 
-def _dealt(names: np.ndarray) -> np.ndarray:
+def _dealt(names: np.ndarray, max_folds: int) -> np.ndarray:
     """Returns a fold for each spot, int64 (N,): the sorted names in turn."""
     codes = np.unique(names, return_inverse=True)[1]
-    return codes % min(MAX_FOLDS, codes.max() + 1)
+    return codes % min(max_folds, codes.max() + 1)

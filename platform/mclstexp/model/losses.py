@@ -20,6 +20,8 @@ from mclstexp.messages import did_you_mean
 
 REGRESSION = "regression"
 """The loss of `model.predictor=regression`; the others are values of `train.positives`."""
+SCORE_TEMPERATURE = 0.1
+"""Divides the cosines of program scores in the targets of `program_loss`."""
 
 
 class Loss(Protocol):
@@ -72,6 +74,43 @@ def regression_loss(
     if not known_ND.any():
         return image_ND.sum() * 0.0
     return F.mse_loss(image_ND[known_ND], spot_ND[known_ND])
+
+
+def program_loss(
+    image_ND: torch.Tensor,
+    spot_ND: torch.Tensor,
+    valid_N: torch.Tensor,
+    logit_scale: torch.Tensor,
+    scores_NR: torch.Tensor,
+    sentence_N: torch.Tensor,
+) -> torch.Tensor:
+    """Returns symmetric InfoNCE within sentences, in which spots of similar programs are positives too; a scalar.
+
+    A spot's target over the spots of its own sentence is the softmax of the cosine of program scores over
+    `SCORE_TEMPERATURE`, by rows of either side. A sentence counts by its spots, and over the logarithm of their number,
+    the loss of towers that tell nothing; one of a single spot has none.
+
+    Args:
+        image_ND, spot_ND, valid_N, logit_scale: as `Loss`.
+        scores_NR: program scores within sections, float32 (N, R).
+        sentence_N: index of each slot's sentence, int64 (N,).
+    """
+    with torch.autocast(image_ND.device.type, enabled=False):
+        images, spots = image_ND[valid_N].float(), spot_ND[valid_N].float()
+        scores, sentence = F.normalize(scores_NR[valid_N].float(), dim=1), sentence_N[valid_N]
+        together_NN = sentence[:, None] == sentence
+        size_N = together_NN.sum(dim=1)
+        weight_N = (size_N > 1) / size_N.clamp(min=2).log() / max(1, len(images))
+        target_NN = (scores @ scores.T / SCORE_TEMPERATURE).masked_fill(~together_NN, -torch.inf).softmax(dim=1)
+        logits_NN = logit_scale.float() * spots @ images.T
+        losses = [_cross_entropy_within(each, target_NN, together_NN) for each in (logits_NN, logits_NN.T)]
+        return (weight_N * (losses[0] + losses[1])).sum() / 2 + 0.0 * (image_ND.sum() + spot_ND.sum())
+
+
+def _cross_entropy_within(logits_NN: torch.Tensor, target_NN: torch.Tensor, together_NN: torch.Tensor) -> torch.Tensor:
+    """Returns each row's cross-entropy over the columns of its own sentence, (N,)."""
+    log_shares_NN = logits_NN.masked_fill(~together_NN, -torch.inf).log_softmax(dim=1)
+    return -(target_NN * log_shares_NN.masked_fill(~together_NN, 0.0)).sum(dim=1)
 
 
 LOSSES: dict[str, Loss] = {

@@ -8,6 +8,7 @@ Shapes: N spots of one section, G genes.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,18 +28,27 @@ def shares_of(totals: np.ndarray) -> list[float]:
     return [share for share in SHARES if share == 1 or share * median >= MIN_COUNTS]
 
 
-def thinned(section: MeasuredSection, target: Normaliser, seed: int = 0) -> list[np.ndarray]:
-    """Returns a section's expression at each of its `shares_of`, float32 (N, G) each; the first is of all counts.
+def thinned(
+    section: MeasuredSection, target: Normaliser, seed: int = 0, shares: Sequence[float] | None = None
+) -> list[np.ndarray]:
+    """Returns a section's expression at several depths, float32 (N, G) each; the first is of all counts.
 
     The draws depend on the section's name and not on the order of sections. A gene that the section does not measure is
     NaN.
+
+    Args:
+        section: the section.
+        target: the unit.
+        seed: of the draws.
+        shares: of the counts, 1 first; default its own `shares_of`.
     """
+    shares = shares or shares_of(section.totals)
     rng = np.random.default_rng([seed, zlib.crc32(section.section_id.encode())])
     whole = np.rint(section.counts).astype(np.int64)
     in_panel = whole.sum(axis=1, where=section.in_total)
     others = np.maximum(np.rint(section.totals).astype(np.int64) - in_panel, 0)
     found = [section.expression(target)]
-    for share in shares_of(section.totals)[1:]:
+    for share in shares[1:]:
         kept = rng.binomial(whole, share)
         kept_totals = kept.sum(axis=1, where=section.in_total) + rng.binomial(others, share)
         found.append(replace(section, counts=kept, totals=kept_totals).expression(target))

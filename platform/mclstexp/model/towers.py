@@ -14,6 +14,7 @@ from torch import nn
 
 from mclstexp.model.encoders import build_encoder, layer_widths, preset_of, transform_of
 from mclstexp.model.presets import IMAGENET_MEAN, IMAGENET_STD, Transform, Triple
+from mclstexp.model.standardise import CLIP
 from mclstexp.settings import ModelConfig
 
 _ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -23,6 +24,8 @@ _SCALINGS: dict[str, tuple[Triple, Triple]] = {
     "bgr255": (_ZERO, (1 / 255, 1 / 255, 1 / 255)),
 }
 """Mean and deviation that pixels in [0, 1] are normalised by, for each `model.input_scaling`."""
+_FIRST_DECAYS = (-1.0, 2.0)
+"""Of the first and the last head, before softplus: attention that reaches about two pitches, and less than one."""
 SHORTEST_UM, LONGEST_UM = 200.0, 20_000.0
 """Wavelengths of the sinusoidal position: twice Visium's pitch (shorter ones alias) and the size of a section."""
 
@@ -111,29 +114,66 @@ def _image_tower(config: ModelConfig, tile_size_px: int) -> ImageTower | Feature
     return ImageTower(config, tile_size_px)
 
 
+class LeadingDirections(nn.Module):
+    """Frozen features as their leading directions: standardised as for programs, and of mean variance 1.
+
+    What it does is fitted to the training sections before the first step, and not learnt.
+    """
+
+    mean: torch.Tensor
+    factor: torch.Tensor
+    directions: torch.Tensor
+
+    def __init__(self, num_features: int, num_directions: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("factor", torch.ones(num_features))
+        self.register_buffer("directions", torch.zeros(num_features, num_directions))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns (n, K), float32 also under bf16 autocast, of features (n, F)."""
+        with torch.autocast(features.device.type, enabled=False):
+            scores = ((features.float() - self.mean) * self.factor).clamp(-CLIP, CLIP)
+            return scores @ self.directions
+
+
 class SpotTower(nn.Module):
     """A transformer over the spots of a sentence: expression and position to features.
 
     With `spot_width` empty it is the published tower (u = e + X[x] + Y[y], width G, no input map); otherwise
     expression is first mapped to `spot_width`. Pre-norm blocks, no final norm (Vaswani et al. 2017,
-    https://arxiv.org/abs/1706.03762; mclSTExp 2024, https://arxiv.org/abs/2407.08216).
+    https://arxiv.org/abs/1706.03762; mclSTExp 2024, https://arxiv.org/abs/2407.08216). With `model.position=distance`
+    spots have no position of their own; attention falls with their distance.
     """
+
+    pitch_um: torch.Tensor
 
     def __init__(self, config: ModelConfig, num_genes: int, num_positions: int) -> None:
         super().__init__()
         self.width = config.spot_width or num_genes
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.sees_distance = config.position == "distance"
+        if self.sees_distance:
+            self.register_buffer("pitch_um", torch.ones(()))
         self.embed = nn.Linear(num_genes, self.width) if config.spot_width else nn.Identity()
         self.position = _position(config.position, self.width, num_positions)
         self.blocks = nn.ModuleList(Block(config, self.width) for _ in range(config.spot_layers))
 
     def forward(self, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
         """Returns features (S, L, W); a masked slot influences no other slot."""
-        features = self.embed(expression_SLG)
+        features = self.embed(self.input_dropout(expression_SLG))
         if self.position is not None:
             features = features + self.position(position_SL2)
+        distance_SLL = _distances(position_SL2, self.pitch_um) if self.sees_distance else None
         for block in self.blocks:
-            features = block(features, mask_SL)
+            features = block(features, mask_SL, distance_SLL)
         return features
+
+
+def _distances(position_SL2: torch.Tensor, pitch_um: torch.Tensor) -> torch.Tensor:
+    """Returns the distances between a sentence's spots in pitches of the training spots, float32 (S, L, L)."""
+    difference = position_SL2[:, :, None].float() - position_SL2[:, None].float()
+    return difference.norm(dim=-1) / pitch_um
 
 
 class Block(nn.Module):
@@ -143,33 +183,47 @@ class Block(nn.Module):
         super().__init__()
         hidden = max(1, round(width * config.spot_ffn_ratio))
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, config.spot_heads, config.spot_head_dim)
+        self.attention = Attention(width, config.spot_heads, config.spot_head_dim, config.position == "distance")
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.dropout = nn.Dropout(config.spot_dropout)
 
-    def forward(self, features_SLW: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features_SLW: torch.Tensor, mask_SL: torch.Tensor, distance_SLL: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns features (S, L, W)."""
-        features = features_SLW + self.dropout(self.attention(self.attention_norm(features_SLW), mask_SL))
+        attended = self.attention(self.attention_norm(features_SLW), mask_SL, distance_SLL)
+        features = features_SLW + self.dropout(attended)
         return features + self.dropout(self.ffn(self.ffn_norm(features)))
 
 
 class Attention(nn.Module):
-    """Multi-head attention within a sentence: bias-free map to 3HC, scores over sqrt(C), output map with bias."""
+    """Multi-head attention within a sentence: bias-free map to 3HC, scores over sqrt(C), output map with bias.
 
-    def __init__(self, width: int, num_heads: int, head_dim: int) -> None:
+    With `by_distance` each head subtracts its own learnt factor times the squared distance from its scores.
+    """
+
+    def __init__(self, width: int, num_heads: int, head_dim: int, by_distance: bool = False) -> None:
         super().__init__()
+        if by_distance:
+            self.decay = nn.Parameter(torch.linspace(*_FIRST_DECAYS, num_heads))
         self.num_heads, self.head_dim = num_heads, head_dim
         self.qkv = nn.Linear(width, 3 * num_heads * head_dim, bias=False)
         self.out = nn.Linear(num_heads * head_dim, width)
 
-    def forward(self, features_SLW: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features_SLW: torch.Tensor, mask_SL: torch.Tensor, distance_SLL: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns features (S, L, W); an empty sentence attends to all its slots, which avoids NaN."""
         sentences, length, _ = features_SLW.shape
         qkv = self.qkv(features_SLW).view(sentences, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         allowed = mask_SL | ~mask_SL.any(dim=1, keepdim=True)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None, None, :])
+        mask = allowed[:, None, None, :]
+        if distance_SLL is not None:
+            penalty = F.softplus(self.decay)[:, None, None] * distance_SLL[:, None] ** 2
+            mask = (-penalty).masked_fill(~mask, -torch.inf).to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
@@ -238,6 +292,17 @@ class ProjectionHead(nn.Module):
         return F.normalize(embedding, dim=-1) if self.l2_normalise else embedding
 
 
+def image_projection(config: ModelConfig, num_features: int) -> nn.Module:
+    """Returns the map from an image's features (N, num_features) to the common space, in training mode."""
+    if config.image_directions is None:
+        return ProjectionHead(num_features, config.embedding_dim, config.l2_normalise)
+    return nn.Sequential(
+        LeadingDirections(num_features, config.image_directions),
+        nn.Dropout(config.input_dropout),
+        ProjectionHead(config.image_directions, config.embedding_dim, config.l2_normalise),
+    )
+
+
 class TwoTowers(nn.Module):
     """Embeds images and spots into one space of `embedding_dim` channels."""
 
@@ -246,7 +311,7 @@ class TwoTowers(nn.Module):
         self.config = config
         self.image_tower = _image_tower(config, tile_size_px)
         self.spot_tower = SpotTower(config, num_genes, num_positions)
-        self.image_head = ProjectionHead(self.image_tower.num_features, config.embedding_dim, config.l2_normalise)
+        self.image_head = image_projection(config, self.image_tower.num_features)
         self.spot_head = ProjectionHead(self.spot_tower.width, config.embedding_dim, config.l2_normalise)
         start = torch.tensor(math.log(1 / config.temperature))
         self.log_scale = nn.Parameter(start, requires_grad=config.learn_temperature)

@@ -36,7 +36,7 @@ from mclstexp.model.calibration import Calibration
 from mclstexp.model.encoders import preset_of
 from mclstexp.model.frozen import FrozenEncoder, encoder_from_state
 from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
-from mclstexp.model.towers import TwoTowers, plain_tensors
+from mclstexp.model.towers import TwoTowers, feature_width, image_projection, plain_tensors
 from mclstexp.model.weights import weights_digest
 from mclstexp.settings import ModelConfig, TilesConfig
 
@@ -249,12 +249,12 @@ class ModelVersion:
             weights = load_file(folder / WEIGHTS)
             stored = load_file(folder / ENCODER) if (folder / ENCODER).is_file() else None
             bank = Bank.load(folder) if (folder / ARRAYS).is_file() else None
-            programs = ProgramModel.load(folder) if (folder / PROGRAMS).is_file() else None
             calibration = Calibration.load(folder, panel) if (folder / CALIBRATION).is_file() else None
         except (ValidationError, ValueError, SafetensorError, OSError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error
         config = recorded_config(_without_turned_features(record), str(folder))
         encoder, weights = _encoder(config.model, record, weights, stored)
+        programs = _programs(folder, config.model, record.tile_size_px, weights)
         if stored is not None and encoder is not None and (own := weights_digest(stored)) != encoder.record.digest:
             raise ModelError(
                 f"{ENCODER} of {folder} is not the version's frozen encoder: its digest is {own[:12]}..., the "
@@ -438,3 +438,23 @@ def _sha256_of(text: str) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _programs(
+    folder: Path, config: ModelConfig, tile_size_px: int, weights: dict[str, torch.Tensor]
+) -> ProgramModel | None:
+    """Returns the program model of a version, with its towers if it has weights; None for other versions.
+
+    Raises:
+        ModelError: its file or a tensor of its towers is missing, or cannot be read.
+    """
+    if not (folder / PROGRAMS).is_file():
+        return None
+    prefix, head = "image_head.", None
+    try:
+        if weights:
+            head = image_projection(config, feature_width(config, tile_size_px)).eval()
+            head.load_state_dict({name.removeprefix(prefix): weights[name] for name in weights if prefix in name})
+        return ProgramModel.load(folder, head)
+    except (RuntimeError, SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error

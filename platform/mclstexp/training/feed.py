@@ -14,6 +14,8 @@ from mclstexp.config import Config
 from mclstexp.data import random_spots, stream
 from mclstexp.data.spots import Batch, SentenceLoader, SpotReader
 from mclstexp.data.stream import Sentence, StreamShare
+from mclstexp.model.training_spots import TrainingSpots
+from mclstexp.training.tower_loader import TowerLoader, tower_loader
 
 Ids = Collection[str | int]
 Rows = list[dict[str, object]]
@@ -25,7 +27,7 @@ class SentenceFeed:
     """Global batches of whole sentences."""
 
     sentences: list[Sentence]
-    loader: SentenceLoader
+    loader: SentenceLoader | TowerLoader
     batch_sentences: int
     seed: int
     shuffle_pairs: bool
@@ -99,6 +101,16 @@ def make_feed(config: Config, reader: SpotReader, section_ids: Collection[str]) 
     reads_features = reader.features is not None
     spot_loader = random_spots.SpotLoader(encoded, reader.manifest.tile_size_px, partner, reads_features)
     return SpotFeed(num_spots, spot_loader, train.batch_spots, train.seed)
+
+
+def make_tower_feed(
+    config: Config, reader: SpotReader, spots: TrainingSpots, left_out: int | None = None
+) -> SentenceFeed:
+    """Returns the feed over the training spots, or over the sentences with spots outside a fold."""
+    loader, train = tower_loader(config, reader, spots, left_out), config.train
+    sentences = stream.sentence_index(reader.manifest, [each.section_id for each in spots.sections])
+    seen = [each for each in sentences if loader.has_spots(each.section_id, each.group)]
+    return SentenceFeed(seen, loader, train.batch_sentences, train.seed, train.shuffle_pairs)
 
 
 def open_batches(feed: Feed, world_size: int, share: StreamShare) -> Callable[[Rows], Iterator[Batch]]:

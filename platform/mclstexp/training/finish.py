@@ -6,6 +6,7 @@ embedding validation and training tiles again.
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from mclstexp.training.fit_programs import with_programs
 from mclstexp.training.history import local_checkpoint
 from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.stored import with_features
+from mclstexp.training.trainer import fit
+from mclstexp.training.training_sections import training_spots
 from mclstexp.training.validation import ValidationSection, choose_retrieval
 
 FOLDER = "model"
@@ -135,7 +138,9 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
     if config.model.predictor == "regression":
         return version
     if config.model.predictor == "programs":
-        return with_programs(run, version, show)
+        spots = training_spots(run.reader, run.split.train, config.train)
+        without = [_trained(run, uri)[0] for uri in _left_out(run, spots.folds.num_folds, show)] if weights else []
+        return with_programs(run, version, spots, without, show)
     version.bank = bank = _bank(run, version.towers(), show)
     validation = run.split.validation if _is_open(config.retrieval) else ()
     drawn = drawn_sections({name: manifest.section(name).num_spots for name in run.split.train})
@@ -144,6 +149,17 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
     version.config = config.model_copy(update={"retrieval": chosen})
     version.ood_similarity = ood_similarity({name: queries[name] for name in drawn}, bank)
     return version
+
+
+def _left_out(run: Run, num_folds: int, show: Show) -> list[str]:
+    """Returns the checkpoints of towers that are trained without a fold of the training spots, fold by fold.
+
+    Each is a run inside the run's folder, and goes on where it was left.
+    """
+    return [
+        fit(replace(run, out=run.uri, name=f"without-{fold}"), lambda step, metrics: None, show, left_out=fold)
+        for fold in range(num_folds)
+    ]
 
 
 def _wide(manifest: Manifest) -> tuple[int, float]:

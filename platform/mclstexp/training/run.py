@@ -8,7 +8,7 @@ name is refused.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -43,8 +43,8 @@ _FREE_TRAIN_SETTINGS = {
 """Settings of `train` that say where and how a run is computed, and may change when it goes on."""
 _LATER_SETTINGS = {
     "genes": {"min_sections", "total"},
-    "model": {"image_layers", "image_views", "feature_dtype"},
-    "train": {"feature_draws"},
+    "model": {"image_layers", "image_views", "feature_dtype", "image_directions", "input_dropout"},
+    "train": {"feature_draws", "min_steps", "cross_fit"},
     "retrieval": {"effective_donors"},
 }
 """Settings that earlier versions did not have, by block; their defaults give the same result as those versions."""
@@ -121,6 +121,7 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
     config = override(config, recorded_tiles(manifest), "the tile table")  # so that a version knows how they were cut
     config = with_views(config, manifest)
     split = make_split(manifest, config.split)
+    config = planned(config, manifest, split.train)
     require_views(manifest, config.model.image_views)
     encoder = None
     if config.model.freeze_encoder:
@@ -146,6 +147,17 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
     panel = GenePanel.from_json(record.panel)
     reader = make_reader(root, manifest, panel, config, split.train)
     return Run(name, storage.absolute(out), config, manifest, split, panel, reader, record.mlflow_run_id, encoder)
+
+
+def planned(config: Config, manifest: Manifest, train: Sequence[str]) -> Config:
+    """Returns the settings with as many epochs as `train.min_steps` takes on the training sections."""
+    settings = config.train
+    if not settings.epochs or not settings.min_steps:
+        return config
+    by_sentence = settings.batching == "sentences"
+    size = settings.batch_sentences if by_sentence else settings.batch_spots
+    steps = -(-(len(manifest.sentences(train)) if by_sentence else manifest.num_spots(train)) // size)
+    return override(config, {"train.epochs": max(settings.epochs, -(-settings.min_steps // steps))}, "train.min_steps")
 
 
 def identity(config: Config) -> dict[str, dict[str, object]]:

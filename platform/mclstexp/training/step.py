@@ -17,7 +17,7 @@ from mclstexp.config import Config
 from mclstexp.data.spots import Batch
 from mclstexp.errors import RunError
 from mclstexp.model.augment import augment
-from mclstexp.model.losses import gather, require_loss
+from mclstexp.model.losses import gather, program_loss, require_loss
 from mclstexp.model.towers import Network, uses_bf16
 from mclstexp.settings import TrainConfig
 from mclstexp.training.checkpoint import TrainState
@@ -160,7 +160,12 @@ def _global_loss(
     spot_ND = outputs[1].float().flatten(0, 1)
     if train.batching == "sentences":
         spot_ND = gather(spot_ND)
-    return require_loss(rank_state.config)(image_ND, spot_ND, valid_N, rank_state.model.logit_scale)
+    scale = rank_state.model.logit_scale
+    if rank_state.config.model.predictor == "programs":
+        scores_NR = gather(torch.as_tensor(batch["scores"], device=rank_state.device).flatten(0, 1))
+        sentence_N = torch.arange(len(valid_N), device=rank_state.device) // mask_SL.shape[1]
+        return program_loss(image_ND, spot_ND, valid_N, scale, scores_NR, sentence_N)
+    return require_loss(rank_state.config)(image_ND, spot_ND, valid_N, scale)
 
 
 def _sentence(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import ray
 import torch
-from ray.data import ExecutionResources
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -20,14 +19,15 @@ from mclstexp.errors import RunError, UserError
 from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import ImageTower, build_network, plain_tensors
-from mclstexp.model.version import ModelVersion
 from mclstexp.model.weights import load_weights
 from mclstexp.progress import Log, ProgressBoard, Show, followed, hidden
-from mclstexp.training.feed import make_feed
-from mclstexp.training.finish import finish, is_finished, load_model
+from mclstexp.training.feed import Feed, make_feed, make_tower_feed
+from mclstexp.training.fitted_parts import fitted_parts
 from mclstexp.training.history import StoredCheckpoint, best_checkpoint, mend_snapshot, newest_checkpoint
 from mclstexp.training.run import Run
 from mclstexp.training.stored import with_features
+from mclstexp.training.tower_loader import TowerLoader, tower_loader
+from mclstexp.training.training_sections import training_spots
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet
 from mclstexp.training.worker import TrainPlan, train_worker
 
@@ -39,38 +39,13 @@ One arena, because Ray Train calls the worker in a thread, and the arenas of thr
 """
 
 
-def train_to_end(run: Run, log: Log, show: Show = hidden, limits: ExecutionResources | None = None) -> ModelVersion:
-    """Returns the run's model version, after training and finishing what is left to do (see `train_and_finish`)."""
-    train_and_finish(run, log, show, limits)
-    return load_model(run)
-
-
-def train_and_finish(run: Run, log: Log, show: Show = hidden, limits: ExecutionResources | None = None) -> None:
-    """Trains the run and publishes its model version, as far as that is left to do.
-
-    Args:
-        run: as `open_run` returns it.
-        log: called with the metrics of training.
-        show: called with the progress.
-        limits: what finishing may use of the cluster, if other runs go on beside it.
-
-    Raises:
-        UserError: as `fit`.
-    """
-    if not is_finished(run):
-        with cluster.ordered(limits):
-            run = with_features(run, show)
-        checkpoint = fit(run, log, show) if run.config.train.epochs else None
-        with cluster.ordered(limits):
-            finish(run, checkpoint, show)
-
-
 def fit(
     run: Run,
     log: Log,
     show: Show = hidden,
     callbacks: Sequence[UserCallback] = (),
     board_name: str | None = None,
+    left_out: int | None = None,
 ) -> str:
     """Trains the run to its end and returns the URI of the checkpoint for its model; finished work is not repeated.
 
@@ -82,6 +57,7 @@ def fit(
         show: called with the progress.
         callbacks: callbacks of Ray Train, called at each report.
         board_name: name of an actor that lives as long as the caller or the training does.
+        left_out: fold of the training spots that the towers of programs do not see; None: they see all.
 
     Raises:
         UserError: an error of the workers that a user can fix.
@@ -94,7 +70,7 @@ def fit(
     require_loss(run.config)
     if run.config.model.predictor == "retrieval":
         resolve(run.config.retrieval, run.manifest.num_spots(run.split.train))
-    plan = make_plan(run, board_name)
+    plan = make_plan(run, board_name, left_out)
     early_stopping = bool(plan.validation and train.patience)
     mend_snapshot(run.uri, by_score=early_stopping)
     trainer = TorchTrainer(
@@ -128,23 +104,33 @@ def fit(
     return _best(run) if early_stopping else _known(run, newest_checkpoint(run.uri)).uri
 
 
-def make_plan(run: Run, board_name: str | None = None) -> TrainPlan:
+def make_plan(run: Run, board_name: str | None = None, left_out: int | None = None) -> TrainPlan:
     """Returns what the workers need, with each rank's share of the cluster for its stream."""
     config = run.config
     store_bytes = int(ray.cluster_resources().get("object_store_memory", 0) / (2 * config.train.num_workers))
+    feed, towers = _feed(run, left_out)
     validates = config.train.validate_every and run.split.validation
     return TrainPlan(
         config=config.model_dump(mode="json"),
         run_uri=run.uri,
-        feed=make_feed(config, run.reader, run.split.train),
+        feed=feed,
         share=StreamShare(config.cluster.data_cpus, store_bytes, config.cluster.data_pool),
         num_genes=len(run.panel.gene_id),
         num_positions=num_positions(run.reader),
         tile_size_px=run.manifest.tile_size_px,
         initial_weights=ray.put(initial_weights(run)),
         board=ProgressBoard.options(name=board_name).remote(),  # type: ignore[attr-defined]
-        validation=ValidationSet(run.reader, run.split.train, run.split.validation) if validates else None,
+        validation=ValidationSet(run.reader, run.split.train, run.split.validation, towers) if validates else None,
     )
+
+
+def _feed(run: Run, left_out: int | None) -> tuple[Feed, TowerLoader | None]:
+    """Returns what the workers are fed, and the loader of all training spots if they train towers of programs."""
+    config, reader = run.config, run.reader
+    if config.model.predictor != "programs":
+        return make_feed(config, reader, run.split.train), None
+    spots = training_spots(reader, run.split.train, config.train)
+    return make_tower_feed(config, reader, spots, left_out), tower_loader(config, reader, spots)
 
 
 def initial_weights(run: Run) -> dict[str, torch.Tensor]:
@@ -158,7 +144,7 @@ def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     network = build_network(run.config.model, len(run.panel), positions, run.manifest.tile_size_px)
     if isinstance(network.image_tower, ImageTower):
         load_weights(network.image_tower.encoder, run.config.model)
-    return plain_tensors(network.state_dict())
+    return plain_tensors(network.state_dict()) | fitted_parts(run.config, run.reader, run.split.train)
 
 
 def _best(run: Run) -> str:

@@ -14,6 +14,8 @@ from itertools import product
 import numpy as np
 import torch.distributed as dist
 
+from mclstexp.config import Config
+from mclstexp.data.measured import read_measured
 from mclstexp.data.spots import SpotReader, decode_tiles
 from mclstexp.evaluation.metrics import heg_pcc, highest_genes, mean_by_patient
 from mclstexp.model.bank import Bank, build_bank
@@ -22,6 +24,7 @@ from mclstexp.model.retrieval import neighbours, resolve, weighted_mean, weights
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.step import RankState
+from mclstexp.training.tower_loader import TowerLoader, spot_embeddings
 
 VALIDATION_PCC = "validation_pcc"
 """Metric: PCC over the 50 highest genes of each validation section, mean over sections, then over patients."""
@@ -38,6 +41,8 @@ class ValidationSet:
     reader: SpotReader
     train: tuple[str, ...]
     validation: tuple[str, ...]
+    towers: TowerLoader | None = None
+    """Of the training sections, for the towers of programs; None: other models."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,17 @@ def _score(rank_state: RankState, data: ValidationSet, embedded: Mapping[_Senten
         scores = np.array([heg_pcc(section.truth, section.queries) for section in sections])
         return float(mean_by_patient([section.patient_id for section in sections], scores))
     model = copy.deepcopy(rank_state.model).cpu().float().eval()
-    random_spots = rank_state.config.train.batching == "random_spots"
-    bank = build_bank(model, data.reader, data.train, random_spots)
+    bank = _bank(model, rank_state.config, data)
     return best_score(sections, bank, rank_state.config.retrieval)
+
+
+def _bank(model: TwoTowers, config: Config, data: ValidationSet) -> Bank:
+    if data.towers is None:
+        return build_bank(model, data.reader, data.train, config.train.batching == "random_spots")
+    measured = [read_measured(data.reader, name) for name in data.train]
+    expression = np.concatenate([each.expression(data.reader.target) for each in measured])
+    no_names = np.full(len(expression), "", object)  # who the donors are changes no score
+    return Bank.of(spot_embeddings(model, data.towers, data.train), expression, no_names, no_names, no_names)
 
 
 def _tried(

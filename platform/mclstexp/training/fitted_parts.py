@@ -1,0 +1,31 @@
+"""The parts of a network that are fitted to the training sections before its first step, and not learnt."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mclstexp.config import Config
+from mclstexp.data.measured import read_measured
+from mclstexp.data.spots import SpotReader
+from mclstexp.model.neighbours import pitch_um
+from mclstexp.training.training_sections import training_spots
+
+
+def fitted_parts(config: Config, reader: SpotReader, section_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the network that are fitted to the training sections before the first step."""
+    fitted: dict[str, torch.Tensor] = {}
+    if config.model.position == "distance":
+        places = [read_measured(reader, name).xy_um for name in section_ids]
+        fitted["spot_tower.pitch_um"] = torch.tensor(pitch_um(places), dtype=torch.float32)
+    if config.model.image_directions is not None:
+        spots = training_spots(reader, section_ids, config.train)
+        directions = spots.directions[:, : config.model.image_directions]
+        size = np.sqrt(np.mean((spots.drawn()[1] @ directions) ** 2))
+        parts = {
+            "mean": spots.own.mean,
+            "factor": 1 / spots.own.deviation,
+            "directions": spots.own.weight[:, None] * directions / size,
+        }
+        fitted |= {f"image_head.0.{name}": torch.tensor(part, dtype=torch.float32) for name, part in parts.items()}
+    return fitted
