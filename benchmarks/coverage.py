@@ -32,11 +32,13 @@ from mclstexp.data.panel import fit_panel  # noqa: E402
 from mclstexp.data.schema import load_manifest  # noqa: E402
 from mclstexp.data.spots import make_reader  # noqa: E402
 from mclstexp.model.calibration import COVERAGE, Calibration  # noqa: E402
-from mclstexp.model.fit_blend import FittedPrograms, TrainingSpots, fit_program_model  # noqa: E402
+from mclstexp.model.fit_blend import FittedPrograms, fit_program_model  # noqa: E402
 from mclstexp.model.fit_calibration import fit_calibration, groups, half_widths  # noqa: E402
 from mclstexp.model.retrieval import Retrieved, resolve  # noqa: E402
+from mclstexp.model.training_spots import TrainingSpots  # noqa: E402
 from mclstexp.settings import RetrievalConfig  # noqa: E402
-from mclstexp.training.fit_programs import feature_blocks, program_bank  # noqa: E402
+from mclstexp.training.fit_programs import program_bank  # noqa: E402
+from mclstexp.training.training_sections import feature_blocks  # noqa: E402
 
 NUM_PATIENTS = 12
 RETRIEVAL = RetrievalConfig(weighting="fixed_number")

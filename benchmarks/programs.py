@@ -1,4 +1,4 @@
-"""What gene programs reach beside the probe, and what each of their parts is worth: nothing is trained.
+"""What `default` reaches beside the probe, and what each of its parts is worth.
 
     python benchmarks/programs.py WEIGHTS TILES [TILES ...]
 
@@ -7,6 +7,8 @@ they are missing. One patient is left out after the other; tables whose largest 
 leave out each of these alone. Prints Markdown: scores as on score cards (means over patients, or sections), MSE as a
 share of the train mean's, PCC all beside the probe's with a 95 % interval of the difference (spatial blocks within
 sections drawn anew; with two patients it tells how sure the figure is on these slides, not on the next patient).
+
+Towers are trained in this process, on one core, by the steps of the training workers; with each of `SEEDS`.
 """
 
 import argparse
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from sklearn.cluster import KMeans  # noqa: E402
 
 from mclstexp.cluster import connect  # noqa: E402
@@ -31,18 +34,35 @@ from mclstexp.data.genes import Normaliser, normalisers  # noqa: E402
 from mclstexp.data.measured import MeasuredSection, read_measured  # noqa: E402
 from mclstexp.data.panel import fit_panel  # noqa: E402
 from mclstexp.data.schema import IMAGE, IMAGE_WIDE, Manifest, load_manifest, require_views  # noqa: E402
-from mclstexp.data.spots import make_reader  # noqa: E402
+from mclstexp.data.spots import SpotReader, make_reader  # noqa: E402
+from mclstexp.data.stream import StreamShare  # noqa: E402
 from mclstexp.evaluation.metrics import highest_genes  # noqa: E402
 from mclstexp.model.extract import features, wanted  # noqa: E402
-from mclstexp.model.fit_blend import TrainingSpots, fit_program_model  # noqa: E402
+from mclstexp.model.fit_blend import fit_program_model  # noqa: E402
 from mclstexp.model.frozen import frozen_encoder  # noqa: E402
 from mclstexp.model.probe import Probe  # noqa: E402
 from mclstexp.model.programs import fit_programs  # noqa: E402
 from mclstexp.model.retrieval import resolve  # noqa: E402
-from mclstexp.training.fit_programs import feature_blocks, program_bank  # noqa: E402
-from mclstexp.training.run import with_views  # noqa: E402
+from mclstexp.model.spot_keys import TrainedTowers  # noqa: E402
+from mclstexp.model.towers import TwoTowers, build_network  # noqa: E402
+from mclstexp.model.training_spots import TrainingSpots  # noqa: E402
+from mclstexp.training.checkpoint import TrainState  # noqa: E402
+from mclstexp.training.feed import SentenceFeed, make_tower_feed, open_batches  # noqa: E402
+from mclstexp.training.fit_programs import embedded, program_bank  # noqa: E402
+from mclstexp.training.fitted_parts import fitted_parts  # noqa: E402
+from mclstexp.training.run import planned, with_views  # noqa: E402
+from mclstexp.training.step import RankState, make_optimizer, train_step  # noqa: E402
+from mclstexp.training.tower_loader import tower_loader  # noqa: E402
+from mclstexp.training.training_sections import feature_blocks  # noqa: E402
 
 DRAWS = 200
+SEEDS = (0, 1, 2)
+CHANGED = {
+    "fit_programs": "training_spots",
+    "thinned_target": "training_spots",
+    **dict.fromkeys(("SHARE", "SHARES", "TOWER_SHARE", "TOWER_SHARES"), "choose_blend"),
+}
+"""Names that variants change, and their modules in `mclstexp.model`."""
 Units = dict[str, list[np.ndarray]]
 """`scores` of sections by what is averaged: the patient, or the section."""
 SCORES = ("PCC all", "PCC HEG50", "density-free", "MSE / train mean's")
@@ -57,13 +77,20 @@ class Variant:
     """Last layers of a view that are seen."""
     neighbours: bool = True
     changes: tuple[tuple[str, object], ...] = ()
-    """Names in `model.fit_blend`, and what they are instead."""
+    """Names in `CHANGED`, and what they are instead."""
     level: float | None = None
     """Share of the level; None: as fitted."""
+    seed: int | None = None
+    """Of the towers; None: there are none."""
+    within: bool = False
+    """Whether features are z-scored within their section, instead of by training statistics."""
 
 
+_ALONE = (("SHARE", 1.0), ("SHARES", (1.0,)))
 VARIANTS = {
-    "programs": Variant(),
+    **{f"default, seed {seed}": Variant(seed=seed) for seed in SEEDS},
+    "towers' retrieval alone": Variant(seed=0, changes=(*_ALONE, ("TOWER_SHARE", 1.0), ("TOWER_SHARES", (1.0,)))),
+    "no towers": Variant(),
     "all components instead of 16": Variant(changes=(("fit_programs", partial(fit_programs, num_programs=10_000)),)),
     "target not thinned": Variant(changes=(("thinned_target", lambda section, target: section.expression(target)),)),
     "no neighbours": Variant(neighbours=False),
@@ -71,7 +98,8 @@ VARIANTS = {
     "no context: neither": Variant(views=1, neighbours=False),
     "last layer of the tile alone": Variant(views=1, layers=1, neighbours=False),
     "ridge alone": Variant(changes=(("SHARE", 0.0), ("SHARES", (0.0,)))),
-    "retrieval alone": Variant(changes=(("SHARE", 1.0), ("SHARES", (1.0,)))),
+    "retrieval alone": Variant(changes=_ALONE),
+    "z-scores within the section": Variant(within=True),
     "level of the train mean": Variant(level=0.0),
     "level of the probe": Variant(level=1.0),
 }
@@ -100,12 +128,11 @@ class Table:
         """The unit of expression."""
         return normalisers(self.config.genes)[1]
 
-    def fold(self, fold: Fold) -> tuple[list[MeasuredSection], list[MeasuredSection]]:
-        """Returns the training and the left-out sections over the panel of the training sections."""
+    def reader(self, fold: Fold) -> SpotReader:
+        """Returns the reader over the panel of the training sections."""
         panel = fit_panel(self.root, self.manifest, fold.train, self.config.genes)
         reader = make_reader(self.root, self.manifest, panel, self.config, fold.train)
-        train, test = ([read_measured(reader, name) for name in names] for names in (fold.train, fold.test))
-        return train, test
+        return replace(reader, features=self.stored)
 
     def columns(self, variant: Variant) -> np.ndarray:
         """Returns the columns of the features that a variant sees, int64."""
@@ -156,10 +183,11 @@ def report(table: Table) -> None:
     """Prints the scores of all variants on one table."""
     scored: dict[str, dict[str, Units]] = {}
     for fold in folds(table.manifest):
-        train, test = table.fold(fold)
+        reader = table.reader(fold)
+        train, test = ([read_measured(reader, name) for name in names] for names in (fold.train, fold.test))
         answers = {"probe": probe(table, train, test)}
         for name, variant in VARIANTS.items():
-            answers[name] = predicted(table, variant, train, test)
+            answers[name] = predicted(table, variant, reader, train, test)
             print(f"{Path(table.root).name}: {fold.protocol}, {', '.join(fold.test)}: {name}", file=sys.stderr)
         truth = np.concatenate([section.expression(table.target) for section in train])
         for method, values in answers.items():
@@ -184,7 +212,11 @@ def probe(table: Table, train: Sequence[MeasuredSection], test: Sequence[Measure
 
 
 def predicted(
-    table: Table, variant: Variant, train: Sequence[MeasuredSection], test: Sequence[MeasuredSection]
+    table: Table,
+    variant: Variant,
+    reader: SpotReader,
+    train: Sequence[MeasuredSection],
+    test: Sequence[MeasuredSection],
 ) -> list[np.ndarray]:
     """Returns a variant's prediction of each left-out section, (N, G)."""
     columns = table.columns(variant)
@@ -192,13 +224,15 @@ def predicted(
     blocks = blocks if variant.neighbours else replace(blocks, near=())
 
     def read(section_id: str) -> np.ndarray:
-        return table.stored.read_section(section_id)[:, columns]
+        values = table.stored.read_section(section_id)[:, columns]
+        return (values - values.mean(axis=0)) / (values.std(axis=0) + 1e-6) if variant.within else values
 
     spots = TrainingSpots(train, read, blocks, table.target)
     with ExitStack() as changed:
         for name, value in variant.changes:
-            changed.enter_context(patch(f"mclstexp.model.fit_blend.{name}", value))
-        fitted = fit_program_model(spots, table.config.retrieval)
+            changed.enter_context(patch(f"mclstexp.model.{CHANGED[name]}.{name}", value))
+        towers = None if variant.seed is None else train_towers(table.config, reader, spots, variant.seed)
+        fitted = fit_program_model(spots, table.config.retrieval, towers)
     model = fitted.model
     if variant.level is not None:
         model = replace(model, level=replace(model.level, share=variant.level))
@@ -206,6 +240,36 @@ def predicted(
     retrieval = resolve(table.config.retrieval, len(bank))
     answers = [model.answer(read(section.section_id), section.xy_um, bank, retrieval) for section in test]
     return [answer.prediction for answer in answers]
+
+
+def train_towers(config: Config, reader: SpotReader, spots: TrainingSpots, seed: int) -> TrainedTowers:
+    """Returns towers of all training spots, and those without each fold."""
+    names = [section.section_id for section in spots.sections]
+    config = planned(override(config, {"train.seed": seed}), reader.manifest, names)
+    fitted = fitted_parts(config, reader, names)
+    all_folds = (None, *range(spots.folds.num_folds))
+    feeds = [make_tower_feed(config, reader, spots, fold) for fold in all_folds]
+    networks = [train_network(config, reader, feed, fitted) for feed in feeds]
+    return embedded(networks, spots, tower_loader(config, reader, spots).keeping())
+
+
+def train_network(config: Config, reader: SpotReader, feed: SentenceFeed, fitted: dict[str, torch.Tensor]) -> TwoTowers:
+    """Returns two towers, trained as a lone training worker trains them."""
+    torch.manual_seed(config.train.seed)
+    torch.set_num_threads(1)
+    network = build_network(config.model, len(reader.columns), 0, reader.manifest.tile_size_px)
+    assert isinstance(network, TwoTowers), "a program model's network is two towers"
+    network.load_state_dict(network.state_dict() | fitted)
+    state = TrainState(config.model_dump(mode="json"))
+    total = config.train.epochs * feed.num_steps()
+    optimizer, cpu = make_optimizer(network, config.train), torch.device("cpu")
+    rank_state = RankState(config, network, network, optimizer, cpu, 0, 1, total, state)
+    load = open_batches(feed, 1, StreamShare(1, 0, None))
+    for state.epoch in range(config.train.epochs):
+        for batch in load(feed.rows(state.epoch, [], 0, 1)):
+            train_step(rank_state, batch)
+            state.step += 1
+    return network.eval()
 
 
 def scores(section: MeasuredSection, truth: np.ndarray, value: np.ndarray, mean: np.ndarray) -> np.ndarray:

@@ -8,9 +8,10 @@ from mclstexp.data.genes import GenePanel, normalisers
 from mclstexp.data.measured import MeasuredSection
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import ImageNetwork
-from mclstexp.model.fit_blend import FeatureBlocks, TrainingSpots, fit_program_model
+from mclstexp.model.fit_blend import fit_program_model
 from mclstexp.model.fit_calibration import fit_calibration
 from mclstexp.model.frozen import frozen_encoder
+from mclstexp.model.training_spots import FeatureBlocks, TrainingSpots
 from mclstexp.model.version import ModelVersion, TrainingRecord
 
 TILE_PX, PITCH_UM = 32, 40.0

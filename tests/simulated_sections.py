@@ -5,8 +5,9 @@ import numpy as np
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.measured import MeasuredSection
 from mclstexp.model.bank import Bank
-from mclstexp.model.fit_blend import FeatureBlocks, FittedPrograms, TrainingSpots, fit_program_model
+from mclstexp.model.fit_blend import FittedPrograms, fit_program_model
 from mclstexp.model.retrieval import Retrieved, resolve
+from mclstexp.model.training_spots import FeatureBlocks, TrainingSpots
 from mclstexp.settings import RetrievalConfig
 
 TARGET = Normaliser("per_spot_all", 1e4, "e")

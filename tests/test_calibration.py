@@ -14,9 +14,9 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.errors import ModelError
 from mclstexp.model.blend import spread, with_squares
 from mclstexp.model.calibration import Calibration
-from mclstexp.model.fit_blend import left_out_retrieval
 from mclstexp.model.fit_calibration import fit_calibration, fit_scale, groups, half_widths
 from mclstexp.model.left_out import LeftOut
+from mclstexp.model.left_out_retrieval import left_out_retrieval
 from mclstexp.settings import RetrievalConfig
 
 NAMES = tuple(f"G{index}" for index in range(NUM_GENES))
@@ -113,7 +113,7 @@ def test_left_out_donors_are_of_other_folds() -> None:
     rng = np.random.default_rng(6)
     keys, scores = rng.normal(size=(30, 4)).astype(np.float32), rng.normal(size=(30, 2))
     folds = LeftOut("patients", np.repeat([0, 1, 2], 10))
-    found = left_out_retrieval(keys, scores, folds, RetrievalConfig(weighting="mean"))
+    found = left_out_retrieval(lambda fold: (keys, keys), scores, folds, RetrievalConfig(weighting="mean"))
     unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     for spot in range(30):
         others = np.flatnonzero(folds.fold != folds.fold[spot])
@@ -126,7 +126,9 @@ def test_left_out_spots_retrieve_by_the_weights_that_answer_slides() -> None:
     rng = np.random.default_rng(7)
     keys, scores = rng.normal(size=(30, 4)).astype(np.float32), rng.normal(size=(30, 2))
     folds = LeftOut("patients", np.repeat([0, 1, 2], 10))
-    found = left_out_retrieval(keys, scores, folds, RetrievalConfig(weighting="inverse_square", k=5))
+    found = left_out_retrieval(
+        lambda fold: (keys, keys), scores, folds, RetrievalConfig(weighting="inverse_square", k=5)
+    )
     for spot in range(30):
         others = np.flatnonzero(folds.fold != folds.fold[spot])
         cosine = keys[others] @ keys[spot] / np.linalg.norm(keys[others], axis=1)

@@ -16,9 +16,11 @@ from mclstexp.data.measured import MeasuredSection
 from mclstexp.errors import ConfigError, ModelError
 from mclstexp.model.bank import Bank
 from mclstexp.model.blend import ProgramModel
-from mclstexp.model.fit_blend import SHARE, SHARES, FeatureBlocks, FittedPrograms, TrainingSpots, fit_program_model
+from mclstexp.model.choose_blend import SHARE, SHARES
+from mclstexp.model.fit_blend import FittedPrograms, fit_program_model
 from mclstexp.model.program_ridge import ALPHAS
 from mclstexp.model.retrieval import resolve, retrieve
+from mclstexp.model.training_spots import FeatureBlocks, TrainingSpots
 from mclstexp.settings import RetrievalConfig
 
 TARGET = Normaliser("per_spot_all", 1e4, "e")
@@ -300,7 +302,7 @@ def test_genes_that_a_section_lacks_are_predicted_too() -> None:
 def test_directions_and_level_are_fitted_to_some_spots_of_many(
     fitted: FittedPrograms, max_drawn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mclstexp.model.fit_blend.MAX_DRAWN", max_drawn)
+    monkeypatch.setattr("mclstexp.model.training_spots.MAX_DRAWN", max_drawn)
     features = {section.section_id: values for section, values in TRAIN}
     spots = TrainingSpots([section for section, _ in TRAIN], features.__getitem__, BLOCKS, TARGET)
     drawn, standard = spots.drawn()

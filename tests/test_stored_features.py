@@ -12,8 +12,9 @@ from mclstexp.data import random_spots, spots, stream
 from mclstexp.data.features import FeatureReader
 from mclstexp.data.genes import GenePanel
 from mclstexp.data.spots import KeptReader, SentenceLoader, SpotReader, kept_spots, make_reader
+from mclstexp.settings import TrainConfig
 from mclstexp.training import feed
-from mclstexp.training.fit_programs import training_spots
+from mclstexp.training.training_sections import training_spots
 
 DRAWS = 3
 PLAIN = plain_table(views=("image",), num_draws=DRAWS)
@@ -165,7 +166,7 @@ def test_random_spots_take_their_own_features_and_draws_in_turn(stored, monkeypa
 
 def test_programs_are_fitted_to_plain_tiles_and_every_draw(stored) -> None:
     reader, blocks = stored
-    spots = training_spots(reader, ["B1", "A1"], 2)
+    spots = training_spots(reader, ["B1", "A1"], TrainConfig(feature_draws=2))
     assert [section.section_id for section in spots.sections] == ["B1", "A1"]
     assert len(spots.augmented) == 2
     for draw, features in ((None, spots.features), (0, spots.augmented[0]), (1, spots.augmented[1])):

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 
 from mclstexp import tracking
 from mclstexp.config import Config, override
-from mclstexp.training.run import open_run
 from mclstexp.training.complete import train_to_end
+from mclstexp.training.run import open_run
 
 ROOT = Path(__file__).parents[1]
 EVERY, EPOCHS, SENTENCES, STEPS_PER_EPOCH = 2, 5, 12, 6

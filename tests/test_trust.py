@@ -9,8 +9,8 @@ from scipy.ndimage import gaussian_filter
 from simulated_sections import NUM_GENES, TARGET, Simulated, cohort, fit
 
 from mclstexp.data.measured import MeasuredSection
-from mclstexp.model.fit_blend import TrainingSpots
 from mclstexp.model.programs import Programs
+from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.model.trust import gene_trust, moved_sources, q_values
 
 SIDE, GENES, PROGRAMS = 12, 60, 8

@@ -20,9 +20,10 @@ import numpy as np
 from scipy.optimize import nnls
 
 from mclstexp.model.calibration import COVERAGE, Calibration, TileScale, doubts
-from mclstexp.model.fit_blend import FittedPrograms, TrainingSpots
+from mclstexp.model.fit_blend import FittedPrograms
 from mclstexp.model.programs import centred_within
 from mclstexp.model.thinning import thinned_most
+from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.model.trust import gene_trust
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -18,10 +18,10 @@ import scipy.stats
 from scipy.spatial import KDTree
 
 from mclstexp.model.calibration import GeneTrust
-from mclstexp.model.fit_blend import TrainingSpots
 from mclstexp.model.left_out import MIN_PATIENTS
 from mclstexp.model.neighbours import pitch_um
 from mclstexp.model.programs import Programs
+from mclstexp.model.training_spots import TrainingSpots
 
 NUM_MOVES = 200
 MIN_MOVE = 0.25

@@ -59,11 +59,8 @@ def with_programs(
 
 
 def _towers(run: Run, spots: TrainingSpots, weights: Weights, without: Sequence[Weights]) -> TrainedTowers:
-    """Returns what the towers, and those without each fold, make of the training spots."""
     loader = tower_loader(run.config, run.reader, spots).keeping()
-    networks = [_network(run, each) for each in (weights, *without)]
-    whole, *others = (_embeddings(each, spots, loader) for each in networks)
-    return TrainedTowers(networks[0].image_head, whole, tuple(others))
+    return embedded([_network(run, each) for each in (weights, *without)], spots, loader)
 
 
 def _network(run: Run, weights: Weights) -> TwoTowers:
@@ -73,10 +70,22 @@ def _network(run: Run, weights: Weights) -> TwoTowers:
     return network.eval()
 
 
-def _embeddings(network: TwoTowers, spots: TrainingSpots, loader: TowerLoader) -> TowerEmbeddings:
-    images = [image_embeddings(network.image_head, spots.features(each.section_id)) for each in spots.sections]
+def embedded(networks: Sequence[TwoTowers], spots: TrainingSpots, loader: TowerLoader) -> TrainedTowers:
+    """Returns what towers make of the training spots.
+
+    Args:
+        networks: the towers of all training spots, then those without each fold; on the CPU, in evaluation mode.
+        spots: the training sections.
+        loader: of these sections.
+    """
     names = [each.section_id for each in spots.sections]
-    return TowerEmbeddings(np.concatenate(images), spot_embeddings(network, loader, names))
+
+    def of(network: TwoTowers) -> TowerEmbeddings:
+        images = [image_embeddings(network.image_head, spots.features(name)) for name in names]
+        return TowerEmbeddings(np.concatenate(images), spot_embeddings(network, loader, names))
+
+    whole, *without = (of(each) for each in networks)
+    return TrainedTowers(networks[0].image_head, whole, tuple(without))
 
 
 def _shares(share: float, tower_share: float) -> str:
