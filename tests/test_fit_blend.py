@@ -276,7 +276,7 @@ def test_left_out_patients_choose_the_share_of_retrieval() -> None:
     chosen = np.mean([_correlation(p, t) for p, t in zip(np.split(found.left_out, 4), truth, strict=True)])
     for share in SHARES:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("mclstexp.model.fit_blend.SHARES", (share,))
+            patched.setattr("mclstexp.model.choose_blend.SHARES", (share,))
             other = np.split(fit_program_model(spots, RETRIEVAL).left_out, 4)
         assert np.mean([_correlation(p, t) for p, t in zip(other, truth, strict=True)]) <= chosen + 1e-6
     assert found.model.share in SHARES
@@ -320,6 +320,7 @@ def _correlation(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 def test_towers_are_not_trained_for_nothing() -> None:
     settings = {"model.predictor": "programs", "model.freeze_encoder": True}
-    with pytest.raises(ConfigError, match=r"needs train\.epochs=0, not 30"):
+    with pytest.raises(ConfigError, match=r"set model\.image_directions.*or train none, with train\.epochs=0"):
         override(Config(), settings)
+    assert override(Config(), settings | {"model.image_directions": 8}).train.epochs
     assert override(Config(), settings | {"train.epochs": 0}).model.predictor == "programs"

@@ -148,7 +148,7 @@ class ProgramModel:
         save_file(arrays, Path(folder, FILE), {_NUMBERS_KEY: json.dumps(self._numbers())})
 
     @classmethod
-    def load(cls, folder: str | Path, head: nn.Module | None) -> "ProgramModel":
+    def load(cls, folder: str | Path, head: nn.Module | None = None) -> "ProgramModel":
         """Returns the model that `save` wrote.
 
         Args:

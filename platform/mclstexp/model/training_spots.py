@@ -121,7 +121,7 @@ class TrainingSpots:
         They are at most `MAX_DRAWN` with all their draws. More would cost memory and gain nothing where a few hundred
         directions are fitted to them.
         """
-        step = -(-len(self.section_id) * (1 + len(self.augmented)) // MAX_DRAWN)
+        step = -(-len(self.section_id) // max(1, MAX_DRAWN // (1 + len(self.augmented))))
         starts = np.cumsum([0, *map(len, self.sections)])
         parts = [each[-start % step :: step] for start, each in zip(starts, self.standard(draw), strict=False)]
         return np.arange(0, starts[-1], step), np.concatenate(parts)
