@@ -21,6 +21,8 @@ SHARE, TOWER_SHARE = 0.25, 0.5
 """Retrieval's share of the answer, and the towers' of its similarity, where there are too few patients to choose."""
 SHARES, TOWER_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)
 """Shares that are tried on patients that were left out."""
+_DIGITS = 6
+"""Digits of a correlation that say something."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def choose_left_out(
         scores = (1 - blend.share) * of_ridge + blend.share * blend.scale * of_retrieval[blend.tower_share]
         return _mean_correlation(spots.programs.expression(scores), truth, spots.section_id)
 
-    return max(_tried(scales), key=correlation)
+    return _best(scales, correlation)
 
 
 def choose_on_validation(
@@ -115,12 +117,13 @@ def choose_on_validation(
             patients.setdefault(slide.section.patient_id, []).append(found)
         return float(np.mean([np.mean(each) for each in patients.values()]))
 
-    return max(_tried(scales), key=correlation)
+    return _best(scales, correlation)
 
 
-def _tried(scales: Mapping[float, float]) -> list[Blend]:
-    """Returns all blends to choose from, simplest first."""
-    return [Blend(tower_share, share, scales[tower_share]) for tower_share, share in product(scales, SHARES)]
+def _best(scales: Mapping[float, float], correlation: Callable[[Blend], float]) -> Blend:
+    """Returns the blend of the highest correlation; of those that agree but for rounding, the simplest."""
+    tried = [Blend(tower_share, share, scales[tower_share]) for tower_share, share in product(scales, SHARES)]
+    return max(tried, key=lambda blend: round(correlation(blend), _DIGITS))
 
 
 def _mean_correlation(predicted: np.ndarray, truth: np.ndarray, section_id: np.ndarray) -> float:
