@@ -6,8 +6,8 @@ Each test section is recoloured in optical density, tile by tile, encoded again 
 measured sections. Four shifts at several strengths s scale haematoxylin and eosin (Ruifrok and Johnston 2001): bluer
 (1 + s, 1 - s), pinker (1 - s, 1 + s), darker (both 1 + s) and paler (both 1 - s). One more gives the section the stain
 vectors and concentrations that are the usual target of Macenko et al. 2009 (https://doi.org/10.1109/ISBI.2009.5193250).
-The tile table needs wide views; features and draws are made where they are missing, and recoloured features are kept in
-the scratch folder.
+The tile table needs wide views, as `jobs/prepare.py` cuts them. Features and draws are made where they are missing, and
+those of recoloured tiles are kept in the scratch folder.
 
 Prints Markdown, means over the four shifts: 1 - r is 1 less the mean over genes of the correlation with the prediction
 of the unchanged section; RMS is the change of all values, and of the section's means alone, over the standard deviation
@@ -75,7 +75,7 @@ class Tiles:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="weights of model.image_encoder in programs.yaml, here DenseNet-121")
+    parser.add_argument("weights", help="weights of model.image_encoder in default.yaml, here DenseNet-121")
     parser.add_argument("tiles", help="tile table")
     parser.add_argument("--test", nargs="+", required=True, help="sections")
     parser.add_argument("--draws", type=int, default=3, help="augmented draws of each training tile")
@@ -88,7 +88,7 @@ def main() -> None:
         "train.feature_draws": parsed.draws,
         "train.augmentation": "default",
     }
-    config = override(load_config(ROOT / "jobs" / "configs" / "programs.yaml"), settings)
+    config = override(load_config(ROOT / "jobs" / "configs" / "default.yaml"), settings)
     connect(config, {})
     table = open_table(parsed.tiles, config)
     of_stains = {name: stained_features(table, name, parsed.scratch) for name in parsed.test}
