@@ -1,4 +1,4 @@
-"""How much the program model's answer moves when the same section is stained otherwise, with and without stain draws.
+"""How much the answer of `default` moves when a section is stained otherwise, with and without stain draws.
 
     python benchmarks/stain_shift.py WEIGHTS TILES --test B4 C4 --scratch FOLDER --picture docs/pictures/stain_shift.png
 
@@ -7,7 +7,7 @@ measured sections. Four shifts at several strengths s scale haematoxylin and eos
 (1 + s, 1 - s), pinker (1 - s, 1 + s), darker (both 1 + s) and paler (both 1 - s). One more gives the section the stain
 vectors and concentrations that are the usual target of Macenko et al. 2009 (https://doi.org/10.1109/ISBI.2009.5193250).
 The tile table needs wide views, as `jobs/prepare.py` cuts them. Features and draws are made where they are missing, and
-those of recoloured tiles are kept in the scratch folder.
+those of recoloured tiles are kept in the scratch folder. Models have no towers: their seed would blur the comparison.
 
 Prints Markdown, means over the four shifts: 1 - r is 1 less the mean over genes of the correlation with the prediction
 of the unchanged section; RMS is the change of all values, and of the section's means alone, over the standard deviation
@@ -31,16 +31,18 @@ from programs import SCORES, Fold, Table, correlations, open_table, scores  # no
 
 from mclstexp.cluster import connect  # noqa: E402
 from mclstexp.config import load_config, override  # noqa: E402
-from mclstexp.data.measured import MeasuredSection  # noqa: E402
+from mclstexp.data.measured import MeasuredSection, read_measured  # noqa: E402
 from mclstexp.data.spots import decode_tiles  # noqa: E402
 from mclstexp.data.table import read_columns  # noqa: E402
 from mclstexp.figures import new_figure  # noqa: E402
 from mclstexp.model.augment import STAINS  # noqa: E402
 from mclstexp.model.extractor import Extractor  # noqa: E402
-from mclstexp.model.fit_blend import TrainingSpots, fit_program_model  # noqa: E402
+from mclstexp.model.fit_blend import fit_program_model  # noqa: E402
 from mclstexp.model.frozen import frozen_encoder  # noqa: E402
 from mclstexp.model.retrieval import resolve  # noqa: E402
-from mclstexp.training.fit_programs import feature_blocks, program_bank  # noqa: E402
+from mclstexp.model.training_spots import TrainingSpots  # noqa: E402
+from mclstexp.training.fit_programs import program_bank  # noqa: E402
+from mclstexp.training.training_sections import feature_blocks  # noqa: E402
 
 STRENGTHS = (0.1, 0.2, 0.4)
 SIGNS = {"bluer": (1, -1), "pinker": (-1, 1), "darker": (1, 1), "paler": (-1, -1)}
@@ -87,6 +89,7 @@ def main() -> None:
         "train.precision": "fp32",
         "train.feature_draws": parsed.draws,
         "train.augmentation": "default",
+        "train.epochs": 0,
     }
     config = override(load_config(ROOT / "jobs" / "configs" / "default.yaml"), settings)
     connect(config, {})
@@ -162,7 +165,8 @@ def stained_features(table: Table, section_id: str, scratch: Path) -> dict[str, 
 
 def figures_of(table: Table, fold: Fold, stains: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """Returns COLUMNS by model and stain."""
-    train, (test,) = table.fold(fold)
+    reader = table.reader(fold)
+    train, (test,) = ([read_measured(reader, name) for name in names] for names in (fold.train, fold.test))
     num_draws = table.config.train.feature_draws
     plain = fitted(table, train, test, 0)
     models = {
@@ -262,7 +266,7 @@ def draw(path: Path, figures: dict[str, dict[str, dict[str, np.ndarray]]]) -> No
                     panel.scatter([strength] * len(dots), dots, color=f"C{index}", s=8)
             panel.set(title=f"{section_id}: {COLUMNS[column]}", xlabel="strength of the shift")
     axes[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=70)
 
 
 if __name__ == "__main__":
