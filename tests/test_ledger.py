@@ -1,7 +1,9 @@
 """The ledger: claims, answers, what a fault may replace, and entries of earlier versions."""
 
+import io
 import json
 
+import pandas as pd
 import pytest
 
 from mclstexp import storage
@@ -79,6 +81,16 @@ def test_a_fault_replaces_the_claim_of_a_dead_run(out: str) -> None:
     fault = Entry(slide_id="A", key="attempt", state="failed", reason="broken")
     set_aside(out, fault)
     assert entry(out, "A") == fault
+
+
+def test_the_summary_states_what_a_model_knows_of_predicted_slides(out: str) -> None:
+    found = {"B": _done("k").model_copy(update={"slide_id": "B"}), "A": _claim("k")}
+    uri = summarise(out, found, {"level_mse": 0.25, "other": None})
+    rows = pd.read_csv(io.BytesIO(storage.read(uri)))
+    assert list(rows) == [*Entry.model_fields, "level_mse", "other"]
+    assert rows["slide_id"].tolist() == ["A", "B"]
+    assert rows["level_mse"].fillna(-1).tolist() == [-1, 0.25]
+    assert rows["other"].isna().all()
 
 
 @pytest.mark.parametrize(("state", "genes"), [("done", "GNAS,FASN"), ("publishing", "drawing GNAS"), ("empty", "")])

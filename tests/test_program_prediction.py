@@ -6,6 +6,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import openslide
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import tifffile
@@ -97,6 +98,8 @@ def check_doubt(table: Path, model: ModelVersion, expected: Retrieved) -> None:
     stated = np.array(metadata["half_width"].split(","), float)
     np.testing.assert_array_equal(stated, model.calibration.half_width)
     np.testing.assert_array_equal(data.var["half_width"], model.calibration.half_width)
+    assert float(metadata["level_mse"]) == model.programs.level.error
+    assert float(metadata["level_mse_of_train_mean"]) == model.programs.level.mean_error
     np.testing.assert_array_equal(data.var["trusted"], model.calibration.trust.trusted)
     assert info_of(rows.schema).panel == model.panel
 
@@ -198,6 +201,17 @@ def predicted(model: ModelVersion, slides: Path, ray_session: None, tmp_path_fac
     out = tmp_path_factory.mktemp("out")
     assert predict(model, slides, out, num_cpus=6, overlap=0.5, intervals=True).counts() == {"done": 2, "empty": 1}
     return out
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_summary_states_the_error_of_levels(model: ModelVersion, predicted: Path) -> None:
+    rows = pd.read_csv(predicted / "summary.csv").set_index("slide_id")
+    level = model.programs.level
+    for name in ("big", "small"):
+        stated = rows.loc[name, ["level_mse", "level_mse_of_train_mean"]].tolist()
+        assert stated == pytest.approx([level.error, level.mean_error])
+    assert rows.loc[rows["state"] == "empty", "level_mse"].isna().all()
 
 
 def tiles_of(slide: Path, table: Path, model: ModelVersion) -> tuple[np.ndarray, np.ndarray]:

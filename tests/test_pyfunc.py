@@ -1,5 +1,6 @@
 """A registered model version, loaded by MLflow alone."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,24 @@ def registered(version: ModelVersion, folder: Path, template: Path) -> tuple[mlf
     version.save(folder / "version")
     tracking.register(config.tracking, tracking.start_run(config, "run", {}), str(folder / "version"), {})
     mlflow.set_tracking_uri(config.tracking.uri)
+    _assert_trust_is_logged(version)
     return mlflow.pyfunc.load_model("models:/mclstexp/1"), ModelVersion.load(folder / "version")
+
+
+def _assert_trust_is_logged(version: ModelVersion) -> None:
+    """In the run that trained the version, where it is calibrated."""
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    files = [file.path for file in mlflow.artifacts.list_artifacts(run_id=run.info.run_id)]
+    assert ("genes.csv" in files) == (version.calibration is not None)
+    if version.calibration is None:
+        assert "trusted_genes" not in run.data.metrics
+        return
+    text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/genes.csv")
+    genes, trust = pd.read_csv(io.StringIO(text)), version.calibration.trust
+    assert genes["gene_id"].tolist() == list(version.panel.gene_id)
+    for name in ("correlation", "low", "high", "q_value", "trusted"):
+        np.testing.assert_allclose(genes[name], getattr(trust, name), err_msg=name)
+    assert run.data.metrics["trusted_genes"] == np.count_nonzero(trust.q_value <= 0.05)
 
 
 @pytest.mark.parametrize("make", [random_version, frozen_version])

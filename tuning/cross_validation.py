@@ -308,6 +308,8 @@ def _score(run: Run, model: ModelVersion, study: Study, metrics: MetricLog) -> N
     card = evaluate(model, study.data, hidden, floor_weights=study.floor_weights, markers=study.markers)
     card = replace(card, training_runs={run.name: run.mlflow_run_id})
     metrics.log(0, card.metrics())
+    if model.calibration is not None:
+        tracking.log_trust(run.config.tracking, run.mlflow_run_id, model.calibration.genes(model.panel))
     with tempfile.TemporaryDirectory() as folder:
         save_card(card, folder)
         storage.upload_folder(folder, storage.join(run.uri, SCORES), last=RESULT)

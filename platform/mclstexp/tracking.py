@@ -18,6 +18,8 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import Metric, Param
@@ -33,6 +35,8 @@ from mclstexp.settings import TrackingConfig
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 """Aliases of a registered model's best version and of the latest one that a sweep found."""
+GENES = "genes.csv"
+"""Artifact of a run: how far each gene of its model can be trusted."""
 FLUSH_S, RETRY_S = 30.0, 2.0
 _MAX_BATCH = 500  # MLflow takes at most 1000 metrics per request
 _TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
@@ -138,6 +142,22 @@ def log_artifacts(config: TrackingConfig, run_id: str, folder: str, artifact_pat
         _client(config).log_artifacts(run_id, folder, artifact_path)
 
 
+def log_trust(config: TrackingConfig, run_id: str, genes: pa.Table) -> None:
+    """Logs how far each gene of a model can be trusted, as `genes.csv`, and the metric `trusted_genes`.
+
+    Args:
+        config: where the run is.
+        run_id: the run that trained the model.
+        genes: as `Calibration.genes` returns it.
+
+    Raises:
+        UserError: the tracking server or its artifact store cannot be reached.
+    """
+    with _reachable(config):
+        _client(config).log_text(run_id, genes.to_pandas().to_csv(index=False), GENES)
+        _client(config).log_metric(run_id, "trusted_genes", float(sum(genes["trusted"].to_pylist())))
+
+
 def curves(config: TrackingConfig, run_id: str, names: Sequence[str] = ("loss", "spots_per_s")) -> pd.DataFrame:
     """Returns a training run's metrics, one row per logged step: `step`, then `names`. Empty for an unknown run.
 
@@ -159,7 +179,8 @@ def metric_log(config: TrackingConfig, run_id: str) -> MetricLog:
 def register(config: TrackingConfig, run_id: str, model_folder: str, tags: Mapping[str, str]) -> str:
     """Registers a model folder as a new version of `model_name` and returns the version's number.
 
-    A run has one version, however often this is called. The first version of a name becomes `champion`.
+    A run has one version, however often this is called. The first version of a name becomes `champion`. The run gets
+    what a calibrated model knows of its genes (`log_trust`).
     """
     client, name = _client(config), config.model_name
     with _reachable(config):
@@ -167,6 +188,8 @@ def register(config: TrackingConfig, run_id: str, model_folder: str, tags: Mappi
         version = next((version for version in known if version.run_id == run_id), None)
         if version is None:
             _create_name(client, name)
+            if (trust := Path(model_folder, "trust.parquet")).is_file():
+                log_trust(config, run_id, pq.ParquetFile(trust).read())
             source = _upload(client, run_id, model_folder)
             version = client.create_model_version(name, source, run_id, tags=dict(tags))
         # A driver killed right after it created the first version leaves it without an alias.

@@ -169,6 +169,8 @@ class ProgramModel:
             level = Level(
                 **{part: arrays[f"level/{part}"] for part in ("components", "coefficients", "intercept", "mean")},
                 share=numbers["level_share"],
+                error=numbers.get("level_mse"),
+                mean_error=numbers.get("level_mse_of_train_mean"),
             )
             programs = Programs(arrays["programs/loadings"], arrays["programs/decoder"])
             plain = {name: arrays[name] for name in _ARRAYS} | {name: numbers[name] for name in _NUMBERS}
@@ -188,4 +190,5 @@ class ProgramModel:
 
     def _numbers(self) -> dict[str, float]:
         plain = {name: getattr(self, name) for name in _NUMBERS}
-        return plain | {"level_share": self.level.share, _TOWER_SHARE: self.tower_share}
+        known = {name: error for name, error in self.level.errors().items() if error is not None}
+        return plain | known | {"level_share": self.level.share, _TOWER_SHARE: self.tower_share}

@@ -138,11 +138,14 @@ class Calibration:
         """Returns what is known of each gene, (G,) each, by name."""
         return vars(self.trust) | {name: getattr(self, name) for name in _WIDTHS}
 
+    def genes(self, panel: GenePanel) -> pa.Table:
+        """Returns what is known of each gene, one row per gene of the model's panel."""
+        columns = {"gene_id": panel.gene_id, "symbol": panel.symbol} | self.columns()
+        return pa.table({name: columns[name] for name in _GENES.names}, schema=_GENES)
+
     def save(self, folder: str | Path, panel: GenePanel) -> None:
         """Writes `trust.parquet`, one row per gene, and `calibration.json` into a local folder."""
-        columns = {"gene_id": panel.gene_id, "symbol": panel.symbol} | self.columns()
-        table = pa.table({name: columns[name] for name in _GENES.names}, schema=_GENES)
-        pq.write_table(table, Path(folder, TRUST), store_schema=False)
+        pq.write_table(self.genes(panel), Path(folder, TRUST), store_schema=False)
         facts = {
             "scale": asdict(self.scale),
             "max_spread": self.max_spread,

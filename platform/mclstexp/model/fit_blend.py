@@ -134,6 +134,7 @@ def _level(spots: TrainingSpots) -> tuple[Level, np.ndarray]:
     level, of_folds = fit_level(
         standard[:, columns],
         spots.expression[drawn],
+        spots.patient_id[drawn],
         spots.section_id[drawn],
         spots.folds.of(drawn),
         augmented,

@@ -189,11 +189,18 @@ def set_aside(out: str, new: Entry, also_predictions: bool = False) -> None:
                 raise
 
 
-def summarise(out: str, found: Mapping[str, Entry]) -> str:
-    """Writes a table with one row per slide, whatever became of it, and returns its URI."""
+def summarise(out: str, found: Mapping[str, Entry], facts: Mapping[str, float | None] = {}) -> str:
+    """Writes a table with one row per slide, whatever became of it, and returns its URI.
+
+    Args:
+        out: root of the predictions.
+        found: the entries by slide.
+        facts: what the model states of each slide that it predicted, a column each; None is an empty cell.
+    """
     uri = storage.join(out, SUMMARY)
-    rows = [found[name].model_dump() for name in sorted(found)]
-    storage.write(uri, pd.DataFrame(rows, columns=list(Entry.model_fields)).to_csv(index=False).encode())
+    rows = [entry.model_dump() | (dict(facts) if entry.state == "done" else {}) for _, entry in sorted(found.items())]
+    columns = [*Entry.model_fields, *facts]
+    storage.write(uri, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
     return uri
 
 

@@ -121,7 +121,8 @@ def predict_cohort(model: ModelVersion, cohort: Cohort, out: str, show: Show, co
     for name, reason in cohort.unreachable.items():
         run.fail(name, reason)
     run.run(left)
-    report.summary = ledger.summarise(out, report.slides())
+    facts = model.programs.level.errors() if model.programs else {}
+    report.summary = ledger.summarise(out, report.slides(), facts)
     with suppress(StorageError):  # the next run clears what is left
         clear_staging(out, {name for name, entry in report.slides().items() if entry.state != "failed"})
     return report

@@ -43,7 +43,8 @@ def write_table(path: Path, slide: PredictedSlide) -> None:
 
     A calibrated model adds `spread`, `abstain` and `interval_scale`. A gene's interval in a tile is its prediction plus
     and minus `interval_scale` times the gene's `half_width`, which are in the metadata in the order of its genes
-    (`half_width_any_depth`: for an assay of fewer counts too).
+    (`half_width_any_depth`: for an assay of fewer counts too). A program model also states there the squared error of
+    the level of a patient left out, `level_mse`, and of the training mean, `level_mse_of_train_mean`; empty if unknown.
 
     Args:
         path: local file to write.
@@ -67,7 +68,7 @@ def write_table(path: Path, slide: PredictedSlide) -> None:
         # A slide that was moved gives the same bytes, so the image's URI is left out.
         record = record.model_copy(update={"missing_tiles": record.num_tiles - num_rows, "image": ""})
         genes = {"genes": ",".join(info.panel.gene_id), "symbols": ",".join(info.panel.symbol)}
-        metadata = provenance_of(record, info) | genes | _half_widths(info) | {RECORD_KEY: record.model_dump_json()}
+        metadata = provenance_of(record, info) | genes | _expected_errors(info) | {RECORD_KEY: record.model_dump_json()}
         writer.add_key_value_metadata(metadata)
 
 
@@ -138,12 +139,14 @@ def _doubts(group: Group, info: OutputInfo) -> list[pa.Array]:
     return [pa.array(spread), pa.array(info.calibration.abstain(spread, is_far)), pa.array(scale)]
 
 
-def _half_widths(info: OutputInfo) -> dict[str, str]:
-    """Returns the genes' half widths as metadata."""
+def _expected_errors(info: OutputInfo) -> dict[str, str]:
+    """Returns the genes' half widths and the errors of the slide's level as metadata."""
+    levels = info.decoder.level.errors() if info.decoder else {}
+    stated = {name: "" if error is None else repr(error) for name, error in levels.items()}
     if info.calibration is None:
-        return {}
+        return stated
     found = {name: getattr(info.calibration, name) for name in ("half_width", "half_width_any_depth")}
-    return {name: ",".join(map(repr, values.tolist())) for name, values in found.items()}
+    return stated | {name: ",".join(map(repr, values.tolist())) for name, values in found.items()}
 
 
 def _out_of_distribution(similarity: np.ndarray, threshold: float | None) -> pa.Array:
