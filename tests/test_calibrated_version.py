@@ -10,6 +10,8 @@ import pytest
 from program_version import program_version
 
 from mclstexp.config import Config, override
+from mclstexp.data.genes import GenePanel
+from mclstexp.data.schema import load_genes
 from mclstexp.errors import ModelError
 from mclstexp.evaluation.evaluate import evaluate
 from mclstexp.model.version import ModelVersion
@@ -50,6 +52,18 @@ def test_a_finished_run_is_calibrated_and_its_card_states_the_coverage(tiles: st
     mean, first, second = map(float, covered.groups())
     assert mean == pytest.approx((first + second) / 2, abs=0.1)
     assert 70 < mean < 100
+
+
+@pytest.mark.ray
+def test_a_finished_run_records_the_genes_of_shared_totals(tiles: str, tmp_path: Path) -> None:
+    config = override(Config(), SETTINGS | {"genes.total": "shared"})
+    run = open_run(tiles, str(tmp_path), "run", config, lambda *_: "untracked")
+    finish(run, None)
+    model = load_model(run)
+    assert model.total_genes == GenePanel.from_table(load_genes(tiles, run.manifest)), "all sections list all genes"
+    bank = model.bank
+    assert bank is not None
+    np.testing.assert_array_equal(bank.payload[bank.section_id == "P1S1"], run.reader.read_section("P1S1")["payload"])
 
 
 def test_a_version_vouches_for_its_calibration(tmp_path: Path) -> None:
