@@ -1,8 +1,10 @@
 """A run's name and record: which settings make another run, and which runs of earlier versions go on."""
 
 import json
+import sys
 from pathlib import Path
 
+import cross_validate
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,18 @@ def test_all_views_are_those_that_the_table_has(table: Path) -> None:
     assert (run.config.tiles.wide_um, run.config.tiles.wide_px) == (618.0, 112)
     record = json.loads(Path(run.uri, RECORD).read_text())
     assert record["identity"]["model"]["image_views"] == ["image", "image_wide"]
+
+
+def test_a_cross_validation_plans_with_the_views_that_the_table_has(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["cross_validate.py", "--data", str(table), "--protocol", "patient", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", command)
+    cross_validate.main()
+    assert "\n  image_views:\n  - image\n  feature_dtype" in capsys.readouterr().out
+    _with_wide_view(table)
+    cross_validate.main()
+    assert "\n  image_views:\n  - image\n  - image_wide\n  feature_dtype" in capsys.readouterr().out
 
 
 def test_all_views_are_asked_for_alone_and_of_a_frozen_encoder() -> None:

@@ -27,7 +27,7 @@ from untrained import untrained_version
 from mclstexp import tracking
 from mclstexp.config import Config, load_config, override
 from mclstexp.data.schema import Manifest, load_manifest
-from mclstexp.errors import SplitError
+from mclstexp.errors import ConfigError, SplitError
 from mclstexp.model import towers
 from mclstexp.training.validation import VALIDATION_PCC
 from tuning import sweep
@@ -250,6 +250,12 @@ def test_one_patient_is_not_enough(tmp_path: Path) -> None:
     config = override(Config(), {"split.test_patients": ["B"]})
     with pytest.raises(SplitError, match=r"num_validation_patients=1 leaves no patient.* 1 are not held out \(A\)"):
         with_validation(_manifest(tmp_path, "AB"), config)
+
+
+def test_a_recipe_without_epochs_leaves_a_sweep_nothing_to_compare(tmp_path: Path) -> None:
+    changed = {"model.predictor": "programs", "model.freeze_encoder": True, "train.epochs": 0}
+    with pytest.raises(ConfigError, match=r"train\.epochs=0 leaves a sweep nothing .*jobs/configs/finetune\.yaml"):
+        with_validation(_manifest(tmp_path, "ABC"), override(Config(), changed))
 
 
 SPACE: Space = {"model.temperature": Range(0.05, 2.0, log=True), "model.spot_layers": Choice((1, 2))}
