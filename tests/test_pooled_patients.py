@@ -18,11 +18,13 @@ from mclstexp.config import Config, load_config, override
 from mclstexp.data.genes import normalisers
 from mclstexp.data.measured import MeasuredSection
 from mclstexp.model.embed import ImageNetwork
-from mclstexp.model.fit_blend import TrainingSpots, fit_program_model
+from mclstexp.model.fit_blend import fit_program_model
 from mclstexp.model.frozen import frozen_encoder
 from mclstexp.model.retrieval import resolve
+from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.slides.codec import decode_tile
-from mclstexp.training.fit_programs import feature_blocks, program_bank
+from mclstexp.training.fit_programs import program_bank
+from mclstexp.training.training_sections import feature_blocks
 
 COHORT = CohortSpec(
     num_patients=4, sections_per_patient=1, array_side=10, pitch_px=32, num_genes=60, median_counts=2500
