@@ -152,12 +152,20 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
 def planned(config: Config, manifest: Manifest, train: Sequence[str]) -> Config:
     """Returns the settings with as many epochs as `train.min_steps` takes on the training sections."""
     settings = config.train
-    if not settings.epochs or not settings.min_steps:
-        return config
     by_sentence = settings.batching == "sentences"
     size = settings.batch_sentences if by_sentence else settings.batch_spots
-    steps = -(-(len(manifest.sentences(train)) if by_sentence else manifest.num_spots(train)) // size)
-    return override(config, {"train.epochs": max(settings.epochs, -(-settings.min_steps // steps))}, "train.min_steps")
+    return of_min_steps(
+        config, -(-(len(manifest.sentences(train)) if by_sentence else manifest.num_spots(train)) // size)
+    )
+
+
+def of_min_steps(config: Config, steps_per_epoch: int) -> Config:
+    """Returns the settings with as many epochs as `train.min_steps` takes, or as they are if these are enough."""
+    settings = config.train
+    if not settings.epochs or not settings.min_steps:
+        return config
+    needed = -(-settings.min_steps // steps_per_epoch)
+    return override(config, {"train.epochs": max(settings.epochs, needed)}, "train.min_steps")
 
 
 def identity(config: Config) -> dict[str, dict[str, object]]:

@@ -13,6 +13,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mclstexp import cluster, storage
+from mclstexp.config import config_from
 from mclstexp.data.spots import num_positions
 from mclstexp.data.stream import StreamShare
 from mclstexp.errors import RunError, UserError
@@ -24,7 +25,7 @@ from mclstexp.progress import Log, ProgressBoard, Show, followed, hidden
 from mclstexp.training.feed import Feed, make_feed, make_tower_feed
 from mclstexp.training.fitted_parts import fitted_parts
 from mclstexp.training.history import StoredCheckpoint, best_checkpoint, mend_snapshot, newest_checkpoint
-from mclstexp.training.run import Run
+from mclstexp.training.run import Run, of_min_steps
 from mclstexp.training.stored import with_features
 from mclstexp.training.tower_loader import TowerLoader, tower_loader
 from mclstexp.training.training_sections import training_spots
@@ -96,7 +97,7 @@ def fit(
             worker_runtime_env={"env_vars": GLIBC_MALLOC_ENV},
         ),
     )
-    with followed(plan.board, train.epochs * plan.feed.num_steps(), log, show):
+    with followed(plan.board, config_from(plan.config).train.epochs * plan.feed.num_steps(), log, show):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -106,9 +107,9 @@ def fit(
 
 def make_plan(run: Run, board_name: str | None = None, left_out: int | None = None) -> TrainPlan:
     """Returns what the workers need, with each rank's share of the cluster for its stream."""
-    config = run.config
-    store_bytes = int(ray.cluster_resources().get("object_store_memory", 0) / (2 * config.train.num_workers))
     feed, towers = _feed(run, left_out)
+    config = of_min_steps(run.config, feed.num_steps())  # a fold has fewer sentences than the whole
+    store_bytes = int(ray.cluster_resources().get("object_store_memory", 0) / (2 * config.train.num_workers))
     validates = config.train.validate_every and run.split.validation
     return TrainPlan(
         config=config.model_dump(mode="json"),
