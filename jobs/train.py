@@ -93,6 +93,7 @@ def _plan(data: str, config: "Config") -> str:
     from mclstexp.data.folds import make_split
     from mclstexp.data.schema import load_manifest
     from mclstexp.data.totals import GeneCounts
+    from mclstexp.training.complete import training_plan
     from mclstexp.training.run import require_totals
 
     manifest = load_manifest(data)
@@ -102,6 +103,7 @@ def _plan(data: str, config: "Config") -> str:
     for side, names in {"train": split.train, "validation": split.validation, "test": split.test}.items():
         sentences, spots = len(manifest.sentences(names)), manifest.num_spots(names)
         lines.append(f"{side}: {len(names)} sections, {sentences} sentences, {spots} spots ({', '.join(names) or '-'})")
+    lines.append(training_plan(config, manifest, split.train))
     return "\n".join([*lines, *require_totals(GeneCounts(data, manifest), split, config.genes)])
 
 

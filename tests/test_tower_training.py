@@ -14,9 +14,10 @@ from mclstexp import storage
 from mclstexp.config import Config, override
 from mclstexp.data.schema import load_genes, load_manifest
 from mclstexp.data.table import read_columns, read_counts
+from mclstexp.model.left_out import planned_folds
 from mclstexp.model.towers import TwoTowers, build_network
 from mclstexp.training.checkpoint import TrainState
-from mclstexp.training.complete import train_and_finish
+from mclstexp.training.complete import train_and_finish, training_plan
 from mclstexp.training.feed import make_tower_feed
 from mclstexp.training.finish import load_model
 from mclstexp.training.fitted_parts import fitted_parts
@@ -159,6 +160,18 @@ def test_epochs_are_added_until_there_are_enough_steps(tiles: str) -> None:
     assert epochs * steps >= 41 > (epochs - 1) * steps
     assert planned(override(config, {"train.epochs": 500}), manifest, sections).train.epochs == 500
     assert planned(override(config, {"train.epochs": 0}), manifest, sections).train.epochs == 0
+
+
+def test_the_plan_counts_all_trainings(run: Run) -> None:
+    words = training_plan(run.config, run.manifest, run.split.train)
+    spots = training_spots(run.reader, run.split.train, run.config.train)
+    steps = make_tower_feed(run.config, run.reader, spots).num_steps()
+    assert f"1 epochs of {steps} optimiser steps, {steps} in all, {1 + spots.folds.num_folds} times" in words
+    assert f"parts of their {spots.folds.kind}" in words
+    lone = replace(spots, sections=spots.sections[:1])
+    assert planned_folds(1, 1) == (lone.folds.kind, lone.folds.num_folds)
+    assert planned_folds(4, 9, 3) == ("patients", 3)
+    assert "closed form" in training_plan(override(run.config, {"train.epochs": 0}), run.manifest, run.split.train)
 
 
 @pytest.mark.slow

@@ -61,6 +61,14 @@ def leave_out(patient_id: np.ndarray, section_id: np.ndarray, xy_um: np.ndarray,
     return LeftOut("blocks", _dealt(blocks, max_folds))
 
 
+def planned_folds(num_patients: int, num_sections: int, max_folds: int = MAX_FOLDS) -> tuple[str, int]:
+    """Returns what the folds of `leave_out` consist of, and their number, before spots are read."""
+    for kind, count, fewest in (("patients", num_patients, MIN_PATIENTS), ("sections", num_sections, MIN_SECTIONS)):
+        if count >= fewest:
+            return kind, min(count, max_folds)
+    return "blocks", min(NUM_BLOCKS, max_folds)
+
+
 def _dealt(names: np.ndarray, max_folds: int) -> np.ndarray:
     """Returns a fold for each spot, int64 (N,): the sorted names in turn."""
     codes = np.unique(names, return_inverse=True)[1]

@@ -63,10 +63,11 @@ def shares(model: ModelVersion) -> str:
     """Returns in words what part votes have in a model's answers; empty if they are all of it."""
     if model.programs is None:
         return ""
-    share = model.programs.share
+    share, towers = model.programs.share, model.programs.tower_share
+    found_by = f", found by towers to {towers:.0%} and else by features," if towers else ""
     return (
-        f"retrieval from these spots has {share:.0%} of the answer; a ridge on the features of the tile and its "
-        f"neighbours has {1 - share:.0%}"
+        f"retrieval from these spots{found_by} has {share:.0%} of the answer; a ridge on the features of the tile and "
+        f"its neighbours has {1 - share:.0%}"
     )
 
 

@@ -151,20 +151,23 @@ def open_run(data: str, out: str, name: str | None, config: Config, track: Track
 
 def planned(config: Config, manifest: Manifest, train: Sequence[str]) -> Config:
     """Returns the settings with as many epochs as `train.min_steps` takes on the training sections."""
+    return of_min_steps(config, steps_per_epoch(config, manifest, train))
+
+
+def steps_per_epoch(config: Config, manifest: Manifest, train: Sequence[str]) -> int:
+    """Returns the optimiser steps that an epoch over some sections takes."""
     settings = config.train
-    by_sentence = settings.batching == "sentences"
-    size = settings.batch_sentences if by_sentence else settings.batch_spots
-    return of_min_steps(
-        config, -(-(len(manifest.sentences(train)) if by_sentence else manifest.num_spots(train)) // size)
-    )
+    if settings.batching == "sentences":
+        return -(-len(manifest.sentences(train)) // settings.batch_sentences)
+    return -(-manifest.num_spots(train) // settings.batch_spots)
 
 
-def of_min_steps(config: Config, steps_per_epoch: int) -> Config:
-    """Returns the settings with as many epochs as `train.min_steps` takes, or as they are if these are enough."""
+def of_min_steps(config: Config, num_steps: int) -> Config:
+    """Returns the settings with as many epochs of `num_steps` as `train.min_steps` takes, if it takes more."""
     settings = config.train
     if not settings.epochs or not settings.min_steps:
         return config
-    needed = -(-settings.min_steps // steps_per_epoch)
+    needed = -(-settings.min_steps // num_steps)
     return override(config, {"train.epochs": max(settings.epochs, needed)}, "train.min_steps")
 
 
