@@ -10,7 +10,7 @@ from untrained_model import save_untrained
 
 from ingest.synthetic import MPP, CohortSpec, make_cohort, write_pyramid
 
-TILE_PX, NUM_GENES, NUM_SPOTS, WIDTH = 64, 24, 300, 16
+TILE_PX, NUM_GENES, NUM_SPOTS = 64, 24, 300
 HUGE, MEDIUM, TINY = (64, 65), (18, 27), (3, 9)
 """Bounds of a slide's edge in tiles: 4,096 tiles; 324 to 676; 9 to 64."""
 BACKGROUND = 220
@@ -19,11 +19,8 @@ SETTINGS = {
     "tiles.size_px": TILE_PX,
     "tiles.mpp": MPP,
     "model.image_encoder": "small_cnn",
-    "model.spot_layers": 1,
-    "model.spot_width": 16,
-    "model.embedding_dim": WIDTH,
     "retrieval.k": 20,
-    "retrieval.temperature": 0.1,
+    "retrieval.effective_donors": 10.0,
     "train.precision": "fp32",
 }
 

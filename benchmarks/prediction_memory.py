@@ -37,7 +37,6 @@ SETTINGS = {
     "tiles.size_px": TILE_PX,
     "tiles.mpp": MPP,
     "model.image_encoder": "small_cnn",
-    "model.spot_layers": 1,
 }
 MIB = 2**20
 
