@@ -1,6 +1,6 @@
 """What `default` reaches beside the probe, and what each of its parts is worth.
 
-    python benchmarks/programs.py WEIGHTS TILES [TILES ...]
+    python benchmarks/programs.py WEIGHTS TILES [TILES ...] [--only METHOD ...] [--reference-panel]
 
 Each tile table needs wide views, as `jobs/prepare.py` cuts them, and at least two patients. Features are made where
 they are missing. One patient is left out after the other; tables whose largest patient has several sections also
@@ -13,7 +13,7 @@ Towers are trained in this process, on one core, by the steps of the training wo
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,6 +55,8 @@ from mclstexp.training.step import RankState, make_optimizer, train_step  # noqa
 from mclstexp.training.tower_loader import tower_loader  # noqa: E402
 from mclstexp.training.training_sections import feature_blocks  # noqa: E402
 
+CONFIGS = ROOT / "jobs" / "configs"
+PANEL_SETTINGS = ("panel", "num_genes", "min_spots")
 DRAWS = 200
 SEEDS = (0, 1, 2)
 CHANGED = {
@@ -145,14 +147,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="weights of model.image_encoder in default.yaml, here DenseNet-121")
     parser.add_argument("tiles", nargs="+", help="tile tables")
+    parser.add_argument("--only", action="append", help="methods, by the start of their names; may be repeated [all]")
+    parser.add_argument("--reference-panel", action="store_true", help="the panel of reference.yaml")
     parsed = parser.parse_args()
     config = override(
-        load_config(ROOT / "jobs" / "configs" / "default.yaml"),
+        load_config(CONFIGS / "default.yaml"),
         {"model.image_weights": parsed.weights, "train.precision": "fp32"},
     )
+    if parsed.reference_panel:
+        genes = load_config(CONFIGS / "reference.yaml").genes
+        config = override(config, {f"genes.{name}": getattr(genes, name) for name in PANEL_SETTINGS})
     connect(config, {})
+    chosen = {name: each for name, each in VARIANTS.items() if not parsed.only or name.startswith(tuple(parsed.only))}
     for tiles in parsed.tiles:
-        report(open_table(tiles, config))
+        report(open_table(tiles, config), chosen)
 
 
 def open_table(tiles: str, config: Config) -> Table:
@@ -179,14 +187,14 @@ def folds(manifest: Manifest) -> list[Fold]:
     return found + [left_out("section left out", [name]) for name in most if len(most) > len(patients)]
 
 
-def report(table: Table) -> None:
-    """Prints the scores of all variants on one table."""
+def report(table: Table, variants: Mapping[str, Variant]) -> None:
+    """Prints the scores of variants on one table."""
     scored: dict[str, dict[str, Units]] = {}
     for fold in folds(table.manifest):
         reader = table.reader(fold)
         train, test = ([read_measured(reader, name) for name in names] for names in (fold.train, fold.test))
         answers = {"probe": probe(table, train, test)}
-        for name, variant in VARIANTS.items():
+        for name, variant in variants.items():
             answers[name] = predicted(table, variant, reader, train, test)
             print(f"{Path(table.root).name}: {fold.protocol}, {', '.join(fold.test)}: {name}", file=sys.stderr)
         truth = np.concatenate([section.expression(table.target) for section in train])
