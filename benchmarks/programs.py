@@ -1,6 +1,6 @@
 """What `default` reaches beside the probe, and what each of its parts is worth.
 
-    python benchmarks/programs.py WEIGHTS TILES [TILES ...] [--only METHOD ...] [--reference-panel]
+    python benchmarks/programs.py WEIGHTS TILES [TILES ...] [--only METHOD ...] [--panel FILE]
 
 Each tile table needs wide views, as `jobs/prepare.py` cuts them, and at least two patients. Features are made where
 they are missing. One patient is left out after the other; tables whose largest patient has several sections also
@@ -55,8 +55,6 @@ from mclstexp.training.step import RankState, make_optimizer, train_step  # noqa
 from mclstexp.training.tower_loader import tower_loader  # noqa: E402
 from mclstexp.training.training_sections import feature_blocks  # noqa: E402
 
-CONFIGS = ROOT / "jobs" / "configs"
-PANEL_SETTINGS = ("panel", "num_genes", "min_spots")
 DRAWS = 200
 SEEDS = (0, 1, 2)
 CHANGED = {
@@ -148,15 +146,12 @@ def main() -> None:
     parser.add_argument("weights", help="weights of model.image_encoder in default.yaml, here DenseNet-121")
     parser.add_argument("tiles", nargs="+", help="tile tables")
     parser.add_argument("--only", action="append", help="methods, by the start of their names; may be repeated [all]")
-    parser.add_argument("--reference-panel", action="store_true", help="the panel of reference.yaml")
+    parser.add_argument("--panel", default="hvg", help="genes.panel, such as a file of genes [hvg]")
     parsed = parser.parse_args()
     config = override(
-        load_config(CONFIGS / "default.yaml"),
-        {"model.image_weights": parsed.weights, "train.precision": "fp32"},
+        load_config(ROOT / "jobs" / "configs" / "default.yaml"),
+        {"model.image_weights": parsed.weights, "train.precision": "fp32", "genes.panel": parsed.panel},
     )
-    if parsed.reference_panel:
-        genes = load_config(CONFIGS / "reference.yaml").genes
-        config = override(config, {f"genes.{name}": getattr(genes, name) for name in PANEL_SETTINGS})
     connect(config, {})
     chosen = {name: each for name, each in VARIANTS.items() if not parsed.only or name.startswith(tuple(parsed.only))}
     for tiles in parsed.tiles:

@@ -34,7 +34,7 @@ done
 
 python "$jobs/prepare.py" --samples "$data/samples.csv" --out "$out/wide" --tiles.min_tissue 0
 for protocol in patient reference; do
-    study "default-$protocol" wide "$protocol" default --train.precision fp32
+    study "default-$protocol" wide "$protocol" default --train.precision fp32 --train.epochs 0
 done
 
 python "$(dirname "$0")/frozen_features.py" "$out/tiles" "$weights" "$out"
