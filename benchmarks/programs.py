@@ -47,7 +47,7 @@ from mclstexp.model.spot_keys import TrainedTowers  # noqa: E402
 from mclstexp.model.towers import TwoTowers, build_network  # noqa: E402
 from mclstexp.model.training_spots import TrainingSpots  # noqa: E402
 from mclstexp.training.checkpoint import TrainState  # noqa: E402
-from mclstexp.training.feed import SentenceFeed, make_tower_feed, open_batches  # noqa: E402
+from mclstexp.training.feed import SentenceFeed, open_batches, tower_feed  # noqa: E402
 from mclstexp.training.fit_programs import embedded, program_bank  # noqa: E402
 from mclstexp.training.fitted_parts import fitted_parts  # noqa: E402
 from mclstexp.training.run import planned, with_views  # noqa: E402
@@ -251,7 +251,7 @@ def train_towers(config: Config, reader: SpotReader, spots: TrainingSpots, seed:
     config = planned(override(config, {"train.seed": seed}), reader.manifest, names)
     fitted = fitted_parts(config, reader, names)
     all_folds = (None, *range(spots.folds.num_folds))
-    feeds = [make_tower_feed(config, reader, spots, fold) for fold in all_folds]
+    feeds = [tower_feed(config, tower_loader(config, reader, spots, fold)) for fold in all_folds]
     networks = [train_network(config, reader, feed, fitted) for feed in feeds]
     return embedded(networks, spots, tower_loader(config, reader, spots).keeping())
 

@@ -10,10 +10,9 @@ from scipy.optimize import brentq
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge, RidgeCV
 
-from mclstexp.config import Config, override
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.measured import MeasuredSection
-from mclstexp.errors import ConfigError, ModelError
+from mclstexp.errors import ModelError
 from mclstexp.model.bank import Bank
 from mclstexp.model.blend import ProgramModel
 from mclstexp.model.choose_blend import SHARE, SHARES
@@ -316,11 +315,3 @@ def test_directions_and_level_are_fitted_to_some_spots_of_many(
 
 def _correlation(predicted: np.ndarray, truth: np.ndarray) -> float:
     return float(np.mean([np.corrcoef(predicted[:, gene], truth[:, gene])[0, 1] for gene in range(truth.shape[1])]))
-
-
-def test_towers_are_not_trained_for_nothing() -> None:
-    settings = {"model.predictor": "programs", "model.freeze_encoder": True}
-    with pytest.raises(ConfigError, match=r"set model\.image_directions.*or train none, with train\.epochs=0"):
-        override(Config(), settings)
-    assert override(Config(), settings | {"model.image_directions": 8}).train.epochs
-    assert override(Config(), settings | {"train.epochs": 0}).model.predictor == "programs"

@@ -11,6 +11,7 @@ from program_version import program_version
 from simulated_sections import BLOCKS, RETRIEVAL, TARGET, cohort, simulated_section
 
 from mclstexp.config import Config, override
+from mclstexp.errors import ConfigError
 from mclstexp.model.choose_blend import SHARE, TOWER_SHARE, ValidationSlide
 from mclstexp.model.fit_blend import fit_program_model
 from mclstexp.model.losses import program_loss
@@ -165,6 +166,41 @@ def test_towers_that_know_programs_get_a_share(patients: TrainingSpots) -> None:
     truth = patients.scores
     errors = [((each.left_out_scores - truth) ** 2).mean() for each in (found, without)]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_shares_are_fitted_to_towers_that_did_not_see_a_fold(patients: TrainingSpots) -> None:
+    """Towers of all spots know everything here, those without a fold nothing; or each knows its own fold alone."""
+    rng = np.random.default_rng(1)
+    known, noise = _unit(patients.scores[:, :6]).astype(np.float32), _unit(rng.normal(size=(len(patients.scores), 6)))
+    towers = _towers_of(patients, known, known)
+    blind = replace(towers, without=(TowerEmbeddings(noise, noise[::-1]),) * patients.folds.num_folds)
+    assert fit_program_model(patients, RETRIEVAL, blind).model.tower_share == 0
+
+    def knowing(fold: int) -> TowerEmbeddings:
+        inside = (patients.folds.fold == fold)[:, None]
+        return TowerEmbeddings(np.where(inside, known, noise), np.where(inside, noise, known))
+
+    own = replace(towers, without=tuple(map(knowing, range(patients.folds.num_folds))))
+    assert fit_program_model(patients, RETRIEVAL, own).model.tower_share > 0
+    turned = replace(own, without=(*own.without[1:], own.without[0]))
+    assert fit_program_model(patients, RETRIEVAL, turned).model.tower_share == 0
+
+
+@pytest.mark.odd
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model.image_directions": None}, "set model.image_directions"),
+        ({"model.embedding_dim": 256}, "model.embedding_dim=256 leaves no room"),
+        ({"model.position": "table"}, "use distance, sinusoidal or none"),
+        ({"genes.input": "per_gene"}, "genes.input=per_gene needs whole sections"),
+        ({"train.shuffle_pairs": True}, "leave train.shuffle_pairs out"),
+    ],
+)
+def test_settings_that_towers_cannot_have_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        override(Config(), TOWERS | settings)
+    assert override(Config(), TOWERS | {"train.epochs": 0} | settings).train.epochs == 0
 
 
 def test_towers_that_tell_nothing_get_none(patients: TrainingSpots) -> None:

@@ -18,7 +18,7 @@ from mclstexp.model.left_out import planned_folds
 from mclstexp.model.towers import TwoTowers, build_network
 from mclstexp.training.checkpoint import TrainState
 from mclstexp.training.complete import train_and_finish, training_plan
-from mclstexp.training.feed import make_tower_feed
+from mclstexp.training.feed import tower_feed
 from mclstexp.training.finish import load_model
 from mclstexp.training.fitted_parts import fitted_parts
 from mclstexp.training.history import newest_checkpoint
@@ -105,14 +105,14 @@ def test_a_deeper_share_is_thinner(run: Run) -> None:
 def test_left_out_spots_are_never_read(run: Run) -> None:
     spots = training_spots(run.reader, run.split.train, run.config.train)
     for fold in range(spots.folds.num_folds):
-        feed = make_tower_feed(run.config, run.reader, spots, fold)
+        feed = tower_feed(run.config, tower_loader(run.config, run.reader, spots, fold))
         left_out = set(spots.section_id[spots.folds.fold == fold])
         seen = {sentence.section_id for sentence in feed.sentences}
         assert seen == set(spots.section_id[spots.folds.fold != fold])
         assert not seen & left_out
     lone = replace(spots, sections=spots.sections[:1])
     assert lone.folds.kind == "blocks"
-    feed = make_tower_feed(run.config, run.reader, lone, 0)
+    feed = tower_feed(run.config, tower_loader(run.config, run.reader, lone, 0))
     assert isinstance(feed.loader, TowerLoader)
     outside = lone.folds.fold != 0
     batches = [_loaded(feed, epoch) for epoch in range(4)]
@@ -165,7 +165,7 @@ def test_epochs_are_added_until_there_are_enough_steps(tiles: str) -> None:
 def test_the_plan_counts_all_trainings(run: Run) -> None:
     words = training_plan(run.config, run.manifest, run.split.train)
     spots = training_spots(run.reader, run.split.train, run.config.train)
-    steps = make_tower_feed(run.config, run.reader, spots).num_steps()
+    steps = tower_feed(run.config, tower_loader(run.config, run.reader, spots)).num_steps()
     assert f"1 epochs of {steps} optimiser steps, {steps} in all, {1 + spots.folds.num_folds} times" in words
     assert f"parts of their {spots.folds.kind}" in words
     lone = replace(spots, sections=spots.sections[:1])

@@ -33,7 +33,7 @@ from mclstexp.progress import Log, Metrics, ProgressBoard, Show, hidden
 from mclstexp.tracking import MetricLog
 from mclstexp.training.complete import train_to_end
 from mclstexp.training.run import RECORD as RUN_RECORD
-from mclstexp.training.run import Run, TrackedRecord, former_digest, identity, open_run, require_totals
+from mclstexp.training.run import Run, TrackedRecord, former_digest, identity, open_run, planned, require_totals
 from mclstexp.training.stored import store_features
 from tuning.study import Track, open_record, study_name
 
@@ -260,8 +260,11 @@ def _fold_names(manifest: Manifest, protocol: str) -> list[str]:
 
 
 def _for_tasks(folds: Sequence[Fold], study: Study) -> tuple[list[Fold], Study]:
-    """Returns both with local files named as tasks find them."""
-    named = [replace(fold, config=cluster.config_for_tasks(fold.config)) for fold in folds]
+    """Returns both with local files named as tasks find them, and each fold with its planned epochs."""
+    manifest, named = load_manifest(study.data), []
+    for fold in folds:
+        train = make_split(manifest, fold.config.split).train
+        named.append(replace(fold, config=planned(cluster.config_for_tasks(fold.config), manifest, train)))
     return named, replace(study, floor_weights=cluster.weights_for_tasks(study.floor_weights))
 
 

@@ -14,6 +14,7 @@ from mclstexp.data.folds import make_split
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import Batch
 from mclstexp.messages import duration
+from mclstexp.model.programs import NUM_PROGRAMS
 from mclstexp.model.towers import build_network, feature_width
 from mclstexp.training.checkpoint import TrainState
 from mclstexp.training.step import RankState, make_optimizer, train_step
@@ -92,6 +93,8 @@ def _batch(config: Config, manifest: Manifest) -> Batch:
     else:
         images = {"image": rng.integers(0, 256, (*shape, size, size, 3), np.uint8)}
     num_genes = min(config.genes.num_genes, manifest.num_genes)
+    if model.predictor == "programs":
+        images["scores"] = rng.standard_normal((*shape, NUM_PROGRAMS), np.float32)
     return images | {
         "expression": rng.random((*shape, num_genes), np.float32),
         "position": np.zeros((*shape, 2), np.float32),

@@ -118,7 +118,8 @@ def _settle(sweep: Sweep, trial: Trial) -> None:
     run = open_trial(trial.name, trial.settings, sweep.plan)
     if trial.state != FAILED:
         _complete_curve(run, trial)
-        _score_once(run)
+        if trial.state == FINISHED or run.config.model.predictor != "programs":
+            _score_once(run)  # a program model is fitted to towers that are trained without each fold: for whole trials
     tags = {"trial.state": trial.state, "trial.reason": trial.reason}
     tracking.finish_run(run.config.tracking, run.mlflow_run_id, _STATUS.get(trial.state, "FINISHED"), tags)
 

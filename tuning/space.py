@@ -25,7 +25,7 @@ from mclstexp.model.weights import require_encoder
 
 VARIED_BLOCKS = ("model", "train", "retrieval")
 FIXED = (
-    *("train.epochs", "train.patience", "train.validate_every"),
+    *("train.epochs", "train.min_steps", "train.patience", "train.validate_every", "train.cross_fit"),
     *("train.num_workers", "train.use_gpu", "train.gpus_per_worker", "train.cpus_per_worker"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.max_failures"),
 )

@@ -34,7 +34,7 @@ from mclstexp.data.schema import Manifest, load_manifest
 from mclstexp.data.totals import GeneCounts
 from mclstexp.errors import ConfigError, RunError
 from mclstexp.progress import Show, hidden
-from mclstexp.training.run import TrackedRecord, former_digest, identity, require_totals
+from mclstexp.training.run import TrackedRecord, former_digest, identity, planned, require_totals
 from mclstexp.training.stored import store_features
 from mclstexp.training.validation import VALIDATION_PCC
 from mclstexp.training.worker import PLACEMENT_GROUP
@@ -95,7 +95,7 @@ def with_validation(manifest: Manifest, config: Config) -> Config:
     """Returns the configuration with validation patients: its own, else a quarter of the training patients.
 
     At least one is drawn, from the patients without a test section. Early stopping is off: halving compares trials by
-    their last scores, and stops them.
+    their last scores, and stops them. Epochs are as many as `train.min_steps` takes.
 
     Raises:
         SplitError: no patient would be left to train on.
@@ -118,7 +118,8 @@ def with_validation(manifest: Manifest, config: Config) -> Config:
         "train.validate_every": 1,
         "train.patience": 0,
     }
-    return override(config, changed, "the sweep")
+    config = planned(override(config, changed, "the sweep"), manifest, split.train)
+    return override(config, {"train.min_steps": 0}, "the sweep")  # its epochs are planned, the same for all trials
 
 
 def default_name(out: str, manifest: Manifest, config: Config, space: Space, search: str, trials: int) -> str:

@@ -29,6 +29,8 @@ from mclstexp.settings import (
     TuneConfig,
 )
 
+MAX_TOWER_WIDTH = 128
+"""Largest `model.embedding_dim` of towers beside a program model: half of the width of keys."""
 REMOVED = {
     "predict.bank_shards": "leave it out: each node keeps one copy of the bank; cluster.object_store_mb gives it room",
 }
@@ -107,11 +109,10 @@ class Config(ConfigBlock):
             raise ValueError(
                 "model.predictor=programs needs model.freeze_encoder=true: programs are fitted to stored features"
             )
-        if model.predictor == "programs" and train.epochs and not self._trains_towers_of_programs():
+        if model.predictor == "programs" and train.epochs and (fault := self._fault_of_program_towers()):
             raise ValueError(
-                "model.predictor=programs with train.epochs above 0 trains towers on the leading directions of stored "
-                "features: set model.image_directions, train.batching=sentences, and leave train.shuffle_pairs out; or "
-                "train none, with train.epochs=0"
+                f"model.predictor=programs with train.epochs={train.epochs} trains towers on stored features: {fault}; "
+                "or train none, with train.epochs=0"
             )
         if model.image_directions is not None and (not model.freeze_encoder or model.predictor == "regression"):
             raise ValueError(
@@ -135,9 +136,23 @@ class Config(ConfigBlock):
             )
         return self
 
-    def _trains_towers_of_programs(self) -> bool:
-        is_plain = self.train.batching == "sentences" and not self.train.shuffle_pairs
-        return is_plain and self.model.image_directions is not None
+    def _fault_of_program_towers(self) -> str | None:
+        """Returns a setting that towers beside a program model cannot have, and what to use; None if there is none."""
+        train, model = self.train, self.model
+        if model.image_directions is None:
+            return "set model.image_directions, such as 48"
+        if model.embedding_dim > MAX_TOWER_WIDTH:
+            return (
+                f"model.embedding_dim={model.embedding_dim} leaves no room for features in keys; use 32, at most "
+                f"{MAX_TOWER_WIDTH}"
+            )
+        if model.position in ("table", "pixel_table"):
+            return f"model.position={model.position} is not known of a tile; use distance, sinusoidal or none"
+        if self.genes.input == "per_gene":
+            return "genes.input=per_gene needs whole sections, and towers read sentences; use per_spot_all"
+        if train.batching != "sentences" or train.shuffle_pairs:
+            return "use train.batching=sentences and leave train.shuffle_pairs out"
+        return None
 
 
 def leaf_fields(block: type[ConfigBlock] = Config, prefix: str = "") -> dict[str, tuple[type[ConfigBlock], str]]:

@@ -196,9 +196,9 @@ class TrainConfig(ConfigBlock):
     found by the features of the frozen encoder alone."""
     min_steps: int = Field(0, ge=0)
     """Fewest optimiser steps: epochs are added until they take as many. 0: as many as `epochs` take."""
-    cross_fit: int = Field(5, ge=2, le=5)
-    """Trainings of towers beside a program model, at most, that each leave out a part of the training patients (or
-    sections), so that the towers' share is chosen on spots that they did not see."""
+    cross_fit: int = Field(5, ge=3, le=5)
+    """Folds of the training patients (or sections) of a program model, at most: penalties, shares and intervals are
+    fitted to spots of folds that were left out, and towers are trained again without each."""
     batching: Literal["sentences", "random_spots"] = "sentences"
     """A batch is a set of neighbourhoods, or random spots of all sections that attend to each other (as published)."""
     batch_sentences: int = Field(4, ge=1)
@@ -237,7 +237,8 @@ class TrainConfig(ConfigBlock):
     """Epochs between scores on the validation patients, if there are any; the last epoch is always scored.
     0: no scores, and no early stopping."""
     patience: int = Field(10, ge=0)
-    """Scores without improvement that end training; the model is the best checkpoint. 0: all epochs, the last one."""
+    """Scores without improvement that end training, before `min_steps` too; the model is the best checkpoint. 0: all
+    epochs, the last one."""
     num_workers: int = Field(1, ge=1)
     """Training workers."""
     use_gpu: bool = False

@@ -105,15 +105,19 @@ def choose_on_validation(
         fitted, config = model(Blend(tower_share, share, scales[tower_share])), fitting(retrieval, bank)
         return [fitted.answer(each.features, each.section.xy_um, bank, config).prediction for each in slides]
 
-    ends = {tower_share: (answers(tower_share, 0.0), answers(tower_share, 1.0)) for tower_share in scales}
-    truth = [each.section.expression(keys.spots.target) for each in slides]
+    ridge, retrieved = answers(min(scales), 0.0), {tower_share: answers(tower_share, 1.0) for tower_share in scales}
+    whole = [np.zeros(len(each.section)) for each in slides]
+    truth = [
+        centred_within(each.section.expression(keys.spots.target), section)
+        for each, section in zip(slides, whole, strict=True)
+    ]
 
     def correlation(blend: Blend) -> float:
         patients: dict[str, list[float]] = {}
-        for slide, measured, ridge, retrieved in zip(slides, truth, *ends[blend.tower_share], strict=True):
-            whole = np.zeros(len(measured))
-            predicted = (1 - blend.share) * ridge + blend.share * retrieved  # an answer is linear in the share
-            found = _mean_correlation(centred_within(predicted, whole), centred_within(measured, whole), whole)
+        parts = zip(slides, whole, truth, ridge, retrieved[blend.tower_share], strict=True)
+        for slide, section, measured, without, alone in parts:
+            predicted = (1 - blend.share) * without + blend.share * alone  # an answer is linear in the share
+            found = _mean_correlation(centred_within(predicted, section), measured, section)
             patients.setdefault(slide.section.patient_id, []).append(found)
         return float(np.mean([np.mean(each) for each in patients.values()]))
 

@@ -454,7 +454,8 @@ def _programs(
     try:
         if weights:
             head = image_projection(config, feature_width(config, tile_size_px)).eval()
-            head.load_state_dict({name.removeprefix(prefix): weights[name] for name in weights if prefix in name})
+            own = {name for name in weights if name.startswith(prefix)}
+            head.load_state_dict({name.removeprefix(prefix): weights[name] for name in own})
         return ProgramModel.load(folder, head)
     except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{folder} is not a model version that this code reads: {error}; {_FIX}") from error

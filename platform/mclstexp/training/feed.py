@@ -14,8 +14,7 @@ from mclstexp.config import Config
 from mclstexp.data import random_spots, stream
 from mclstexp.data.spots import Batch, SentenceLoader, SpotReader
 from mclstexp.data.stream import Sentence, StreamShare
-from mclstexp.model.training_spots import TrainingSpots
-from mclstexp.training.tower_loader import TowerLoader, tower_loader
+from mclstexp.training.tower_loader import TowerLoader
 
 Ids = Collection[str | int]
 Rows = list[dict[str, object]]
@@ -103,14 +102,11 @@ def make_feed(config: Config, reader: SpotReader, section_ids: Collection[str]) 
     return SpotFeed(num_spots, spot_loader, train.batch_spots, train.seed)
 
 
-def make_tower_feed(
-    config: Config, reader: SpotReader, spots: TrainingSpots, left_out: int | None = None
-) -> SentenceFeed:
-    """Returns the feed over the training spots, or over the sentences with spots outside a fold."""
-    loader, train = tower_loader(config, reader, spots, left_out), config.train
-    sentences = stream.sentence_index(reader.manifest, [each.section_id for each in spots.sections])
+def tower_feed(config: Config, loader: TowerLoader) -> SentenceFeed:
+    """Returns the feed over the sentences that have training spots, for the towers of programs."""
+    sentences = stream.sentence_index(loader.reader.manifest, loader.scores)
     seen = [each for each in sentences if loader.has_spots(each.section_id, each.group)]
-    return SentenceFeed(seen, loader, train.batch_sentences, train.seed, train.shuffle_pairs)
+    return SentenceFeed(seen, loader, config.train.batch_sentences, config.train.seed, shuffle_pairs=False)
 
 
 def open_batches(feed: Feed, world_size: int, share: StreamShare) -> Callable[[Rows], Iterator[Batch]]:

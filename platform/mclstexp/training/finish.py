@@ -21,15 +21,16 @@ from mclstexp.model.bank import Bank, build_bank, drawn_sections, ood_similarity
 from mclstexp.model.embed import embed_sections, head_of, network_of
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import TwoTowers
+from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.model.version import FILES, ModelVersion, TrainingRecord
-from mclstexp.progress import Show, hidden
+from mclstexp.progress import Log, Show, hidden
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import learnt, read_checkpoint
 from mclstexp.training.fit_programs import with_programs
 from mclstexp.training.history import local_checkpoint
 from mclstexp.training.run import Run, last_checkpoint
 from mclstexp.training.stored import with_features
-from mclstexp.training.trainer import fit
+from mclstexp.training.trainer import LeftOutFold, fit
 from mclstexp.training.training_sections import training_spots
 from mclstexp.training.validation import ValidationSection, choose_retrieval
 
@@ -75,7 +76,10 @@ def finish(run: Run, checkpoint_uri: str | None, show: Show = hidden) -> None:
         checkpoint_uri: the checkpoint of its towers; None if it trains none (train.epochs=0).
         show: takes progress.
 
+    A program model with towers trains them again without each fold of the training spots first.
+
     Raises:
+        UserError: as `trainer.fit`.
         RunError: the checkpoint is damaged, or weights, bank or embeddings are not finite; nothing is published.
     """
     run = with_features(run, show)
@@ -139,7 +143,7 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
         return version
     if config.model.predictor == "programs":
         spots = training_spots(run.reader, run.split.train, config.train)
-        without = [_trained(run, uri)[0] for uri in _left_out(run, spots.folds.num_folds, show)] if weights else []
+        without = [_trained(run, uri)[0] for uri in _left_out(run, spots, show)] if weights else []
         return with_programs(run, version, spots, without, show)
     version.bank = bank = _bank(run, version.towers(), show)
     validation = run.split.validation if _is_open(config.retrieval) else ()
@@ -151,15 +155,15 @@ def _version(run: Run, weights: dict[str, torch.Tensor], epochs: int, show: Show
     return version
 
 
-def _left_out(run: Run, num_folds: int, show: Show) -> list[str]:
+def _left_out(run: Run, spots: TrainingSpots, show: Show) -> list[str]:
     """Returns the checkpoints of towers that are trained without a fold of the training spots, fold by fold.
 
     Each is a run inside the run's folder, and goes on where it was left.
     """
-    return [
-        fit(replace(run, out=run.uri, name=f"without-{fold}"), lambda step, metrics: None, show, left_out=fold)
-        for fold in range(num_folds)
-    ]
+    folds = [LeftOutFold(spots, fold) for fold in range(spots.folds.num_folds)]
+    runs = [replace(run, out=run.uri, name=f"without-{each.fold}") for each in folds]
+    silent: Log = lambda step, metrics: None  # noqa: E731
+    return [fit(inner, silent, show, left_out=each) for inner, each in zip(runs, folds, strict=True)]
 
 
 def _wide(manifest: Manifest) -> tuple[int, float]:

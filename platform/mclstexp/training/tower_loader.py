@@ -1,8 +1,9 @@
 """What the towers beside a program model are trained on: features, expression at a random depth, and program scores.
 
 The spot tower sees each gene's difference from its section's mean at the same depth, over the gene's deviation within
-sections: what is between sections tells nothing of the pairs within one. Depths are those of `thinning`, so that a
-spot is found however deep it was sequenced. A gene that a section does not measure is 0, its mean.
+sections: what is between sections tells nothing of the pairs within one. Differences are clipped as features are.
+Depths are those of `thinning`, so that a spot is found however deep it was sequenced. A gene that a section does not
+measure is 0, its mean.
 
 Shapes: n spots of a sentence, G genes, R programs, F features.
 """
@@ -18,6 +19,7 @@ from mclstexp.config import Config
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.measured import MeasuredSection, read_measured
 from mclstexp.data.spots import Batch, Kept, SpotReader, kept_spots, pad, rows_of
+from mclstexp.model.standardise import CLIP
 from mclstexp.model.thinning import shares_of, thinned
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.training_spots import TrainingSpots
@@ -38,7 +40,8 @@ class SpotInputs:
 
     def of(self, section_id: str, depth: int, expression: np.ndarray) -> np.ndarray:
         """Returns inputs, float32 (n, G), of a section's expression at one of its depths."""
-        return np.nan_to_num((expression - self.means[section_id][depth]) / self.deviation).astype(np.float32)
+        scores = np.nan_to_num((expression - self.means[section_id][depth]) / self.deviation)
+        return scores.clip(-CLIP, CLIP).astype(np.float32)
 
 
 def fit_spot_inputs(sections: Sequence[MeasuredSection], unit: Normaliser) -> SpotInputs:

@@ -1,4 +1,4 @@
-"""Training from the driver's side: start or resume a run's workers, and turn its checkpoint into a model version.
+"""Training from the driver's side: start or resume a run's workers.
 
 Ray Train restarts workers and keeps the checkpoints, the run's record keeps what they depend on: whoever calls `fit`
 again goes on from the newest checkpoint.
@@ -6,6 +6,7 @@ again goes on from the newest checkpoint.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import ray
 import torch
@@ -20,14 +21,15 @@ from mclstexp.errors import RunError, UserError
 from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import ImageTower, build_network, plain_tensors
+from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.model.weights import load_weights
 from mclstexp.progress import Log, ProgressBoard, Show, followed, hidden
-from mclstexp.training.feed import Feed, make_feed, make_tower_feed
+from mclstexp.training.feed import Feed, make_feed, tower_feed
 from mclstexp.training.fitted_parts import fitted_parts
 from mclstexp.training.history import StoredCheckpoint, best_checkpoint, mend_snapshot, newest_checkpoint
 from mclstexp.training.run import Run, of_min_steps
 from mclstexp.training.stored import with_features
-from mclstexp.training.tower_loader import TowerLoader, tower_loader
+from mclstexp.training.tower_loader import tower_loader
 from mclstexp.training.training_sections import training_spots
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet
 from mclstexp.training.worker import TrainPlan, train_worker
@@ -40,13 +42,21 @@ One arena, because Ray Train calls the worker in a thread, and the arenas of thr
 """
 
 
+@dataclass(frozen=True)
+class LeftOutFold:
+    """A fold of the training spots that towers are trained without."""
+
+    spots: TrainingSpots
+    fold: int
+
+
 def fit(
     run: Run,
     log: Log,
     show: Show = hidden,
     callbacks: Sequence[UserCallback] = (),
     board_name: str | None = None,
-    left_out: int | None = None,
+    left_out: LeftOutFold | None = None,
 ) -> str:
     """Trains the run to its end and returns the URI of the checkpoint for its model; finished work is not repeated.
 
@@ -58,7 +68,7 @@ def fit(
         show: called with the progress.
         callbacks: callbacks of Ray Train, called at each report.
         board_name: name of an actor that lives as long as the caller or the training does.
-        left_out: fold of the training spots that the towers of programs do not see; None: they see all.
+        left_out: what the towers of programs do not see; None: they see all training spots.
 
     Raises:
         UserError: an error of the workers that a user can fix.
@@ -102,12 +112,18 @@ def fit(
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error, train.max_failures) from error
-    return _best(run) if early_stopping else _known(run, newest_checkpoint(run.uri)).uri
+    return _best(run, says=left_out is None) if early_stopping else _known(run, newest_checkpoint(run.uri)).uri
 
 
-def make_plan(run: Run, board_name: str | None = None, left_out: int | None = None) -> TrainPlan:
+def make_plan(run: Run, board_name: str | None = None, left_out: LeftOutFold | None = None) -> TrainPlan:
     """Returns what the workers need, with each rank's share of the cluster for its stream."""
-    feed, towers = _feed(run, left_out)
+    spots, towers = None, None
+    if run.config.model.predictor == "programs":
+        spots = left_out.spots if left_out else training_spots(run.reader, run.split.train, run.config.train)
+        towers = tower_loader(run.config, run.reader, spots, left_out.fold if left_out else None)
+        feed: Feed = tower_feed(run.config, towers)
+    else:
+        feed = make_feed(run.config, run.reader, run.split.train)
     config = of_min_steps(run.config, feed.num_steps())  # a fold has fewer sentences than the whole
     store_bytes = int(ray.cluster_resources().get("object_store_memory", 0) / (2 * config.train.num_workers))
     validates = config.train.validate_every and run.split.validation
@@ -119,23 +135,18 @@ def make_plan(run: Run, board_name: str | None = None, left_out: int | None = No
         num_genes=len(run.panel.gene_id),
         num_positions=num_positions(run.reader),
         tile_size_px=run.manifest.tile_size_px,
-        initial_weights=ray.put(initial_weights(run)),
+        initial_weights=ray.put(initial_weights(run, spots)),
         board=ProgressBoard.options(name=board_name).remote(),  # type: ignore[attr-defined]
         validation=ValidationSet(run.reader, run.split.train, run.split.validation, towers) if validates else None,
     )
 
 
-def _feed(run: Run, left_out: int | None) -> tuple[Feed, TowerLoader | None]:
-    """Returns what the workers are fed, and the loader of all training spots if they train towers of programs."""
-    config, reader = run.config, run.reader
-    if config.model.predictor != "programs":
-        return make_feed(config, reader, run.split.train), None
-    spots = training_spots(reader, run.split.train, config.train)
-    return make_tower_feed(config, reader, spots, left_out), tower_loader(config, reader, spots)
-
-
-def initial_weights(run: Run) -> dict[str, torch.Tensor]:
+def initial_weights(run: Run, spots: TrainingSpots | None = None) -> dict[str, torch.Tensor]:
     """Returns the state dict of the network before the first step, fixed by train.seed and model.image_weights.
+
+    Args:
+        run: the run.
+        spots: its training sections, if they were read before.
 
     Raises:
         ModelError, ConfigError: the image encoder's weights cannot be read or do not fit it.
@@ -145,14 +156,15 @@ def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     network = build_network(run.config.model, len(run.panel), positions, run.manifest.tile_size_px)
     if isinstance(network.image_tower, ImageTower):
         load_weights(network.image_tower.encoder, run.config.model)
-    return plain_tensors(network.state_dict()) | fitted_parts(run.config, run.reader, run.split.train)
+    return plain_tensors(network.state_dict()) | fitted_parts(run.config, run.reader, run.split.train, spots)
 
 
-def _best(run: Run) -> str:
-    """Returns the checkpoint that scored best on the validation patients, and prints which it is."""
+def _best(run: Run, says: bool) -> str:
+    """Returns the checkpoint that scored best on the validation patients, and perhaps prints which it is."""
     best = _known(run, best_checkpoint(run.uri))
     epoch, score = best.metrics["epoch"] + 1, best.metrics.get(VALIDATION_PCC, math.nan)
-    print(f"the model is the checkpoint after epoch {epoch}, best on the validation patients (PCC {score:.3f})")
+    if says:
+        print(f"the model is the checkpoint after epoch {epoch}, best on the validation patients (PCC {score:.3f})")
     return best.uri
 
 

@@ -7,7 +7,7 @@ alone writes checkpoints and posts metrics, at the price that the others wait wh
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray.train
 import ray.train.torch
@@ -59,6 +59,7 @@ def train_worker(settings: dict[str, TrainPlan]) -> None:
     rank_state = build(plan)
     resume(rank_state, plan.run_uri)
     load = open_batches(plan.feed, rank_state.world_size, plan.share)
+    plan = replace(plan, validation=plan.validation and plan.validation.keeping())
     for epoch in range(rank_state.state.epoch, rank_state.config.train.epochs):
         if is_out_of_patience(rank_state):
             return
