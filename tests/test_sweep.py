@@ -246,6 +246,25 @@ def test_the_forecast_times_a_step_that_encodes_only_where_trials_do(
         spot_seconds(config, manifest)
 
 
+PROGRAMS = {
+    "model.freeze_encoder": True,
+    "model.predictor": "programs",
+    "model.image_directions": 8,
+    "model.embedding_dim": 16,
+}
+
+
+def test_the_forecast_times_the_towers_of_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert spot_seconds(override(Config(), SETTINGS | PROGRAMS), _manifest(tmp_path, "ABC")) > 0
+
+
+def test_all_trials_have_the_epochs_that_the_fewest_steps_take(tmp_path: Path) -> None:
+    changes = {"train.epochs": 2, "train.min_steps": 7, "train.batch_sentences": 100}
+    found = with_validation(_manifest(tmp_path, "ABC"), override(Config(), PROGRAMS | changes))
+    assert (found.train.epochs, found.train.min_steps) == (7, 0)  # of one step each
+
+
 def test_one_patient_is_not_enough(tmp_path: Path) -> None:
     config = override(Config(), {"split.test_patients": ["B"]})
     with pytest.raises(SplitError, match=r"num_validation_patients=1 leaves no patient.* 1 are not held out \(A\)"):
