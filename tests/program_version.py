@@ -1,4 +1,9 @@
-"""A program model on the features of a random frozen encoder, fitted to random sections without training or Ray."""
+"""A program model on the features of a random frozen encoder, fitted to random sections without training or Ray.
+
+Half of the similarity by which its spots are found is that of towers with random weights.
+"""
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,17 +16,27 @@ from mclstexp.model.embed import ImageNetwork
 from mclstexp.model.fit_blend import fit_program_model
 from mclstexp.model.fit_calibration import fit_calibration
 from mclstexp.model.frozen import frozen_encoder
+from mclstexp.model.spot_keys import SpotKeys, TowerEmbeddings, TrainedTowers
+from mclstexp.model.tower_keys import TowerKeys
+from mclstexp.model.towers import TwoTowers, build_network
 from mclstexp.model.training_spots import FeatureBlocks, TrainingSpots
 from mclstexp.model.version import ModelVersion, TrainingRecord
+from mclstexp.settings import ModelConfig
 
 TILE_PX, PITCH_UM = 32, 40.0
 NUM_SPOTS, NUM_GENES = 36, 20
+TOWER_SHARE = 0.5
 SETTINGS = {
     "tiles.size_px": TILE_PX,
     "tiles.mpp": 1.0,
     "model.image_encoder": "small_cnn",
     "model.predictor": "programs",
     "model.freeze_encoder": True,
+    "model.image_directions": 8,
+    "model.position": "distance",
+    "model.spot_layers": 1,
+    "model.spot_width": 8,
+    "model.embedding_dim": 6,
     "retrieval.weighting": "fixed_number",
     "retrieval.effective_donors": 10.0,
     "train.epochs": 0,
@@ -46,26 +61,37 @@ def program_version(**settings: object) -> ModelVersion:
         target,
     )
     fitted = fit_program_model(spots, config.retrieval)
+    network, keys = _towers(config.model, spots)
+    towers = TowerKeys(TOWER_SHARE, network.image_head)
     names = {
         name: np.concatenate([_names(each, name) for each in sections])
         for name in ("section_id", "patient_id", "spot_id")
     }
     genes = tuple(f"ENSG{gene:011d}" for gene in range(NUM_GENES))
     panel = GenePanel(genes, tuple(f"G{gene}" for gene in range(NUM_GENES)), genes)
-    bank = Bank.of(fitted.keys, spots.expression, **names)
+    bank = Bank.of(keys.whole(TOWER_SHARE), spots.expression, **names)
     return ModelVersion(
         config,
         panel,
         (TILE_PX, 1.0),
         0,
         _record(tiles),
-        {},
+        dict(network.state_dict()),
         bank,
         0.2,
         encoder,
-        programs=fitted.model,
+        programs=replace(fitted.model, towers=towers, key_weights=keys.directions),
         calibration=fit_calibration(spots, fitted),
     )
+
+
+def _towers(config: ModelConfig, spots: TrainingSpots) -> tuple[TwoTowers, SpotKeys]:
+    torch.manual_seed(0)
+    network = build_network(config, NUM_GENES, 0, TILE_PX).eval()
+    assert isinstance(network, TwoTowers)
+    torch.nn.init.normal_(network.image_head[0].directions, std=0.1)
+    of_spots = np.random.default_rng(8).normal(size=(len(spots.section_id), config.embedding_dim)).astype(np.float32)
+    return network, SpotKeys(spots, TrainedTowers(network.image_head, TowerEmbeddings(of_spots, of_spots), ()))
 
 
 def _tiles(seed: int) -> np.ndarray:

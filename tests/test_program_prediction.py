@@ -178,7 +178,7 @@ def test_votes_are_those_of_the_bank_and_their_share_is_named(
     spots = {spot: row for row, spot in enumerate(model.bank.spot_id)}
     rows = [spots[spot] for spot in votes["spot_id"]]
     np.testing.assert_array_equal(votes[gene], model.bank.payload[rows, 3])
-    assert "retrieval from these spots has 25% of the answer" in shares(model)
+    assert "retrieval from these spots, found by towers to 50% and else by features, has 25%" in shares(model)
     assert "neighbours has 75%" in shares(model)
 
 

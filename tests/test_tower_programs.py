@@ -15,10 +15,9 @@ from mclstexp.errors import ConfigError
 from mclstexp.model.choose_blend import SHARE, TOWER_SHARE, ValidationSlide
 from mclstexp.model.fit_blend import fit_program_model
 from mclstexp.model.losses import program_loss
-from mclstexp.model.retrieval import resolve
 from mclstexp.model.spot_keys import TowerEmbeddings, TrainedTowers
-from mclstexp.model.tower_keys import TowerKeys, join_keys
-from mclstexp.model.towers import SpotTower, TwoTowers, build_network, image_projection
+from mclstexp.model.tower_keys import join_keys
+from mclstexp.model.towers import SpotTower, image_projection
 from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.model.version import ModelVersion
 
@@ -231,18 +230,8 @@ def test_validation_patients_choose_where_there_are_any(patients: TrainingSpots)
 
 
 def test_a_version_keeps_its_towers(tmp_path: Path) -> None:
-    version = program_version(image_directions=4, embedding_dim=6, position="distance", spot_width=8, spot_layers=1)
-    config = version.config.model
-    torch.manual_seed(1)
-    network = build_network(config, len(version.panel), 0, version.tile_size_px)
-    assert isinstance(network, TwoTowers)
-    head, programs = network.eval().image_head, version.programs
-    torch.nn.init.normal_(head[0].directions)
-    version.programs = replace(programs, towers=TowerKeys(0.5, head))
-    version.weights = dict(network.state_dict())
-    keys = join_keys(version.bank.keys, np.ones((len(version.bank), 6)), 0.5)
-    version.bank = replace(version.bank, keys=keys, directions=keys)
-    features = np.random.default_rng(0).normal(size=(9, len(programs.own.mean))).astype(np.float32)
+    version = program_version()
+    features = np.random.default_rng(0).normal(size=(9, len(version.programs.own.mean))).astype(np.float32)
     xy = np.random.default_rng(1).uniform(0, 400, (9, 2))
     before = version.predict(features, xy).prediction
     version.save(tmp_path)
@@ -252,6 +241,5 @@ def test_a_version_keeps_its_towers(tmp_path: Path) -> None:
     np.testing.assert_allclose(loaded.predict(features, xy).prediction, before, atol=1e-6)
     own = replace(version.programs, towers=None).queries(features)
     with torch.inference_mode():
-        embedding = head(torch.from_numpy(features)).numpy()
+        embedding = version.towers().embed_images(torch.from_numpy(features)).numpy()
     np.testing.assert_allclose(version.programs.queries(features), join_keys(own, embedding, 0.5), atol=1e-6)
-    assert resolve(loaded.config.retrieval, len(loaded.bank)).weighting == "fixed_number"
