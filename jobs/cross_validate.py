@@ -52,11 +52,13 @@ def main() -> None:
     from rich.console import Console
 
     from mclstexp import cluster, progress, storage, tracking
+    from mclstexp.data.folds import make_split
     from mclstexp.data.schema import load_manifest
     from mclstexp.evaluation.save import RECORD
     from mclstexp.evaluation.show import card_tables
     from mclstexp.model.losses import require_loss
     from mclstexp.model.weights import require_encoder
+    from mclstexp.training.complete import training_plan
     from mclstexp.training.run import with_views
     from mclstexp.training.stored import store_features
     from tuning import cross_validation as folds_of
@@ -78,6 +80,9 @@ def main() -> None:
     if arguments.dry_run:
         print(describe(config, BLOCKS))
         print(f"each fold: {cluster.plan(config)}")
+        for fold in folds:
+            train = make_split(manifest, fold.config.split).train
+            print(f"fold {fold.name}: {training_plan(fold.config, manifest, train)}")
         return
 
     for weights in (config.model.image_weights, floor or "random"):

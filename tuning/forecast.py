@@ -17,6 +17,7 @@ from mclstexp.messages import duration
 from mclstexp.model.programs import NUM_PROGRAMS
 from mclstexp.model.towers import build_network, feature_width
 from mclstexp.training.checkpoint import TrainState
+from mclstexp.training.complete import training_plan
 from mclstexp.training.step import RankState, make_optimizer, train_step
 from tuning.space import Space
 from tuning.sweep import at_once
@@ -44,6 +45,7 @@ def plan(manifest: Manifest, config: Config, space: Space, search: str, trials: 
             f"trained on {', '.join(split.train)} ({spots} spots), validated on {', '.join(split.validation)}, never "
             f"seen: {', '.join(split.test) or 'no section'}",
             f"each trial: {cluster.plan(config)}; {at_once(config)} at once",
+            f"a finished trial: {training_plan(config, manifest, split.train)}",
             f"{1000 * spot_s:.3g} ms per spot of {work} on one CPU core or GPU here: {fewest} to {most} of one core or "
             "GPU for steps and validations, divided among those of the trials; each trial takes some seconds to start",
         ]
