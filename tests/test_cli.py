@@ -70,12 +70,12 @@ def test_the_wide_view_can_be_left_out() -> None:
 
 def test_values_of_every_kind() -> None:
     given = ("--split.test_patients", "A,B", "--model.spot_width", "none", "--train.use_gpu", "--train.compile=false")
-    config = _parse(*given, "--train.tower_lr", "3e-4", "--model.position=table")
+    config = _parse(*given, "--train.tower_lr", "3e-4", "--model.position=sinusoidal")
     assert config.split.test_patients == ("A", "B")
     assert _parse("--split.test_patients", " A, B ,").split.test_patients == ("A", "B")
     assert config.model.spot_width is None
     assert (config.train.use_gpu, config.train.compile) == (True, False)
-    assert (config.train.tower_lr, config.model.position) == (3e-4, "table")
+    assert (config.train.tower_lr, config.model.position) == (3e-4, "sinusoidal")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_values_of_every_kind() -> None:
         (["--train.tower_lr", "nan"], "train.tower_lr"),
         (["--model.temperature", "0"], "model.temperature"),
         (["--model.spot_layers", "-1"], "model.spot_layers"),
-        (["--train.num_workers", "3"], "train.batch_sentences=4 is not a multiple of train.num_workers=3; use 3"),
+        (["--train.num_workers", "3"], "train.batch_sentences=8 is not a multiple of train.num_workers=3; use 9"),
         (["--model.position", "left"], "model.position='left'"),
         (["--model.batch_norm", "sync"], "needs train.use_gpu=true"),
     ],

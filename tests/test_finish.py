@@ -48,7 +48,7 @@ def _run(train: tuple[str, ...], validation: tuple[str, ...], **changed: object)
     settings = {"model.image_encoder": "small_cnn", "model.spot_layers": 1, "model.spot_width": 16}
     config = override(Config(), settings | {"model.embedding_dim": 8, "retrieval.k": 3} | changed)
     manifest = _Manifest(tile_size_px=32, mpp=0.5)
-    read = {"read_section": manifest.read_section, "features": None}
+    read = {"read_section": manifest.read_section, "features": None, "total": None}
     reader = SimpleNamespace(manifest=manifest, root="table", position="sinusoidal", **read)
     panel = GenePanel(tuple("ABCD"), ("",) * 4, ("",) * 4)
     split = Split(train=train, validation=validation, test=())

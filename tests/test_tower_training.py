@@ -177,7 +177,7 @@ def test_the_plan_counts_all_trainings(run: Run) -> None:
 @pytest.mark.slow
 def test_a_run_trains_towers_with_and_without_each_fold(tiles: str, tmp_path: Path) -> None:
     """Two training patients: shares stay as stated, and the version keeps its towers."""
-    run = with_features(_open(tiles, tmp_path, train__min_steps=6))
+    run = with_features(_open(tiles, tmp_path, train__min_steps=6, train__cross_fit=3))
     train_and_finish(run, lambda step, metrics: None)
     model = load_model(run)
     assert model.programs is not None

@@ -146,6 +146,7 @@ def run_folds(folds: Sequence[Fold], study: Study, show: Show = hidden) -> dict[
         ConfigError, ModelError: features cannot be made, or spot totals of a fold's sections are over other genes.
     """
     folds, study = _for_tasks(folds, study)
+    folds = [_planned(fold, load_manifest(study.data)) for fold in folds]
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the node that sees the driver's files
     task = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(cluster.guarded)
     waiting = [fold for fold in folds if not is_scored(study, fold.name)]
@@ -260,12 +261,14 @@ def _fold_names(manifest: Manifest, protocol: str) -> list[str]:
 
 
 def _for_tasks(folds: Sequence[Fold], study: Study) -> tuple[list[Fold], Study]:
-    """Returns both with local files named as tasks find them, and each fold with its planned epochs."""
-    manifest, named = load_manifest(study.data), []
-    for fold in folds:
-        train = make_split(manifest, fold.config.split).train
-        named.append(replace(fold, config=planned(cluster.config_for_tasks(fold.config), manifest, train)))
+    """Returns both with local files named as tasks find them."""
+    named = [replace(fold, config=cluster.config_for_tasks(fold.config)) for fold in folds]
     return named, replace(study, floor_weights=cluster.weights_for_tasks(study.floor_weights))
+
+
+def _planned(fold: Fold, manifest: Manifest) -> Fold:
+    """Returns the fold with the epochs that its run will have."""
+    return replace(fold, config=planned(fold.config, manifest, make_split(manifest, fold.config.split).train))
 
 
 def _make_board(node: dict[str, str]) -> ray.actor.ActorHandle:
