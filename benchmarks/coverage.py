@@ -117,7 +117,7 @@ class Table:
         fitted: FittedPrograms,
     ) -> Retrieved:
         """Returns the answer to a section's spots of a model fitted to `spots` of `sections`."""
-        bank = fitted.model.bank(program_bank(sections, spots.expression, fitted.keys))
+        bank = fitted.model.bank(program_bank(spots, fitted.keys))
         features = self.features.read_section(section.section_id)
         return fitted.model.answer(features, section.xy_um, bank, resolve(RETRIEVAL, len(bank)))
 

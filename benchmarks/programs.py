@@ -239,7 +239,7 @@ def predicted(
     model = fitted.model
     if variant.level is not None:
         model = replace(model, level=replace(model.level, share=variant.level))
-    bank = model.bank(program_bank(train, spots.expression, fitted.keys))
+    bank = model.bank(program_bank(spots, fitted.keys))
     retrieval = resolve(table.config.retrieval, len(bank))
     answers = [model.answer(read(section.section_id), section.xy_um, bank, retrieval) for section in test]
     return [answer.prediction for answer in answers]

@@ -203,7 +203,7 @@ def fitted(
     draws = [partial(read, draw=draw) for draw in range(num_draws)]
     spots = TrainingSpots(train, read, blocks, table.target, draws)
     found = fit_program_model(spots, table.config.retrieval)
-    bank = found.model.bank(program_bank(train, spots.expression, found.keys))
+    bank = found.model.bank(program_bank(spots, found.keys))
     retrieval = resolve(table.config.retrieval, len(bank))
     print(f"fitted with {num_draws} draws in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return lambda features: found.model.answer(of_section(features), test.xy_um, bank, retrieval).prediction

@@ -83,7 +83,7 @@ def test_the_default_recipe_beats_the_probe_on_pooled_patients(recipe: Config, s
         training = [section for section in sections if section.patient_id != tested.patient_id]
         seen = TrainingSpots(training, features.__getitem__, blocks, target)
         fitted = fit_program_model(seen, recipe.retrieval)
-        bank = fitted.model.bank(program_bank(training, seen.expression, fitted.keys))
+        bank = fitted.model.bank(program_bank(seen, fitted.keys))
         retrieval = resolve(recipe.retrieval, len(bank))
         answered = fitted.model.answer(features[tested.section_id], tested.xy_um, bank, retrieval).prediction
         last = slice(sum(widths[:-1]), sum(widths))

@@ -23,7 +23,7 @@ from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.model.version import FILES, ModelVersion, TrainingRecord
-from mclstexp.progress import Log, Show, hidden
+from mclstexp.progress import Metrics, Show, hidden
 from mclstexp.settings import RetrievalConfig
 from mclstexp.training.checkpoint import learnt, read_checkpoint
 from mclstexp.training.fit_programs import with_programs
@@ -71,12 +71,12 @@ def finished_model(run: Run, show: Show = hidden) -> ModelVersion | None:
 def finish(run: Run, checkpoint_uri: str | None, show: Show = hidden) -> None:
     """Builds bank and programs, chooses settings on the validation patients and publishes the model version.
 
+    A program model with towers trains them again without each fold of the training spots first.
+
     Args:
         run: as `open_run` returns it.
         checkpoint_uri: the checkpoint of its towers; None if it trains none (train.epochs=0).
         show: takes progress.
-
-    A program model with towers trains them again without each fold of the training spots first.
 
     Raises:
         UserError: as `trainer.fit`.
@@ -162,8 +162,11 @@ def _left_out(run: Run, spots: TrainingSpots, show: Show) -> list[str]:
     """
     folds = [LeftOutFold(spots, fold) for fold in range(spots.folds.num_folds)]
     runs = [replace(run, out=run.uri, name=f"without-{each.fold}") for each in folds]
-    silent: Log = lambda step, metrics: None  # noqa: E731
-    return [fit(inner, silent, show, left_out=each) for inner, each in zip(runs, folds, strict=True)]
+    return [fit(inner, _not_logged, show, left_out=each) for inner, each in zip(runs, folds, strict=True)]
+
+
+def _not_logged(step: int, metrics: Metrics) -> None:
+    """Takes the metrics of towers that only tell what the run's own towers are worth."""
 
 
 def _wide(manifest: Manifest) -> tuple[int, float]:

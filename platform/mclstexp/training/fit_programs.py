@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mclstexp.data.measured import MeasuredSection, read_measured
+from mclstexp.data.measured import read_measured
 from mclstexp.model.bank import Bank, drawn_sections, ood_similarity
 from mclstexp.model.choose_blend import ValidationSlide
 from mclstexp.model.fit_blend import fit_program_model
@@ -47,7 +47,7 @@ def with_programs(
     fitted = fit_program_model(spots, run.config.retrieval, towers, validation, show)
     if towers is not None:
         print(_shares(fitted.model.share, fitted.model.tower_share), flush=True)
-    version.programs, version.bank = fitted.model, program_bank(spots.sections, spots.expression, fitted.keys)
+    version.programs, version.bank = fitted.model, program_bank(spots, fitted.keys)
     version.calibration = fit_calibration(spots, fitted)
     version.config = run.config.model_copy(update={"retrieval": resolve(run.config.retrieval, len(version.bank))})
     drawn = drawn_sections({name: run.manifest.section(name).num_spots for name in run.split.train})
@@ -94,10 +94,7 @@ def _shares(share: float, tower_share: float) -> str:
     return f"programs: retrieval has {share:.0%} of answers, and the towers {tower_share:.0%} of its similarity"
 
 
-def program_bank(sections: Sequence[MeasuredSection], expression: np.ndarray, keys: np.ndarray) -> Bank:
-    """Returns the bank of training sections, with expression (N, G) and keys (N, D) of all their spots in order."""
-    names = {
-        name: np.concatenate([np.full(len(each), getattr(each, name), object) for each in sections])
-        for name in ("section_id", "patient_id")
-    }
-    return Bank.of(keys, expression, spot_id=np.concatenate([each.spot_id for each in sections]), **names)
+def program_bank(spots: TrainingSpots, keys: np.ndarray) -> Bank:
+    """Returns the bank of training spots, with the keys (N, D) of all of them in order."""
+    names = np.concatenate([each.spot_id for each in spots.sections])
+    return Bank.of(keys, spots.expression, spots.section_id, spots.patient_id, names)

@@ -28,8 +28,8 @@ def fitted_parts(
     """
     fitted: dict[str, torch.Tensor] = {}
     if config.model.position == "distance":
-        places = [read_measured(reader, name).xy_um for name in section_ids]
-        fitted["spot_tower.pitch_um"] = torch.tensor(pitch_um(places), dtype=torch.float32)
+        pitch = spots.pitch_um if spots else pitch_um([read_measured(reader, name).xy_um for name in section_ids])
+        fitted["spot_tower.pitch_um"] = torch.tensor(pitch, dtype=torch.float32)
     if config.model.image_directions is not None:
         spots = spots or training_spots(reader, section_ids, config.train)
         directions = spots.directions[:, : config.model.image_directions]
