@@ -27,7 +27,7 @@ from mclstexp.data.genes import GenePanel  # noqa: E402
 from mclstexp.model.answer import TileAnswers  # noqa: E402
 from mclstexp.model.bank import Bank  # noqa: E402
 from mclstexp.model.retrieval import resolve, retrieve  # noqa: E402
-from mclstexp.prediction.inspect import Inspection, corners, inspect  # noqa: E402
+from mclstexp.prediction.inspect import Inspection, inspect  # noqa: E402
 from mclstexp.prediction.parts import CONFIDENCE, PART_TILES, encode_part, num_parts, read_grid, write_part  # noqa: E402
 from mclstexp.prediction.plan import CohortPlan, SlideSource  # noqa: E402
 from mclstexp.prediction.publish import publish_slide  # noqa: E402
@@ -46,11 +46,9 @@ def plan_for(out: str, size_px: int, mpp: float) -> CohortPlan:
 def read(path: Path, plan: CohortPlan, found: Inspection) -> int:
     """Reads all tiles of a slide as a reader does; returns their number."""
     grid = read_grid(found.staging, found.record.num_tiles)
-    left, top = corners(grid, plan.tiles.size_px, found.record.scale)
     with TileReader(plan) as reader:
-        for start in range(0, len(left), PART_TILES):
-            rows = slice(start, start + PART_TILES)
-            reader.read(str(path), left[rows], top[rows], found.record.scale)
+        for start in range(0, len(grid), PART_TILES):
+            reader.read_part(str(path), grid.slice(start, PART_TILES), found.record)
     return found.record.num_tiles
 
 

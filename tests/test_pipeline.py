@@ -205,10 +205,10 @@ def failing(monkeypatch, calls):
     """Lets the given calls of read_tile (counted from 0) fail."""
     original, count = Slide.read_tile, iter(range(10**9))
 
-    def read_tile(self, *corner):
+    def read_tile(self, **corner):
         if next(count) in calls:
             raise SourceError("a failed read")
-        return original(self, *corner)
+        return original(self, **corner)
 
     monkeypatch.setattr(Slide, "read_tile", read_tile)
 

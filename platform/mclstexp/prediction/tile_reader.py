@@ -4,7 +4,7 @@ An open pyramid is kept, because opening one costs as much as reading dozens of 
 must release it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -44,22 +44,10 @@ class TileReader:
     ) -> None:
         self.release()
 
-    def read(self, image: str, left: np.ndarray, top: np.ndarray, scale: float) -> list[np.ndarray | None]:
-        """Returns tiles by their corners, each uint8 (size, size, 3); None where the slide has no pixels.
-
-        Args:
-            image: URI of the slide.
-            left, top: level-0 pixels, float64 (n,).
-            scale: level-0 pixels along a tile pixel.
-
-        Raises:
-            SourceError: the slide cannot be read, even through a new handle.
-            FileNotFoundError, ResourceError, StorageError: its file is not available now.
-        """
-        return [self._tile(image, x, y, scale) for x, y in zip(left.tolist(), top.tolist(), strict=True)]
-
     def read_part(self, image: str, table: pa.Table, record: SlideRecord) -> dict[str, np.ndarray]:
         """Returns the columns of a part in the pipeline: each view's pixels and `complete`, zero and False without.
+
+        Each tile is put into its column at once, because fresh memory for all of them costs as much as reading them.
 
         Args:
             image: URI of the slide.
@@ -67,19 +55,20 @@ class TileReader:
             record: of the slide.
 
         Raises:
-            As `read`.
+            SourceError: the slide cannot be read, even through a new handle.
+            FileNotFoundError, ResourceError, StorageError: its file is not available now.
         """
         columns = self.empty_part()
-        left, top = corners(table, self._plan.tiles.size_px, record.scale)
-        tiles = {IMAGE: self.read(image, left, top, record.scale)}
-        complete = np.array([tile is not None for tile in tiles[IMAGE]], bool)
+        complete, seen = columns["complete"], dict(zip(self._plan.views, columns.values(), strict=False))
+        for row, tile in enumerate(self._read(image, table, record)):
+            complete[row] = tile is not None
+            if tile is not None and IMAGE in seen:
+                seen[IMAGE][row] = tile
         if self._plan.wide is not None:
-            tiles[IMAGE_WIDE] = self._read_wide(image, table.filter(complete), record, self._plan.wide)
-        columns["complete"][: len(table)] = complete
-        for name, view in zip(columns, self._plan.views, strict=False):
-            seen = [tile for tile in tiles[view] if tile is not None]
-            if seen:
-                columns[name][: len(table)][complete] = seen
+            rows = np.flatnonzero(complete)
+            wide = self._read_wide(image, table.take(rows), record, self._plan.wide)
+            for row, tile in zip(rows.tolist(), wide, strict=True):
+                seen[IMAGE_WIDE][row] = tile
         return columns
 
     def empty_part(self) -> dict[str, np.ndarray]:
@@ -105,22 +94,23 @@ class TileReader:
         self._slide = None
         self._resources.close()
 
-    def _tile(self, image: str, left: float, top: float, scale: float) -> np.ndarray | None:
-        size_px = self._plan.tiles.size_px
-        tile = self._again(image, lambda slide: slide.read_tile(left, top, size_px, scale))
-        return None if tile is None else as_stored(tile, self._plan.tiles)
+    def _read(self, image: str, table: pa.Table, record: SlideRecord) -> Iterator[np.ndarray | None]:
+        """Yields tiles, each uint8 (size_px, size_px, 3); None where the slide has no pixels."""
+        size_px, scale = self._plan.tiles.size_px, record.scale
+        left, top = (edge.tolist() for edge in corners(table, size_px, scale))
+        for x, y in zip(left, top, strict=True):
+            tile = self._again(image, partial(Slide.read_tile, left=x, top=y, size_px=size_px, scale=scale))
+            yield None if tile is None else as_stored(tile, self._plan.tiles)
 
     def _read_wide(
         self, image: str, table: pa.Table, record: SlideRecord, wide: tuple[int, float]
-    ) -> list[np.ndarray | None]:
-        """Returns the wide view of tiles, each uint8 (wide_px, wide_px, 3)."""
+    ) -> Iterator[np.ndarray]:
+        """Yields the wide view of tiles, each uint8 (wide_px, wide_px, 3)."""
         size_px, scale = wide[0], tile_scale(wide[1], record.mpp)
         left, top = (edge.tolist() for edge in corners(table, size_px, scale))
-        tiles = (
-            self._again(image, partial(Slide.read_wide, left=x, top=y, size_px=size_px, scale=scale))
-            for x, y in zip(left, top, strict=True)
-        )
-        return [as_stored(tile, self._plan.tiles) for tile in tiles]
+        for x, y in zip(left, top, strict=True):
+            tile = self._again(image, partial(Slide.read_wide, left=x, top=y, size_px=size_px, scale=scale))
+            yield as_stored(tile, self._plan.tiles)
 
     def _again(self, image: str, read: Callable[[Slide], Pixels]) -> Pixels:
         """Reads from a slide; after a fault through a new handle: OpenSlide repeats its first error for ever."""

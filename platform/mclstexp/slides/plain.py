@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mclstexp.errors import SourceError
@@ -46,13 +47,13 @@ class Plain:
         self.mpp = stated_mpp([25400.0 / value for value in dpi]) if mpp is None else mpp
         self._decoded = False
 
-    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
-        """Returns a region as RGB, and its left and top."""
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[np.ndarray, float, float]:
+        """Returns a region, and its left and top."""
         if not self._decoded:
             with _strict_pillow():
                 self._image = _as_rgb(self._image)
             self._decoded = True
-        return self._image.crop((left, top, left + width, top + height)), left, top
+        return np.asarray(self._image.crop((left, top, left + width, top + height))), left, top
 
     def close(self) -> None:
         """Closes the file."""

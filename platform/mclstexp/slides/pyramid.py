@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import openslide
-from PIL import Image
 
 from mclstexp.errors import SourceError
 from mclstexp.slides.resolution import stated_mpp
@@ -28,11 +28,11 @@ class Pyramid:
         self.mpp = stated if mpp is None else mpp
         self.scanned_from = scanned_from(properties)
 
-    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
-        """Returns a region as RGBA, transparent where the slide has no pixels, and its exact left and top."""
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[np.ndarray, float, float]:
+        """Returns a region with alpha, transparent where the slide has no pixels, and its exact left and top."""
         down = self.downsamples[level]
         x, y = round(left * down), round(top * down)
-        return self._slide.read_region((x, y), level, (width, height)), x / down, y / down
+        return np.asarray(self._slide.read_region((x, y), level, (width, height))), x / down, y / down
 
     def close(self) -> None:
         """Closes the file."""

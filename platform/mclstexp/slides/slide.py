@@ -19,7 +19,7 @@ from PIL import Image
 
 from mclstexp.errors import SourceError, StorageError
 from mclstexp.slides.blocks import BACKGROUND, Blocks
-from mclstexp.slides.plain import Plain, is_opaque
+from mclstexp.slides.plain import Plain
 from mclstexp.slides.pyramid import Pyramid
 from mclstexp.slides.tiff import APERIO, GENERIC, is_tiff, open_tiff
 
@@ -56,8 +56,11 @@ class _Levels(Protocol):
     def scanned_from(self) -> tuple[float, float]:
         """x and y of the scanned region's corner."""
 
-    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
-        """Returns a region in the level's pixels (RGB, or RGBA if some may be missing), and its exact left and top."""
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[np.ndarray, float, float]:
+        """Returns a region in the level's pixels, and its exact left and top.
+
+        uint8 (height, width, 3), or (height, width, 4) with alpha if some pixels may be missing.
+        """
 
     def close(self) -> None:
         """Closes the file."""
@@ -94,8 +97,8 @@ class Slide:
         Raises:
             SourceError: the file is damaged there.
         """
-        image, complete = self._read_box(left, top, scale, size_px, size_px)
-        return np.asarray(image) if complete else None
+        pixels, complete = self._read_box(left, top, scale, size_px, size_px)
+        return pixels if complete else None
 
     def read_wide(self, left: float, top: float, size_px: int, scale: float) -> np.ndarray:
         """Returns a coarse tile, uint8 (size_px, size_px, 3), as `read_tile`, which may extend beyond the image.
@@ -128,7 +131,7 @@ class Slide:
             SourceError: the file is damaged.
         """
         width, height = (max(1, int(edge / scale)) for edge in (self.width, self.height))
-        return np.asarray(self._read_box(0.0, 0.0, scale, width, height)[0])
+        return self._read_box(0.0, 0.0, scale, width, height)[0]
 
     def _level(self, scale: float) -> int:
         """Returns the coarsest level that is not coarser than `scale`."""
@@ -138,24 +141,24 @@ class Slide:
         """Returns a region within a level as RGB, with background where pixels are missing."""
         with _image_errors(self._name):
             region = self._levels.read(level, left, top, width, height)[0]
-        return _opaque(region, BACKGROUND)[0]
+        return Image.fromarray(_opaque(region, BACKGROUND)[0])
 
-    def _read_box(self, left: float, top: float, scale: float, width: int, height: int) -> tuple[Image.Image, bool]:
-        """Returns width x height pixels of edge `scale`, read in bounded parts, and whether no pixel is missing."""
+    def _read_box(self, left: float, top: float, scale: float, width: int, height: int) -> tuple[np.ndarray, bool]:
+        """Returns pixels of edge `scale`, uint8 (height, width, 3), and whether none is missing; bounds each read."""
         level = self._level(scale)
         step = max(1, int(_MAX_REGION_PX * self._levels.downsamples[level] / scale))
-        whole, complete = Image.new("RGB", (width, height)), True
+        whole, complete = np.empty((height, width, 3), np.uint8), True
         for y in range(0, height, step):
             for x in range(0, width, step):
                 size = min(step, width - x), min(step, height - y)
                 part, part_complete = self._read_part(level, left + x * scale, top + y * scale, scale, size)
-                whole.paste(part, (x, y))
+                whole[y : y + size[1], x : x + size[0]] = part
                 complete &= part_complete
         return whole, complete
 
     def _read_part(
         self, level: int, left: float, top: float, scale: float, size: tuple[int, int]
-    ) -> tuple[Image.Image, bool]:
+    ) -> tuple[np.ndarray, bool]:
         down = self._levels.downsamples[level]
         box = np.array([left, top, left + size[0] * scale, top + size[1] * scale]) / down
         exact = scale == down and np.array_equal(box, np.round(box))
@@ -165,11 +168,12 @@ class Slide:
         last = np.clip(np.ceil(box[2:]).astype(int) + margin, first + 1, edges)
         with _image_errors(self._name):
             region, *origin = self._levels.read(level, *first.tolist(), *(last - first).tolist())
-        image, complete = _opaque(region, _WHITE)
+        pixels, complete = _opaque(region, _WHITE)
         if not exact:
+            image = Image.fromarray(pixels)
             box = np.clip(box - [*origin, *origin], 0, [*image.size, *image.size])
-            image = image.resize(size, Image.Resampling.BILINEAR, box=tuple(box.tolist()))
-        return image, complete
+            pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=tuple(box.tolist())))
+        return pixels, complete
 
 
 def open_slide(path: str | Path) -> Slide:
@@ -208,9 +212,10 @@ def _image_errors(name: str) -> Iterator[None]:
         raise SourceError(f"image {name}: {error}") from None
 
 
-def _opaque(region: Image.Image, behind: tuple[int, int, int]) -> tuple[Image.Image, bool]:
+def _opaque(region: np.ndarray, behind: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
     """Returns a region as RGB over a colour, and whether no pixel is missing (OpenSlide leaves holes transparent)."""
-    if region.mode == "RGB" or is_opaque(region):
-        return region.convert("RGB"), True
-    backdrop = Image.new("RGBA", region.size, behind)
-    return Image.alpha_composite(backdrop, region).convert("RGB"), False
+    if region.shape[2] == 3 or region[..., 3].min() == 255:
+        return region[..., :3], True
+    image = Image.fromarray(region)
+    backdrop = Image.new("RGBA", image.size, behind)
+    return np.asarray(Image.alpha_composite(backdrop, image).convert("RGB")), False

@@ -14,6 +14,7 @@ from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, RESUNIT, TiffFile, T
 
 from mclstexp.errors import SourceError
 from mclstexp.messages import some_of
+from mclstexp.slides.jpeg_tiles import JpegTiles, jpeg_levels
 from mclstexp.slides.ome import OmeImage, colour_order, read_ome, to_micrometres
 from mclstexp.slides.plain import MAX_PLAIN_PX, Plain, wrong_colours
 from mclstexp.slides.pyramid import Pyramid, require_edges
@@ -45,7 +46,7 @@ def is_tiff(path: str | Path) -> bool:
         return file.read(4) in _MAGIC
 
 
-def open_tiff(path: str, detected: str | None) -> Pyramid | Plain | TiffLevels:
+def open_tiff(path: str, detected: str | None) -> Pyramid | JpegTiles | Plain | TiffLevels:
     """Opens a local TIFF with the reader that reads it rightly.
 
     Args:
@@ -57,7 +58,8 @@ def open_tiff(path: str, detected: str | None) -> Pyramid | Plain | TiffLevels:
     """
     try:
         with TiffFile(path) as file:
-            return _open_aperio(path, file) if detected == APERIO else _open_generic(path, file, detected)
+            levels = _open_aperio(path, file) if detected == APERIO else _open_generic(path, file, detected)
+            return _with_jpeg_tiles(path, file, levels) if isinstance(levels, Pyramid) else levels
     except TIFFFILE_FAULTS as error:
         raise SourceError(f"its TIFF directories are damaged: {error}; copy or export it again") from error
 
@@ -69,6 +71,12 @@ def _open_aperio(path: str, file: TiffFile) -> Pyramid:
     slide = Pyramid(path)
     agreed_mpp({"image description": slide.mpp, "resolution tags": stated_mpp(_tag_sizes(file, pages[0]))})
     return slide
+
+
+def _with_jpeg_tiles(path: str, file: TiffFile, slide: Pyramid) -> Pyramid | JpegTiles:
+    """Returns a slide that decodes its storage tiles itself, where OpenSlide's levels are in JPEG."""
+    levels = jpeg_levels(slide, [page for page in file.pages if isinstance(page, TiffPage)])
+    return slide if levels is None else JpegTiles(path, slide, levels)
 
 
 def _open_generic(path: str, file: TiffFile, detected: str | None) -> Pyramid | Plain | TiffLevels:

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tifffile import TiffFrame, TiffPage, TiffPageSeries
 
 from mclstexp.errors import SourceError
@@ -94,15 +93,15 @@ class TiffLevels:
         largest = max(math.prod(level.tile) for level in levels) * _MAX_CHANNELS
         self._tile = lru_cache(max(1, _CACHE_BYTES // largest) if self.reads_regions else None)(self._decoded)
 
-    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[Image.Image, float, float]:
-        """Returns a region as RGBA, transparent where the file has no pixels, and its left and top."""
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[np.ndarray, float, float]:
+        """Returns a region with alpha, transparent where the file has no pixels, and its left and top."""
         (tile_width, tile_height), region = self._levels[level].tile, np.zeros((height, width, 4), np.uint8)
         for row in range(top // tile_height, -(-(top + height) // tile_height)):
             for column in range(left // tile_width, -(-(left + width) // tile_width)):
                 tile = self._tile(level, row, column)
                 if tile is not None:
                     _paste(tile, region, column * tile_width - left, row * tile_height - top)
-        return Image.fromarray(region), left, top
+        return region, left, top
 
     def close(self) -> None:
         """Closes the file."""
