@@ -55,7 +55,8 @@ class JpegLevel:
 class JpegTiles:
     """Levels of a file that OpenSlide reads, in storage tiles of JPEG; its regions are `Pyramid`'s.
 
-    They are the same at level 0, and within 2 grey levels where a region begins between a coarser level's pixels.
+    They are the same at level 0, and within 2 grey levels where a region begins between a coarser level's pixels. Only
+    at the end of a coarser level, where OpenSlide's are half transparent, these are not.
     """
 
     reads_regions = True
@@ -66,16 +67,13 @@ class JpegTiles:
         self.mpp, self.scanned_from = slide.mpp, slide.scanned_from
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         largest = max(math.prod(level.tile) for level in levels) * _CHANNELS
-        self._spare = list(
-            np.empty((_CACHE_BYTES // largest, largest), np.uint8)
-        )  # one block: the system gives it fast
+        self._spare = list(np.empty((_CACHE_BYTES // largest, largest), np.uint8))  # as one block, which comes fast
         self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         """Storage tiles by level and index, uint8 (largest,), the last used one last."""
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> tuple[np.ndarray, float, float]:
         """Returns a region, with alpha if some of it may be missing, and its exact left and top."""
-        down = self.downsamples[level]
-        x, y = round(left * down) / down, round(top * down) / down  # OpenSlide begins at whole level-0 pixels
+        x, y = self._origin(level, left, top, width, height)
         first_x, first_y = math.floor(x), math.floor(y)
         is_between = (x, y) != (first_x, first_y)
         region = self._region(level, first_x, first_y, width + is_between, height + is_between)
@@ -93,6 +91,15 @@ class JpegTiles:
         self._spare.clear()
         self._file.close()
         self._slide.close()
+
+    def _origin(self, level: int, left: int, top: int, width: int, height: int) -> tuple[float, float]:
+        """Returns where a region begins, in the level's pixels: as OpenSlide's at a whole pixel of level 0.
+
+        At the level's end, where OpenSlide's fades into nothing, at a whole pixel of its own.
+        """
+        down, (level_width, level_height) = self.downsamples[level], self.dimensions[level]
+        x, y = round(left * down) / down, round(top * down) / down
+        return (x, y) if max(x, left) + width < level_width and max(y, top) + height < level_height else (left, top)
 
     def _region(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray | None:
         """Returns a region, uint8 (height, width, 3), or None if it is not all on sound storage tiles."""
@@ -144,10 +151,13 @@ class JpegTiles:
         return True
 
 
-def jpeg_levels(slide: Pyramid, pages: Sequence[TiffPage]) -> list[JpegLevel] | None:
-    """Returns a slide's levels if all of them are in storage tiles of JPEG with 8-bit colours, else None."""
+def jpeg_levels(sizes: Sequence[tuple[int, int]], pages: Sequence[TiffPage]) -> list[JpegLevel] | None:
+    """Returns the levels of widths and heights if all of them are in storage tiles of JPEG with 8-bit colours.
+
+    None if one is not, or if it is not clear which page it is.
+    """
     levels = []
-    for size in slide.dimensions:
+    for size in sizes:
         fitting = [page for page in pages if page.is_tiled and (page.imagewidth, page.imagelength) == size]
         if len(fitting) != 1 or not _is_usual(fitting[0]):
             return None
@@ -164,6 +174,7 @@ def _is_usual(page: TiffPage) -> bool:
         and (page.samplesperpixel, page.bitspersample) == (_CHANNELS, 8)
         and page.tilewidth * page.tilelength <= _MAX_TILE_PX
         and len(page.dataoffsets) == len(page.databytecounts) == math.prod(page.chunked)
+        and min(page.databytecounts) > 0  # Aperio's missing tiles show in coarser levels too
         and (tables is None or (tables.startswith(_START) and tables.endswith(_END)))
     )
 

@@ -75,7 +75,7 @@ def _open_aperio(path: str, file: TiffFile) -> Pyramid:
 
 def _with_jpeg_tiles(path: str, file: TiffFile, slide: Pyramid) -> Pyramid | JpegTiles:
     """Returns a slide that decodes its storage tiles itself, where OpenSlide's levels are in JPEG."""
-    levels = jpeg_levels(slide, [page for page in file.pages if isinstance(page, TiffPage)])
+    levels = jpeg_levels(slide.dimensions, [page for page in file.pages if isinstance(page, TiffPage)])
     return slide if levels is None else JpegTiles(path, slide, levels)
 
 
