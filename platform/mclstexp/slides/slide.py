@@ -147,6 +147,8 @@ class Slide:
         """Returns pixels of edge `scale`, uint8 (height, width, 3), and whether none is missing; bounds each read."""
         level = self._level(scale)
         step = max(1, int(_MAX_REGION_PX * self._levels.downsamples[level] / scale))
+        if max(width, height) <= step:
+            return self._read_part(level, left, top, scale, (width, height))
         whole, complete = np.empty((height, width, 3), np.uint8), True
         for y in range(0, height, step):
             for x in range(0, width, step):
@@ -160,19 +162,19 @@ class Slide:
         self, level: int, left: float, top: float, scale: float, size: tuple[int, int]
     ) -> tuple[np.ndarray, bool]:
         down = self._levels.downsamples[level]
-        box = np.array([left, top, left + size[0] * scale, top + size[1] * scale]) / down
-        exact = scale == down and np.array_equal(box, np.round(box))
+        box = [edge / down for edge in (left, top, left + size[0] * scale, top + size[1] * scale)]
+        exact = scale == down and all(edge == round(edge) for edge in box)
         margin = 0 if exact else math.ceil(scale / down) + 1
-        edges = np.array(self._levels.dimensions[level])
-        first = np.clip(np.floor(box[:2]).astype(int) - margin, 0, edges)
-        last = np.clip(np.ceil(box[2:]).astype(int) + margin, first + 1, edges)
+        level_width, level_height = self._levels.dimensions[level]
+        x, width = _bounded(box[0], box[2], margin, level_width)
+        y, height = _bounded(box[1], box[3], margin, level_height)
         with _image_errors(self._name):
-            region, *origin = self._levels.read(level, *first.tolist(), *(last - first).tolist())
+            region, *origin = self._levels.read(level, x, y, width, height)
         pixels, complete = _opaque(region, _WHITE)
         if not exact:
             image = Image.fromarray(pixels)
-            box = np.clip(box - [*origin, *origin], 0, [*image.size, *image.size])
-            pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=tuple(box.tolist())))
+            within = np.clip(np.subtract(box, [*origin, *origin]), 0, [*image.size, *image.size])
+            pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=tuple(within.tolist())))
         return pixels, complete
 
 
@@ -212,10 +214,17 @@ def _image_errors(name: str) -> Iterator[None]:
         raise SourceError(f"image {name}: {error}") from None
 
 
+def _bounded(start: float, end: float, margin: int, length: int) -> tuple[int, int]:
+    """Returns the first and the number of a level's pixels along an axis that a box touches, with a margin."""
+    first = min(max(math.floor(start) - margin, 0), length)
+    last = min(max(math.ceil(end) + margin, first + 1), length)
+    return first, last - first
+
+
 def _opaque(region: np.ndarray, behind: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
     """Returns a region as RGB over a colour, and whether no pixel is missing (OpenSlide leaves holes transparent)."""
     if region.shape[2] == 3 or region[..., 3].min() == 255:
-        return region[..., :3], True
+        return np.ascontiguousarray(region[..., :3]), True
     image = Image.fromarray(region)
     backdrop = Image.new("RGBA", image.size, behind)
     return np.asarray(Image.alpha_composite(backdrop, image).convert("RGB")), False
