@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import itertools
 import os
 import resource
 import struct
@@ -105,6 +106,17 @@ def test_missing_pixels_are_neither_tissue_nor_background(tmp_path):
         assert slide.read_tile(100, 100, 64, 1.0) is None
         assert slide.read_tile(128, 128, 64, 1.0) is not None
         assert slide.thumbnail(4.0)[:30, :30].min() == 255
+
+
+def test_seams_of_a_coarser_level_are_no_missing_pixels(tmp_path):
+    """A level of odd edges is not shrunk by a whole factor, and OpenSlide's seams in it are hardly transparent."""
+    image = texture(701, 901)
+    write_pyramid(tmp_path / "a.tif", image)
+    with open_slide(tmp_path / "a.tif") as slide:
+        for left, top in itertools.product(range(0, 760, 40), range(0, 560, 40)):
+            tile = slide.read_tile(float(left), float(top), 64, 2.0)
+            crop = image[top : top + 128, left : left + 128].reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+            assert np.abs(tile - crop).mean() < 2
 
 
 # ---------------------------------------------------------------- resolution

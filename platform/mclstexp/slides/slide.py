@@ -28,6 +28,7 @@ _SAME_DOWNSAMPLE = 1.02  # ratio up to which downsamples count as equal
 _MIN_RESAMPLED = 2  # stored or shrunken pixels along a pixel of a wide view: with fewer, the way they were shrunk shows
 _MAX_SHRINK = 8  # bounds one read from a level
 _WHITE = (255, 255, 255)
+_MIN_ALPHA = 250  # of a pixel that is there: OpenSlide's seams between storage tiles come out with 253 or 254
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE, errno.ENOMEM)
 """Faults of the file system or the machine; Pillow's own errors have no number."""
 _FILE_FAULTS = (OSError, EOFError, SyntaxError, ValueError, Warning)
@@ -223,7 +224,7 @@ def _bounded(start: float, end: float, margin: int, length: int) -> tuple[int, i
 
 def _opaque(region: np.ndarray, behind: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
     """Returns a region as RGB over a colour, and whether no pixel is missing (OpenSlide leaves holes transparent)."""
-    if region.shape[2] == 3 or region[..., 3].min() == 255:
+    if region.shape[2] == 3 or region[..., 3].min() >= _MIN_ALPHA:
         return np.ascontiguousarray(region[..., :3]), True
     image = Image.fromarray(region)
     backdrop = Image.new("RGBA", image.size, behind)
