@@ -100,17 +100,35 @@ def test_tiles_are_those_of_openslide(tmp_path, scale):
         assert np.abs(wide[0] - wide[1]).max() <= 2
 
 
-def test_each_storage_tile_is_decoded_once(tmp_path, monkeypatch):
+@pytest.fixture
+def decoded(monkeypatch):
+    """The storage tiles that are decoded, as JPEG."""
+    decode, found = simplejpeg.decode_jpeg, []
+
+    def counted(data, *args, **options):
+        found.append(data)
+        return decode(data, *args, **options)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted)
+    return found
+
+
+def test_each_storage_tile_is_decoded_once(tmp_path, decoded):
     """Tiles of 96 px that overlap storage tiles of 128 px, in the order of prediction."""
     write_jpeg(tmp_path / "a.tif", LEVELS[0])
-    decode, decoded = simplejpeg.decode_jpeg, []
-    counted = lambda data, *args, **more: decoded.append(data) or decode(data, *args, **more)  # noqa: E731
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted)
     x, y = (axis.ravel() * 96.0 + 3 for axis in np.meshgrid(np.arange(9), np.arange(7)))
     with open_slide(tmp_path / "a.tif") as slide:
         for index in curve_order(x, y):
             slide.read_tile(x[index], y[index], 96, 1.0)
     assert len(decoded) == len(set(decoded)) == 7 * 6
+
+
+def test_wide_views_decode_a_coarser_level_once(tmp_path, decoded):
+    write_jpeg(tmp_path / "a.tif", *LEVELS)
+    with open_slide(tmp_path / "a.tif") as slide:
+        for left in range(-100, 800, 60):
+            slide.read_wide(left, 0.5 * left, 64, 8.5)
+    assert len(decoded) == len(set(decoded)) == len(list(storage_tiles(LEVELS[2])))
 
 
 def test_memory_is_bounded_and_what_is_overwritten_is_decoded_again(tmp_path, monkeypatch):
