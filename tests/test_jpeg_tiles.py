@@ -190,7 +190,16 @@ def test_a_storage_tile_of_other_colours_or_without_tables_is_as_openslide_shows
     np.testing.assert_array_equal(*shown)
 
 
+def write_overlong(path):
+    """Its first storage tile claims more bytes than any machine has memory."""
+    write_jpeg(path, LEVELS[0], is_aperio=True, form={"bigtiff": True})
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tag = file.pages.first.tags["TileByteCounts"]
+        tag.overwrite([2**60, *tag.value[1:]], dtype="Q")
+
+
 UNUSUAL = {
+    "more bytes than the file": write_overlong,
     "another compression": lambda path: write_pyramid(path, LEVELS[0]),
     "a level of another compression": write_mixed,
     "missing storage tiles": lambda path: write_jpeg(path, *LEVELS, changed={(0, 9): b""}),
