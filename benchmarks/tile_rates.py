@@ -2,9 +2,10 @@
 
     python benchmarks/tile_rates.py SLIDE --rounds 5
 
-Both read the same tiles in the order of prediction, each round through new handles, in turn: tiles that are storage
-tiles, those moved by one pixel, which touch four, and adjoining tiles of another size. Then wide views, through the
-engine over OpenSlide and over storage tiles; and the JPEG round trip of a predicted tile, which both have in common.
+Both read the same tiles of tissue in the order of prediction, in turn, each round through new handles: tiles that are
+storage tiles, those moved by one pixel, which touch four, and adjoining tiles of another size. Then wide views, through
+the engine over OpenSlide and over storage tiles. What both have in common is stated beside: the opening of a slide, and
+the JPEG round trip of a predicted tile.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
@@ -28,38 +30,49 @@ from mclstexp.settings import TilesConfig  # noqa: E402
 from mclstexp.slides.pyramid import Pyramid  # noqa: E402
 from mclstexp.slides.slide import Slide, open_slide  # noqa: E402
 from mclstexp.slides.tiles import curve_order  # noqa: E402
+from mclstexp.slides.tissue import find_tissue  # noqa: E402
 
-MAX_TILES = 1000
+MAX_TILES, ASSUMED_MPP = 1000, 0.5
 WIDE_PX, WIDE_SCALE = 112, 8.0
 Corners = list[tuple[int, int]]
 
 
+class Side(NamedTuple):
+    """One way to read tiles."""
+
+    open: Callable[[Path], Any]
+    read: Callable[[Any, Corners, int], None]
+
+
 def corners(path: Path, step: int, size: int, offset: int) -> Corners:
-    """Returns the corners of a square of tiles in the order of prediction."""
+    """Returns the corners of tiles that show tissue, in the order of prediction: the first ones of a large slide."""
     with open_slide(path) as slide:
-        edge = min(slide.width, slide.height, int(MAX_TILES**0.5) * step)
-    left, top = (axis.ravel() for axis in np.meshgrid(*[np.arange(offset, edge - size - 1, step)] * 2))
-    order = curve_order(left.astype(float), top.astype(float))
+        edges = [np.arange(offset, edge - size, step) for edge in (slide.width, slide.height)]
+        left, top = (axis.ravel() for axis in np.meshgrid(*edges))
+        share = find_tissue(slide, slide.mpp or ASSUMED_MPP).share(left, top, float(size))
+    kept = share >= TilesConfig().min_tissue
+    left, top = left[kept], top[kept]
+    order = curve_order(left.astype(float), top.astype(float))[:MAX_TILES]
     return list(zip(left[order].tolist(), top[order].tolist(), strict=True))
 
 
-def alone(path: Path, tiles: Corners, size: int) -> None:
-    slide = openslide.OpenSlide(path)
+def alone(slide: openslide.OpenSlide, tiles: Corners, size: int) -> None:
     for left, top in tiles:
         np.asarray(slide.read_region((left, top), 0, (size, size)).convert("RGB"))
-    slide.close()
 
 
-def engine(path: Path, tiles: Corners, size: int) -> None:
-    with open_slide(path) as slide:
-        for left, top in tiles:
-            slide.read_tile(left, top, size, 1.0)
+def engine(slide: Slide, tiles: Corners, size: int) -> None:
+    for left, top in tiles:
+        slide.read_tile(left, top, size, 1.0)
 
 
-def wide(slide: Slide, tiles: Corners) -> None:
-    with slide:
-        for left, top in tiles:
-            slide.read_wide(left, top, WIDE_PX, WIDE_SCALE)
+def wide(slide: Slide, tiles: Corners, size: int) -> None:
+    for left, top in tiles:
+        slide.read_wide(left, top, WIDE_PX, WIDE_SCALE)
+
+
+def through_openslide(path: Path) -> Slide:
+    return Slide(Pyramid(str(path)), path.name)
 
 
 def cpu_s(work: Callable[[], object]) -> float:
@@ -68,15 +81,19 @@ def cpu_s(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def compare(
-    name: str, num_tiles: int, rounds: int, theirs: Callable[[], None], ours: Callable[[], None]
-) -> list[float]:
-    """Prints the median rates of both and the ratios of the rounds, and returns these."""
-    times = [(cpu_s(theirs), cpu_s(ours)) for _ in range(rounds)]
-    rates = [num_tiles / statistics.median(side) for side in zip(*times, strict=True)]
+def read_s(side: Side, path: Path, tiles: Corners, size: int) -> float:
+    """Returns the CPU-seconds of reading tiles through a new handle, without those of opening it."""
+    with side.open(path) as slide:
+        return cpu_s(lambda: side.read(slide, tiles, size))
+
+
+def compare(name: str, sides: tuple[Side, Side], path: Path, tiles: Corners, size: int, rounds: int) -> list[float]:
+    """Prints the median rates of both sides and the ratios of the rounds, and returns these."""
+    times = [[read_s(side, path, tiles, size) for side in sides] for _ in range(rounds)]
+    rates = [len(tiles) / statistics.median(seconds) for seconds in zip(*times, strict=True)]
     ratios = sorted(first / second for first, second in times)
     print(
-        f"{name:24} {num_tiles:5} tiles  {rates[0]:7.0f} and {rates[1]:7.0f} tiles/CPU-s  "
+        f"{name:16} {len(tiles):5} tiles  {rates[0]:7.0f} and {rates[1]:7.0f} tiles/CPU-s  "
         f"ratio {statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
         flush=True,
     )
@@ -88,20 +105,13 @@ def measure(path: Path, size: int, rounds: int) -> dict[str, list[float]]:
     with tifffile.TiffFile(path) as file:
         edge = file.pages.first.tilewidth
     layouts = {"aligned": (edge, edge, 0), "unaligned": (edge, edge, 1), f"{size} of {edge} px": (size, size, 0)}
-    ratios = {}
-    for name, (step, tile, offset) in layouts.items():
-        found = corners(path, step, tile, offset)
-        sides = [lambda side=side, found=found, tile=tile: side(path, found, tile) for side in (alone, engine)]
-        ratios[name] = compare(name, len(found), rounds, *sides)
-    found = corners(path, size, size, 0)
-    ratios["wide view"] = compare(
-        "wide view",
-        len(found),
-        rounds,
-        lambda: wide(Slide(Pyramid(str(path)), path.name), found),
-        lambda: wide(open_slide(path), found),
-    )
-    return ratios
+    tiles, wide_tiles = (Side(openslide.OpenSlide, alone), Side(open_slide, engine)), corners(path, size, size, 0)
+    ratios = {
+        name: compare(name, tiles, path, corners(path, step, tile, offset), tile, rounds)
+        for name, (step, tile, offset) in layouts.items()
+    }
+    views = Side(through_openslide, wide), Side(open_slide, wide)
+    return ratios | {"wide view": compare("wide view", views, path, wide_tiles, size, rounds)}
 
 
 def main() -> None:
@@ -116,6 +126,9 @@ def main() -> None:
         tile = slide.read_tile(slide.width // 2, slide.height // 2, arguments.size_px, 1.0)
     assert tile is not None
     trip = cpu_s(lambda: [as_stored(tile, TilesConfig(size_px=arguments.size_px)) for _ in range(200)]) / 200
+    for name, opened in (("OpenSlide", openslide.OpenSlide), ("the engine", open_slide)):
+        times = [cpu_s(lambda opened=opened: opened(arguments.slide)) for _ in range(arguments.rounds)]
+        print(f"opening by {name}: {1e3 * statistics.median(times):.1f} ms")
     print(f"JPEG round trip of a tile: {1e3 * trip:.2f} ms, {1 / trip:.0f} tiles/CPU-s")
 
 
