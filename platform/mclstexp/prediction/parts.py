@@ -29,7 +29,7 @@ PART_TILES = 256
 CONFIDENCE = ("similarity", "effective_donors", "donor_share")
 STAGING = "staging"
 GRID, RECORD, THUMBNAIL, PREVIEW = "grid.parquet", "slide.json", "thumbnail.jpg", "preview.jpg"
-PARTS = "answers"
+PARTS = "tiles"
 """Folder of the parts; earlier versions had others under another name, which are made again."""
 GRID_SCHEMA = pa.schema(
     [

@@ -17,7 +17,7 @@ from mclstexp.data.schema import IMAGE
 from mclstexp.prediction.feature_files import FeatureNeeds
 from mclstexp.settings import TilesConfig
 
-_VERSION = 2
+_VERSION = 1
 """Raise it when the same slide and plan give other tiles: all slides are then predicted again."""
 _DIGITS = 16
 _END_BYTES = 2**20
