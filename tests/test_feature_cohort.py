@@ -182,7 +182,7 @@ def test_a_run_that_stopped_midway_ends_with_the_same_bytes_and_a_new_file_is_pr
         with pytest.raises(KeyboardInterrupt):
             predict_features(model, features, out)
     (staging,) = (out / "staging").iterdir()
-    assert len(list((staging / "answers").glob("*.safetensors"))) >= 2
+    assert len(list((staging / "tiles").glob("*.safetensors"))) >= 2
     shutil.copytree(folder, features, dirs_exist_ok=True)
     write_features(features / "small.h5", *random_features(model, 2, 5), **AT_1_UM)
     report = predict_features(model, features, out)

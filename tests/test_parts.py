@@ -39,8 +39,8 @@ def test_a_part_holds_what_was_written_and_nothing_of_missing_tiles(slides: dict
 
 def test_only_whole_parts_are_counted(tmp_path: Path) -> None:
     assert parts_done(str(tmp_path)) == set()
-    assert part_name(123456) == "answers/123456.safetensors"
+    assert part_name(123456) == "tiles/123456.safetensors"
     for name in ("00003.safetensors", "123456.safetensors", ".00004.safetensors.abc", "00005.safetensors.tmp"):
-        storage.write(str(tmp_path / "answers" / name), b"")
+        storage.write(str(tmp_path / "tiles" / name), b"")
     storage.write(str(tmp_path / "parts" / "00006.safetensors"), b"")  # of an earlier version: made again
     assert parts_done(str(tmp_path)) == {3, 123456}

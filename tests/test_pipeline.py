@@ -263,7 +263,7 @@ def test_remote_slides_are_released_and_faults_of_the_store_may_pass(s3, tmp_pat
 def test_a_part_that_cannot_be_written_is_a_row_with_the_reason(tmp_path):
     row = Row("a", "a.tif", str(tmp_path / "staging"), part=3, num_tiles=2, num_left=1, answer=b"file")
     assert write(row.batch()) == replace(row, answer=None).batch()
-    assert (tmp_path / "staging" / "answers" / "00003.safetensors").read_bytes() == b"file"
+    assert (tmp_path / "staging" / "tiles" / "00003.safetensors").read_bytes() == b"file"
     (tmp_path / "full").write_text("a file where the folder should be")
     failed = flat(write(replace(row, staging=str(tmp_path / "full")).batch()))
     assert (failed["state"], failed["num_tiles"]) == (FAILED, 2)

@@ -197,7 +197,7 @@ def test_an_s3_server_that_dies_and_comes_back_changes_nothing(
         s3_server.kill()
         s3_server.start()
 
-    killer = _when(lambda: [uri for uri in storage.list_files(f"{s3}/staging") if "/answers/" in uri], restart)
+    killer = _when(lambda: [uri for uri in storage.list_files(f"{s3}/staging") if "/tiles/" in uri], restart)
     try:
         report = predict(model, slides, s3)
     except StorageError:  # it states what could not be read or written

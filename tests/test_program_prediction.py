@@ -251,7 +251,7 @@ def test_a_run_that_stopped_midway_ends_with_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             predict(model, slides, tmp_path, overlap=0.5, intervals=True, num_cpus=6)
     (staging,) = (tmp_path / "staging").glob("big-*")
-    parts = sorted((staging / "answers").glob("*.safetensors"))
+    parts = sorted((staging / "tiles").glob("*.safetensors"))
     assert len(parts) >= 2
     parts[0].unlink()
     report = predict(model, slides, tmp_path, overlap=0.5, intervals=True)

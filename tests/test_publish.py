@@ -289,7 +289,7 @@ def test_faults_before_and_after_the_claim_are_told_apart(
             patch.setattr(storage, step, away)
             outcome = _finish(staging, tmp_path / "out")
         assert outcome == Outcome("A", fault="the store answered 503", has_claimed=has_claimed)
-    (staging / "answers" / "00001.safetensors").unlink()
+    (staging / "tiles" / "00001.safetensors").unlink()
     missing = _finish(staging, tmp_path / "out")
     assert (missing.has_claimed, "00001.safetensors is missing" in missing.fault) == (True, True)
 

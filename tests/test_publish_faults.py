@@ -55,8 +55,8 @@ def test_a_damaged_part_is_named_and_counts_as_not_done(
     staging = tmp_path / "A-key"
     shutil.copytree(slides["A"].staging, staging)
     assert parts_done(str(staging)) == {0, 1, 2}
-    damage(staging / "answers" / "00001.safetensors")
-    with pytest.raises(PartError, match=rf"A-key/answers/00001.safetensors .*{fault}"):
+    damage(staging / "tiles" / "00001.safetensors")
+    with pytest.raises(PartError, match=rf"A-key/tiles/00001.safetensors .*{fault}"):
         publish_slide(str(staging), str(tmp_path / "out"), INFO)
     assert parts_done(str(staging)) == {0, 2}
     assert not (tmp_path / "out").exists()
