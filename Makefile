@@ -32,8 +32,11 @@ fix: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Ratios to bare loops, peers and earlier ways of doing the same, side by side on this machine: docs/performance.md.
+# Some of them: make bench ONLY=R1,R9 ROUNDS=3. With real slides: MCLSTEXP_DATA=DATA
 bench: $(STAMP)
-	$(BIN)/python benchmarks/stream_modes.py
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
+	$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 # A cohort predicted calmly and while its processes are killed: both must give the same files. On an S3 server: S3=1
 chaos: $(STAMP)
