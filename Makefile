@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check accept fix bench chaos
+.PHONY: demo test check accept fix bench bench-gpu chaos
 .DELETE_ON_ERROR:
 
 # The main job end to end. On real sections: make demo SAMPLES=samples.csv [WEIGHTS=densenet121.pth] [PATIENT=B]
@@ -37,6 +37,11 @@ fix: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+# Figures of one GPU, in steps that are written down at once: docs/performance.md. Some of them: make bench-gpu ONLY=H1,H6
+# Every step through in tiny sizes on a CPU: make bench-gpu TOY=1
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(TOY),--toy)
 
 # A cohort predicted calmly and while its processes are killed: both must give the same files. On an S3 server: S3=1
 chaos: $(STAMP)

@@ -1,6 +1,7 @@
-"""What the measurements of `make bench` aim at, and how one of them states what it found.
+"""What `make bench` and `make bench-gpu` aim at, and how one of their measurements states what it found.
 
-Each file `ratios/r*.py` measures one ratio or more in a process of its own, both sides in turn, and calls `say` for each.
+Each file `ratios/r*.py` measures one ratio or more in a process of its own, both sides in turn, and calls `say` for
+each. Each file `gpu_steps/h*.py` measures figures of one GPU, and calls `state` for each as soon as it has it.
 """
 
 import json
@@ -9,22 +10,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-FOUND = "ratio: "
-"""Begins the line that states a ratio."""
+FOUND, FIGURE, COSTS = "ratio: ", "figure: ", "costs: "
+"""Begin the lines that state a ratio, a figure of a GPU, and the largest costs of some work."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a ratio, ours / theirs, should be."""
+    """What a ratio, ours / theirs, or a figure should be."""
 
     what: str
     floor: float
     target: float
     lower_is_better: bool = False
+    unit: str = ""
+    """Of a figure; a ratio has none."""
 
-    def verdict(self, ratio: float) -> str:
-        """Returns which goal a ratio meets."""
-        reached = [ratio <= goal if self.lower_is_better else ratio >= goal for goal in (self.target, self.floor)]
+    def verdict(self, value: float) -> str:
+        """Returns which goal a ratio or a figure meets."""
+        reached = [value <= goal if self.lower_is_better else value >= goal for goal in (self.target, self.floor)]
         return "met" if reached[0] else "floor met" if reached[1] else "**missed**"
 
 
@@ -46,6 +49,23 @@ GOALS = {
     "R15": Goal("work of a cohort killed half way and resumed / one calm pass", 1.15, 1.05, lower_is_better=True),
     "R16": Goal("steps repeated after a worker is killed / steps between checkpoints", 1.0, 0.6, True),
 }
+
+GPU_GOALS = {
+    "H1": Goal("tiles embedded per second: DenseNet-121, bf16, 224 px", 12_000, 20_000, unit="tiles/s"),
+    "H2": Goal("tiles trained on per second, in memory: the whole step", 3_500, 6_000, unit="tiles/s"),
+    "H3": Goal("tiles trained on per second: from a tile table / in memory", 0.90, 0.95),
+    "H4": Goal("tiles decoded per second on all cores", 40_000, 60_000, unit="tiles/s"),
+    "H5 plain": Goal("largest batch with the exact loss: as it is", 1_536, 1_792, unit="tiles"),
+    "H5 memory-efficient": Goal("largest batch with the exact loss: encoder in parts", 3_072, 3_584, unit="tiles"),
+    "H5 cached-gradient": Goal("largest batch with the exact loss: micro-batches", 16_384, 32_768, unit="tiles"),
+    "H6": Goal("tiles searched per second, exactly, in 1,000,000 keys", 20_000, 60_000, unit="tiles/s"),
+    "H7": Goal("tiles searched per second, exactly, in 10,000,000 keys", 2_000, 6_000, unit="tiles/s"),
+    "H8": Goal("tiles predicted per second, from slides to files", 4_000, 8_000, unit="tiles/s"),
+    "H9": Goal("slides of 10,000 tiles predicted per hour", 1_400, 2_900, unit="slides/h"),
+    "H10": Goal("share of the time that the GPU is busy in training", 0.85, 0.92),
+    "H11": Goal("time to the first batch of training on a warm cluster", 15, 6, lower_is_better=True, unit="s"),
+}
+"""Of one H200 with 16 cores."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +108,39 @@ def say(id: str, rounds: Sequence[tuple[float, float]], unit: str, detail: str) 
     found = Found(id, list(rounds), unit, detail)
     print(found.row(), file=sys.stderr, flush=True)
     print(FOUND + json.dumps(asdict(found)), flush=True)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one measurement on a GPU found."""
+
+    id: str
+    """Of GPU_GOALS; with words behind it for a variant, such as `H1 compiled`."""
+    values: list[float]
+    """Of each round, in the goal's unit; none: it could not be measured."""
+    detail: str
+    """Data and sizes in a few words, or why there is no value."""
+
+    @property
+    def goal(self) -> Goal:
+        """What it should be."""
+        return GPU_GOALS.get(self.id) or GPU_GOALS[self.id.split()[0]]
+
+    def row(self) -> str:
+        """Returns the row of docs/performance.md."""
+        goal, sign = self.goal, "at most " if self.goal.lower_is_better else ""
+        target = f"{sign}{_short(goal.target)} {goal.unit}".rstrip()
+        if not self.values:
+            return f"| {self.id} | {goal.what} | not measured: {self.detail} | | {target} | |"
+        value, spread = statistics.median(self.values), f"{_short(min(self.values))} to {_short(max(self.values))}"
+        what, median = f"{goal.what} ({self.detail})", f"{_short(value)} {goal.unit}".rstrip()
+        return f"| {self.id} | {what} | {median} | {spread} | {target} | {goal.verdict(value)} |"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def state(id: str, values: Sequence[float], detail: str) -> None:
+    """States a figure: what `Figure` has."""
+    print(FIGURE + json.dumps(asdict(Figure(id, list(values), detail))), flush=True)

@@ -1,0 +1,162 @@
+"""Measures H1 to H11 of `goals.py` on one GPU, with the tests that need one and the largest costs.
+
+    make bench-gpu                    all of them, at most 7 minutes
+    make bench-gpu ONLY=H1,H6         some of them
+    make bench-gpu TOY=1              every step on a CPU, in tiny sizes: shows that it runs, and measures nothing
+
+Each step is a process of its own, `gpu_steps/h*.py`, with a time limit; one that fails or is late stops no other. Every
+figure is written to benchmarks/results/DATE-MACHINE.json and into docs/performance.md as soon as it is stated, so that
+a run that is cut off keeps it. A toy run writes only a file of its own. Results that were brought from another machine
+are entered by `python benchmarks/gpu.py --enter FILE`.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from goals import COSTS, FIGURE, GPU_GOALS, Figure
+from measurements import (
+    HERE,
+    PAGE,
+    RESULTS,
+    ROOT,
+    chosen,
+    in_order,
+    load,
+    machine,
+    named,
+    numbers_of,
+    results_file,
+    save,
+    stated,
+    write_table,
+)
+
+LIMIT_S = 90.0
+"""Most time of a step."""
+HEAD = "| | figure | median | range | target | |\n|---|---|---|---|---|---|\n"
+TESTS = ["-m", "pytest", "-m", "gpu", "-q", "-W", "ignore::pytest.PytestConfigWarning", str(ROOT / "tests/test_gpu.py")]
+"""Without a plugin that pyproject.toml configures, pytest warns."""
+
+
+class Record:
+    """What was measured so far, in a file that is written at once, and on the page if there is one."""
+
+    def __init__(self, path: Path, is_shown: bool) -> None:
+        self.path, self._is_shown, self._results = path, is_shown, load(path)
+
+    def figure(self, figure: Figure) -> None:
+        """Adds a figure, or replaces an earlier one."""
+        self.add("figures", figure.id, vars(figure))
+        print(figure.row(), flush=True)
+
+    def add(self, kind: str, name: str, value: Any) -> None:
+        """Adds one result of a kind: a figure, the costs of some work, or why a step failed."""
+        self._results.setdefault(kind, {})[name] = value
+        save(self.path, self._results)
+        if self._is_shown:
+            write_table("gpu", page_of(self._results, self.path.name))
+
+    def rows(self) -> str:
+        """Returns the table of all figures."""
+        return table_of(self._results)
+
+    def num_values(self, script: Path) -> dict[str, int]:
+        """Returns how many values there are of each goal of a step."""
+        figures = self._results.get("figures", {})
+        return {name: len(figures.get(name, {"values": []})["values"]) for name in goals_of(script)}
+
+
+def goals_of(script: Path) -> list[str]:
+    """Returns the goals that a step measures, by its name."""
+    numbers = {f"H{number}" for number in numbers_of(script, "H")}
+    return [name for name in GPU_GOALS if name.split()[0] in numbers]
+
+
+def run_steps(scripts: Sequence[Path], record: Record, options: Sequence[str], limit_s: float = LIMIT_S) -> list[str]:
+    """Runs steps one after the other; returns those that failed or were late, with the reason."""
+    faults = []
+    for script in scripts:
+        started = time.monotonic()
+        try:
+            for kind, found in stated([str(script), *options], [FIGURE, COSTS], limit_s):
+                if kind == FIGURE:
+                    record.figure(Figure(**found))
+                else:
+                    record.add("costs", found["work"], found)
+        except RuntimeError as error:
+            faults.append(f"{script.stem}: {error}")
+            record.add("faults", script.stem, str(error))
+            for name, number in record.num_values(script).items():
+                if not number:
+                    record.figure(Figure(name, [], str(error)))
+        print(f"{script.stem}: {time.monotonic() - started:.0f} s", flush=True)
+    return faults
+
+
+def run_tests(record: Record) -> list[str]:
+    """Runs the tests that need a GPU; returns the fault, if they fail."""
+    try:
+        list(stated(TESTS, [], LIMIT_S))
+    except RuntimeError as error:
+        record.add("faults", "pytest -m gpu", str(error))
+        return [f"pytest -m gpu: {error}"]
+    return []
+
+
+def table_of(results: dict[str, Any]) -> str:
+    figures = results.get("figures", {})
+    rows = [Figure(**figures[name]).row() for name in in_order(list(figures))]
+    return HEAD + "\n".join(rows) + "\n"
+
+
+def page_of(results: dict[str, Any], file: str) -> str:
+    """Returns what docs/performance.md shows."""
+    about, lines = results["machine"], []
+    for work, found in results.get("costs", {}).items():
+        largest = ", ".join(f"{cost['what']} {cost['share']:.0%}" for cost in found["costs"][:3])
+        lines.append(f"- largest costs of {work}: {largest}")
+    for step, reason in results.get("faults", {}).items():
+        lines.append(f"- **failed**: {step}: {reason}")
+    measured = f"Measured on {results['date']} on {named(about)}, torch {about['torch']}: `benchmarks/results/{file}`."
+    return "\n".join([measured, "", table_of(results), *lines]).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="ids such as H1,H6; then no costs and no tests")
+    parser.add_argument("--toy", action="store_true", help="every step on a CPU, in tiny sizes")
+    parser.add_argument("--out", type=Path, help="folder of the file of results; default benchmarks/results")
+    parser.add_argument("--enter", type=Path, help="file of results from another machine: writes it into the page")
+    arguments = parser.parse_args()
+    if arguments.enter:
+        results = json.loads(arguments.enter.read_text())
+        save(RESULTS / arguments.enter.name, results)
+        write_table("gpu", page_of(results, arguments.enter.name))
+        return
+    about = machine()
+    if about["gpu"] is None and not arguments.toy:
+        sys.exit("there is no CUDA device; `--toy` runs every step on a CPU, and measures nothing")
+    folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.toy else RESULTS)
+    record = Record(results_file(folder, about), is_shown=not arguments.toy)
+    only = arguments.only.split(",") if arguments.only else [name.split()[0] for name in GPU_GOALS]
+    options = ["--toy"] if arguments.toy else []
+    faults = run_steps(chosen(HERE / "gpu_steps", "H", only), record, options)
+    if not arguments.only:
+        faults += run_steps(sorted((HERE / "gpu_steps").glob("costs_*.py")), record, options) + run_tests(record)
+    print("Toy sizes on a CPU, which measure nothing:\n" * arguments.toy + record.rows())
+    print(
+        "\n".join(
+            [*(f"failed: {fault}" for fault in faults), str(record.path), *([] if arguments.toy else [str(PAGE)])]
+        )
+    )
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""A training step of the contrastive towers over tiles in the device's memory, as a single worker takes it."""
+
+import torch
+
+from mclstexp.config import Config, override
+from mclstexp.model.towers import build_network
+from mclstexp.training.checkpoint import TrainState
+from mclstexp.training.step import RankState, make_optimizer, train_step
+
+SENTENCE = 128
+GENES = 1000
+
+
+def small(settings: dict[str, object]) -> dict[str, object]:
+    """Returns settings with a tiny network on small tiles."""
+    tiny = {"model.image_encoder": "small_cnn", "tiles.size_px": 32, "model.spot_width": 16, "model.spot_layers": 1}
+    return tiny | settings
+
+
+class SyntheticStep:
+    """The towers, their optimiser, and batches of noise."""
+
+    def __init__(self, settings: dict[str, object], device: torch.device) -> None:
+        self.config = override(Config(), settings)
+        self.device, self.size_px = device, self.config.tiles.size_px
+        torch.manual_seed(0)
+        model = build_network(self.config.model, GENES, 0, self.size_px)
+        model = model.to(device).to(memory_format=torch.channels_last)
+        if self.config.train.compile:
+            model.image_tower.compile()
+        self.rank_state = RankState(
+            config=self.config,
+            model=model,
+            parallel=model,
+            optimizer=make_optimizer(model, self.config.train),
+            device=device,
+            rank=0,
+            world_size=1,
+            total_steps=1000,
+            state=TrainState({}),
+        )
+
+    def batch(self, num_spots: int, sentence: int = SENTENCE) -> dict[str, torch.Tensor]:
+        """Returns a batch of whole sentences on the device."""
+        shape, device = (num_spots // sentence, sentence), self.device
+        size = (self.size_px, self.size_px, 3)
+        return {
+            "image": torch.randint(0, 256, (*shape, *size), dtype=torch.uint8, device=device),
+            "expression": torch.rand((*shape, GENES), device=device),
+            "position": 300 * torch.randn((*shape, 2), device=device),
+            "mask": torch.ones(shape, dtype=torch.bool, device=device),
+        }
+
+    def take(self, batch: dict[str, torch.Tensor]) -> None:
+        """Takes one optimiser step."""
+        train_step(self.rank_state, batch)  # type: ignore[arg-type]  # it takes arrays and tensors alike
+        self.rank_state.state.step += 1
