@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mclstexp.config import Config, override
 from mclstexp.errors import ConfigError
+from mclstexp.model import infonce
 from mclstexp.model.losses import LOSSES, REGRESSION, gather, pairs_loss, regression_loss, require_loss, soft_loss
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig, TrainConfig
@@ -57,6 +59,49 @@ def test_loss_and_gradients_equal_the_formula(num_slots: int, scale: float, empt
         assert tensor.grad is not None
         np.testing.assert_allclose(tensor.grad.numpy()[valid], gradient, rtol=1e-3, atol=1e-5)
         assert not tensor.grad.numpy()[~valid].any()
+
+
+@pytest.mark.parametrize("block_numbers", [1, 7 * 40, 10**6])
+@pytest.mark.parametrize("scale", [0.5, 300.0])
+def test_blocks_of_rows_give_the_loss_and_gradients_of_the_whole_matrix(
+    block_numbers: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infonce, "BLOCK_NUMBERS", block_numbers)
+    rng = np.random.default_rng(1)
+    valid = rng.random(40) < 0.7
+    images, spots = (torch.tensor(rng.normal(size=(40, 8)), dtype=torch.float32) for _ in range(2))
+    images[~valid] = torch.inf
+    spots[~valid] = torch.nan
+    tensors = [images.requires_grad_(), spots.requires_grad_(), torch.tensor(scale, requires_grad=True)]
+    loss = pairs_loss(tensors[0], tensors[1], torch.from_numpy(valid), tensors[2])
+    loss.backward()
+    whole = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    rows, own = torch.from_numpy(np.flatnonzero(valid)), torch.arange(int(valid.sum()))
+    logits = whole[2] * whole[1][rows] @ whole[0][rows].T
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for tensor, reference in zip(tensors, whole, strict=True):
+        assert tensor.grad is not None
+        assert reference.grad is not None
+        error = (tensor.grad.double() - reference.grad).norm() / reference.grad.norm()
+        assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_number_of_an_empty_slot_reaches_a_loss(name: str) -> None:
+    rng = np.random.default_rng(2)
+    images, spots = (torch.tensor(rng.normal(size=(12, 4)), dtype=torch.float32) for _ in range(2))
+    valid, scale = torch.arange(12) % 3 > 0, torch.tensor(2.0)
+    expected = LOSSES[name](images[valid], spots[valid], torch.ones(8, dtype=torch.bool), scale)
+    images[~valid], spots[~valid] = torch.inf, torch.nan
+    images.requires_grad_()
+    loss = LOSSES[name](images, spots, valid, scale)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert images.grad is not None
+    assert images.grad[valid].abs().min() > 0
+    assert not images.grad[~valid].any()
 
 
 def test_soft_positives_follow_similarity_within_either_side() -> None:
@@ -221,5 +266,5 @@ def test_genes_that_are_not_measured_have_no_error_and_no_gradient(unknown: floa
     assert loss.item() == pytest.approx(np.nanmean(gap**2), rel=1e-6)
     np.testing.assert_allclose(predicted.grad.numpy(), np.where(known, 2 * gap, 0) / known.sum(), rtol=1e-5, atol=1e-9)
     if unknown == 0:
-        expected = torch.nn.functional.mse_loss(predicted[valid], torch.from_numpy(measured)[valid])
-        assert torch.equal(loss, expected), "to the bit"
+        expected = F.mse_loss(predicted[valid], torch.from_numpy(measured)[valid])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

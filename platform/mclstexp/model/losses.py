@@ -7,7 +7,6 @@ those of all ranks.
 Shapes: N slots of all ranks' batches (some empty), D channels of the embedding, or genes in direct regression.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from mclstexp.config import Config
 from mclstexp.errors import ConfigError
 from mclstexp.messages import did_you_mean
+from mclstexp.model.infonce import infonce
 
 REGRESSION = "regression"
 """The loss of `model.predictor=regression`; the others are values of `train.positives`."""
@@ -47,9 +47,12 @@ def pairs_loss(
 
     The mean of row-wise and column-wise cross-entropy of S = scale * spot imageT against the identity: InfoNCE (van
     den Oord et al. 2018, https://arxiv.org/abs/1807.03748) in its symmetric form (CLIP, Radford et al. 2021,
-    https://arxiv.org/abs/2103.00020), as mclSTExp uses it (2024, https://arxiv.org/abs/2407.08216).
+    https://arxiv.org/abs/2103.00020), as mclSTExp uses it (2024, https://arxiv.org/abs/2407.08216). S is computed in
+    blocks (`infonce`).
     """
-    return _cross_entropy(image_ND, spot_ND, valid_N, logit_scale, _own_spot)
+    with torch.autocast(image_ND.device.type, enabled=False):
+        images, spots = _valid(image_ND, valid_N), _valid(spot_ND, valid_N)
+        return infonce(logit_scale.float() * spots, images, valid_N)
 
 
 def soft_loss(
@@ -60,7 +63,13 @@ def soft_loss(
     A row's target is a softmax of the mean similarity within images and within spots, divided by the scale (BLEEP,
     Xie et al. 2023, https://arxiv.org/abs/2306.01859).
     """
-    return _cross_entropy(image_ND, spot_ND, valid_N, logit_scale, _similar_spots)
+    with torch.autocast(image_ND.device.type, enabled=False):
+        images, spots, scale = _valid(image_ND, valid_N), _valid(spot_ND, valid_N), logit_scale.float()
+        together_NN = _with_itself(valid_N[:, None] & valid_N)
+        similarity_NN = (images @ images.T + spots @ spots.T) / (2 * scale)
+        target_NN = similarity_NN.masked_fill(~together_NN, -torch.inf).softmax(dim=1)
+        loss_N = _both_ways(scale * spots @ images.T, target_NN, together_NN)
+        return (loss_N * valid_N).sum() / valid_N.sum().clamp(min=1)
 
 
 def regression_loss(
@@ -71,9 +80,8 @@ def regression_loss(
     A gene that a spot's section does not measure is NaN in `spot_ND`: it has no error, and no gradient.
     """
     known_ND = valid_N[:, None] & ~spot_ND.isnan()
-    if not known_ND.any():
-        return image_ND.sum() * 0.0
-    return F.mse_loss(image_ND[known_ND], spot_ND[known_ND])
+    error_ND = torch.where(known_ND, image_ND - spot_ND, 0.0)
+    return error_ND.square().sum() / known_ND.sum().clamp(min=1)
 
 
 def program_loss(
@@ -96,19 +104,37 @@ def program_loss(
         sentence_N: index of each slot's sentence, int64 (N,).
     """
     with torch.autocast(image_ND.device.type, enabled=False):
-        images, spots = image_ND[valid_N].float(), spot_ND[valid_N].float()
-        scores, sentence = F.normalize(scores_NR[valid_N].float(), dim=1), sentence_N[valid_N]
-        together_NN = sentence[:, None] == sentence
+        images, spots = _valid(image_ND, valid_N), _valid(spot_ND, valid_N)
+        scores = F.normalize(_valid(scores_NR, valid_N), dim=1)
+        together_NN = _with_itself((sentence_N[:, None] == sentence_N) & valid_N[:, None] & valid_N)
         size_N = together_NN.sum(dim=1)
-        weight_N = (size_N > 1) / size_N.clamp(min=2).log() / max(1, len(images))
+        weight_N = (size_N > 1) / size_N.clamp(min=2).log() / valid_N.sum().clamp(min=1)
         target_NN = (scores @ scores.T / SCORE_TEMPERATURE).masked_fill(~together_NN, -torch.inf).softmax(dim=1)
-        logits_NN = logit_scale.float() * spots @ images.T
-        losses = [_cross_entropy_within(each, target_NN, together_NN) for each in (logits_NN, logits_NN.T)]
-        return (weight_N * (losses[0] + losses[1])).sum() / 2 + 0.0 * (image_ND.sum() + spot_ND.sum())
+        loss_N = _both_ways(logit_scale.float() * spots @ images.T, target_NN, together_NN)
+        return (weight_N * loss_N).sum()
+
+
+def _valid(rows_ND: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
+    """Returns the rows in float32, with zeros in the empty slots.
+
+    The losses mask empty slots. Taking the valid rows out would make a GPU wait until the host knows their number.
+    """
+    return torch.where(valid_N[:, None], rows_ND.float(), 0.0)
+
+
+def _with_itself(together_NN: torch.Tensor) -> torch.Tensor:
+    """Returns the pairs and each slot with itself, so that a softmax over an empty slot's row is finite."""
+    return together_NN | torch.eye(len(together_NN), dtype=torch.bool, device=together_NN.device)
+
+
+def _both_ways(logits_NN: torch.Tensor, target_NN: torch.Tensor, together_NN: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of row-wise and column-wise cross-entropy with the same targets, (N,)."""
+    by_row, by_column = (_cross_entropy_within(each, target_NN, together_NN) for each in (logits_NN, logits_NN.T))
+    return (by_row + by_column) / 2
 
 
 def _cross_entropy_within(logits_NN: torch.Tensor, target_NN: torch.Tensor, together_NN: torch.Tensor) -> torch.Tensor:
-    """Returns each row's cross-entropy over the columns of its own sentence, (N,)."""
+    """Returns each row's cross-entropy over the columns that it is together with, (N,)."""
     log_shares_NN = logits_NN.masked_fill(~together_NN, -torch.inf).log_softmax(dim=1)
     return -(target_NN * log_shares_NN.masked_fill(~together_NN, 0.0)).sum(dim=1)
 
@@ -156,32 +182,3 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
         world_size = dist.get_world_size()
         return gradient.chunk(world_size)[dist.get_rank()] * world_size
-
-
-_Targets = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Valid images (n, D), spots (n, D) and the scale to the targets of the rows: indices (n,) or shares (n, n)."""
-
-
-def _cross_entropy(
-    image_ND: torch.Tensor,
-    spot_ND: torch.Tensor,
-    valid_N: torch.Tensor,
-    logit_scale: torch.Tensor,
-    targets: _Targets,
-) -> torch.Tensor:
-    """Returns the mean of row-wise and column-wise cross-entropy of the scaled similarities, in float32."""
-    with torch.autocast(image_ND.device.type, enabled=False):
-        images, spots = image_ND[valid_N].float(), spot_ND[valid_N].float()
-        if not len(images):
-            return (image_ND.sum() + spot_ND.sum()) * 0.0 * logit_scale
-        logits_NN = logit_scale.float() * spots @ images.T
-        target = targets(images, spots, logit_scale.float())
-        return (F.cross_entropy(logits_NN, target) + F.cross_entropy(logits_NN.T, target)) / 2
-
-
-def _own_spot(images: torch.Tensor, spots: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    return torch.arange(len(images), device=images.device)
-
-
-def _similar_spots(images: torch.Tensor, spots: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    return ((images @ images.T + spots @ spots.T) / (2 * logit_scale)).softmax(dim=1)
