@@ -1,30 +1,33 @@
-"""CPU time per tile of reading a slide in storage tiles of JPEG, beside OpenSlide alone, in one thread.
+"""CPU time per tile of reading a slide in storage tiles of JPEG, beside OpenSlide alone, in one thread (R11).
 
-    python benchmarks/tile_rates.py SLIDE --rounds 5
+    python benchmarks/bench.py --only R11 --data DATA
 
 Both read the same tiles of tissue in the order of prediction, in turn, each round through new handles: tiles that are
 storage tiles, those moved by one pixel, which touch four, and adjoining tiles of another size. Then wide views, through
 the engine over OpenSlide and over storage tiles. What both have in common is stated beside: the opening of a slide, and
-the JPEG round trip of a predicted tile.
+the JPEG round trip of a predicted tile. The slide is DATA/slides/C5_aperio.svs, a real section; a painted one without.
 """
 
 import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import openslide  # noqa: E402
 import tifffile  # noqa: E402
+from goals import say  # noqa: E402
 
+from ingest.synthetic import CohortSpec, make_cohort  # noqa: E402
 from mclstexp.prediction.tile_reader import as_stored  # noqa: E402
 from mclstexp.settings import TilesConfig  # noqa: E402
 from mclstexp.slides.pyramid import Pyramid  # noqa: E402
@@ -32,8 +35,9 @@ from mclstexp.slides.slide import Slide, open_slide  # noqa: E402
 from mclstexp.slides.tiles import curve_order  # noqa: E402
 from mclstexp.slides.tissue import find_tissue  # noqa: E402
 
-MAX_TILES, ASSUMED_MPP = 1000, 0.5
+MAX_TILES, ASSUMED_MPP, SIZE_PX = 1000, 0.5, 224
 WIDE_PX, WIDE_SCALE = 112, 8.0
+UNIT = "tiles/CPU-s"
 Corners = list[tuple[int, int]]
 
 
@@ -87,49 +91,55 @@ def read_s(side: Side, path: Path, tiles: Corners, size: int) -> float:
         return cpu_s(lambda: side.read(slide, tiles, size))
 
 
-def compare(name: str, sides: tuple[Side, Side], path: Path, tiles: Corners, size: int, rounds: int) -> list[float]:
-    """Prints the median rates of both sides and the ratios of the rounds, and returns these."""
+def compare(sides: tuple[Side, Side], path: Path, tiles: Corners, size: int, rounds: int) -> list[tuple[float, float]]:
+    """Returns the tiles per CPU-second of ours and of the other side in each round."""
     times = [[read_s(side, path, tiles, size) for side in sides] for _ in range(rounds)]
-    rates = [len(tiles) / statistics.median(seconds) for seconds in zip(*times, strict=True)]
-    ratios = sorted(first / second for first, second in times)
-    print(
-        f"{name:16} {len(tiles):5} tiles  {rates[0]:7.0f} and {rates[1]:7.0f} tiles/CPU-s  "
-        f"ratio {statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-        flush=True,
-    )
-    return ratios
+    return [(len(tiles) / ours, len(tiles) / theirs) for theirs, ours in times]
 
 
-def measure(path: Path, size: int, rounds: int) -> dict[str, list[float]]:
-    """Returns the ratios of all rounds, ours to OpenSlide's, by how tiles meet storage tiles."""
+def measure(path: Path, rounds: int) -> None:
+    """States the ratios, by how tiles meet storage tiles."""
     with tifffile.TiffFile(path) as file:
         edge = file.pages.first.tilewidth
-    layouts = {"aligned": (edge, edge, 0), "unaligned": (edge, edge, 1), f"{size} of {edge} px": (size, size, 0)}
-    tiles, wide_tiles = (Side(openslide.OpenSlide, alone), Side(open_slide, engine)), corners(path, size, size, 0)
-    ratios = {
-        name: compare(name, tiles, path, corners(path, step, tile, offset), tile, rounds)
-        for name, (step, tile, offset) in layouts.items()
+    layouts = {
+        "aligned": (edge, edge, 0),
+        "unaligned": (edge, edge, 1),
+        f"{SIZE_PX} of {edge} px": (SIZE_PX, SIZE_PX, 0),
     }
-    views = Side(through_openslide, wide), Side(open_slide, wide)
-    return ratios | {"wide view": compare("wide view", views, path, wide_tiles, size, rounds)}
+    tiles, views = (Side(openslide.OpenSlide, alone), Side(open_slide, engine)), Side(open_slide, wide)
+    for name, (step, size, offset) in layouts.items():
+        corner = corners(path, step, size, offset)
+        say(f"R11 {name}", compare(tiles, path, corner, size, rounds), UNIT, f"{path.name}, {len(corner)} tiles")
+    corner = corners(path, SIZE_PX, SIZE_PX, 0)
+    found = compare((Side(through_openslide, wide), views), path, corner, SIZE_PX, rounds)
+    say("R11 wide view", found, UNIT, f"{len(corner)} of {WIDE_PX} px at {WIDE_SCALE:.0f} px; through the engine both")
+
+
+def state_costs(path: Path, rounds: int) -> None:
+    """Prints what both sides pay besides."""
+    with open_slide(path) as slide:
+        tile = slide.read_tile(slide.width // 2, slide.height // 2, SIZE_PX, 1.0)
+    assert tile is not None
+    trip = cpu_s(lambda: [as_stored(tile, TilesConfig(size_px=SIZE_PX)) for _ in range(200)]) / 200
+    for name, opened in (("OpenSlide", openslide.OpenSlide), ("the engine", open_slide)):
+        times = [cpu_s(lambda opened=opened: opened(path)) for _ in range(rounds)]
+        print(f"opening by {name}: {1e3 * statistics.median(times):.1f} ms")
+    print(f"JPEG round trip of a tile: {1e3 * trip:.2f} ms, {1 / trip:.0f} tiles/CPU-s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slide", type=Path)
-    parser.add_argument("--size-px", type=int, default=224, help="edge of the tiles of another size")
+    parser.add_argument("--data", type=Path, help="folder with slides/C5_aperio.svs")
+    parser.add_argument("--slide", type=Path, help="another slide")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"{arguments.slide.name}: OpenSlide alone and the engine")
-    measure(arguments.slide, arguments.size_px, arguments.rounds)
-    with open_slide(arguments.slide) as slide:
-        tile = slide.read_tile(slide.width // 2, slide.height // 2, arguments.size_px, 1.0)
-    assert tile is not None
-    trip = cpu_s(lambda: [as_stored(tile, TilesConfig(size_px=arguments.size_px)) for _ in range(200)]) / 200
-    for name, opened in (("OpenSlide", openslide.OpenSlide), ("the engine", open_slide)):
-        times = [cpu_s(lambda opened=opened: opened(arguments.slide)) for _ in range(arguments.rounds)]
-        print(f"opening by {name}: {1e3 * statistics.median(times):.1f} ms")
-    print(f"JPEG round trip of a tile: {1e3 * trip:.2f} ms, {1 / trip:.0f} tiles/CPU-s")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = arguments.slide or (arguments.data and arguments.data / "slides/C5_aperio.svs")
+        if path is None:
+            make_cohort(scratch, CohortSpec(num_patients=1, sections_per_patient=1, pitch_px=256))
+            path = sorted(Path(scratch).glob("*.tif"))[0]
+        measure(path, arguments.rounds)
+        state_costs(path, arguments.rounds)
 
 
 if __name__ == "__main__":
