@@ -1,0 +1,141 @@
+"""Training rate on 1, 2 and 4 workers of a core each, at equal work per worker (weak) and at equal batch (strong).
+
+    python benchmarks/bench.py --only R13
+
+DenseNet-121 on tiles of 224 px, streamed and trained by the product. Rates are those of the steps behind the second;
+CPU time is that of the workers, over all their steps. On fewer cores than workers the cores are shared, and an ideal
+rate is that of the cores.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
+
+import psutil  # noqa: E402
+import ray  # noqa: E402
+from goals import say  # noqa: E402
+
+from ingest.prepare import prepare  # noqa: E402
+from ingest.synthetic import CohortSpec, make_cohort  # noqa: E402
+from mclstexp.config import Config, override  # noqa: E402
+from mclstexp.progress import Metrics  # noqa: E402
+from mclstexp.training.run import open_run  # noqa: E402
+from mclstexp.training.trainer import fit  # noqa: E402
+
+SPOTS, SENTENCES, SKIPPED = 4, 2, 2
+"""Spots of a sentence, sentences of a worker's step, and first steps that are not counted."""
+NUM_CPUS = 12  # logical ones: each worker and each stream takes one
+WORKER = "RayTrainWorker"
+SETTINGS = {
+    "tiles.size_px": 224,
+    "tiles.wide_um": None,
+    "tiles.sentence_length": SPOTS,
+    "genes.num_genes": 100,
+    "model.image_weights": "random",
+    "model.batch_norm": "frozen",
+    "train.epochs": 1,
+    "split.test_patients": ["P3"],
+    "train.augmentation": "none",
+    "train.cpus_per_worker": 1,
+}
+
+
+@dataclass
+class Watch:
+    """What the driver sees of a training."""
+
+    steps: list[Metrics] = field(default_factory=list)
+    cpu_s: float = 0.0
+    """Of all workers, when last looked at."""
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step."""
+        self.steps.append(metrics)
+
+    def follow(self) -> None:
+        """Looks at the workers until `stop`."""
+        while not self._stop.wait(0.2):
+            running = psutil.process_iter(["cmdline", "cpu_times"])
+            workers = [each.info for each in running if WORKER in " ".join(each.info["cmdline"] or [])]
+            self.cpu_s = max(self.cpu_s, sum(sum(each["cpu_times"][:2]) for each in workers))
+
+    def stop(self) -> None:
+        """Ends `follow`."""
+        self._stop.set()
+
+    @property
+    def spots_per_s(self) -> float:
+        """Median rate."""
+        return median(metrics["spots_per_s"] for metrics in self.steps[SKIPPED:])
+
+    @property
+    def data_wait(self) -> float:
+        """Median share of a step that waits for data."""
+        return median(metrics["data_wait_share"] for metrics in self.steps[SKIPPED:])
+
+
+def train(data: str, out: str, name: str, config: Config) -> Watch:
+    """Trains from the start and returns what was seen."""
+    watch = Watch()
+    follower = threading.Thread(target=watch.follow, daemon=True)
+    follower.start()
+    fit(open_run(data, out, name, config, lambda *_: ""), watch.log)
+    watch.stop()
+    follower.join()
+    return watch
+
+
+def settings(workers: int, batch: int) -> Config:
+    """Returns the configuration of a number of workers and of sentences in a step."""
+    return override(Config(), SETTINGS | {"train.num_workers": workers, "train.batch_sentences": batch})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", help="unused")
+    parser.add_argument("--all", action="store_true", help="4 workers and equal batches too")
+    arguments = parser.parse_args()
+    kinds = {"1": (1, SENTENCES), "2 weak": (2, 2 * SENTENCES)}
+    if arguments.all:
+        kinds |= {"2 strong": (2, SENTENCES), "4 weak": (4, 4 * SENTENCES), "4 strong": (4, 2 * SENTENCES)}
+    with tempfile.TemporaryDirectory() as scratch:
+        ray.init(num_cpus=NUM_CPUS, log_to_driver=False)
+        found = measure(scratch, kinds, arguments.rounds)
+        ray.shutdown()
+    for kind, watches in found.items():
+        rates = [watch.spots_per_s for watch in watches]
+        print(
+            f"{kind}: {median(rates):.1f} tiles/s ({min(rates):.1f} to {max(rates):.1f}), waiting for data "
+            f"{median(watch.data_wait for watch in watches):.0%}, {median(watch.cpu_s for watch in watches):.0f} CPU-s"
+        )
+    pairs = [(two.spots_per_s, 2 * one.spots_per_s) for two, one in zip(found["2 weak"], found["1"], strict=True)]
+    say("R13", pairs, "tiles/s", f"DenseNet-121, 224 px, {SPOTS * SENTENCES} tiles a worker and step")
+
+
+def measure(scratch: str, kinds: dict[str, tuple[int, int]], rounds: int) -> dict[str, list[Watch]]:
+    """Trains each kind in turn, in each round."""
+    data, spec = f"{scratch}/tiles", CohortSpec(num_patients=3, sections_per_patient=1, array_side=8)
+    prepare(make_cohort(f"{scratch}/cohort", spec), data, settings(1, SENTENCES))
+    found: dict[str, list[Watch]] = {kind: [] for kind in kinds}
+    for number in range(rounds):
+        for kind, sizes in kinds.items():
+            started = time.monotonic()
+            found[kind].append(train(data, f"{scratch}/runs", f"{kind.replace(' ', '-')}-{number}", settings(*sizes)))
+            print(f"{kind}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
