@@ -28,7 +28,7 @@ MEASURED = {
     "MOB1": [379, {"no_position": 11, "not_selected": 1689}, "eda3d8775979cb0d", "c7bfb4c36447edb9"],
 }
 SLIDES = {
-    "C5_aperio": [492, {"no_tissue": 2105}, "6fbc93aade195540"],
+    "C5_aperio": [492, {"no_tissue": 2105}, "544a0a8a60e1efc4"],
     "cmu_small_region": [51, {"no_tissue": 37}, "0f60c224f186179b"],
     "tcga-cr-7395-01a-01-ts1": [169, {"no_tissue": 52}, "3a231b2a251ed5e5"],
 }

@@ -23,30 +23,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
 import psutil  # noqa: E402
 import ray  # noqa: E402
 from goals import say  # noqa: E402
+from small_table import SPOTS, configuration, make_table  # noqa: E402
 
-from ingest.prepare import prepare  # noqa: E402
-from ingest.synthetic import CohortSpec, make_cohort  # noqa: E402
-from mclstexp.config import Config, override  # noqa: E402
+from mclstexp.config import Config  # noqa: E402
 from mclstexp.progress import Metrics  # noqa: E402
 from mclstexp.training.run import open_run  # noqa: E402
 from mclstexp.training.trainer import fit  # noqa: E402
 
-SPOTS, SENTENCES, SKIPPED = 4, 2, 2
-"""Spots of a sentence, sentences of a worker's step, and first steps that are not counted."""
+SENTENCES, SKIPPED = 2, 2
+"""Sentences of a worker's step, and first steps that are not counted."""
 NUM_CPUS = 12  # logical ones: each worker and each stream takes one
 WORKER = "RayTrainWorker"
-SETTINGS = {
-    "tiles.size_px": 224,
-    "tiles.wide_um": None,
-    "tiles.sentence_length": SPOTS,
-    "genes.num_genes": 100,
-    "model.image_weights": "random",
-    "model.batch_norm": "frozen",
-    "train.epochs": 1,
-    "split.test_patients": ["P3"],
-    "train.augmentation": "none",
-    "train.cpus_per_worker": 1,
-}
 
 
 @dataclass
@@ -95,11 +82,6 @@ def train(data: str, out: str, name: str, config: Config) -> Watch:
     return watch
 
 
-def settings(workers: int, batch: int) -> Config:
-    """Returns the configuration of a number of workers and of sentences in a step."""
-    return override(Config(), SETTINGS | {"train.num_workers": workers, "train.batch_sentences": batch})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -125,13 +107,13 @@ def main() -> None:
 
 def measure(scratch: str, kinds: dict[str, tuple[int, int]], rounds: int) -> dict[str, list[Watch]]:
     """Trains each kind in turn, in each round."""
-    data, spec = f"{scratch}/tiles", CohortSpec(num_patients=3, sections_per_patient=1, array_side=8)
-    prepare(make_cohort(f"{scratch}/cohort", spec), data, settings(1, SENTENCES))
+    data = make_table(scratch)
     found: dict[str, list[Watch]] = {kind: [] for kind in kinds}
     for number in range(rounds):
-        for kind, sizes in kinds.items():
+        for kind, (workers, sentences) in kinds.items():
+            config = configuration(train__num_workers=workers, train__batch_sentences=sentences)
             started = time.monotonic()
-            found[kind].append(train(data, f"{scratch}/runs", f"{kind.replace(' ', '-')}-{number}", settings(*sizes)))
+            found[kind].append(train(data, f"{scratch}/runs", f"{kind.replace(' ', '-')}-{number}", config))
             print(f"{kind}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return found
 

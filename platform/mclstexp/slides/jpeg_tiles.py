@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG, TiffPage
 
 from mclstexp.slides.pyramid import Pyramid
@@ -55,8 +54,8 @@ class JpegLevel:
 class JpegTiles:
     """Levels of a file that OpenSlide reads, in storage tiles of JPEG; its regions are `Pyramid`'s.
 
-    They are the same at level 0, and within 2 grey levels where a region begins between a coarser level's pixels. Only
-    at the end of a coarser level, where OpenSlide's are half transparent, these are not.
+    They are the same, but for the seams of storage tiles (within 2 grey levels) where a region begins between a coarser
+    level's pixels. Only at the end of a coarser level, where OpenSlide's are half transparent, these are not.
     """
 
     reads_regions = True
@@ -79,11 +78,7 @@ class JpegTiles:
         region = self._region(level, first_x, first_y, width + is_between, height + is_between)
         if region is None:
             return self._slide.read(level, left, top, width, height)
-        if is_between:
-            box = x - first_x, y - first_y, x - first_x + width, y - first_y + height
-            image = Image.fromarray(region).resize((width, height), Image.Resampling.BILINEAR, box=box)
-            region = np.asarray(image)
-        return region, x, y
+        return _blended(region, x - first_x, y - first_y) if is_between else region, x, y
 
     def close(self) -> None:
         """Closes the file."""
@@ -149,6 +144,18 @@ class JpegTiles:
         except ValueError:
             return False
         return True
+
+
+def _blended(region: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Returns the pixels at an offset of less than one pixel, uint8 (height - 1, width - 1, 3), as OpenSlide's.
+
+    It interpolates between neighbours, and maps [0, 1] to 0 .. 255 by the whole part of 256 times the value.
+    """
+    pixels = region.astype(np.float32)
+    pixels = pixels[:, :-1] + np.float32(x) * (pixels[:, 1:] - pixels[:, :-1])
+    pixels = pixels[:-1] + np.float32(y) * (pixels[1:] - pixels[:-1])
+    pixels *= np.float32(256 / 255)
+    return np.minimum(pixels, np.float32(255)).astype(np.uint8)
 
 
 def jpeg_levels(sizes: Sequence[tuple[int, int]], pages: Sequence[TiffPage]) -> list[JpegLevel] | None:
