@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -30,16 +30,19 @@ from mclstexp.model.answer import answerer_of  # noqa: E402
 from mclstexp.model.version import ModelVersion  # noqa: E402
 from mclstexp.prediction.cohort import plan_of  # noqa: E402
 from mclstexp.prediction.inspect import inspect  # noqa: E402
-from mclstexp.prediction.parts import PART_TILES, encode_part, read_grid, write_part  # noqa: E402
-from mclstexp.prediction.plan import SlideSource  # noqa: E402
+from mclstexp.prediction.parts import PART_TILES, Inspection, encode_part, read_grid, write_part  # noqa: E402
+from mclstexp.prediction.plan import CohortPlan, SlideSource  # noqa: E402
 from mclstexp.prediction.publish import publish_slide  # noqa: E402
 from mclstexp.prediction.tile_reader import TileReader  # noqa: E402
 from mclstexp.prediction.writers.slide import OutputInfo  # noqa: E402
 from mclstexp.settings import PredictConfig  # noqa: E402
 
-READ = {"as predicted": {}}
-READ["through OpenSlide"] = {"mclstexp.slides.tiff.jpeg_levels": lambda *_: None}
-READ["without round trip"] = {"mclstexp.prediction.tile_reader.as_stored": lambda tile, _: tile}
+USUAL, BY_OPENSLIDE, WITHOUT = "as predicted", "through OpenSlide", "without round trip"
+READ: dict[str, dict[str, object]] = {
+    USUAL: {},
+    BY_OPENSLIDE: {"mclstexp.slides.tiff.jpeg_levels": lambda *_: None},
+    WITHOUT: {"mclstexp.prediction.tile_reader.as_stored": lambda tile, _: tile},
+}
 
 
 @dataclass(frozen=True)
@@ -57,48 +60,66 @@ class Seen:
 @contextmanager
 def replaced(changes: dict[str, object]) -> Iterator[None]:
     """Replaces functions by their dotted names while the block runs."""
-    patches = [patch(name, new) for name, new in changes.items()]
-    for each in patches:
-        each.start()
-    try:
+    with ExitStack() as stack:
+        for name, new in changes.items():
+            stack.enter_context(patch(name, new))
         yield
-    finally:
-        for each in patches:
-            each.stop()
+
+
+def parts_of(found: Inspection, image: Path, plan: CohortPlan) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
+    """Yields the tiles of each part by view, and which are complete."""
+    table = read_grid(found.staging, found.record.num_tiles)
+    with TileReader(plan) as reader:
+        for start in range(0, len(table), PART_TILES):
+            rows = table.slice(start, PART_TILES)
+            columns = reader.read_part(str(image), rows, found.record)
+            complete = columns.pop("complete")[: len(rows)]
+            yield tuple(pixels[: len(rows)] for pixels in columns.values()), complete
 
 
 def predict(model: ModelVersion, image: Path, assume_mpp: float | None) -> Seen:
     """Returns a slide's tiles and answers."""
     answer = answerer_of(model).build(torch.device("cpu"))
-    tiles, read_s = [], 0.0
     with tempfile.TemporaryDirectory() as out:
-        plan = plan_of(model, out, PredictConfig(other_stains=True), assume_mpp)
-        found = inspect(SlideSource("slide", "slide", "", str(image), None), plan)
-        table = read_grid(found.staging, found.record.num_tiles)
-        with TileReader(plan) as reader:
-            for part, start in enumerate(range(0, len(table), PART_TILES)):
-                rows = table.slice(start, PART_TILES)
-                started = time.process_time()
-                columns = reader.read_part(str(image), rows, found.record)
-                read_s += time.process_time() - started
-                complete = columns.pop("complete")[: len(rows)]
-                views = tuple(pixels[: len(rows)] for pixels in columns.values())
-                tiles += views
-                write_part(found.staging, part, encode_part(answer(views, complete), complete))
+        found, plan = inspected(model, image, assume_mpp, out)
+        started = time.process_time()
+        parts = list(parts_of(found, image, plan))
+        read_s = time.process_time() - started
+        for number, (views, complete) in enumerate(parts):
+            write_part(found.staging, number, encode_part(answer(views, complete), complete))
         publish_slide(found.staging, out, OutputInfo.of_model(model))
         (file,) = Path(out).glob("**/slide.parquet")
         predicted = pq.read_table(file)
-    return Seen(tiles, np.stack([predicted[name].to_numpy() for name in model.panel.gene_id], axis=1), read_s)
+    expression = np.stack([predicted[name].to_numpy() for name in model.panel.gene_id], axis=1)
+    return Seen([view for views, _ in parts for view in views], expression, read_s)
+
+
+def inspected(model: ModelVersion, image: Path, assume_mpp: float | None, out: str) -> tuple[Inspection, CohortPlan]:
+    """Returns what is known of a slide before its tiles are read, and how they are cut."""
+    plan = plan_of(model, out, PredictConfig(other_stains=True), assume_mpp)
+    return inspect(SlideSource("slide", "slide", "", str(image), None), plan), plan
+
+
+def as_read(model: ModelVersion, image: Path, assume_mpp: float | None) -> list[np.ndarray]:
+    """Returns a slide's tiles before the round trip, as `Seen` has them."""
+    with tempfile.TemporaryDirectory() as out:
+        found, plan = inspected(model, image, assume_mpp, out)
+        return [view for views, _ in parts_of(found, image, plan) for view in views]
+
+
+def apart(one: list[np.ndarray], other: list[np.ndarray]) -> str:
+    """Returns in words how far pixels differ."""
+    differences = [np.abs(first.astype(np.int16) - second) for first, second in zip(one, other, strict=True)]
+    mean = np.mean([each.mean() for each in differences])
+    return f"pixels within {max(each.max() for each in differences)} ({mean:.3f} on average)"
 
 
 def compare(usual: Seen, other: Seen) -> str:
     """Returns how far two ways are apart, in one line."""
-    apart = [np.abs(one.astype(np.int16) - two) for one, two in zip(usual.tiles, other.tiles, strict=True)]
-    largest, mean = max(each.max() for each in apart), np.mean([each.mean() for each in apart])
     alike = pearson_per_gene(usual.expression, other.expression)
     answers = np.nanmax(np.abs(usual.expression - other.expression) / np.nanstd(usual.expression, axis=0))
     return (
-        f"pixels within {largest} ({mean:.3f} on average), genes correlate by {np.nanmin(alike):.5f} at least, "
+        f"{apart(usual.tiles, other.tiles)}, genes correlate by {np.nanmin(alike):.5f} at least, "
         f"{np.nanmedian(alike):.5f} in the median; answers within {answers:.2g} deviations of their gene"
     )
 
@@ -115,9 +136,14 @@ def main() -> None:
         for name, changes in READ.items():
             with replaced(changes):
                 seen[name] = predict(model, image, arguments.assume_mpp)
-        usual = seen.pop("as predicted")
+        usual = seen.pop(USUAL)
         num_tiles = len(usual.expression)
         print(f"{image.name}: {num_tiles} tiles, read in {1000 * usual.read_s / num_tiles:.2f} CPU-ms each", flush=True)
+        raw = []
+        for changes in (READ[WITHOUT], READ[WITHOUT] | READ[BY_OPENSLIDE]):
+            with replaced(changes):
+                raw.append(as_read(model, image, arguments.assume_mpp))
+        print(f"  {BY_OPENSLIDE}, before the round trip: {apart(*raw)}", flush=True)
         for name, other in seen.items():
             print(f"  {name}, {1000 * other.read_s / num_tiles:.2f} CPU-ms: {compare(usual, other)}", flush=True)
 

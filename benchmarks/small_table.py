@@ -26,7 +26,7 @@ def configuration(**settings: object) -> Config:
 
 
 def make_table(folder: str) -> str:
-    """Writes a tile table of two patients that train and one that is left out; returns its URI. Ray must be connected."""
+    """Writes a tile table of two patients that train and one that is left out, and returns its URI; needs Ray."""
     spec = CohortSpec(num_patients=3, sections_per_patient=1, array_side=8)
     prepare(make_cohort(f"{folder}/cohort", spec), f"{folder}/tiles", configuration())
     return f"{folder}/tiles"
