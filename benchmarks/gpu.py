@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from goals import COSTS, FIGURE, GPU_GOALS, Figure
 from measurements import (
@@ -37,11 +38,40 @@ from measurements import (
     write_table,
 )
 
-LIMIT_S = 90.0
-"""Most time of a step."""
+LIMIT_S, TOTAL_S = 90.0, 420.0
+"""Most time of a step, and of all."""
 HEAD = "| | figure | median | range | target | |\n|---|---|---|---|---|---|\n"
-TESTS = ["-m", "pytest", "-m", "gpu", "-q", "-W", "ignore::pytest.PytestConfigWarning", str(ROOT / "tests/test_gpu.py")]
+TESTS = ("-m", "pytest", "-m", "gpu", "-q", "-W", "ignore::pytest.PytestConfigWarning", str(ROOT / "tests/test_gpu.py"))
 """Without a plugin that pyproject.toml configures, pytest warns."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A script that states figures."""
+
+    name: str
+    command: tuple[str, ...]
+    goals: tuple[str, ...] = ()
+    """What it measures."""
+
+    @classmethod
+    def of(cls, script: Path, options: Sequence[str] = ()) -> Self:
+        """Returns the step of a script that is named after its goals."""
+        numbers = {f"H{number}" for number in numbers_of(script, "H")}
+        goals = tuple(name for name in GPU_GOALS if name.split()[0] in numbers)
+        return cls(script.stem, (str(script), *options), goals)
+
+
+def steps(only: Sequence[str], options: Sequence[str]) -> list[Step]:
+    """Returns the steps of some goals, or of all with costs and tests; what takes long to compile comes last."""
+    wanted = only or [name.split()[0] for name in GPU_GOALS]
+    measuring = [Step.of(script, options) for script in chosen(HERE / "gpu_steps", "H", wanted)]
+    compiled = [step for step in measuring if step.name.endswith("_compiled")]
+    plain = [step for step in measuring if step not in compiled]
+    if only:
+        return plain + compiled
+    works = [Step(f"costs {work}", (str(HERE / "costs.py"), work, *options)) for work in ("train", "predict")]
+    return [*plain, Step("pytest -m gpu", TESTS), *works, *compiled]
 
 
 class Record:
@@ -66,47 +96,33 @@ class Record:
         """Returns the table of all figures."""
         return table_of(self._results)
 
-    def num_values(self, script: Path) -> dict[str, int]:
-        """Returns how many values there are of each goal of a step."""
-        figures = self._results.get("figures", {})
-        return {name: len(figures.get(name, {"values": []})["values"]) for name in goals_of(script)}
+    def fail(self, step: Step, reason: str) -> None:
+        """Adds why a step failed, and its goals that have no figure."""
+        self.add("faults", step.name, reason)
+        for name in step.goals:
+            if name not in self._results.get("figures", {}):
+                self.figure(Figure(name, [], reason))
 
 
-def goals_of(script: Path) -> list[str]:
-    """Returns the goals that a step measures, by its name."""
-    numbers = {f"H{number}" for number in numbers_of(script, "H")}
-    return [name for name in GPU_GOALS if name.split()[0] in numbers]
-
-
-def run_steps(scripts: Sequence[Path], record: Record, options: Sequence[str], limit_s: float = LIMIT_S) -> list[str]:
+def run_steps(planned: Sequence[Step], record: Record, limit_s: float = LIMIT_S, total_s: float = TOTAL_S) -> list[str]:
     """Runs steps one after the other; returns those that failed or were late, with the reason."""
-    faults = []
-    for script in scripts:
+    faults, until = [], time.monotonic() + total_s
+    for step in planned:
         started = time.monotonic()
+        left_s = min(limit_s, until - started)
         try:
-            for kind, found in stated([str(script), *options], [FIGURE, COSTS], limit_s):
+            if left_s <= 0:
+                raise RuntimeError(f"no time was left of {total_s:g} s")
+            for kind, found in stated(step.command, [FIGURE, COSTS], left_s):
                 if kind == FIGURE:
                     record.figure(Figure(**found))
                 else:
                     record.add("costs", found["work"], found)
         except RuntimeError as error:
-            faults.append(f"{script.stem}: {error}")
-            record.add("faults", script.stem, str(error))
-            for name, number in record.num_values(script).items():
-                if not number:
-                    record.figure(Figure(name, [], str(error)))
-        print(f"{script.stem}: {time.monotonic() - started:.0f} s", flush=True)
+            faults.append(f"{step.name}: {error}")
+            record.fail(step, str(error))
+        print(f"{step.name}: {time.monotonic() - started:.0f} s", flush=True)
     return faults
-
-
-def run_tests(record: Record) -> list[str]:
-    """Runs the tests that need a GPU; returns the fault, if they fail."""
-    try:
-        list(stated(TESTS, [], LIMIT_S))
-    except RuntimeError as error:
-        record.add("faults", "pytest -m gpu", str(error))
-        return [f"pytest -m gpu: {error}"]
-    return []
 
 
 def table_of(results: dict[str, Any]) -> str:
@@ -144,11 +160,8 @@ def main() -> None:
         sys.exit("there is no CUDA device; `--toy` runs every step on a CPU, and measures nothing")
     folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.toy else RESULTS)
     record = Record(results_file(folder, about), is_shown=not arguments.toy)
-    only = arguments.only.split(",") if arguments.only else [name.split()[0] for name in GPU_GOALS]
-    options = ["--toy"] if arguments.toy else []
-    faults = run_steps(chosen(HERE / "gpu_steps", "H", only), record, options)
-    if not arguments.only:
-        faults += run_steps(sorted((HERE / "gpu_steps").glob("costs_*.py")), record, options) + run_tests(record)
+    only = arguments.only.split(",") if arguments.only else []
+    faults = run_steps(steps(only, ["--toy"] if arguments.toy else []), record)
     print("Toy sizes on a CPU, which measure nothing:\n" * arguments.toy + record.rows())
     print(
         "\n".join(

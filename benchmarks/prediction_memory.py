@@ -21,59 +21,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
-import numpy as np  # noqa: E402
 import psutil  # noqa: E402
-import tifffile  # noqa: E402
-from PIL import Image  # noqa: E402
+from synthetic_slide import MPP, write_slide  # noqa: E402
 from untrained_model import save_untrained  # noqa: E402
 
-from ingest.texture import draw_stain, paint, smooth_field  # noqa: E402
-from mclstexp.slides.codec import encode_tile  # noqa: E402
-
-TILE_PX, MPP, NUM_SPOTS = 64, 0.5, 2000
-STORED_PX = 256  # edge of a tile of the TIFF at its finest level
-SHRINKS = (1, 4, 16)
+TILE_PX, NUM_SPOTS = 64, 2000
 SETTINGS = {
     "tiles.size_px": TILE_PX,
     "tiles.mpp": MPP,
     "model.image_encoder": "small_cnn",
 }
 MIB = 2**20
-
-
-def write_slide(path: Path, num_tiles: int) -> None:
-    """Writes a square pyramid of about `num_tiles` tiles of tissue with a white border of one stored tile."""
-    side = round((num_tiles / (STORED_PX / TILE_PX) ** 2) ** 0.5)
-    index = np.arange(side + 2)
-    inner = (index > 0) & (index <= side)
-    is_tissue = (inner[:, None] & inner).ravel().tolist()
-    with tifffile.TiffWriter(path, bigtiff=True) as file:
-        for shrink in SHRINKS:
-            edge = STORED_PX // shrink
-            tissue, white = (_encoded(tile, edge) for tile in (_tissue(), np.full((STORED_PX,) * 2 + (3,), 245, "u1")))
-            file.write(
-                (tissue if inside else white for inside in is_tissue),
-                shape=(len(index) * edge, len(index) * edge, 3),
-                dtype=np.uint8,
-                tile=(edge, edge),
-                photometric="ycbcr",
-                subsampling=(1, 1),
-                compression="jpeg",
-                subfiletype=int(shrink > 1),
-                resolution=(10_000 / MPP / shrink,) * 2,
-                resolutionunit="CENTIMETER",
-            )
-
-
-def _tissue() -> np.ndarray:
-    rng = np.random.default_rng(0)
-    latents = np.stack([smooth_field(rng, STORED_PX, TILE_PX) for _ in range(3)])
-    density = smooth_field(rng, STORED_PX, TILE_PX)
-    return paint(rng, latents, density, np.ones((STORED_PX, STORED_PX), bool), draw_stain(rng))
-
-
-def _encoded(tile: np.ndarray, edge: int) -> bytes:
-    return encode_tile(np.asarray(Image.fromarray(tile).resize((edge, edge), Image.Resampling.BOX)), "jpeg", 95)
 
 
 @dataclass(frozen=True)
@@ -156,7 +114,7 @@ def main() -> None:
         for num_tiles in map(int, arguments.tiles.split(",")):
             slide = folder / str(num_tiles) / f"slide{num_tiles}.tif"
             slide.parent.mkdir()
-            write_slide(slide, num_tiles)
+            write_slide(slide, num_tiles, TILE_PX)
             run = run_job(folder, slide, arguments.store_mb, arguments.every)
             runs.append(run)
             peak, size = run.peak, slide.stat().st_size / MIB

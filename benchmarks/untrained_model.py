@@ -1,4 +1,4 @@
-"""An untrained program model with a random bank: predicting with it costs what a trained one costs."""
+"""Untrained models with random banks, of programs or of contrastive towers: they cost in prediction what trained ones do."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +71,22 @@ def save_untrained(folder: Path, settings: Mapping[str, object], num_genes: int,
         wide=(size_px, WIDE * mpp),
         programs=programs,
     ).save(folder)
+
+
+def save_untrained_towers(folder: Path, settings: Mapping[str, object], num_genes: int, num_spots: int) -> None:
+    """Saves a version of contrastive towers, as `save_untrained` does one of programs."""
+    torch.manual_seed(0)
+    rng, config = np.random.default_rng(0), override(Config(), settings)
+    size_px, mpp = config.tiles.size_px, config.tiles.mpp
+    assert mpp is not None, "the settings name tiles.mpp"
+    network = build_network(config.model, num_genes, 0, size_px).eval()
+    names = np.array([f"spot{number}" for number in range(num_spots)], object)
+    widths = (config.model.embedding_dim, num_genes)
+    keys, payload = (rng.normal(size=(num_spots, width)).astype(np.float32) for width in widths)
+    panel = GenePanel.from_names([f"GENE{number:02d}" for number in range(num_genes)])
+    bank, geometry = Bank.of(keys, payload, names, names, names), (size_px, mpp)
+    folder.mkdir()
+    ModelVersion(config, panel, geometry, 0, NOBODY, dict(network.state_dict()), bank, ood_similarity=0.0).save(folder)
 
 
 def _programs(

@@ -13,7 +13,7 @@ def main() -> None:
         length, repeats = here.choose((128, 10), (8, 1))
         batch = step.batch(sentences * length, length)
         rates = here.rates(lambda b=batch, n=repeats: [step.take(b) for _ in range(n)], repeats * sentences * length)
-        name = "H2" if sentences == step.config.train.batch_sentences else f"H2 {sentences * length}"
+        name = "H2" if sentences == here.choose(4, 1) else f"H2 {sentences * length}"
         state(name, rates, f"{sentences} sentences of {length}, default augmentation, not compiled")
 
 
