@@ -1,4 +1,4 @@
-"""Untrained models with random banks, of programs or of contrastive towers: they cost in prediction what trained ones do."""
+"""Untrained models of programs or of contrastive towers, with random banks: predicting costs what trained ones do."""
 
 from collections.abc import Mapping
 from pathlib import Path
