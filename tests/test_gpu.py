@@ -1,21 +1,36 @@
-"""What only a CUDA device can show; skipped by name elsewhere. Run with `pytest -m gpu`."""
+"""What only a CUDA device can show; skipped by name elsewhere. Run with `pytest -m gpu`.
+
+Tests that take a device run on the CPU too, where they show no more than that they run.
+"""
 
 import socket
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from random_version import random_version
 
+from mclstexp.config import override
+from mclstexp.model import nearest
+from mclstexp.model.answer import answerer_of
 from mclstexp.model.augment import augment
 from mclstexp.model.losses import gather, pairs_loss
-from mclstexp.model.towers import TwoTowers, native_bf16
+from mclstexp.model.towers import ImageTower, TwoTowers, native_bf16
 from mclstexp.settings import ModelConfig, TrainConfig
 from mclstexp.training.step import make_optimizer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+
+
+def needs_gpu(test: Callable[[], None]) -> Callable[[], None]:
+    for mark in GPU:
+        test = mark(test)
+    return test
+
+
 CONFIG = ModelConfig(spot_width=32, spot_layers=1, spot_dropout=0.0, batch_norm="frozen")
 GENES, SIZE = 20, 64
 
@@ -38,6 +53,7 @@ def _loss(towers: TwoTowers, device: str) -> torch.Tensor:
     return pairs_loss(gather(images.float()), gather(spots.float().flatten(0, 1)), valid, towers.logit_scale)
 
 
+@needs_gpu
 def test_loss_and_gradients_equal_the_cpus() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     here, there = _towers("cpu"), _towers("cuda")
@@ -51,6 +67,7 @@ def test_loss_and_gradients_equal_the_cpus() -> None:
         )
 
 
+@needs_gpu
 def test_bf16_is_native_and_close() -> None:
     assert native_bf16(torch.device("cuda"))
     towers = _towers("cuda").to(memory_format=torch.channels_last)
@@ -59,6 +76,7 @@ def test_bf16_is_native_and_close() -> None:
     assert loss.item() == pytest.approx(_loss(_towers("cuda"), "cuda").item(), rel=0.05)
 
 
+@needs_gpu
 def test_a_compiled_tower_trains() -> None:
     towers = _towers("cuda")
     towers.image_tower.compile()
@@ -71,6 +89,7 @@ def test_a_compiled_tower_trains() -> None:
     assert _loss(towers, "cuda") < before
 
 
+@needs_gpu
 def test_nccl_with_one_worker_gathers() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -87,8 +106,47 @@ def test_nccl_with_one_worker_gathers() -> None:
         dist.destroy_process_group()
 
 
+@needs_gpu
 def test_augmentation_runs_on_the_device() -> None:
     tiles = torch.randint(0, 256, (8, SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
     images = augment(tiles, "default", torch.Generator("cuda").manual_seed(0))
     assert images.is_cuda
     assert images.shape == (8, 3, SIZE, SIZE)
+
+
+@on_each
+@pytest.mark.parametrize("free_share", [1.0, 0.0], ids=["resident", "sent block by block"])
+def test_search_gives_the_cpus_bits(device: str, free_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "_MAX_FREE_SHARE", free_share)
+    rng = np.random.default_rng(0)
+    keys = nearest.directions(rng.normal(size=(40_000, 64)).astype(np.float32))
+    keys[1::100] = keys[0]  # more ties than neighbours: the lower keys come first
+    queries = np.concatenate([rng.normal(size=(40, 64)).astype(np.float32), keys[:2]])
+    found, expected = (nearest.Keys(keys, torch.device(where)).nearest(queries, 200) for where in (device, "cpu"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+@on_each
+def test_tiles_are_answered_as_on_the_cpu(device: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = random_version()
+    model.config = override(model.config, {"train.precision": "fp32"})
+    answerer, complete = answerer_of(model), np.ones(20, bool)
+    tiles = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    answer, expected = (answerer.build(torch.device(where))((tiles,), complete) for where in (device, "cpu"))
+    np.testing.assert_allclose(answer.values, expected.values, rtol=1e-2, atol=1e-3)
+    for name, values in expected.confidence.items():
+        np.testing.assert_allclose(answer.confidence[name], values, rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+@on_each
+def test_a_compiled_tower_gives_what_it_gives_eagerly(device: str) -> None:
+    torch.manual_seed(0)
+    tower = ImageTower(ModelConfig(image_encoder="small_cnn"), 32).eval().to(device)
+    tower = tower.to(memory_format=torch.channels_last)
+    images = torch.rand(8, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = tower(images)
+        tower.compile(backend="inductor" if device == "cuda" else "eager")
+        torch.testing.assert_close(tower(images), expected, rtol=1e-2, atol=1e-2)
