@@ -63,9 +63,9 @@ def sweep_s(data: str, folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="sweeps; at most 3")
+    parser.add_argument("--rounds", type=int, default=5, help="sweeps; at most 2")
     parser.add_argument("--data", help="unused")
-    num_rounds = min(3, parser.parse_args().rounds)
+    num_rounds = min(2, parser.parse_args().rounds)
     tuning.sweep.run_trial = timed_trial  # the sweep passes it to Ray Tune by this name
     with tempfile.TemporaryDirectory() as scratch:
         os.environ[TIMES] = f"{scratch}/times"
