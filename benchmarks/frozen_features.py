@@ -114,7 +114,7 @@ def time_epochs(model: ModelVersion, tiles: str, num_epochs: int, encodes: bool)
     seconds = []
     for epoch in range(num_epochs):
         started = time.perf_counter()
-        for batch in read_ahead(feed.rows(epoch, [], 0, 1), load, feed.rows_per_step(1)):
+        for batch in read_ahead([feed.rows(epoch, [], 0, 1)], load, feed.batch_shape(1).num_rows):
             train_step(state, encoded(batch, encode) if encodes else batch)
         seconds.append(time.perf_counter() - started)
     return min(seconds)

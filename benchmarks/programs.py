@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -267,9 +268,10 @@ def train_network(config: Config, reader: SpotReader, feed: SentenceFeed, fitted
     total = config.train.epochs * feed.num_steps()
     optimizer, cpu = make_optimizer(network, config.train), torch.device("cpu")
     rank_state = RankState(config, network, network, optimizer, cpu, 0, 1, total, state)
-    load = open_batches(feed, 1, StreamShare(1, 0, None))
+    epochs = (feed.rows(epoch, [], 0, 1) for epoch in range(config.train.epochs))
+    batches = open_batches(feed, epochs, 1, StreamShare(1, 0, None))
     for state.epoch in range(config.train.epochs):
-        for batch in load(feed.rows(state.epoch, [], 0, 1)):
+        for batch in islice(batches, feed.num_steps()):
             train_step(rank_state, batch)
             state.step += 1
     return network.eval()

@@ -1,9 +1,10 @@
-"""Two ways to feed training ranks, side by side on two node processes: one split stream, or one stream per rank.
+"""Two ways to feed training ranks, in turn on two node processes: one split stream, or one stream per rank.
 
-    python benchmarks/stream_modes.py --sentences 5000 --ranks 4
+    python benchmarks/stream_modes.py --sentences 5000 --ranks 4 --rounds 3
 
-Prints for each mode the time to the first batch of each epoch, sentences/s, peak object store, and how many of the
-other ranks finish when one is killed. The result and the choice are in docs/decisions.md.
+Prints for each mode and round the time to the first batch of each epoch, sentences/s, CPU time of a sentence over all
+processes, peak object store, and how many of the other ranks finish when one is killed. Both modes load as many
+sentences in a task. The result and the choice are in docs/decisions.md.
 """
 
 import argparse
@@ -13,14 +14,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import ray  # noqa: E402
@@ -31,6 +36,8 @@ from mclstexp.data import spots, stream  # noqa: E402
 from mclstexp.slides.codec import decode_tile, encode_tile  # noqa: E402
 
 SPOTS, SIZE, GENES, EPOCHS, STEP = 16, 64, 200, 3, 4
+BATCH = stream.BatchShape(STEP, SPOTS * 3 * SIZE**2)
+TASK_ROWS = STEP * (stream._TASK_BYTES // (STEP * BATCH.row_bytes))
 
 
 def load(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -61,34 +68,44 @@ def write_tables(folder: str, num_sentences: int, num_files: int = 10) -> list[s
 class Rank:
     """A rank that takes batches and does nothing with them."""
 
-    def split_stream(self, iterator: ray.data.DataIterator) -> dict[str, object]:
+    def ready(self) -> None:
+        """Returns when the rank has started."""
+
+    def split_stream(self, iterator: ray.data.DataIterator) -> dict[str, list[Any]]:
         """Drains its share of the one dataset."""
-        return self._drain(lambda epoch: iterator.iter_batches(batch_size=STEP, batch_format="numpy"))
+        return self._drain(iterator.iter_batches(batch_size=STEP, batch_format="numpy") for _ in range(EPOCHS))
 
     def own(
         self, index: list[stream.Sentence], rank: int, world_size: int, share: stream.StreamShare
-    ) -> dict[str, object]:
-        """Drains its own dataset over its slice of the index."""
+    ) -> dict[str, list[Any]]:
+        """Drains its own stream over its slice of the index, as a training worker does."""
+        orders = [stream.epoch_order(index, 0, epoch) for epoch in range(EPOCHS)]
+        epochs = [stream.rank_slice(order, STEP * world_size, rank, world_size, 0) for order in orders]
+        batches = stream.stream(epochs, load, BATCH, share)
+        return self._drain(islice(batches, len(rows) // STEP) for rows in epochs)
 
-        def batches(epoch: int) -> Iterator[spots.Batch]:
-            order = stream.epoch_order(index, 0, epoch)
-            rows = stream.rank_slice(order, STEP * world_size, rank, world_size, epoch)
-            return stream.stream(rows, load, STEP, share)
-
-        return self._drain(batches)
-
-    def _drain(self, make: object) -> dict[str, object]:
+    def _drain(self, epochs: Iterable[Iterable[spots.Batch]]) -> dict[str, list[Any]]:
         first, seen, seconds = [], [], []
-        for epoch in range(EPOCHS):
-            started = time.perf_counter()
+        started = time.perf_counter()
+        for batches in epochs:
             ids: list[str] = []
-            for batch in make(epoch):
+            for batch in batches:
                 if not ids:
                     first.append(round(time.perf_counter() - started, 2))
                 ids += [str(name) for name in batch["sentence_id"] if name]
             seconds.append(time.perf_counter() - started)
             seen.append(ids)
+            started = time.perf_counter()
         return {"first": first, "seen": seen, "seconds": seconds}
+
+
+def cpu_seconds() -> float:
+    """Returns the CPU time that this process and all below it have taken; those that have ended count no more."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.Error):
+            total += sum(process.cpu_times()[:2])
+    return total
 
 
 def peak_store_mb(stop: threading.Event, peak: list[float]) -> None:
@@ -98,16 +115,17 @@ def peak_store_mb(stop: threading.Event, peak: list[float]) -> None:
         peak.append(float(used[1]) if used else 0.0)
 
 
-def start(mode: str, index: list[stream.Sentence], num_ranks: int) -> tuple[list[object], list[object]]:
+def start(mode: str, index: list[stream.Sentence], num_ranks: int) -> tuple[list[Any], list[Any]]:
     """Starts all ranks in a mode; returns the actors and their results' references."""
     ranks = [Rank.remote() for _ in range(num_ranks)]
+    ray.get([rank.ready.remote() for rank in ranks])
     if mode == "own":
         store = int(ray.cluster_resources()["object_store_memory"] / (2 * num_ranks))
         share = stream.StreamShare(1, store, None)
         return ranks, [actor.own.remote(index, rank, num_ranks, share) for rank, actor in enumerate(ranks)]
     rows = stream.rank_slice(stream.epoch_order(index, 0, 0), 1, 0, 1, 0)
     dataset = (
-        ray.data.from_items(rows, override_num_blocks=len(rows) // STEP)
+        ray.data.from_items(rows, override_num_blocks=-(-len(rows) // TASK_ROWS))
         .randomize_block_order()
         .map_batches(load, batch_size=1)
     )
@@ -119,17 +137,21 @@ def measure(mode: str, index: list[stream.Sentence], num_ranks: int) -> str:
     """Runs one mode to its end and describes it in one line."""
     stop, peak = threading.Event(), [0.0]
     sampler = threading.Thread(target=peak_store_mb, args=(stop, peak), daemon=True)
+    ranks, references = start(mode, index, num_ranks)
     sampler.start()
-    _, references = start(mode, index, num_ranks)
+    before, started = cpu_seconds(), time.perf_counter()
     results = ray.get(references)
+    elapsed, taken = time.perf_counter() - started, cpu_seconds() - before
     stop.set()
     sampler.join()
-    last = max(result["seconds"][-1] for result in results)
-    distinct = len({name for result in results for name in result["seen"][-1]})
+    for rank in ranks:
+        ray.kill(rank)
+    distinct = {len({name for result in results for name in result["seen"][epoch]}) for epoch in range(EPOCHS)}
+    read = EPOCHS * len(index)
     return (
-        f"{mode}: first batch of epochs {results[0]['first']} s, last epoch {len(index) / last:.0f} sentences/s "
-        f"({SPOTS * len(index) / last:.0f} tiles/s), {distinct} of {len(index)} sentences, "
-        f"peak object store {max(peak):.0f} MiB"
+        f"{mode}: first batch of epochs {results[0]['first']} s, {read / elapsed:.0f} sentences/s "
+        f"({SPOTS * read / elapsed:.0f} tiles/s), {1000 * taken / read:.2f} CPU-ms a sentence, {distinct} distinct of "
+        f"{len(index)} sentences, peak object store {max(peak):.0f} MiB"
     )
 
 
@@ -149,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, default=5000, help="sentences of 16 tiles of 64 px")
     parser.add_argument("--ranks", type=int, default=4, help="ranks on two nodes")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each mode runs")
     parser.add_argument("--death-wait", type=float, default=120, help="seconds given to the ranks that survive")
     arguments = parser.parse_args()
     cluster = Cluster()
@@ -157,11 +180,10 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         index = write_tables(folder, arguments.sentences)
-        for mode in ("own", "split"):
+        for mode in ("own", "split") * arguments.rounds:
             print(measure(mode, index, arguments.ranks), flush=True)
         for mode in ("own", "split"):
-            few = index[: len(index) // 5]  # so that the others have time to finish
-            print(measure_death(mode, few, arguments.ranks, after_s=15, wait_s=arguments.death_wait), flush=True)
+            print(measure_death(mode, index, arguments.ranks, after_s=8, wait_s=arguments.death_wait), flush=True)
     ray.shutdown()
     cluster.shutdown()
 

@@ -125,22 +125,22 @@ def test_the_local_stream_has_the_batches_of_the_order(stored, batch_size: int) 
         Config(), {"train.batch_sentences": 2, "train.feature_draws": DRAWS, "model.freeze_encoder": True}
     )
     made = feed.make_feed(config, reader, ["A1", "B1"])
-    load = feed.open_batches(replace(made, batch_sentences=batch_size), 1, stream.StreamShare(1, 1, None))
-    for epoch in range(2):
-        rows = made.rows(epoch, ["A1/1"], 0, 1)
-        batches = list(load(rows))
-        assert [name for batch in batches for name in batch["sentence_id"]] == [row["sentence_id"] for row in rows]
-        expected = [_load(made.loader, row) for row in rows]
-        for name in ("features", "expression", "position", "mask"):
-            assert np.array_equal(
-                np.concatenate([batch[name] for batch in batches]), np.concatenate([each[name] for each in expected])
-            )
+    made = replace(made, batch_sentences=batch_size)
+    epochs = [made.rows(epoch, ["A1/1"], 0, 1) for epoch in range(2)]
+    batches = list(feed.open_batches(made, epochs, 1, stream.StreamShare(1, 1, None)))
+    rows = [row for epoch in epochs for row in epoch]
+    assert [name for batch in batches for name in batch["sentence_id"]] == [row["sentence_id"] for row in rows]
+    expected = [_load(made.loader, row) for row in rows]
+    for name in ("features", "expression", "position", "mask"):
+        assert np.array_equal(
+            np.concatenate([batch[name] for batch in batches]), np.concatenate([each[name] for each in expected])
+        )
 
 
 def test_an_error_while_reading_ahead_reaches_the_step(stored) -> None:
     reader, _ = stored
     rows = [_row("A1", 0), _row("A1", 7), _row("A1", 1)]
-    batches = stream.read_ahead(rows, SentenceLoader(reader, 0.0, 0), 1)
+    batches = stream.read_ahead([rows], SentenceLoader(reader, 0.0, 0), 1)
     assert next(batches)["sentence_id"] == ["A1/0"]
     with pytest.raises(IndexError):
         list(batches)

@@ -36,7 +36,11 @@ class Sentence:
         return f"{self.section_id}/{self.group}" if self.section_id else ""
 
 
+Rows = list[dict[str, object]]
+"""What a rank loads, in this order."""
 _READ_THREADS, _BATCHES_AHEAD = 4, 4
+_TASK_BYTES = 16 * 2**20
+_DATASET_TASKS = 64
 _EMPTY = Sentence("", -1, ("", -1))
 
 
@@ -48,6 +52,15 @@ class StreamShare:
     object_store_bytes: int
     pool: str | None
     """Value of the node label `pool` of the nodes that decode; None: any node."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What a rank takes in a step."""
+
+    num_rows: int
+    row_bytes: int
+    """Size of a row's decoded tiles."""
 
 
 def sentence_index(manifest: Manifest, section_ids: Iterable[str]) -> list[Sentence]:
@@ -84,9 +97,7 @@ def mispaired(order: list[Sentence]) -> list[Sentence]:
     return [replace(one, expression_of=order[two].expression_of) for one, two in zip(order, partners, strict=True)]
 
 
-def rank_slice(
-    order: list[Sentence], batch_sentences: int, rank: int, world_size: int, epoch: int
-) -> list[dict[str, object]]:
+def rank_slice(order: list[Sentence], batch_sentences: int, rank: int, world_size: int, epoch: int) -> Rows:
     """Returns one rank's rows of the stream, the same number for every rank.
 
     Global step s takes `batch_sentences` sentences from s * batch_sentences on, and each rank an equal run of them. The
@@ -113,45 +124,59 @@ def _row(sentence: Sentence, epoch: int) -> dict[str, object]:
 
 
 def stream(
-    rows: list[dict[str, object]], load: Callable[[dict[str, np.ndarray]], Batch], batch_size: int, share: StreamShare
+    epochs: Iterable[Rows], load: Callable[[dict[str, np.ndarray]], Batch], batch: BatchShape, share: StreamShare
 ) -> Iterator[Batch]:
-    """Yields batches of `batch_size` loaded rows in the order of `rows`, decoded ahead by Ray Data's CPU tasks.
+    """Yields batches of loaded rows in the order of `epochs`, decoded ahead by Ray Data's CPU tasks.
 
-    Only this function decides how a rank is fed (see `docs/decisions.md`): by its own Ray Dataset over its slice.
+    Only this function decides how a rank is fed (see `docs/decisions.md`): by its own Ray Datasets over its slices.
+    Starting a task or a Dataset takes time too: a task loads at least `_TASK_BYTES`, and a Dataset has whole epochs, so
+    many that they make `_DATASET_TASKS`. No batch has rows of two epochs, as each epoch's rows fill their batches.
     """
-    if not rows:
-        return
-    with ordered(ExecutionResources.for_limits(cpu=share.cpus, object_store_memory=share.object_store_bytes)):
-        dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // batch_size)).map_batches(
-            load,  # type: ignore[arg-type]  # Ray's type names every batch format at once
-            batch_size=1,
-            num_cpus=1,
-            max_retries=MAX_RETRIES,
-            label_selector={"pool": share.pool} if share.pool else None,
+    task_rows = batch.num_rows * max(1, _TASK_BYTES // (batch.num_rows * batch.row_bytes))
+    for rows in _joined(epochs, _DATASET_TASKS * task_rows):
+        with ordered(ExecutionResources.for_limits(cpu=share.cpus, object_store_memory=share.object_store_bytes)):
+            dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // task_rows)).map_batches(
+                load,  # type: ignore[arg-type]  # Ray's type names every batch format at once
+                batch_size=1,
+                num_cpus=1,
+                max_retries=MAX_RETRIES,
+                label_selector={"pool": share.pool} if share.pool else None,
+            )
+        yield from cast(
+            Iterable[Batch], dataset.iter_batches(batch_size=batch.num_rows, batch_format="numpy", prefetch_batches=2)
         )
-    yield from cast(
-        Iterable[Batch], dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
-    )
 
 
 def read_ahead(
-    rows: list[dict[str, object]], load: Callable[[dict[str, np.ndarray]], Batch], batch_size: int
+    epochs: Iterable[Rows], load: Callable[[dict[str, np.ndarray]], Batch], batch_size: int
 ) -> Iterator[Batch]:
     """Yields the batches of `stream`, loaded ahead by threads of this process.
 
-    It suits stored features, which take no decoding: starting a Ray Dataset for each epoch would take longer than the
-    epoch.
+    It suits stored features, which take no decoding: starting a Ray Dataset would take longer than an epoch.
     """
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         waiting: deque[Future[Batch]] = deque()
-        for start in range(0, len(rows), batch_size):
-            waiting.append(pool.submit(_load_all, rows[start : start + batch_size], load))
-            if len(waiting) > _BATCHES_AHEAD:
-                yield waiting.popleft().result()
+        for rows in epochs:
+            for start in range(0, len(rows), batch_size):
+                waiting.append(pool.submit(_load_all, rows[start : start + batch_size], load))
+                if len(waiting) > _BATCHES_AHEAD:
+                    yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _load_all(rows: list[dict[str, object]], load: Callable[[dict[str, np.ndarray]], Batch]) -> Batch:
+def _joined(epochs: Iterable[Rows], min_rows: int) -> Iterator[Rows]:
+    """Yields the rows of one or more epochs at a time, at least `min_rows` except at the end."""
+    rows: Rows = []
+    for epoch in epochs:
+        rows += epoch
+        if len(rows) >= min_rows:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _load_all(rows: Rows, load: Callable[[dict[str, np.ndarray]], Batch]) -> Batch:
     parts = [load({name: np.array([value]) for name, value in row.items()}) for row in rows]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -4,7 +4,7 @@ Both feeds answer the same questions (how many steps, which rows belong to a ran
 they are loaded, which ids a batch has), so that the training loop needs no branch.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,10 @@ import ray
 from mclstexp.config import Config
 from mclstexp.data import random_spots, stream
 from mclstexp.data.spots import Batch, SentenceLoader, SpotReader
-from mclstexp.data.stream import Sentence, StreamShare
+from mclstexp.data.stream import BatchShape, Rows, Sentence, StreamShare
 from mclstexp.training.tower_loader import TowerLoader
 
 Ids = Collection[str | int]
-Rows = list[dict[str, object]]
-"""What a rank loads in an epoch, in this order."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,10 @@ class SentenceFeed:
         left = [sentence for sentence in order if sentence.sentence_id not in done]
         return stream.rank_slice(left, self.batch_sentences, rank, world_size, epoch)
 
-    def rows_per_step(self, world_size: int) -> int:
-        """Returns how many stream rows a rank takes in a step."""
-        return self.batch_sentences // world_size
+    def batch_shape(self, world_size: int) -> BatchShape:
+        """Returns what a rank takes in a step."""
+        manifest = self.loader.reader.manifest
+        return BatchShape(self.batch_sentences // world_size, manifest.sentence_length * 3 * manifest.tile_size_px**2)
 
     def ids(self, batch: Batch) -> list[str | int]:
         """Returns the ids of the sentences in a batch."""
@@ -71,9 +70,9 @@ class SpotFeed:
         left = order[~np.isin(order, np.array(list(consumed), np.int64))]
         return random_spots.rank_slice(left, self.batch_spots, rank, world_size, epoch)
 
-    def rows_per_step(self, world_size: int) -> int:
-        """Returns how many stream rows a rank takes in a step."""
-        return 1
+    def batch_shape(self, world_size: int) -> BatchShape:
+        """Returns what a rank takes in a step."""
+        return BatchShape(1, self.batch_spots // world_size * 3 * self.loader.tile_size_px**2)
 
     def ids(self, batch: Batch) -> list[str | int]:
         """Returns the numbers of the spots in a batch."""
@@ -109,13 +108,12 @@ def tower_feed(config: Config, loader: TowerLoader) -> SentenceFeed:
     return SentenceFeed(seen, loader, config.train.batch_sentences, config.train.seed, shuffle_pairs=False)
 
 
-def open_batches(feed: Feed, world_size: int, share: StreamShare) -> Callable[[Rows], Iterator[Batch]]:
-    """Returns the map from an epoch's rows to its batches, for all epochs of a worker.
+def open_batches(feed: Feed, epochs: Iterable[Rows], world_size: int, share: StreamShare) -> Iterator[Batch]:
+    """Yields the batches of a rank's epochs, one after the other.
 
     Tiles are decoded by tasks of Ray Data; stored features are read in the worker itself, which keeps them in memory.
     """
-    batch_size = feed.rows_per_step(world_size)
-    if not feed.loader.reads_features:
-        return lambda rows: stream.stream(rows, feed.loader, batch_size, share)
-    load = feed.loader.keeping()
-    return lambda rows: stream.read_ahead(rows, load, batch_size)
+    batch = feed.batch_shape(world_size)
+    if feed.loader.reads_features:
+        return stream.read_ahead(epochs, feed.loader.keeping(), batch.num_rows)
+    return stream.stream(epochs, feed.loader, batch, share)

@@ -6,8 +6,9 @@ alone writes checkpoints and posts metrics, at the price that the others wait wh
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import ray.train
 import ray.train.torch
@@ -17,12 +18,12 @@ from ray.train import CheckpointConsistencyMode
 
 from mclstexp.config import config_from
 from mclstexp.data.spots import Batch
-from mclstexp.data.stream import StreamShare
+from mclstexp.data.stream import Rows, StreamShare
 from mclstexp.model.towers import build_network
 from mclstexp.progress import Metrics
 from mclstexp.settings import TrainConfig
 from mclstexp.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from mclstexp.training.feed import Feed, Rows, open_batches
+from mclstexp.training.feed import Feed, open_batches
 from mclstexp.training.history import local_checkpoint, newest_checkpoint
 from mclstexp.training.step import RankState, make_optimizer, train_step
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
@@ -58,14 +59,14 @@ def train_worker(settings: dict[str, TrainPlan]) -> None:
     plan = settings["plan"]
     rank_state = build(plan)
     resume(rank_state, plan.run_uri)
-    load = open_batches(plan.feed, rank_state.world_size, plan.share)
+    batches = open_batches(plan.feed, epochs_left(rank_state, plan.feed), rank_state.world_size, plan.share)
     plan = replace(plan, validation=plan.validation and plan.validation.keeping())
     for epoch in range(rank_state.state.epoch, rank_state.config.train.epochs):
         if is_out_of_patience(rank_state):
             return
         if epoch != rank_state.state.epoch:
             rank_state.state.epoch, rank_state.state.consumed, rank_state.fresh_ids = epoch, [], []
-        run_epoch(rank_state, plan, load)
+        run_epoch(rank_state, plan, batches)
 
 
 def build(plan: TrainPlan) -> RankState:
@@ -108,14 +109,22 @@ def is_out_of_patience(rank_state: RankState) -> bool:
     return bool(patience) and rank_state.state.num_worse >= patience
 
 
-def run_epoch(rank_state: RankState, plan: TrainPlan, load: Callable[[Rows], Iterator[Batch]]) -> None:
+def epochs_left(rank_state: RankState, feed: Feed) -> Iterator[Rows]:
+    """Returns what the rank loads in the rest of the current epoch, and in each later one."""
+    first, consumed = rank_state.state.epoch, tuple(rank_state.state.consumed)
+    return (
+        feed.rows(epoch, consumed if epoch == first else (), rank_state.rank, rank_state.world_size)
+        for epoch in range(first, rank_state.config.train.epochs)
+    )
+
+
+def run_epoch(rank_state: RankState, plan: TrainPlan, batches: Iterator[Batch]) -> None:
     """Trains on the rest of the current epoch, with checkpoints on the way and one at its end."""
     state, train = rank_state.state, rank_state.config.train
-    rows = plan.feed.rows(state.epoch, state.consumed, rank_state.rank, rank_state.world_size)
     steps_left = plan.feed.num_steps(len(state.consumed))
     rank_state.parallel.train()
     meter = Meter(plan.board if rank_state.rank == 0 else None)
-    for num_steps, (batch, waited_s) in enumerate(timed(load(rows)), start=1):
+    for num_steps, (batch, waited_s) in enumerate(timed(islice(batches, steps_left)), start=1):
         loss, num_spots = train_step(rank_state, batch)
         rank_state.fresh_ids += plan.feed.ids(batch)
         state.step += 1
