@@ -28,11 +28,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from mclstexp.model.bank import Bank  # noqa: E402
-from mclstexp.model.nearest import KEY_BLOCK, best_columns, directions, nearest  # noqa: E402
+from mclstexp.model.nearest import directions, nearest  # noqa: E402
 from mclstexp.model.retrieval import Retrieved, resolve, retrieve  # noqa: E402
 from mclstexp.settings import RetrievalConfig  # noqa: E402
 
 WIDTH, NUM_CLUSTERS, SHARED = 256, 1000, 16
+BLOCK = 2**18
 VARIATION, NOISE = 0.5, 0.2  # lengths, relative to a cluster's direction
 NUM_QUERIES, QUERY_SEED = 256, 10**9  # as many queries as a part has tiles
 MAX_LISTS, POINTS_PER_LIST, TRAIN_ROUNDS = 4096, 64, 10
@@ -52,8 +53,8 @@ def make_keys(seed: int, count: int) -> np.ndarray:
 
 def blocks(num_keys: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the first row and the keys of each block."""
-    for start in range(0, num_keys, KEY_BLOCK):
-        yield start, make_keys(start, min(KEY_BLOCK, num_keys - start))
+    for start in range(0, num_keys, BLOCK):
+        yield start, make_keys(start, min(BLOCK, num_keys - start))
 
 
 class Timer:
@@ -107,7 +108,7 @@ def search(num_keys: int, k: int) -> None:
         timer.time("float32", lambda normed=normed: plain(unit_queries, torch.from_numpy(normed), k))
         timer.time("build", lambda normed=normed: index.add(normed))
     ids, scores = (np.concatenate(one, axis=1) for one in zip(*found, strict=True))
-    best = np.take_along_axis(ids, best_columns(scores, k), axis=1)
+    best = np.take_along_axis(ids, np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
     lists, seconds, size_mib = index.nlist, timer.seconds, (index.code_size + 8) * num_keys / MIB
     print(f"{num_keys:,} keys, {k} neighbours; best cosine {scores.max(axis=1).mean():.3f} on average")
     print(f"  exact      {timer.rate('exact'):9.1f} queries/CPU-s; directions took {seconds['directions']:.1f} CPU-s")

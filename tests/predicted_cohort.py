@@ -19,7 +19,7 @@ from mclstexp.data.panel import fit_panel
 from mclstexp.data.schema import load_manifest
 from mclstexp.model.bank import Bank
 from mclstexp.model.frozen import frozen_encoder
-from mclstexp.model.nearest import KEY_BLOCK
+from mclstexp.model.retrieval import KEY_BLOCK
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.version import ModelVersion, TrainingRecord
 from mclstexp.prediction import run

@@ -6,7 +6,8 @@ import pytest
 from mclstexp.errors import ModelError
 from mclstexp.model import retrieval
 from mclstexp.model.bank import Bank
-from mclstexp.model.nearest import KEY_BLOCK, Keys, nearest
+from mclstexp.model.nearest import nearest
+from mclstexp.model.retrieval import KEY_BLOCK
 from mclstexp.settings import RetrievalConfig
 
 EXPLAINED = [
@@ -65,7 +66,6 @@ def test_it_equals_the_dense_reference(
     config: RetrievalConfig, key_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank, queries = _bank(40), _queries(9)
-    monkeypatch.setattr(Keys.nearest, "__defaults__", (key_block,))
     monkeypatch.setattr(retrieval.weighted_mean, "__defaults__", (key_block,))
     found = retrieval.retrieve(queries, bank, config)
     prediction, donors, share = _reference(queries, bank, config)

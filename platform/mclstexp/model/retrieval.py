@@ -14,9 +14,11 @@ import pandas as pd
 
 from mclstexp.errors import ModelError
 from mclstexp.model.bank import Bank
-from mclstexp.model.nearest import KEY_BLOCK, QUERY_BLOCK, Keys
+from mclstexp.model.nearest import QUERY_BLOCK, Keys
 from mclstexp.settings import RetrievalConfig
 
+KEY_BLOCK = 65_536
+"""Keys whose weighted payloads are summed together: the order of the sums depends on it."""
 DEFAULT_K, DEFAULT_TEMPERATURE = 200, 0.1
 FIXED_NUMBER_K = 400
 """Default of `k` where each query has a fixed effective number of donors: those behind have no weight to speak of."""
