@@ -14,7 +14,7 @@ GENES = 1000
 def small(settings: dict[str, object]) -> dict[str, object]:
     """Returns settings with a tiny network on small tiles."""
     tiny = {"model.image_encoder": "small_cnn", "tiles.size_px": 32, "model.spot_width": 16, "model.spot_layers": 1}
-    return tiny | settings
+    return settings | tiny
 
 
 class SyntheticStep:

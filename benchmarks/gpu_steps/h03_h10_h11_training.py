@@ -34,16 +34,16 @@ def rate_in_memory(here: Setting, settings: dict[str, object], num_spots: int, l
 
 
 class Posts:
-    """What the training worker posts, with the seconds since the start."""
+    """What the training worker posts, with the time of the clock."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
-        self.seconds: list[float] = []
+        self.started = time.time()
+        self.times: list[float] = []
         self.metrics: list[Metrics] = []
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         """Takes what is posted, as a `Log` does."""
-        self.seconds.append(time.monotonic() - self._started)
+        self.times.append(time.time())
         self.metrics.append(metrics)
 
     @property
@@ -58,10 +58,9 @@ def train(settings: dict[str, object], table: Path, runs: Path) -> tuple[Posts, 
     _launch.connect(config)
     run = open_run(str(table), str(runs), "measured", config, lambda *_: "untracked")
     posts = Posts()
-    with busy_shares() as shares:
+    with busy_shares() as samples:
         fit(run, posts)
-    steady = max(1, len(shares)) * (1 - posts.seconds[0] / posts.seconds[-1])
-    return posts, shares[-round(steady) :]
+    return posts, [share for moment, share in samples if posts.times[0] < moment < posts.times[-1]]
 
 
 def main() -> None:
@@ -87,7 +86,9 @@ def main() -> None:
         f"table of {sentences * length:,} tiles in a local folder, {rate:,.0f} tiles/s, waiting for data {waits:.0%}"
     )
     state("H3", [each / in_memory for each in posts.rates], detail)
-    state("H11", posts.seconds[:1], "from the call to the end of the first step, on Ray that runs already")
+    state(
+        "H11", [posts.times[0] - posts.started], "from the call to the end of the first step, on Ray that runs already"
+    )
     if shares:
         state("H10", shares, f"{len(shares)} samples of nvidia-smi while {sentences * length:,} tiles were trained on")
     else:

@@ -53,7 +53,7 @@ def computes_again(step: SyntheticStep) -> None:
 def main() -> None:
     here = setting(__doc__)
     settings: dict[str, object] = {"tiles.size_px": 224, "model.batch_norm": "frozen"}
-    step = SyntheticStep(here.choose(settings, small(settings | {"tiles.size_px": 32})), here.device)
+    step = SyntheticStep(here.choose(settings, small(settings)), here.device)
     sizes = here.choose(range(256, 6144 + 1, 128), range(8, 24 + 1, 8))
     for name, change in (("H5 plain", lambda _: None), ("H5 memory-efficient", computes_again)):
         change(step)
