@@ -9,6 +9,8 @@ of prediction is that of all stages, with waiting for the device. Weights are ra
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ from mclstexp.prediction.publish import publish_slide
 from mclstexp.prediction.tile_reader import TileReader
 from mclstexp.prediction.writers.slide import OutputInfo
 from mclstexp.settings import PredictConfig
+from mclstexp.training.trainer import GLIBC_MALLOC_ENV
 
 STAGE = "stage: "
 EMBED, SEARCH = f"{STAGE}embed tiles", f"{STAGE}search the bank and weigh"
@@ -191,6 +194,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="in tiny sizes, on a CPU")
     arguments = parser.parse_args()
+    if arguments.work == "train" and not GLIBC_MALLOC_ENV.items() <= os.environ.items():
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | GLIBC_MALLOC_ENV
+        )  # as training workers have
     device = torch.device("cpu" if arguments.toy else arguments.device)
     {"train": train, "predict": predict}[arguments.work](device, arguments.toy)
 

@@ -1,7 +1,7 @@
 """H8 and H9: whole slides of tiled JPEG predicted as `jobs/predict.py` does, with contrastive towers on DenseNet-121.
 
-All slides are one file under several names. Rates begin with the first tiles; they are stated again with each slide, so
-that a run that is cut off has those so far.
+All slides are one file under several names. Rates begin with the first tiles and are stated again and again, so that a
+run that is cut off has those so far.
 """
 
 import os
@@ -20,31 +20,33 @@ from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import open_cohort
 from mclstexp.prediction.run import predict_cohort
 
-NUM_GENES, NUM_KEYS = 1000, 20_000
+NUM_GENES, NUM_KEYS, STATE_EVERY_S = 1000, 20_000, 5.0
 
 
 class Rates:
-    """States the rates of prediction as slides are done; a `Show`."""
+    """States the rates of prediction as tiles and slides are done; a `Show`."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._started = self._stated = time.monotonic()
         self._first: tuple[float, int] | None = None
         self._num_done = 0
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """Takes the number of slides that are done, and tiles in words."""
-        now, num_tiles = time.monotonic(), int(note.split()[0].replace(",", "") or 0)
-        if num_tiles and self._first is None:
-            self._first = (now, num_tiles)
-        if self._first is None or done == self._num_done:
-            return
-        self._num_done, (since, before) = done, self._first
-        detail = (
-            f"{done} of {total} slides, {num_tiles:,} tiles, {NUM_KEYS:,} keys, {NUM_GENES:,} genes, the first tiles "
-        )
-        detail += f"after {since - self._started:.0f} s"
-        state("H8", [(num_tiles - before) / (now - since)], detail)
-        state("H9", [3600 * done / (now - since)], detail)
+        now, num_tiles = time.monotonic(), int(note.split()[0].replace(",", ""))
+        if self._first is None:
+            self._first = (now, num_tiles) if num_tiles else None
+        elif done > self._num_done or now - self._stated > STATE_EVERY_S:
+            self._stated, self._num_done = now, done
+            self._state(now - self._first[0], num_tiles - self._first[1], total)
+
+    def _state(self, seconds: float, num_tiles: int, total: int) -> None:
+        start_s = time.monotonic() - seconds - self._started
+        detail = f"{NUM_KEYS:,} keys, {NUM_GENES:,} genes; {self._num_done} of {total} slides, the first tiles after "
+        detail += f"{start_s:.0f} s"
+        state("H8", [num_tiles / seconds], detail)
+        if self._num_done:
+            state("H9", [3600 * self._num_done / seconds], detail)
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
         save_untrained_towers(folder / "model", model_settings, here.choose(NUM_GENES, 20), here.choose(NUM_KEYS, 300))
         slides.mkdir()
         write_slide(slides / "slide0.tif", here.choose(10_000, 100), model_settings["tiles.size_px"])
-        for number in range(1, here.choose(12, 2)):
+        for number in range(1, here.choose(8, 2)):
             os.link(slides / "slide0.tif", slides / f"slide{number}.tif")
         _launch.connect(config, 3)
         model = ModelVersion.load(folder / "model")
