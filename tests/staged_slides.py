@@ -12,7 +12,7 @@ from PIL import Image
 
 from mclstexp.data.genes import GenePanel
 from mclstexp.model.calibration import SPREAD
-from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry
+from mclstexp.prediction.ledger import Entry, claim_slide, commit, stored
 from mclstexp.prediction.parts import GRID_SCHEMA, PART_TILES, SlideRecord, encode_part, num_parts, write_part
 from mclstexp.prediction.publish import publish_slide
 from mclstexp.prediction.writers.slide import OutputInfo
@@ -117,6 +117,6 @@ def publish(slide: Slide, out: Path | str, key: str = "key") -> None:
     """Publishes a slide and enters it as done; its staging folder stays, for other tests."""
     name = slide.record.slide_id
     claim = Entry(slide_id=name, key=key, state="publishing")
-    claimed = claim_slide(str(out), claim, over=entry(str(out), name))
+    claimed = claim_slide(str(out), claim, over=stored(str(out), name))
     publish_slide(str(slide.staging), str(out), INFO)
     commit(str(out), claim.model_copy(update={"state": "done"}), claimed)

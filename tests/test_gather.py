@@ -134,12 +134,13 @@ def finish_in_a_process(slide: Slide, info: OutputInfo, folder: Path) -> Finishe
     code = """
 import json, pickle, resource, sys
 from pathlib import Path
+from mclstexp.prediction.parts import read_record
 from mclstexp.prediction.publish import publish_slide
 from mclstexp.prediction.writers.slide import PredictedSlide
 from mclstexp.prediction.writers.table import write_table
 staging, info = pickle.loads(Path(sys.argv[1], "info.pkl").read_bytes())
 table = Path(sys.argv[1], "table.parquet")
-write_table(table, PredictedSlide(staging, table, info, None))
+write_table(table, PredictedSlide(staging, table, info, None, read_record(staging)))
 heavy = [name for name in ("torch", "sklearn", "mlflow") if name in sys.modules]
 print(json.dumps([heavy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """

@@ -8,7 +8,7 @@ import pytest
 
 from mclstexp import storage
 from mclstexp.errors import ConflictError, PredictError
-from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry, set_aside, slides, summarise
+from mclstexp.prediction.ledger import Entry, claim_slide, commit, entry, set_aside, slides, stored, summarise
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -26,15 +26,15 @@ def _done(key: str, image: str = "first") -> Entry:
 
 
 def test_an_answer_replaces_its_claim(out: str) -> None:
-    commit(out, _done("k"), claim_slide(out, _claim("k"), over=None))
+    commit(out, _done("k"), claim_slide(out, _claim("k"), over=stored(out, "A")))
     assert entry(out, "A") == _done("k")
-    commit(out, _done("other"), claim_slide(out, _claim("other"), over=_done("k")))
+    commit(out, _done("other"), claim_slide(out, _claim("other"), over=stored(out, "A")))
     assert entry(out, "A") == _done("other")
 
 
 def test_a_run_that_lost_its_claim_to_other_settings_cannot_commit_its_answer(out: str) -> None:
-    ours = claim_slide(out, _claim("ours"), over=None)
-    theirs = claim_slide(out, _claim("theirs"), over=_claim("ours"))
+    ours = claim_slide(out, _claim("ours"), over=stored(out, "A"))
+    theirs = claim_slide(out, _claim("theirs"), over=stored(out, "A"))
     with pytest.raises(ConflictError):
         commit(out, _done("ours"), ours)
     assert entry(out, "A") == _claim("theirs")
@@ -44,7 +44,9 @@ def test_a_run_that_lost_its_claim_to_other_settings_cannot_commit_its_answer(ou
 
 
 def test_runs_of_equal_settings_share_a_claim(out: str) -> None:
-    first, second = (claim_slide(out, _claim("k"), over=None) for _ in range(2))
+    before = stored(out, "A")  # as one run reads it before the other claims
+    first, second = (claim_slide(out, _claim("k"), over=before) for _ in range(2))
+    assert claim_slide(out, _claim("k"), over=stored(out, "A")) == second
     commit(out, _done("k"), second)
     with pytest.raises(ConflictError):
         commit(out, _done("k").model_copy(update={"finished": "later"}), first)
@@ -52,9 +54,10 @@ def test_runs_of_equal_settings_share_a_claim(out: str) -> None:
 
 
 def test_an_entry_that_changed_since_it_was_read_is_not_claimed(out: str) -> None:
-    commit(out, _done("k"), claim_slide(out, _claim("k"), over=None))
+    before = stored(out, "A")
+    commit(out, _done("k"), claim_slide(out, _claim("k"), over=before))
     with pytest.raises(ConflictError):
-        claim_slide(out, _claim("other"), over=None)
+        claim_slide(out, _claim("other"), over=before)
     assert entry(out, "A") == _done("k")
 
 
@@ -70,14 +73,14 @@ def test_an_entry_that_changed_since_it_was_read_is_not_claimed(out: str) -> Non
 def test_a_prediction_outlives_faults_but_not_a_damaged_image_that_replaced_its_own(
     out: str, state: str, image: str, stays: bool
 ) -> None:
-    commit(out, _done("k", "first"), claim_slide(out, _claim("k"), over=None))
+    commit(out, _done("k", "first"), claim_slide(out, _claim("k"), over=stored(out, "A")))
     fault = Entry(slide_id="A", key="attempt", state=state, fingerprint=image, reason="broken")
     set_aside(out, fault)
     assert entry(out, "A") == (_done("k", "first") if stays else fault)
 
 
 def test_a_fault_replaces_the_claim_of_a_dead_run(out: str) -> None:
-    claim_slide(out, _claim("k"), over=None)
+    claim_slide(out, _claim("k"), over=stored(out, "A"))
     fault = Entry(slide_id="A", key="attempt", state="failed", reason="broken")
     set_aside(out, fault)
     assert entry(out, "A") == fault
@@ -101,7 +104,7 @@ def test_entries_with_genes_are_read_as_their_state_says(out: str, state: str, g
     storage.write(uri, json.dumps(old.model_dump() | {"genes": genes}).encode())
     assert entry(out, "A") == old
     assert slides(out) == ["A"]
-    commit(out, _done("k"), claim_slide(out, _claim("k"), over=old))
+    commit(out, _done("k"), claim_slide(out, _claim("k"), over=stored(out, "A")))
     assert entry(out, "A") == _done("k")
     assert "genes" not in json.loads(storage.read(uri))
     assert "genes" not in storage.read(summarise(out, {"A": old})).decode()

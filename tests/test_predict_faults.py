@@ -24,7 +24,7 @@ from s3_server import S3Server
 from mclstexp import storage
 from mclstexp.errors import StorageError
 from mclstexp.model.version import ModelVersion
-from mclstexp.prediction import ledger, publish, run
+from mclstexp.prediction import finishing, ledger, publish, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 READER, EMBEDDER = "(Read)", "(Answer)"
@@ -78,7 +78,7 @@ def test_faults_while_slides_are_finished_cost_no_slide(
     (tmp_path / "slides").mkdir()
     for name in GOOD:
         shutil.copy(slides / f"{name}.tif", tmp_path / "slides")
-    attempts, finish_slide = tmp_path / "attempts", publish.finish_slide
+    attempts, finish_slides = tmp_path / "attempts", publish.finish_slides
     attempts.mkdir()
 
     def disturbed_commit(out: str, new: ledger.Entry, claimed: str) -> None:
@@ -87,7 +87,7 @@ def test_faults_while_slides_are_finished_cost_no_slide(
         (attempts / f"{name}-{attempt}").touch()
         if (name, attempt) in (("big1", 1), ("small", 1)):
             theirs = ledger.Entry(slide_id=name, key="theirs", state="publishing")
-            version = ledger.claim_slide(out, theirs, over=ledger.entry(out, name))
+            version = ledger.claim_slide(out, theirs, over=ledger.stored(out, name))
             if name == "small":
                 storage.publish(f"{out}/ledger/small.json", _entry(theirs, state="done"), version)
         if (name, attempt) == ("big1", 2):
@@ -99,12 +99,12 @@ def test_faults_while_slides_are_finished_cost_no_slide(
     def _entry(entry: ledger.Entry, **changes: object) -> bytes:
         return entry.model_copy(update=changes).model_dump_json(indent=1).encode()
 
-    def finish(*arguments: object) -> publish.Outcome:
+    def finish(*arguments: object) -> list[publish.Outcome]:
         with pytest.MonkeyPatch.context() as patch:  # in the task's process
             patch.setattr(ledger, "commit", disturbed_commit)
-            return finish_slide(*arguments)
+            return finish_slides(*arguments)
 
-    monkeypatch.setattr(run, "finish_slide", finish)
+    monkeypatch.setattr(finishing, "finish_slides", finish)
     monkeypatch.setattr(run, "_MAX_PAUSE_S", 0.1)
     report = predict(model, tmp_path / "slides", tmp_path / "out")
     assert report.counts() == {"done": 3}

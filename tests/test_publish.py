@@ -250,7 +250,7 @@ def test_an_answer_that_another_run_gave_is_adopted_and_its_files_stay(staging: 
 
 def commit_as_another_run(out: Path, entry: ledger.Entry) -> None:
     claim = ledger.Entry(slide_id=entry.slide_id, key=entry.key, state="publishing")
-    version = ledger.claim_slide(str(out), claim, over=ledger.entry(str(out), entry.slide_id))
+    version = ledger.claim_slide(str(out), claim, over=ledger.stored(str(out), entry.slide_id))
     ledger.commit(str(out), entry, version)
 
 
@@ -284,7 +284,7 @@ def test_faults_before_and_after_the_claim_are_told_apart(
     def away(*arguments: object, **options: object) -> None:
         raise StorageError("the store answered 503")
 
-    for step, has_claimed in (("read", False), ("upload", True)):
+    for step, has_claimed in (("read_with_version", False), ("read", True), ("upload", True)):
         with monkeypatch.context() as patch:
             patch.setattr(storage, step, away)
             outcome = _finish(staging, tmp_path / "out")
@@ -313,19 +313,20 @@ def test_an_earlier_prediction_stays_if_finishing_tasks_die_before_the_claim(
         entry.write_text(left)
     plan = CohortPlan(out, TilesConfig(), 0.5, "model", str(tmp_path), 0)
     cohort = Cohort([SlideSource("A", "P", "", str(image), None)], plan)
-    row = {"slide_id": "A", "state": NOTHING_LEFT, "staging": f"{out}/staging/A-key"}
+    row = {"slide_id": "A", "state": NOTHING_LEFT, "staging": f"{out}/staging/A-key", "num_parts": 1}
 
     def dead(reference: object) -> None:
         raise ray.exceptions.WorkerCrashedError
 
     monkeypatch.setattr(run, "pipeline", lambda *arguments: SimpleNamespace(iter_rows=lambda: iter([row])))
     monkeypatch.setattr(run, "_MAX_PAUSE_S", 0.0)
-    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(ray, "wait", lambda references, num_returns, timeout: (references, []))
     monkeypatch.setattr(ray, "get", dead)
     report = run.Report()
     context = run.RunContext(None, cohort, out, INFO, WorkerCounts(1, 1, False))
     cohort_run = run.CohortRun(context, report, lambda: None)
-    cohort_run._finish = SimpleNamespace(remote=lambda *arguments: object())
+    task = SimpleNamespace(remote=lambda *arguments: object())
+    cohort_run._finishing._finish = SimpleNamespace(options=lambda **options: task)
     cohort_run.run(["A"])
     assert report.entries["A"].state == "failed"
     assert "publishing it failed" in report.entries["A"].reason

@@ -107,7 +107,8 @@ def test_memory_is_that_of_few_groups_of_tiles(tmp_path: Path) -> None:
     slide = stage(tmp_path, "M", 64, 64 * num_groups)
     slide.answer.values = np.zeros((4096 * num_groups, num_genes), np.float32)
     write(slide)
-    predicted = PredictedSlide(str(slide.staging), tmp_path / "table", info, np.zeros((10, 10, 3), np.uint8))
+    picture = np.zeros((10, 10, 3), np.uint8)
+    predicted = PredictedSlide(str(slide.staging), tmp_path / "table", info, picture, slide.record)
     del slide
     writers = {
         "table": lambda: write_table(predicted.table, predicted),

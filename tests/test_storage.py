@@ -225,6 +225,7 @@ class _Faulty(BaseHTTPRequestHandler):
         whole = self.requests > 2
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.body)))
+        self.send_header("ETag", '"an etag"')
         self.end_headers()
         self.wfile.write(self.body if whole else self.body[:50])
         self.close_connection = True

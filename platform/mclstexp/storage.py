@@ -40,7 +40,10 @@ _S3_OPTIONS = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_ove
 _MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
 _LOST_RACE_CODES = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 _MAX_REQUEST_TRIES = 6
+_MAX_CONNECTIONS = 64  # beyond it each request of another thread would open one of its own
 _MAX_DELETED = 1000  # objects in one request
+_MAX_PUT_BYTES = 8 * 2**20
+"""Up to this size a file is uploaded in one request."""
 _MAX_BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
 _BODY_WAIT_S = 0.5  # doubles with each try
 
@@ -131,7 +134,7 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
     uri = absolute(uri)
     if length == 0:
         return b""
-    data = _s3_get(uri, start, length) if is_s3(uri) else _read_file(uri, start, length)
+    data = _s3_get(uri, start, length)[0] if is_s3(uri) else _read_file(uri, start, length)
     if length is not None and len(data) != length:
         raise StorageError(f"{uri} ended early: expected {length} bytes at {start}, got {len(data)}")
     return data
@@ -142,14 +145,36 @@ def version(uri: str) -> str | None:
 
     The token is the ETag in object storage and the content's SHA-256 on disk.
     """
-    uri = absolute(uri)
     try:
-        if is_s3(uri):
-            return _s3_head(uri)[1]
-        with _local_errors("look up", uri), open(uri, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return size_and_version(uri)[1]
     except FileNotFoundError:
         return None
+
+
+def size_and_version(uri: str) -> tuple[int, str]:
+    """Returns an object's length in bytes and its `version`, in one request.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    uri = absolute(uri)
+    if is_s3(uri):
+        return _s3_head(uri)
+    with _local_errors("look up", uri), open(uri, "rb") as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_with_version(uri: str) -> tuple[bytes, str]:
+    """Returns an object's bytes and their `version`, in one request (more only if one breaks off).
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    uri = absolute(uri)
+    if is_s3(uri):
+        return _s3_get(uri, 0, None)
+    data = _read_file(uri, 0, None)
+    return data, hashlib.sha256(data).hexdigest()
 
 
 def write(uri: str, data: bytes) -> None:
@@ -348,16 +373,21 @@ def _local_errors(action: str, path: str) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
-def _s3_get(uri: str, start: int, length: int | None) -> bytes:
-    """Returns an object's bytes from `start` on, at most `length`; a body that breaks off is requested again."""
+def _s3_get(uri: str, start: int, length: int | None) -> tuple[bytes, str]:
+    """Returns an object's bytes from `start` on, at most `length`, and its ETag.
+
+    A body that breaks off is requested again.
+    """
     bucket, key = _s3_address(uri)
     with _s3_errors("read", uri):
         for attempt in range(_MAX_BODY_TRIES):
             try:
                 if length is None and not start:
-                    return _s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
-                span = f"bytes={start}-{'' if length is None else start + length - 1}"
-                return _s3_client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+                    answer = _s3_client().get_object(Bucket=bucket, Key=key)
+                else:
+                    span = f"bytes={start}-{'' if length is None else start + length - 1}"
+                    answer = _s3_client().get_object(Bucket=bucket, Key=key, Range=span)
+                return answer["Body"].read(), str(answer["ETag"])
             except (HTTPClientError, IncompleteReadError):
                 if attempt == _MAX_BODY_TRIES - 1:
                     raise
@@ -406,6 +436,9 @@ def _s3_exchange(uri: str, data: bytes, previous: str | None) -> str:
 
 def _s3_upload(local: str, uri: str) -> None:
     """Copies a local file to an object, in parts if it is large."""
+    if os.path.getsize(local) <= _MAX_PUT_BYTES:  # boto's transfers start threads for each file
+        _s3_put(uri, Path(local).read_bytes())
+        return
     with _s3_errors("upload", uri):
         _s3_client().upload_file(local, *_s3_address(uri))
 
@@ -453,7 +486,10 @@ def _s3_client() -> "S3Client":
 @cache
 def _client_of(process: int) -> "S3Client":
     config = BotoConfig(
-        connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": _MAX_REQUEST_TRIES}
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard", "max_attempts": _MAX_REQUEST_TRIES},
+        max_pool_connections=_MAX_CONNECTIONS,
     )
     return boto3.client("s3", region_name=_s3_region(), config=config)
 

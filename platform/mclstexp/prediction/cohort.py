@@ -1,7 +1,7 @@
 """The slides that a user names, how they are cut for one model, and the keys by which the ledger knows their answers.
 
 Fingerprints of all slides are taken up front, many at once, so that a run that is started again knows immediately what
-is done. On S3 that costs two requests per slide.
+is done. On S3 that costs one request per slide.
 """
 
 import os

@@ -3,13 +3,14 @@
 An entry names everything that the answer depends on (its key), so that a run that is started again does what is left
 or has changed, and nothing else. Before a run replaces a slide's files it claims the entry, and afterwards it exchanges
 its claim for the answer. If a run with other settings claimed the slide in between, the exchange fails and the run
-publishes again, so that an answer always belongs to its files. The price is one request per slide at the start of a run
-and five more at its end.
+publishes again, so that an answer always belongs to its files. The price is one request per slide that has an entry at
+the start of a run, and three per slide at its end.
 """
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
@@ -60,6 +61,16 @@ class Entry(_Record):
         )
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A slide's entry as it was read."""
+
+    entry: Entry | None
+    """None: it had none."""
+    version: str | None
+    """Of `storage.version`; None without an entry."""
+
+
 class Owner(_Record):
     """Whose predictions a folder holds."""
 
@@ -104,15 +115,16 @@ def slides(out: str) -> list[str]:
 
 
 def entries(out: str, slide_ids: Iterable[str]) -> dict[str, Entry]:
-    """Returns the entries of slides that have one, by slide.
+    """Returns the entries of slides that have one, by slide: only those of a listing are read.
 
     Raises:
         PredictError: an entry cannot be read.
     """
-    names = list(slide_ids)
+    existing = set(slides(out))
+    names = [name for name in slide_ids if name in existing]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: entry(out, name), names)
-        return {existing.slide_id: existing for existing in found if existing is not None}
+        return {each.slide_id: each for each in found if each is not None}
 
 
 def entry(out: str, slide_id: str) -> Entry | None:
@@ -121,15 +133,25 @@ def entry(out: str, slide_id: str) -> Entry | None:
     Raises:
         PredictError: it cannot be read.
     """
+    return stored(out, slide_id).entry
+
+
+def stored(out: str, slide_id: str) -> Stored:
+    """Returns a slide's entry and its version, from one request.
+
+    Raises:
+        PredictError: it cannot be read.
+    """
     try:
-        return Entry.model_validate_json(storage.read(_uri(out, slide_id)))
+        data, version = storage.read_with_version(_uri(out, slide_id))
+        return Stored(Entry.model_validate_json(data), version)
     except FileNotFoundError:
-        return None
+        return Stored(None, None)
     except ValidationError as error:
         raise PredictError(f"{_uri(out, slide_id)} is not a ledger entry of this version: {error}; remove it") from None
 
 
-def claim_slide(out: str, new: Entry, over: Entry | None) -> str:
+def claim_slide(out: str, new: Entry, over: Stored) -> str:
     """States that a slide's files are about to be replaced; runs that make the same claim share it.
 
     Args:
@@ -143,14 +165,15 @@ def claim_slide(out: str, new: Entry, over: Entry | None) -> str:
     Raises:
         ConflictError: another run has written the entry in between.
     """
-    uri = _uri(out, new.slide_id)
-    previous = storage.version(uri)
-    existing = entry(out, new.slide_id)
-    if existing == new and previous == storage.version(uri):  # some stores give equal bytes another version
-        return str(previous)
-    if existing not in (over, new):
-        raise ConflictError(f"another run has written {uri} in between")
-    return storage.publish(uri, _bytes(new), previous)
+    if over.entry == new:  # some stores give equal bytes another version
+        return str(over.version)
+    try:
+        return storage.publish(_uri(out, new.slide_id), _bytes(new), over.version)
+    except ConflictError:
+        existing = stored(out, new.slide_id)
+        if existing.entry != new:
+            raise
+        return str(existing.version)
 
 
 def commit(out: str, new: Entry, claimed: str) -> None:
@@ -162,8 +185,8 @@ def commit(out: str, new: Entry, claimed: str) -> None:
     storage.publish(_uri(out, new.slide_id), _bytes(new), claimed)
 
 
-def set_aside(out: str, new: Entry, also_predictions: bool = False) -> None:
-    """Writes that a slide is quarantined or has failed.
+def set_aside(out: str, new: Entry, also_predictions: bool = False) -> Entry:
+    """Writes that a slide is quarantined or has failed, and returns the entry that it then has.
 
     A prediction of the same image stays. So does any prediction if the slide failed, because the image may be the same.
 
@@ -175,18 +198,17 @@ def set_aside(out: str, new: Entry, also_predictions: bool = False) -> None:
     Raises:
         ConflictError: other runs keep writing this slide's entry.
     """
-    uri = _uri(out, new.slide_id)
     for tries_left in reversed(range(_TRIES)):
-        previous = storage.version(uri)
-        existing = entry(out, new.slide_id)
-        if existing is not None and not also_predictions and _outlives(existing, new):
-            return
+        existing = stored(out, new.slide_id)
+        if existing.entry is not None and not also_predictions and _outlives(existing.entry, new):
+            return existing.entry
         try:
-            storage.publish(uri, _bytes(new), previous)
-            return
+            storage.publish(_uri(out, new.slide_id), _bytes(new), existing.version)
+            return new
         except ConflictError:
             if not tries_left:
                 raise
+    raise AssertionError("the last try returns or raises")
 
 
 def summarise(out: str, found: Mapping[str, Entry], facts: Mapping[str, float | None] = {}) -> str:

@@ -68,8 +68,10 @@ class Row:
     state: str = TILES
     reason: str = ""
     """Of a fault."""
+    num_parts: int = 0
+    """Parts of the slide."""
     num_left: int = 0
-    """Parts that were missing when the slide was inspected."""
+    """Of them, those that were missing when the slide was inspected."""
     parts: str | None = None
     """inspect -> read: numbers of the stretch's parts, with spaces."""
     part: int | None = None
@@ -239,8 +241,9 @@ class Inspect:
             yield _faulty(row, error).batch()
             return
         record = inspection.record
-        missing = [part for part in range(num_parts(record.num_tiles)) if part not in done]
-        row = replace(row, staging=inspection.staging, num_left=len(missing))
+        parts = range(num_parts(record.num_tiles))
+        missing = [part for part in parts if part not in done]
+        row = replace(row, staging=inspection.staging, num_parts=len(parts), num_left=len(missing))
         if not missing:
             yield replace(row, state=NOTHING_LEFT).batch()
         step = stretch_parts(record)

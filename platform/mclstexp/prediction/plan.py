@@ -116,12 +116,10 @@ def fingerprint(image: str) -> str:
         FileNotFoundError: there is no such image.
         StorageError: it cannot be read.
     """
-    size = storage.size(image)
     if storage.is_s3(storage.absolute(image)):
-        version = storage.version(image)
-        if version is None:
-            raise FileNotFoundError(image)
+        size, version = storage.size_and_version(image)
         return f"{size}-{version.strip(chr(34))}"
+    size = storage.size(image)
     head = storage.read(image, 0, min(size, _END_BYTES))
     tail = storage.read(image, max(size - _END_BYTES, 0), min(size, _END_BYTES))
     return f"{size}-{hashlib.sha256(head + tail).hexdigest()}"

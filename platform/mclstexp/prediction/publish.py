@@ -1,13 +1,15 @@
-"""The task behind the pipeline, one per slide: from a staging folder with all parts to published files and an answer.
+"""The task behind the pipeline: from staging folders with all parts to published files and answers.
 
 All files are made on local scratch, then uploaded whole, the table last. None holds a time or a run's name, so however
 often publishing is interrupted and repeated, the bytes are the same; the price is scratch space for the slide's files.
-The task may run twice (Ray repeats it if its process dies): a second one shares the claim of the first, or adopts its
-answer. It needs neither weights nor torch.
+A slide may be finished twice (if a process dies): the second time shares the claim of the first, or adopts its answer.
+A slide mostly waits for the store, so a task finishes several at once, and does for one at once what has no order. It
+needs neither weights nor torch.
 """
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,12 +31,25 @@ GEOJSON = "geojson/{slide_id}.geojson"
 PICTURES = (PICTURE_RECORD, OVERVIEW, GEOJSON)
 """What `draw` makes of a published table: its record, which is removed first and written last, and the pictures."""
 _NO_PICTURE = np.zeros((0, 0, 3), np.uint8)
+_THREADS = 4
 _RECORDED = ("fingerprint", "num_tiles", "missing_tiles", "left_out_positions", "tile_area_mm2", "tissue_area_mm2")
 
 
 @dataclass(frozen=True)
+class Staged:
+    """A slide whose parts are all written."""
+
+    slide_id: str
+    staging: str
+    """URI of its staging folder."""
+    num_parts: int
+    answer_keys: tuple[str, ...]
+    """Keys of an answer that equals this run's."""
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """How a slide's finishing task ended."""
+    """How the finishing of a slide ended."""
 
     slide_id: str
     entry: Entry | None = None
@@ -48,6 +63,14 @@ class Outcome:
 class _Claim:
     entry: Entry
     version: str
+
+
+def finish_slides(slides: Sequence[Staged], out: str, info: OutputInfo) -> list[Outcome]:
+    """Finishes slides at once, each as `finish_slide`; a fault of one comes after the others have ended."""
+    with ThreadPoolExecutor(len(slides)) as pool:
+        return list(
+            pool.map(lambda each: finish_slide(each.slide_id, each.staging, out, info, each.answer_keys), slides)
+        )
 
 
 def finish_slide(slide_id: str, staging: str, out: str, info: OutputInfo, answer_keys: Collection[str]) -> Outcome:
@@ -75,8 +98,8 @@ def finish_slide(slide_id: str, staging: str, out: str, info: OutputInfo, answer
 def publish_slide(staging: str, out: str, info: OutputInfo) -> SlideRecord:
     """Publishes a slide whose parts are all written; leaves staging folder and ledger to the caller.
 
-    Writes the files of `WRITERS` below `out`, the table last. Before that it removes the slide's pictures, which show
-    an earlier table. Without tissue a slide keeps only the files that need none.
+    Makes the files of `WRITERS`, then removes the slide's pictures, which show an earlier table, and uploads the files
+    below `out`, the table last. Without tissue a slide keeps only the files that need none.
 
     Args:
         staging: URI of the slide's staging folder.
@@ -91,30 +114,33 @@ def publish_slide(staging: str, out: str, info: OutputInfo) -> SlideRecord:
         FileNotFoundError: another file of the staging folder is missing.
         StorageError: another file of it is damaged, or something cannot be read or written.
     """
-    record = read_record(staging)
-    name = record.slide_id
-    with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch:
-        files = {writer.path: Path(scratch, f"file{index}") for index, writer in enumerate(WRITERS)}
-        table = files[WRITERS[0].path]
-        thumbnail = read_thumbnail(staging) if record.num_tiles else _NO_PICTURE
-        slide = PredictedSlide(staging, table, info, thumbnail)
-        written = [writer for writer in WRITERS if record.num_tiles or writer.without_tissue]
-        for writer in written:
-            writer.write(files[writer.path], slide)
-        remove_pictures(out, name)
-        for writer in reversed(WRITERS):  # the table last
-            uri = storage.join(out, writer.path.format(slide_id=name))
-            if writer in written:
-                storage.upload(files[writer.path], uri)
-            else:
-                storage.delete(uri)  # of an earlier image
+    with tempfile.TemporaryDirectory(prefix="mclstexp-") as scratch, ThreadPoolExecutor(_THREADS) as pool:
+        picture = pool.submit(read_thumbnail, staging)
+        record = read_record(staging)
+        thumbnail = picture.result() if record.num_tiles else _NO_PICTURE
+        files = {writer: Path(scratch, f"file{index}") for index, writer in enumerate(WRITERS)}
+        slide = PredictedSlide(staging, files[WRITERS[0]], info, thumbnail, record)
+        made = {writer: path for writer, path in files.items() if record.num_tiles or writer.without_tissue}
+        for writer, path in made.items():
+            writer.write(path, slide)
+
+        uris = {writer: storage.join(out, writer.path.format(slide_id=record.slide_id)) for writer in WRITERS}
+        pictures = [storage.join(out, path.format(slide_id=record.slide_id)) for path in PICTURES]
+        storage.delete(pictures[0])  # their record, so that it never describes pictures that are gone
+        under_way = [pool.submit(storage.delete, uri) for uri in pictures[1:]]
+        under_way += [pool.submit(_replace, uris[writer], made.get(writer)) for writer in WRITERS[1:]]
+        for each in under_way:
+            each.result()
+        _replace(uris[WRITERS[0]], made.get(WRITERS[0]))
         return slide.record if record.num_tiles else record
 
 
-def remove_pictures(out: str, slide_id: str) -> None:
-    """Removes what `draw` made for a slide, the record first."""
-    for path in PICTURES:
-        storage.delete(storage.join(out, path.format(slide_id=slide_id)))
+def _replace(uri: str, file: Path | None) -> None:
+    """Uploads a file, or removes that of an earlier image."""
+    if file is None:
+        storage.delete(uri)
+    else:
+        storage.upload(file, uri)
 
 
 def now() -> str:
@@ -123,9 +149,9 @@ def now() -> str:
 
 
 def _adopt_or_claim(slide_id: str, staging: str, out: str, answer_keys: Collection[str]) -> Entry | _Claim:
-    existing = ledger.entry(out, slide_id)
-    if existing is not None and _is_answer(existing, answer_keys):
-        return existing
+    existing = ledger.stored(out, slide_id)
+    if existing.entry is not None and _is_answer(existing.entry, answer_keys):
+        return existing.entry
     claim = Entry(slide_id=slide_id, key=key_of_staging(staging), state="publishing")
     return _Claim(claim, ledger.claim_slide(out, claim, over=existing))
 

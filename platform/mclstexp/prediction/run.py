@@ -1,7 +1,7 @@
 """Prediction of a cohort of slides: resumable, exactly once, and no slide stops another.
 
 Parts stream through Ray Data (`pipeline`), each written to its slide's staging folder as soon as it is answered. When
-all parts of a slide are written, a task publishes it (`publish.finish_slide`). Whatever dies, the same command does
+all parts of a slide are written, a task publishes it (`finishing`). Whatever dies, the same command does
 what is left: the ledger knows settled slides, the staging folders know written parts. A slide's files are replaced one
 by one, so a reader should go by the ledger, which is written last.
 """
@@ -9,20 +9,23 @@ by one, so a reader should go by the ledger, which is written last.
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
 from ray.data.exceptions import ExecutionTimeoutError
 
 from mclstexp import storage
-from mclstexp.cluster import MAX_RETRIES, guarded
+from mclstexp.cluster import guarded
 from mclstexp.errors import ConflictError, StorageError, UserError
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction import ledger
 from mclstexp.prediction.cohort import Cohort
+from mclstexp.prediction.finishing import Finishing
 from mclstexp.prediction.ledger import Entry, Owner
 from mclstexp.prediction.parts import clear_staging
 from mclstexp.prediction.pipeline import (
@@ -34,7 +37,7 @@ from mclstexp.prediction.pipeline import (
     pipeline,
     worker_counts,
 )
-from mclstexp.prediction.publish import Outcome, finish_slide, now
+from mclstexp.prediction.publish import Outcome, Staged, now
 from mclstexp.prediction.writers.slide import OutputInfo
 from mclstexp.progress import Show
 from mclstexp.settings import PredictConfig
@@ -42,7 +45,8 @@ from mclstexp.settings import PredictConfig
 MAX_TRIES = 3
 """Times that a slide is tried in one run."""
 MIN_FINISHING = 4
-"""Slides that are finished at once, at least; on large clusters one for every two readers."""
+"""Finishing tasks at once, at least; on large clusters one for every two readers."""
+_THREADS = 32
 _MAX_PAUSE_S = 5.0
 _DIED = f"a process that worked on it died in each of {MAX_TRIES} tries"
 
@@ -118,8 +122,7 @@ def predict_cohort(model: ModelVersion, cohort: Cohort, out: str, show: Show, co
     run = CohortRun(
         context, report, lambda: show("predict slides", len(report.entries), total, f"{report.num_tiles:,} tiles")
     )
-    for name, reason in cohort.unreachable.items():
-        run.fail(name, reason)
+    run.fail(cohort.unreachable)
     run.run(left)
     facts = model.programs.level.errors() if model.programs else {}
     report.summary = ledger.summarise(out, report.slides(), facts)
@@ -133,9 +136,7 @@ class CohortRun:
 
     def __init__(self, context: RunContext, report: Report, show: Callable[[], None]) -> None:
         self._context, self._report, self._show = context, report, show
-        self._finish = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(finish_slide)
-        self._finishing: dict[ray.ObjectRef, str] = {}
-        """Slides by their finishing task."""
+        self._finishing = Finishing(context.out, context.info, max(MIN_FINISHING, context.workers.num_readers // 2))
         self._num_written: Counter[str] = Counter()
         """Parts that are written in the current try."""
         self._faults: dict[str, str] = {}
@@ -156,29 +157,33 @@ class CohortRun:
             self._num_written.clear()
             self._faults.clear()
             self._try(left)
-            left = [name for name in left if not self._is_settled(name)]
-        for name in left:
-            self.fail(name, self._faults.get(name) or self._stopped or _DIED)
+            left = self._not_settled(left)
+        self.fail({name: self._faults.get(name) or self._stopped or _DIED for name in left})
 
-    def fail(self, name: str, reason: str) -> None:
-        """Gives a slide up in this run."""
+    def fail(self, reasons: Mapping[str, str]) -> None:
+        """Gives slides up in this run."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for entry in pool.map(self._failed, reasons, reasons.values()):
+                self._report.entries[entry.slide_id] = entry
+                self._show()
+
+    def _failed(self, name: str, reason: str) -> Entry:
         try:
-            self._set_aside(name, "failed", reason, also_predictions=name in self._unsure)
+            return self._set_aside(name, "failed", reason, also_predictions=name in self._unsure)
         except StorageError as error:  # its entry cannot be written; the summary has it
-            self._report.entries[name] = self._fault_entry(name, "failed", f"{reason}; {error}")
+            return self._fault_entry(name, "failed", f"{reason}; {error}")
 
     def _try(self, slide_ids: Sequence[str]) -> None:
         cohort, workers = self._context.cohort, self._context.workers
         sources = [cohort.source(name) for name in slide_ids]
-        max_finishing = max(MIN_FINISHING, workers.num_readers // 2)
         self._stopped = ""
         try:
             for row in pipeline(sources, cohort.plan, self._context.model, workers).iter_rows():
                 self._take(row)
-                self._collect(wait=len(self._finishing) >= max_finishing)
+                self._collect(wait=self._finishing.is_full)
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:  # what is left is tried again
             self._stopped = f"the stream of tiles ended: {error}"
-        while self._finishing:
+        while not self._finishing.is_idle:
             self._collect(wait=True)
 
     def _take(self, row: dict[str, Any]) -> None:
@@ -186,7 +191,7 @@ class CohortRun:
         name, state = str(row["slide_id"]), row["state"]
         if state == QUARANTINED:
             with self._keeping_faults(name):
-                self._set_aside(name, "quarantined", str(row["reason"]))
+                self._report.entries[name] = self._set_aside(name, "quarantined", str(row["reason"]))
         elif state == FAILED:
             self._faults[name] = str(row["reason"])
         else:
@@ -194,31 +199,14 @@ class CohortRun:
             if state == TILES:
                 self._report.num_tiles += int(row["num_tiles"])
             if state != TILES or self._num_written[name] == int(row["num_left"]):
-                self._start_finishing(name, str(row["staging"]))
+                keys = self._context.cohort.answer_keys(name)
+                self._finishing.add(Staged(name, str(row["staging"]), int(row["num_parts"]), keys))
         self._show()
-
-    def _start_finishing(self, name: str, staging: str) -> None:
-        context = self._context
-        keys = context.cohort.answer_keys(name)
-        self._finishing[self._finish.remote(name, staging, context.out, context.info, keys)] = name
 
     def _collect(self, wait: bool) -> None:
         """Collects the outcomes of finishing tasks that ended; waits for one if `wait`."""
-        if not self._finishing:
-            return
-        ended, _ = ray.wait(list(self._finishing), timeout=None if wait else 0)
-        for reference in ended:
-            name = self._finishing.pop(reference)
-            try:
-                outcome: Outcome = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                outcome = Outcome(name, fault=f"publishing it failed: {error}", has_claimed=self._may_be_claimed(name))
+        for outcome in self._finishing.collect(wait):
             self._settle(outcome)
-
-    def _may_be_claimed(self, name: str) -> bool:
-        """Returns whether a finishing task that died may have begun to replace the slide's files."""
-        existing = guarded(ledger.entry, self._context.out, name)
-        return isinstance(existing, UserError) or (existing is not None and existing.state == "publishing")
 
     def _settle(self, outcome: Outcome) -> None:
         if outcome.entry is not None:
@@ -230,26 +218,27 @@ class CohortRun:
         if outcome.has_claimed:
             self._unsure.add(outcome.slide_id)
 
-    def _is_settled(self, name: str) -> bool:
-        with self._keeping_faults(name):
-            return name in self._report.entries or self._adopt_existing(name)
-        return False  # nobody can tell now
+    def _not_settled(self, slide_ids: Sequence[str]) -> list[str]:
+        """Adopts answers that another run on the same output was first to give; returns the slides that have none."""
+        left = [name for name in slide_ids if name not in self._report.entries]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for name, existing in zip(
+                left, pool.map(partial(guarded, ledger.entry, self._context.out), left), strict=True
+            ):
+                if isinstance(existing, UserError):  # nobody can tell now
+                    self._faults[name] = str(existing)
+                elif existing is not None and self._context.cohort.is_answer(existing):
+                    self._report.entries[name] = existing
+        return [name for name in left if name not in self._report.entries]
 
-    def _adopt_existing(self, name: str) -> bool:
-        """Adopts the answer that another run on the same output was first to give; returns whether there is one."""
-        existing = ledger.entry(self._context.out, name)
-        if existing is None or not self._context.cohort.is_answer(existing):
-            return False
-        self._report.entries[name] = existing
-        return True
-
-    def _set_aside(self, name: str, state: ledger.State, reason: str, also_predictions: bool = False) -> None:
-        entry = self._fault_entry(name, state, reason)
-        with suppress(ConflictError):
-            ledger.set_aside(self._context.out, entry, also_predictions)
-        if not self._adopt_existing(name):
-            self._report.entries[name] = entry
-        self._show()
+    def _set_aside(self, name: str, state: ledger.State, reason: str, also_predictions: bool = False) -> Entry:
+        """Returns the slide's entry: this fault, or the answer that another run was first to give."""
+        entry, cohort = self._fault_entry(name, state, reason), self._context.cohort
+        try:
+            existing: Entry | None = ledger.set_aside(self._context.out, entry, also_predictions)
+        except ConflictError:
+            existing = ledger.entry(self._context.out, name)
+        return existing if existing is not None and cohort.is_answer(existing) else entry
 
     def _fault_entry(self, name: str, state: ledger.State, reason: str) -> Entry:
         cohort = self._context.cohort

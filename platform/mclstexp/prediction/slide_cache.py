@@ -74,7 +74,7 @@ def _entry(uri: str, folder: Path) -> tuple[Path, int]:
     """Returns the folder of a slide's copy, named after the object's version and length, and the length in bytes."""
     if uri.lower().endswith(_MANY_FILES):
         raise SourceError(f"{uri} is one of the many files of a slide; copy them all to a local folder")
-    size, version = storage.size(uri), storage.version(uri)
+    size, version = storage.size_and_version(uri)
     digest = hashlib.sha256(f"{uri} {version}".encode()).hexdigest()[:16]
     return folder / f"{digest}-{size}", size
 

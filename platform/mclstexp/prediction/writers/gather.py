@@ -7,6 +7,7 @@ Shapes: n tiles of a group, m of them complete, W values of a tile, S sums of a 
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,7 +57,9 @@ def gather(staging: str, record: SlideRecord, grid: pa.Table, info: OutputInfo) 
 def _read(staging: str, first: int, num_tiles: int, info: OutputInfo) -> Group:
     """Returns the group that begins with part `first`."""
     numbers = range(first, min(first + GROUP_PARTS, num_parts(num_tiles)))
-    parts = [read_part(staging, part, num_tiles, info.num_values, info.num_sums, info.confidence) for part in numbers]
+    sizes = (num_tiles, info.num_values, info.num_sums, info.confidence)
+    with ThreadPoolExecutor(len(numbers)) as pool:  # it waits for the store
+        parts = list(pool.map(lambda part: read_part(staging, part, *sizes), numbers))
     complete = np.concatenate([part.complete for part in parts])
     return Group(
         complete,

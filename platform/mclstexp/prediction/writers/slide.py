@@ -91,6 +91,8 @@ class PredictedSlide:
     info: OutputInfo
     thumbnail: np.ndarray
     """The slide, uint8 (height, width, 3)."""
+    inspected: SlideRecord | None = None
+    """The slide as its staging folder describes it; None for a slide that is drawn from its published table."""
 
     @cached_property
     def record(self) -> SlideRecord:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from mclstexp.data.genes import GenePanel
 from mclstexp.errors import StorageError
 from mclstexp.model.calibration import SPREAD
-from mclstexp.prediction.parts import CONFIDENCE, GRID_SCHEMA, SlideRecord, read_grid, read_record
+from mclstexp.prediction.parts import CONFIDENCE, GRID_SCHEMA, SlideRecord, read_grid
 from mclstexp.prediction.writers.gather import GROUP_TILES, Group, gather
 from mclstexp.prediction.writers.slide import RECORD_KEY, OutputInfo, PredictedSlide, provenance_of
 
@@ -52,9 +52,10 @@ def write_table(path: Path, slide: PredictedSlide) -> None:
 
     Raises:
         PartError: a part is missing or was damaged.
-        StorageError: record or grid are damaged.
+        StorageError: the grid is damaged.
     """
-    record, info = read_record(slide.staging), slide.info
+    record, info = slide.inspected, slide.info
+    assert record is not None
     grid = read_grid(slide.staging, record.num_tiles)
     num_tiles = num_rows = 0
     # Expression neither repeats nor is searched by range; dictionaries and statistics of it would only cost.
