@@ -116,20 +116,20 @@ def _create_constant(obs: h5py.Group, name: str, value: str) -> None:
 
 def _append(group: h5py.Group, name: str, values: np.ndarray) -> None:
     """Appends to a dataset along its first axis, and makes it if there is none."""
-    if name not in group:
-        _create(group, name, values)
-    data = group[name]
-    data.resize(len(data) + len(values), axis=0)
-    data[len(data) - len(values) :] = values
+    data = group[name] if name in group else _create(group, name, values)
+    if len(values):
+        data.resize(len(data) + len(values), axis=0)
+        data[len(data) - len(values) :] = values
 
 
-def _create(group: h5py.Group, name: str, like: np.ndarray) -> None:
+def _create(group: h5py.Group, name: str, like: np.ndarray) -> h5py.Dataset:
     """Makes an empty dataset of the type and width of an array, in chunks of about 1 MB at most."""
     is_text = like.dtype == object
     chunks = (PART_TILES, min(like.shape[1], _CHUNK_GENES)) if like.ndim == 2 else (GROUP_TILES,)
     sizes = {"shape": (0, *like.shape[1:]), "maxshape": (None, *like.shape[1:]), "chunks": chunks}
     data = group.create_dataset(name, dtype=h5py.string_dtype() if is_text else like.dtype, **sizes, **_PACKED)
     _mark(data, "string-array" if is_text else "array")
+    return data
 
 
 def _mark(element: h5py.Group | h5py.Dataset, encoding: str, version: str = "") -> None:
