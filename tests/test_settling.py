@@ -15,7 +15,7 @@ from botocore.config import Config as BotoConfig
 from slow_server import slow_server
 from staged_slides import INFO, Slide, stage
 
-from mclstexp import storage
+from mclstexp import object_store, storage
 from mclstexp.prediction import finishing, ledger, run
 from mclstexp.prediction.cohort import Cohort
 from mclstexp.prediction.finishing import Finishing
@@ -58,7 +58,7 @@ def test_claim_files_table_and_answer_come_in_this_order(
     client.meta.events.register(
         "before-send.s3", lambda request, **_: seen.append(f"{request.method} {request.url.partition(f'{bucket}/')[2]}")
     )
-    monkeypatch.setattr(storage, "_s3_client", lambda: client)
+    monkeypatch.setattr(object_store, "client", lambda: client)
     assert finish_slide("C", f"{s3}/staging/C-key", s3, INFO, ("key",)).entry is not None
 
     staging = {f"GET staging/C-key/{name}" for name in ("slide.json", "thumbnail.jpg", "preview.jpg", "grid.parquet")}
@@ -116,7 +116,7 @@ def _with_endpoint(endpoint: str):
             config = BotoConfig(max_pool_connections=64)
             clients[endpoint] = boto3.client("s3", endpoint_url=endpoint, config=config)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(storage, "_s3_client", lambda: clients[endpoint])
+            patch.setattr(object_store, "client", lambda: clients[endpoint])
             return finish_slides(slides, out, info)
 
     return finish

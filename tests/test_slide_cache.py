@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mclstexp import storage
+from mclstexp import object_store, storage
 from mclstexp.errors import ResourceError, SourceError, StorageError
 from mclstexp.prediction import slide_cache
 from mclstexp.prediction.slide_cache import clear, staged
@@ -152,14 +152,14 @@ def test_a_download_cut_short_never_shows(s3, tmp_path, monkeypatch):
 
 
 def use(uri, folder, budget, log, hold_s):
-    original = storage._s3_download
+    original = object_store.download
 
     def counted(uri, local):
         with open(log, "a") as file:
             file.write("d")
         original(uri, local)
 
-    storage._s3_download = counted
+    object_store.download = counted
     with staged(uri, folder, budget) as path, open(log, "a") as file:
         file.write("u" if Path(path).stat().st_size == 8 * MIB else "!")
         file.flush()

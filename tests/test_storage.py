@@ -10,7 +10,7 @@ import boto3
 import pytest
 from botocore.config import Config as BotoConfig
 
-from mclstexp import storage
+from mclstexp import object_store, storage
 from mclstexp.errors import ConflictError, StorageError
 
 
@@ -159,7 +159,7 @@ def test_a_store_with_conditional_puts_passes_and_keeps_no_probe(root):
 
 
 def test_a_store_that_ignores_conditions_is_refused(s3, monkeypatch):
-    monkeypatch.setattr(storage, "_s3_exchange", lambda uri, data, previous: storage._s3_put(uri, data))
+    monkeypatch.setattr(object_store, "exchange", lambda uri, data, previous: object_store.put(uri, data))
     with pytest.raises(StorageError, match="ignores If-None-Match"):
         storage.require_conditional_puts(s3)
     assert storage.list_files(s3) == []
@@ -167,10 +167,10 @@ def test_a_store_that_ignores_conditions_is_refused(s3, monkeypatch):
 
 def test_a_repeated_put_recognises_its_own_first_try(s3):
     """A put whose answer is lost is sent again by the client, and then conflicts with itself."""
-    storage._s3_exchange(f"{s3}/manifest.json", b"mine", None)
-    storage._s3_exchange(f"{s3}/manifest.json", b"mine", None)
+    object_store.exchange(f"{s3}/manifest.json", b"mine", None)
+    object_store.exchange(f"{s3}/manifest.json", b"mine", None)
     with pytest.raises(ConflictError):
-        storage._s3_exchange(f"{s3}/manifest.json", b"theirs", None)
+        object_store.exchange(f"{s3}/manifest.json", b"theirs", None)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_local_uris_become_absolute(tmp_path, monkeypatch):
 
 def test_refused_credentials_give_a_plain_error(s3, monkeypatch):
     client = boto3.client("s3", aws_access_key_id="test-key", aws_secret_access_key="wrong-secret")
-    monkeypatch.setattr(storage, "_s3_client", lambda: client)
+    monkeypatch.setattr(object_store, "client", lambda: client)
     with pytest.raises(StorageError, match=r"cannot write s3://.*/x: the store answered \w+; check") as caught:
         storage.write(f"{s3}/x", b"")
     assert "wrong-secret" not in str(caught.value)
@@ -240,8 +240,8 @@ def test_a_body_that_breaks_off_is_requested_again(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     config = BotoConfig(retries={"mode": "standard", "max_attempts": 1}, s3={"addressing_style": "path"})
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server.server_port}", config=config)
-    monkeypatch.setattr(storage, "_s3_client", lambda: client)
-    monkeypatch.setattr(storage, "_BODY_WAIT_S", 0.01)
+    monkeypatch.setattr(object_store, "client", lambda: client)
+    monkeypatch.setattr(object_store, "_BODY_WAIT_S", 0.01)
     try:
         assert storage.read("s3://bucket/key") == _Faulty.body
         assert _Faulty.requests == 3, "the fault did not hit"

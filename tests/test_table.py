@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from one_section import NUM_GENES, make_one, sentence
 
-from mclstexp import storage
+from mclstexp import object_store, storage
 from mclstexp.data.schema import TILE_SCHEMA
 from mclstexp.data.table import read_columns, read_counts, read_sentence
 from mclstexp.errors import TableError
@@ -28,7 +28,7 @@ def gets(s3):
     def note(request, **_):
         ranges.append(request.headers.get("Range", b"").decode())
 
-    events = storage._s3_client().meta.events
+    events = object_store.client().meta.events
     events.register("before-send.s3.GetObject", note)
     yield ranges
     events.unregister("before-send.s3.GetObject", note)

@@ -5,7 +5,7 @@ lets only one of two writers win. `filesystem` is for libraries that want a `pya
 Endpoint, region and credentials come from the standard AWS environment variables, so no secret is ever pickled or
 printed; `StorageConfig.environment` turns the config block into those variables.
 
-The file has three parts: the interface, local files, S3.
+The file has two parts, the interface and local files; requests to object storage are in `object_store`.
 """
 
 import fcntl
@@ -13,39 +13,22 @@ import hashlib
 import os
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 from urllib.parse import unquote
 
-import boto3
 import pyarrow.fs
-from boto3.exceptions import Boto3Error
-from botocore.config import Config as BotoConfig
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
+from mclstexp import object_store
 from mclstexp.errors import ConflictError, StorageError
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
 
 _NOT_IN_BUCKETS = frozenset("@?#%: ")
 """Characters that no bucket has; credentials in a URI have some of them."""
 _S3_OPTIONS = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
 """Options that other libraries read from an `s3://` URI."""
-_MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
-_LOST_RACE_CODES = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-_MAX_REQUEST_TRIES = 6
-_MAX_CONNECTIONS = 64  # beyond it each request of another thread would open one of its own
-_MAX_DELETED = 1000  # objects in one request
-_MAX_PUT_BYTES = 8 * 2**20
-"""Up to this size a file is uploaded in one request."""
-_MAX_BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
-_BODY_WAIT_S = 0.5  # doubles with each try
 
 
 def is_s3(uri: str) -> bool:
@@ -95,7 +78,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.LocalFileSystem(), uri
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options = {"endpoint_override": endpoint} if endpoint else {}
-    region = _s3_region()
+    region = object_store.region()
     return pyarrow.fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options), uri[5:]
 
 
@@ -105,7 +88,7 @@ def exists(uri: str) -> bool:
     if not is_s3(uri):
         return Path(uri).is_file()
     try:
-        _s3_head(uri)
+        object_store.head(uri)
     except FileNotFoundError:
         return False
     return True
@@ -119,7 +102,7 @@ def size(uri: str) -> int:
     """
     uri = absolute(uri)
     if is_s3(uri):
-        return _s3_head(uri)[0]
+        return object_store.head(uri)[0]
     with _local_errors("look up", uri):
         return os.stat(uri).st_size
 
@@ -134,7 +117,7 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
     uri = absolute(uri)
     if length == 0:
         return b""
-    data = _s3_get(uri, start, length)[0] if is_s3(uri) else _read_file(uri, start, length)
+    data = object_store.get(uri, start, length)[0] if is_s3(uri) else _read_file(uri, start, length)
     if length is not None and len(data) != length:
         raise StorageError(f"{uri} ended early: expected {length} bytes at {start}, got {len(data)}")
     return data
@@ -159,7 +142,7 @@ def size_and_version(uri: str) -> tuple[int, str]:
     """
     uri = absolute(uri)
     if is_s3(uri):
-        return _s3_head(uri)
+        return object_store.head(uri)
     with _local_errors("look up", uri), open(uri, "rb") as file:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -172,7 +155,7 @@ def read_with_version(uri: str) -> tuple[bytes, str]:
     """
     uri = absolute(uri)
     if is_s3(uri):
-        return _s3_get(uri, 0, None)
+        return object_store.get(uri, 0, None)
     data = _read_file(uri, 0, None)
     return data, hashlib.sha256(data).hexdigest()
 
@@ -181,7 +164,7 @@ def write(uri: str, data: bytes) -> None:
     """Writes a whole object; readers see all of it or nothing."""
     uri = absolute(uri)
     if is_s3(uri):
-        _s3_put(uri, data)
+        object_store.put(uri, data)
         return
     with _local_errors("write", uri), _replacing(Path(uri)) as file:
         file.write(data)
@@ -196,7 +179,7 @@ def publish(uri: str, data: bytes, previous: str | None) -> str:
     uri = absolute(uri)
     try:
         if is_s3(uri):
-            return _s3_exchange(uri, data, previous)
+            return object_store.exchange(uri, data, previous)
         return _exchange_file(uri, data, previous)
     except ConflictError:
         raise ConflictError(
@@ -232,7 +215,7 @@ def upload(local: str | Path, uri: str) -> None:
     """Copies a local file to `uri`; readers see all of it or nothing."""
     uri = absolute(uri)
     if is_s3(uri):
-        _s3_upload(str(local), uri)
+        object_store.upload(str(local), uri)
         return
     with _local_errors("upload", uri), open(local, "rb") as source, _replacing(Path(uri)) as target:
         shutil.copyfileobj(source, target)
@@ -253,7 +236,7 @@ def download(uri: str, local: str | Path) -> None:
     """
     uri = absolute(uri)
     if is_s3(uri):
-        _s3_download(uri, str(local))
+        object_store.download(uri, str(local))
         return
     with _local_errors("download", uri):
         shutil.copyfile(uri, local)
@@ -281,7 +264,7 @@ def list_files(uri: str) -> list[str]:
     """Returns the URIs of all files under `uri`, sorted; empty if there are none."""
     uri = absolute(uri)
     if is_s3(uri):
-        return sorted(_s3_list(uri))
+        return sorted(object_store.list_objects(uri))
     # os.walk, unlike rglob, copes with folders that are removed meanwhile
     found = (Path(folder, name) for folder, _, names in os.walk(uri) for name in names)
     return sorted(str(path) for path in found if path.is_file())
@@ -291,7 +274,7 @@ def list_folder(uri: str) -> list[str]:
     """Returns the names of the files directly in a folder, sorted; empty if there are none."""
     uri = absolute(uri)
     if is_s3(uri):
-        names = (found.rpartition("/")[2] for found in _s3_list(uri, "/"))
+        names = (found.rpartition("/")[2] for found in object_store.list_objects(uri, "/"))
         return sorted(name for name in names if name)  # PyArrow, and so Ray Train, stores an empty object as a folder
     if not Path(uri).is_dir():
         return []
@@ -303,7 +286,7 @@ def delete(uri: str) -> None:
     """Removes one object or file, if it exists."""
     uri = absolute(uri)
     if is_s3(uri):
-        _s3_delete(uri)
+        object_store.delete(uri)
         return
     with _local_errors("delete", uri):
         Path(uri).unlink(missing_ok=True)
@@ -313,7 +296,7 @@ def delete_folder(uri: str) -> None:
     """Removes all files under `uri`, and on disk the folders that are then empty."""
     uri = absolute(uri)
     if is_s3(uri):
-        _s3_delete_all(list_files(uri))
+        object_store.delete_all(list_files(uri))
         return
     for file in list_files(uri):
         delete(file)
@@ -371,165 +354,3 @@ def _local_errors(action: str, path: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
-
-
-def _s3_get(uri: str, start: int, length: int | None) -> tuple[bytes, str]:
-    """Returns an object's bytes from `start` on, at most `length`, and its ETag.
-
-    A body that breaks off is requested again.
-    """
-    bucket, key = _s3_address(uri)
-    with _s3_errors("read", uri):
-        for attempt in range(_MAX_BODY_TRIES):
-            try:
-                if length is None and not start:
-                    answer = _s3_client().get_object(Bucket=bucket, Key=key)
-                else:
-                    span = f"bytes={start}-{'' if length is None else start + length - 1}"
-                    answer = _s3_client().get_object(Bucket=bucket, Key=key, Range=span)
-                return answer["Body"].read(), str(answer["ETag"])
-            except (HTTPClientError, IncompleteReadError):
-                if attempt == _MAX_BODY_TRIES - 1:
-                    raise
-                time.sleep(_BODY_WAIT_S * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _s3_head(uri: str) -> tuple[int, str]:
-    """Returns an object's length and ETag."""
-    bucket, key = _s3_address(uri)
-    with _s3_errors("look up", uri):
-        answer = _s3_client().head_object(Bucket=bucket, Key=key)
-    return int(answer["ContentLength"]), str(answer["ETag"])
-
-
-def _s3_put(uri: str, data: bytes) -> None:
-    """Writes an object."""
-    bucket, key = _s3_address(uri)
-    with _s3_errors("write", uri):
-        _s3_client().put_object(Bucket=bucket, Key=key, Body=data)
-
-
-def _s3_exchange(uri: str, data: bytes, previous: str | None) -> str:
-    """Writes an object only if its ETag is still `previous` (None: it must not exist), and returns the new ETag.
-
-    Raises:
-        ConflictError: the object has another ETag; nothing was written.
-    """
-    bucket, key = _s3_address(uri)
-    with _s3_errors("publish", uri):
-        try:
-            if previous is None:
-                answer = _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-            else:
-                answer = _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=previous)
-        except ClientError as error:
-            if _s3_code(error) not in _LOST_RACE_CODES | _MISSING_CODES:
-                raise
-            # boto repeats a put whose answer was lost; the second try then conflicts with the first.
-            own = _s3_etag_of_equal(uri, data)
-            if own is None:
-                raise ConflictError(uri) from error
-            return own
-        return str(answer["ETag"])
-
-
-def _s3_upload(local: str, uri: str) -> None:
-    """Copies a local file to an object, in parts if it is large."""
-    if os.path.getsize(local) <= _MAX_PUT_BYTES:  # boto's transfers start threads for each file
-        _s3_put(uri, Path(local).read_bytes())
-        return
-    with _s3_errors("upload", uri):
-        _s3_client().upload_file(local, *_s3_address(uri))
-
-
-def _s3_download(uri: str, local: str) -> None:
-    """Copies an object to a local file."""
-    with _s3_errors("download", uri):
-        _s3_client().download_file(*_s3_address(uri), local)
-
-
-def _s3_list(uri: str, delimiter: str = "") -> list[str]:
-    """Returns the URIs of all objects under `uri`, or those without a delimiter in the rest of their keys."""
-    bucket, _, prefix = uri[5:].partition("/")
-    prefix = f"{prefix}/" if prefix else ""
-    with _s3_errors("list", uri):
-        paginator = _s3_client().get_paginator("list_objects_v2")
-        pages = paginator.paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
-        return [f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())]
-
-
-def _s3_delete(uri: str) -> None:
-    """Removes an object, if it exists."""
-    bucket, key = _s3_address(uri)
-    with _s3_errors("delete", uri):
-        _s3_client().delete_object(Bucket=bucket, Key=key)
-
-
-def _s3_delete_all(uris: Sequence[str]) -> None:
-    """Removes objects of one bucket, `_MAX_DELETED` per request."""
-    for start in range(0, len(uris), _MAX_DELETED):
-        addresses = [_s3_address(uri) for uri in uris[start : start + _MAX_DELETED]]
-        with _s3_errors("delete", uris[start]):
-            answer = _s3_client().delete_objects(
-                Bucket=addresses[0][0], Delete={"Objects": [{"Key": key} for _, key in addresses], "Quiet": True}
-            )
-        if left := answer.get("Errors"):
-            raise StorageError(f"cannot delete {len(left)} of {len(addresses)} objects: {left[0]}")
-
-
-def _s3_client() -> "S3Client":
-    """Returns this process's S3 client."""
-    return _client_of(os.getpid())
-
-
-@cache
-def _client_of(process: int) -> "S3Client":
-    config = BotoConfig(
-        connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard", "max_attempts": _MAX_REQUEST_TRIES},
-        max_pool_connections=_MAX_CONNECTIONS,
-    )
-    return boto3.client("s3", region_name=_s3_region(), config=config)
-
-
-def _s3_region() -> str:
-    """Returns the region that the environment names."""
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-
-
-def _s3_address(uri: str) -> tuple[str, str]:
-    """Returns bucket and key."""
-    bucket, _, key = uri[5:].partition("/")
-    return bucket, key
-
-
-def _s3_etag_of_equal(uri: str, data: bytes) -> str | None:
-    """Returns an object's ETag if its bytes equal `data`, else None."""
-    bucket, key = _s3_address(uri)
-    try:
-        answer = _s3_client().get_object(Bucket=bucket, Key=key)
-    except ClientError as error:
-        if _s3_code(error) in _MISSING_CODES:
-            return None
-        raise
-    return str(answer["ETag"]) if answer["Body"].read() == data else None
-
-
-def _s3_code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-@contextmanager
-def _s3_errors(action: str, uri: str) -> Iterator[None]:
-    """Raises boto's errors as a StorageError, a missing object as a FileNotFoundError."""
-    try:
-        yield
-    except ClientError as error:
-        if _s3_code(error) in _MISSING_CODES:
-            raise FileNotFoundError(uri) from error
-        answer = f"the store answered {_s3_code(error)}"
-        raise StorageError(f"cannot {action} {uri}: {answer}; check credentials and bucket") from error
-    except (BotoCoreError, Boto3Error) as error:
-        raise StorageError(f"cannot {action} {uri}: {error}; check storage.endpoint_url and credentials") from error
