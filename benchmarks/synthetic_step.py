@@ -20,11 +20,11 @@ def small(settings: dict[str, object]) -> dict[str, object]:
 class SyntheticStep:
     """The towers, their optimiser, and batches of noise."""
 
-    def __init__(self, settings: dict[str, object], device: torch.device) -> None:
+    def __init__(self, settings: dict[str, object], device: torch.device, num_genes: int = GENES) -> None:
         self.config = override(Config(), settings)
-        self.device, self.size_px = device, self.config.tiles.size_px
+        self.device, self.size_px, self.num_genes = device, self.config.tiles.size_px, num_genes
         torch.manual_seed(0)
-        model = build_network(self.config.model, GENES, 0, self.size_px)
+        model = build_network(self.config.model, num_genes, 0, self.size_px)
         model = model.to(device).to(memory_format=torch.channels_last)
         if self.config.train.compile:
             model.image_tower.compile()
@@ -46,7 +46,7 @@ class SyntheticStep:
         size = (self.size_px, self.size_px, 3)
         return {
             "image": torch.randint(0, 256, (*shape, *size), dtype=torch.uint8, device=device),
-            "expression": torch.rand((*shape, GENES), device=device),
+            "expression": torch.rand((*shape, self.num_genes), device=device),
             "position": 300 * torch.randn((*shape, 2), device=device),
             "mask": torch.ones(shape, dtype=torch.bool, device=device),
         }

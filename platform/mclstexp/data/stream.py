@@ -40,7 +40,9 @@ Rows = list[dict[str, object]]
 """What a rank loads, in this order."""
 _READ_THREADS, _BATCHES_AHEAD = 4, 4
 _TASK_BYTES = 16 * 2**20
+"""Decoded tiles of a task: starting one takes as long as decoding a few MiB."""
 _DATASET_TASKS = 64
+"""Tasks that make the start of a Dataset short beside their work."""
 _EMPTY = Sentence("", -1, ("", -1))
 
 
@@ -129,8 +131,9 @@ def stream(
     """Yields batches of loaded rows in the order of `epochs`, decoded ahead by Ray Data's CPU tasks.
 
     Only this function decides how a rank is fed (see `docs/decisions.md`): by its own Ray Datasets over its slices.
-    Starting a task or a Dataset takes time too: a task loads at least `_TASK_BYTES`, and a Dataset has whole epochs, so
-    many that they make `_DATASET_TASKS`. No batch has rows of two epochs, as each epoch's rows fill their batches.
+    Starting a task or a Dataset takes time too: a task loads as many steps as `_TASK_BYTES` hold, at least one, and a
+    Dataset has as many whole epochs as make `_DATASET_TASKS`. No batch has rows of two epochs, because the rows of each
+    fill their batches.
     """
     task_rows = batch.num_rows * max(1, _TASK_BYTES // (batch.num_rows * batch.row_bytes))
     for rows in _joined(epochs, _DATASET_TASKS * task_rows):

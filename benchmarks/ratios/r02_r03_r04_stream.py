@@ -1,0 +1,136 @@
+"""CPU time of a tile in the training stream, and the wait for an epoch's first batch, beside other ways (R2, R3, R4).
+
+    python benchmarks/bench.py --only R2,R3,R4 --data DATA
+
+All read the same stored tiles, in turn, on one Ray with two CPUs for data:
+
+- the training stream: all columns, checksums, counts to expression, padding, in exact order;
+- a bare loop in one process: row groups by pyarrow, the image column alone, decoded by the same decoder;
+- Ray by rows: `ray.data.read_parquet`, `map` with Pillow to float32, batches of 256;
+- stock Ray: `ray.data.read_parquet`, `map_batches` with the same decoder to uint8; only its first batch is waited for.
+
+CPU time is that of all processes of the tree, Ray's own included (psutil, sampled five times a second). An epoch has
+every sentence `REPEATS` times, for both Datasets too. For R4 each epoch is a Dataset of its own, as on tables
+of at least 1 GiB of decoded tiles; epochs of smaller ones share one, and the wait for the second is stated too.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import ray.data  # noqa: E402
+from goals import say  # noqa: E402
+from PIL import Image  # noqa: E402
+from tile_stream import SIZE_PX, TileTable, cpu_meter, tile_table  # noqa: E402
+
+from mclstexp.slides.codec import decode_tile  # noqa: E402
+
+REPEATS, BATCH_TILES = 3, 256
+
+
+def bare_loop(table: TileTable) -> None:
+    """Decodes every tile of a table in this process."""
+    for path in table.files * REPEATS:
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            tiles = file.read_row_group(group, columns=["image"])["image"]
+            images = np.empty((len(tiles), SIZE_PX, SIZE_PX, 3), np.uint8)
+            for index, tile in enumerate(tiles):
+                images[index] = decode_tile(tile.as_py())
+
+
+def by_rows(table: TileTable) -> Iterable[Any]:
+    """Returns batches as Ray's own image benchmarks make them."""
+
+    def decoded(row: dict[str, Any]) -> dict[str, np.ndarray]:
+        image = Image.open(io.BytesIO(row["image"])).convert("RGB")
+        return {"image": np.asarray(image, np.float32) / 255}
+
+    return (
+        ray.data.read_parquet(table.files * REPEATS, columns=["image"])
+        .map(decoded)
+        .iter_batches(batch_size=BATCH_TILES)
+    )
+
+
+def stock(table: TileTable) -> ray.data.Dataset:
+    """Returns the table's tiles by Ray's own reader, decoded in batches."""
+
+    def decoded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"image": np.stack([decode_tile(tile) for tile in batch["image"]])}
+
+    tiles = ray.data.read_parquet(table.files * REPEATS, columns=["image"])
+    return tiles.map_batches(decoded, batch_size=BATCH_TILES)  # type: ignore[arg-type]
+
+
+def taken_by(batches: Iterable[Any], num_tiles: int) -> float:
+    """Returns the CPU-milliseconds per tile of draining batches; the number of tiles is checked."""
+    with cpu_meter() as meter:
+        seen = sum(int(batch["mask"].sum()) if "mask" in batch else len(batch["image"]) for batch in batches)
+        assert seen == num_tiles, f"{seen} tiles came instead of {num_tiles}"
+        return 1e3 * meter.seconds / num_tiles
+
+
+def first_s(batches: Iterable[Any]) -> float:
+    """Returns the seconds until the first batch; the rest is given up."""
+    started = time.perf_counter()
+    iterator = iter(batches)
+    next(iterator)
+    elapsed = time.perf_counter() - started
+    del iterator
+    return elapsed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with samples.csv")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        table = tile_table(arguments.data, folder)
+        loader, num_tiles = table.loader(), REPEATS * table.num_tiles
+        epochs = [table.rows(epoch, REPEATS) for epoch in range(2)]
+        stocked = stock(table)
+        for _ in table.batches(loader, epochs[:1]):  # starts the workers
+            pass
+        for _ in stocked.iter_batches(batch_size=BATCH_TILES):  # the first epoch of all
+            pass
+        bare, rows, first, joined = [], [], [], []
+        for _ in range(arguments.rounds):
+            started = time.process_time()
+            bare_loop(table)
+            alone = 1e3 * (time.process_time() - started) / num_tiles
+            ours = taken_by(table.batches(loader, epochs[:1]), num_tiles)
+            rowwise = taken_by(by_rows(table), num_tiles)
+            bare.append((ours, alone))
+            rows.append((rowwise, ours))
+            first.append(
+                (first_s(table.batches(loader, epochs[1:])), first_s(stocked.iter_batches(batch_size=BATCH_TILES)))
+            )
+            both = table.batches(loader, epochs)
+            for _ in range(len(epochs[0]) // 2):
+                next(both)
+            joined.append(first_s(both))
+        detail = f"{table.detail}, each {REPEATS} times"
+        say("R2", bare, "CPU-ms", detail)
+        say("R3", rows, "CPU-ms", detail)
+        waits = f"{detail}; where epochs share a Dataset {1e3 * statistics.median(joined):.0f} ms"
+        say("R4", first, "s", waits)
+
+
+if __name__ == "__main__":
+    main()
