@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ def predict_slide(model: ModelVersion, folder: Path, device: torch.device) -> No
     with record_function(f"{STAGE}inspect the slide"):
         found = inspect(SlideSource("slide", "slide", "", image, None), plan)
     answerer = answerer_of(model)
-    answer = replace(answerer, network=Labelled(answerer.network)).build(device)
+    answer = replace(answerer, network=cast(Any, Labelled(answerer.network))).build(device)
     grid = read_grid(found.staging, found.record.num_tiles)
     with TileReader(plan) as reader:
         for part in range(num_parts(found.record.num_tiles)):

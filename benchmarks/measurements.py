@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,10 +87,22 @@ def machine() -> dict[str, object]:
         "cpu": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "bf16": torch.cpu._is_avx512_bf16_supported(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": _gpu(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _gpu() -> str | None:
+    """Returns the name of the GPU, from its driver where possible: this process should take none of its memory."""
+    if not torch.cuda.is_available():
+        return None
+    if shutil.which("nvidia-smi") is None:
+        return torch.cuda.get_device_name()
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], stdout=subprocess.PIPE, text=True
+    )
+    return listed.stdout.splitlines()[0].strip()
 
 
 def named(about: dict[str, Any]) -> str:
