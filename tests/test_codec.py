@@ -43,6 +43,19 @@ def test_truncated_tiles_are_refused(tile, encoding, share):
         decode_tile(data[: int(len(data) * share)])
 
 
+@pytest.mark.parametrize("encoding", ["jpeg", "png"])
+def test_a_tile_is_decoded_into_its_place(tile, encoding):
+    data, height = encode_tile(tile, encoding, 90), len(tile)
+    batch = np.zeros((3, *tile.shape), np.uint8)
+    decode_tile(data, batch[1])
+    assert np.array_equal(batch[1], decode_tile(data))
+    assert not batch[[0, 2]].any()
+    with pytest.raises(TableError, match=f" x {height} px instead of "):
+        decode_tile(data, np.zeros((height + 1, *tile.shape[1:]), np.uint8))
+    with pytest.raises(TableError, match="cannot be decoded"):
+        decode_tile(data[: len(data) // 2], batch[1])
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_other_png_modes_are_refused(mode):
     buffer = io.BytesIO()

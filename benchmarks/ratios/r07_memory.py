@@ -8,6 +8,7 @@ object store included, sampled twice a second: private pages and each one's shar
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
 
 import psutil  # noqa: E402
 from goals import say  # noqa: E402
-from prediction_memory import sample  # noqa: E402
+from prediction_memory import Sample, sample  # noqa: E402
 from synthetic_table import write_tile_table  # noqa: E402
 from tile_stream import SIZE_PX, TileTable, connect  # noqa: E402
 
 from mclstexp.data.schema import load_manifest  # noqa: E402
 
-SENTENCES, TIMES, LENGTH, GENES = 40, 8, 128, 200
+SENTENCES, TIMES, LENGTH, GENES = 80, 8, 128, 200
 _SAMPLE_S = 0.5
 
 
@@ -38,11 +39,11 @@ def drain(root: str) -> None:
     assert seen == table.num_tiles, f"{seen} tiles came instead of {table.num_tiles}"
 
 
-def peak_mib(root: str) -> float:
-    """Returns the peak memory of a process that drains a table, and of all below it."""
-    job, peak = subprocess.Popen([sys.executable, __file__, "--drain", root]), 0.0
+def peak_of(root: str) -> Sample:
+    """Returns the memory at its peak of a process that drains a table, and of all below it."""
+    job, peak = subprocess.Popen([sys.executable, __file__, "--drain", root]), Sample(0.0, 0.0, (), {})
     while job.poll() is None:
-        peak = max(peak, sample(psutil.Process(job.pid)).total)
+        peak = max(peak, sample(psutil.Process(job.pid)), key=lambda each: each.total)
         time.sleep(_SAMPLE_S)
     if job.returncode:
         raise RuntimeError(f"{__file__} --drain {root} ended with {job.returncode}")
@@ -62,12 +63,11 @@ def main() -> None:
         tables = {f"{folder}/{times}": times * SENTENCES for times in (TIMES, 1)}
         for root, num_sentences in tables.items():
             write_tile_table(Path(root), SIZE_PX, num_sentences, LENGTH, GENES)
-        rounds = []
-        for _ in range(arguments.rounds):
-            large, small = (peak_mib(root) for root in tables)
-            rounds.append((large, small))
+        peaks = [[peak_of(root) for root in tables] for _ in range(arguments.rounds)]
     num_tiles = SENTENCES * LENGTH
-    say("R7", rounds, "MiB", f"{num_tiles * TIMES:,} and {num_tiles:,} tiles of {SIZE_PX} px")
+    stores = " and ".join(f"{statistics.median(each.store for each in side):.0f}" for side in zip(*peaks, strict=True))
+    detail = f"{num_tiles * TIMES:,} and {num_tiles:,} tiles of {SIZE_PX} px; of it object store {stores}"
+    say("R7", [(large.total, small.total) for large, small in peaks], "MiB", detail)
 
 
 if __name__ == "__main__":

@@ -206,10 +206,14 @@ class KeptReader:
 
 
 def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
-    """Returns n encoded tiles (an Arrow array or a list of its values) as uint8 (n, size_px, size_px, 3)."""
+    """Returns n encoded tiles (an Arrow array or a list of its values) as uint8 (n, size_px, size_px, 3).
+
+    Raises:
+        TableError: a tile cannot be decoded, or has another size.
+    """
     images = np.empty((len(tiles), size_px, size_px, 3), np.uint8)
     for index, tile in enumerate(tiles):
-        images[index] = decode_tile(tile.as_py())
+        decode_tile(tile.as_py(), images[index])
     return images
 
 
