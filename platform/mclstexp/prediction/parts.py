@@ -135,9 +135,9 @@ def write_inspection(found: Inspection, grid: pa.Table, thumbnail: np.ndarray, p
     """
     sink = pa.BufferOutputStream()
     pq.write_table(grid, sink, compression="zstd", store_schema=False)
-    storage.write(storage.join(found.staging, GRID), sink.getvalue().to_pybytes())
-    storage.write(storage.join(found.staging, THUMBNAIL), encode_picture(thumbnail))
-    storage.write(storage.join(found.staging, PREVIEW), encode_picture(preview))
+    files = {GRID: sink.getvalue().to_pybytes(), THUMBNAIL: encode_picture(thumbnail), PREVIEW: encode_picture(preview)}
+    with ThreadPoolExecutor(len(files)) as pool:  # it waits for the store
+        list(pool.map(lambda name: storage.write(storage.join(found.staging, name), files[name]), files))
     write_record(found)
 
 
