@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-import torch  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 from mclstexp.config import Config  # noqa: E402
@@ -35,9 +34,9 @@ from mclstexp.model.embed import network_of  # noqa: E402
 from mclstexp.model.extract import features, wanted  # noqa: E402
 from mclstexp.model.towers import build_network  # noqa: E402
 from mclstexp.model.version import ModelVersion  # noqa: E402
-from mclstexp.training.checkpoint import TrainState  # noqa: E402
 from mclstexp.training.feed import make_feed  # noqa: E402
-from mclstexp.training.step import RankState, make_optimizer, train_step  # noqa: E402
+from mclstexp.training.share import share_of  # noqa: E402
+from mclstexp.training.step import RankState, lone_rank, train_step  # noqa: E402
 
 RUN, RUN_EPOCHS, WINDOW = "frozen-epochs", 40, 20
 ENCODED_EPOCHS, READ_EPOCHS = 2, 20
@@ -115,7 +114,7 @@ def time_epochs(model: ModelVersion, tiles: str, num_epochs: int, encodes: bool)
     for epoch in range(num_epochs):
         started = time.perf_counter()
         for batch in read_ahead([feed.rows(epoch, [], 0, 1)], load, feed.batch_shape(1).num_rows):
-            train_step(state, encoded(batch, encode) if encodes else batch)
+            train_step(state, share_of(encoded(batch, encode) if encodes else batch))
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
@@ -131,17 +130,7 @@ def encoded(batch: Batch, encode: Callable[[np.ndarray], np.ndarray]) -> Batch:
 def rank_state(config: Config, num_genes: int, positions: int, tile_size_px: int, num_steps: int) -> RankState:
     """Returns a network and its optimiser as a single worker has them."""
     network = build_network(config.model, num_genes, positions, tile_size_px).train()
-    return RankState(
-        config=config,
-        model=network,
-        parallel=network,
-        optimizer=make_optimizer(network, config.train),
-        device=torch.device("cpu"),
-        rank=0,
-        world_size=1,
-        total_steps=num_steps * config.train.epochs,
-        state=TrainState(config.model_dump(mode="json")),
-    )
+    return lone_rank(config, network, num_steps * config.train.epochs)
 
 
 def epoch_seconds(out: Path, folder: Path) -> float:

@@ -47,12 +47,12 @@ from mclstexp.model.retrieval import resolve  # noqa: E402
 from mclstexp.model.spot_keys import TrainedTowers  # noqa: E402
 from mclstexp.model.towers import TwoTowers, build_network  # noqa: E402
 from mclstexp.model.training_spots import TrainingSpots  # noqa: E402
-from mclstexp.training.checkpoint import TrainState  # noqa: E402
 from mclstexp.training.feed import SentenceFeed, open_batches, tower_feed  # noqa: E402
 from mclstexp.training.fit_programs import embedded, program_bank  # noqa: E402
 from mclstexp.training.fitted_parts import fitted_parts  # noqa: E402
 from mclstexp.training.run import planned, with_views  # noqa: E402
-from mclstexp.training.step import RankState, make_optimizer, train_step  # noqa: E402
+from mclstexp.training.share import share_of  # noqa: E402
+from mclstexp.training.step import lone_rank, train_step  # noqa: E402
 from mclstexp.training.tower_loader import tower_loader  # noqa: E402
 from mclstexp.training.training_sections import feature_blocks  # noqa: E402
 
@@ -264,15 +264,13 @@ def train_network(config: Config, reader: SpotReader, feed: SentenceFeed, fitted
     network = build_network(config.model, len(reader.columns), 0, reader.manifest.tile_size_px)
     assert isinstance(network, TwoTowers), "a program model's network is two towers"
     network.load_state_dict(network.state_dict() | fitted)
-    state = TrainState(config.model_dump(mode="json"))
-    total = config.train.epochs * feed.num_steps()
-    optimizer, cpu = make_optimizer(network, config.train), torch.device("cpu")
-    rank_state = RankState(config, network, network, optimizer, cpu, 0, 1, total, state)
+    rank_state = lone_rank(config, network, config.train.epochs * feed.num_steps())
+    state = rank_state.state
     epochs = (feed.rows(epoch, [], 0, 1) for epoch in range(config.train.epochs))
     batches = open_batches(feed, epochs, 1, StreamShare(1, 0, None))
     for state.epoch in range(config.train.epochs):
         for batch in islice(batches, feed.num_steps()):
-            train_step(rank_state, batch)
+            train_step(rank_state, share_of(batch))
             state.step += 1
     return network.eval()
 

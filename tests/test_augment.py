@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mclstexp.model.augment import augment, colour_jitter, rotate, stain_jitter
+from mclstexp.model.augment import augment, augmented, colour_jitter, draw, rotate, stain_jitter
 from mclstexp.model.embed import fixed_turns
 
 TILES = torch.randint(0, 256, (16, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -21,6 +21,13 @@ def test_tiles_become_images_in_bounds_fixed_by_the_generator(kind: str) -> None
     assert 0 <= images.min() <= images.max() <= 1
     assert torch.equal(images, augment(TILES, kind, _generator()))
     assert torch.equal(images, augment(TILES, kind, _generator(1))) == (kind == "none")
+
+
+@pytest.mark.parametrize("kind", ["none", "default", "reference", "flips"])
+def test_parts_are_augmented_as_the_whole(kind: str) -> None:
+    draws = draw(kind, 16, _generator())
+    parts = [augmented(TILES[at], kind, [each[at] for each in draws]) for at in (slice(0, 5), slice(5, 16))]
+    assert torch.equal(torch.cat(parts), augment(TILES, kind, _generator()))
 
 
 def test_none_only_scales() -> None:
@@ -68,12 +75,14 @@ def test_a_fixed_turn_is_the_same_in_every_process() -> None:
 
 def test_a_turn_keeps_the_centre_and_blackens_corners() -> None:
     white = torch.ones(64, 3, 25, 25)
-    turned = rotate(white, _generator())
+    turned = rotate(white, iter(draw("reference", 64, _generator())[-1:]))
     assert torch.allclose(turned[:, :, 12, 12], torch.ones(64, 3))
     assert (turned[:, 0, 0, 0] == 0).float().mean() > 0.8
 
 
 def test_jitter_of_strength_0_changes_nothing() -> None:
     images = TILES.permute(0, 3, 1, 2).float() / 255
-    assert torch.allclose(colour_jitter(images, 0.0, _generator()), images, atol=1e-5)
-    assert torch.allclose(stain_jitter(images, 0.0, _generator()), images.clamp(min=1 / 255), atol=1e-3)
+    assert torch.allclose(colour_jitter(images, 0.0, iter(draw("reference", 16, _generator()))), images, atol=1e-5)
+    assert torch.allclose(
+        stain_jitter(images, 0.0, iter(draw("default", 16, _generator())[3:])), images.clamp(min=1 / 255), atol=1e-3
+    )

@@ -18,10 +18,11 @@ from mclstexp.errors import ConfigError
 from mclstexp.model import embed, extract
 from mclstexp.model.towers import FeatureTower, ImageTower, build_network
 from mclstexp.training import complete, finish, trainer
-from mclstexp.training.checkpoint import OPTIMIZER, STATE, WEIGHTS, TrainState
+from mclstexp.training.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from mclstexp.training.feed import make_feed
 from mclstexp.training.run import Run, open_run
-from mclstexp.training.step import RankState, make_optimizer, train_step
+from mclstexp.training.share import share_of
+from mclstexp.training.step import RankState, lone_rank, train_step
 from mclstexp.training.stored import store_features, with_features
 from mclstexp.training.validation import VALIDATION_PCC
 
@@ -50,8 +51,7 @@ def _open(tiles: str, folder: Path, **changed: object) -> Run:
 def _rank_state(run: Run) -> RankState:
     torch.manual_seed(0)
     model = build_network(run.config.model, len(run.panel), 0, run.manifest.tile_size_px)
-    optimizer = make_optimizer(model, run.config.train)
-    return RankState(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, 100, TrainState({}))
+    return lone_rank(run.config, model, 100)
 
 
 def _losses(run: Run, encode: ImageTower | None) -> list[float]:
@@ -68,7 +68,7 @@ def _losses(run: Run, encode: ImageTower | None) -> list[float]:
                 images = torch.from_numpy(batch.pop("image")).flatten(0, 1).permute(0, 3, 1, 2) / 255
                 with torch.no_grad():
                     batch["features"] = encode(images).unflatten(0, batch["mask"].shape).numpy()
-            losses.append(train_step(rank_state, batch)[0].item())
+            losses.append(train_step(rank_state, share_of(batch))[0].item())
             rank_state.state.step += 1
     return losses
 

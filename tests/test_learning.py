@@ -19,10 +19,11 @@ from mclstexp.model.retrieval import retrieve
 from mclstexp.model.towers import TwoTowers
 from mclstexp.model.version import ModelVersion
 from mclstexp.training import finish, trainer
-from mclstexp.training.checkpoint import TrainState, save_checkpoint
+from mclstexp.training.checkpoint import save_checkpoint
 from mclstexp.training.feed import make_feed
 from mclstexp.training.run import Run, open_run
-from mclstexp.training.step import RankState, make_optimizer, train_step
+from mclstexp.training.share import share_of
+from mclstexp.training.step import lone_rank, train_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {
@@ -59,18 +60,19 @@ def _trained(run: Run) -> ModelVersion:
     model.load_state_dict(trainer.initial_weights(run))
     model = model.to(memory_format=torch.channels_last).train()
     total_steps = train.epochs * feed.num_steps()
-    optimizer, state = make_optimizer(model, train), TrainState({})
-    rank_state = RankState(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, total_steps, state)
+    rank_state = lone_rank(run.config, model, total_steps)
+    state = rank_state.state
     for epoch in range(train.epochs):
         state.epoch = epoch
         rows = feed.rows(epoch, (), rank=0, world_size=1)
         for start in range(0, len(rows), train.batch_sentences):
             sentences = [feed.loader(_one(row)) for row in rows[start : start + train.batch_sentences]]
-            train_step(rank_state, {name: np.concatenate([part[name] for part in sentences]) for name in sentences[0]})
+            batch = {name: np.concatenate([part[name] for part in sentences]) for name in sentences[0]}
+            train_step(rank_state, share_of(batch))
             state.step += 1
     folder = Path(run.uri, "last")
     folder.mkdir()
-    save_checkpoint(str(folder), model, optimizer, state)
+    save_checkpoint(str(folder), model, rank_state.optimizer, state)
     finish.finish(run, str(folder))
     return finish.load_model(run)
 

@@ -16,14 +16,13 @@ from mclstexp.data.schema import load_genes, load_manifest
 from mclstexp.data.table import read_columns, read_counts
 from mclstexp.model.left_out import planned_folds
 from mclstexp.model.towers import TwoTowers, build_network
-from mclstexp.training.checkpoint import TrainState
 from mclstexp.training.complete import train_and_finish, training_plan
 from mclstexp.training.feed import tower_feed
 from mclstexp.training.finish import load_model
 from mclstexp.training.fitted_parts import fitted_parts
 from mclstexp.training.history import newest_checkpoint
 from mclstexp.training.run import Run, open_run, planned
-from mclstexp.training.step import RankState, make_optimizer
+from mclstexp.training.step import lone_rank
 from mclstexp.training.stored import with_features
 from mclstexp.training.tower_loader import TowerLoader, fit_spot_inputs, spot_embeddings, tower_loader
 from mclstexp.training.training_sections import training_spots
@@ -205,8 +204,7 @@ def test_towers_are_scored_by_what_validation_patients_find_through_them(run: Ru
     network = build_network(run.config.model, len(run.panel), 0, run.manifest.tile_size_px)
     network.load_state_dict(network.state_dict() | fitted_parts(run.config, run.reader, run.split.train))
     assert isinstance(network, TwoTowers)
-    optimizer = make_optimizer(network, run.config.train)
-    state = RankState(run.config, network, network, optimizer, torch.device("cpu"), 0, 1, 1, TrainState({}))
+    state = lone_rank(run.config, network, 1)
     name = run.split.train[0]  # as if it were a validation section
     found = validate(state, ValidationSet(run.reader, run.split.train, (name,), loader))
     network.eval()

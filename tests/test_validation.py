@@ -18,9 +18,9 @@ from mclstexp.model.retrieval import retrieve
 from mclstexp.model.version import ModelVersion
 from mclstexp.settings import RetrievalConfig, TrainConfig
 from mclstexp.training import finish, trainer, validation
-from mclstexp.training.checkpoint import STATE, TrainState, save_checkpoint
+from mclstexp.training.checkpoint import STATE, save_checkpoint
 from mclstexp.training.run import Run, open_run
-from mclstexp.training.step import RankState, make_optimizer
+from mclstexp.training.step import RankState, lone_rank
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSection, ValidationSet, validate
 from mclstexp.training.worker import is_validated
 
@@ -94,8 +94,7 @@ def _rank_state(run: Run) -> RankState:
     model = build_network(run.config.model, len(run.panel), 0, run.manifest.tile_size_px)
     model.load_state_dict(trainer.initial_weights(run))
     model = model.to(memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(model, run.config.train)
-    return RankState(run.config, model, model, optimizer, torch.device("cpu"), 0, 1, 10, TrainState({}))
+    return lone_rank(run.config, model, 10)
 
 
 def _score(run: Run, model: ModelVersion) -> float:

@@ -16,9 +16,9 @@ from mclstexp.data.spots import Batch
 from mclstexp.messages import duration
 from mclstexp.model.programs import NUM_PROGRAMS
 from mclstexp.model.towers import build_network, feature_width
-from mclstexp.training.checkpoint import TrainState
 from mclstexp.training.complete import training_plan
-from mclstexp.training.step import RankState, make_optimizer, train_step
+from mclstexp.training.share import on_device
+from mclstexp.training.step import lone_rank, train_step
 from tuning.space import Space
 from tuning.sweep import at_once
 
@@ -73,15 +73,15 @@ def spot_seconds(config: Config, manifest: Manifest) -> float:
     batch = _batch(config, manifest)
     network = build_network(config.model, batch["expression"].shape[-1], 1, manifest.tile_size_px)
     network = network.to(device).to(memory_format=torch.channels_last).train()
-    state, optimizer = TrainState(config.model_dump(mode="json")), make_optimizer(network, config.train)
-    rank_state = RankState(config, network, network, optimizer, device, 0, 1, _ROUNDS, state)
+    rank_state, share = lone_rank(config, network, _ROUNDS), on_device(iter([batch]), device)
+    _, tensors = next(share)
     times = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        loss, num_spots = train_step(rank_state, batch)
+        loss, num_spots = train_step(rank_state, tensors)
         loss.item()  # waits for a GPU
         times.append(time.perf_counter() - started)
-    return min(times) / num_spots
+    return min(times) / int(num_spots)
 
 
 def _batch(config: Config, manifest: Manifest) -> Batch:

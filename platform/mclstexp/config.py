@@ -81,6 +81,14 @@ class Config(ConfigBlock):
             )
         if len(set(model.image_views)) < len(model.image_views):
             raise ValueError(f"model.image_views={','.join(model.image_views)} names a view twice")
+        if train.micro_batch is not None and (model.freeze_encoder or model.batch_norm != "frozen"):
+            reason = f"model.batch_norm={model.batch_norm} takes its statistics from the whole batch; use frozen"
+            if model.freeze_encoder:
+                reason = "model.freeze_encoder=true trains none; use false with model.batch_norm=frozen"
+            raise ValueError(
+                f"train.micro_batch={train.micro_batch} runs a trained image tower in parts of a batch: {reason}, or "
+                "leave train.micro_batch empty"
+            )
         if train.feature_draws and (not model.freeze_encoder or train.augmentation == "none"):
             raise ValueError(
                 f"train.feature_draws={train.feature_draws} needs model.freeze_encoder=true and an augmentation other "

@@ -6,6 +6,8 @@ Shapes: N tiles; all maps take and return float (N, 3, size, size) in [0, 1].
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,10 @@ import torch.nn.functional as F
 STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 GREY = (0.299, 0.587, 0.114)
 STAIN_JITTER, LIGHT_JITTER, REFERENCE_JITTER = 0.05, 0.1, 0.5
+
+
+_DRAWS = {"none": (), "flips": (1, 1, 1), "default": (1, 1, 1, 3, 3, 1, 1, 1), "reference": (1, 1, 1, 1, 1)}
+"""Random numbers of a tile that each kind of augmentation takes in turn: of each draw."""
 
 
 def augment(tiles: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
@@ -27,23 +33,34 @@ def augment(tiles: torch.Tensor, kind: str, generator: torch.Generator) -> torch
             only flips and quarter turns (the same paper's code, Visium).
         generator: of the same device; fixes every draw.
     """
-    images = tiles.permute(0, 3, 1, 2).float() / 255
+    return augmented(tiles, kind, draw(kind, len(tiles), generator))
+
+
+def draw(kind: str, num_tiles: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Returns what `augmented` takes for some tiles: numbers from [-1, 1), each float32 (num_tiles, C, 1, 1)."""
+    shapes = [(num_tiles, channels, 1, 1) for channels in _DRAWS[kind]]
+    return [2 * torch.rand(shape, generator=generator, device=generator.device) - 1 for shape in shapes]
+
+
+def augmented(tiles: torch.Tensor, kind: str, draws: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns `augment` of tiles with the draws given, so that parts of a batch are augmented as the whole would be."""
+    images, left = tiles.permute(0, 3, 1, 2).float() / 255, iter(draws)
     if kind == "none":
         return images
     if kind == "reference":
-        images = colour_jitter(images, REFERENCE_JITTER, generator)
-        return rotate(_flip(images, 3, generator), generator)
-    images = _flip(_flip(images, 3, generator), 2, generator)
-    images = _where(images.transpose(2, 3), images, generator)
+        images = colour_jitter(images, REFERENCE_JITTER, left)
+        return rotate(_flip(images, 3, left), left)
+    images = _flip(_flip(images, 3, left), 2, left)
+    images = _where(images.transpose(2, 3), images, left)
     if kind == "flips":
         return images
-    return colour_jitter(stain_jitter(images, STAIN_JITTER, generator), LIGHT_JITTER, generator)
+    return colour_jitter(stain_jitter(images, STAIN_JITTER, left), LIGHT_JITTER, left)
 
 
-def colour_jitter(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+def colour_jitter(images: torch.Tensor, strength: float, draws: Iterator[torch.Tensor]) -> torch.Tensor:
     """Scales brightness, contrast and saturation, each by a factor uniform in 1 +- strength, in this order."""
-    brightness, contrast, saturation = (1 + strength * _uniform(images, generator) for _ in range(3))
-    weights = images.new_tensor(GREY).view(1, 3, 1, 1)
+    brightness, contrast, saturation = (1 + strength * next(draws) for _ in range(3))
+    weights = _grey(images.device)
     images = (images * brightness).clamp(0, 1)
     mean = (images * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp(0, 1)
@@ -51,34 +68,40 @@ def colour_jitter(images: torch.Tensor, strength: float, generator: torch.Genera
     return torch.lerp(grey, images, saturation).clamp(0, 1)
 
 
-def stain_jitter(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+def stain_jitter(images: torch.Tensor, strength: float, draws: Iterator[torch.Tensor]) -> torch.Tensor:
     """Scales each stain's optical density by 1 +- strength and shifts it by +- strength / 10, drawn per tile."""
-    to_rgb = F.normalize(images.new_tensor(STAINS), dim=1)
+    to_rgb, from_rgb = _stains(images.device)
     density = -torch.log10(images.clamp(min=1 / 255))
-    stains = torch.einsum("nchw,cs->nshw", density, torch.linalg.inv(to_rgb))
-    scale = 1 + strength * _uniform(images, generator, 3)
-    shift = strength / 10 * _uniform(images, generator, 3)
+    stains = torch.einsum("nchw,cs->nshw", density, from_rgb)
+    scale = 1 + strength * next(draws)
+    shift = strength / 10 * next(draws)
     return (10 ** -torch.einsum("nshw,sc->nchw", stains * scale + shift, to_rgb)).clamp(0, 1)
 
 
-def rotate(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def rotate(images: torch.Tensor, draws: Iterator[torch.Tensor]) -> torch.Tensor:
     """Rotates each tile by an angle uniform in +-180 degrees; corners become black."""
-    angle = math.pi * _uniform(images, generator).flatten()
+    angle = math.pi * next(draws).flatten()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 
-def _uniform(images: torch.Tensor, generator: torch.Generator, channels: int = 1) -> torch.Tensor:
-    """Returns draws from [-1, 1), (N, channels, 1, 1)."""
-    draw = torch.rand((len(images), channels, 1, 1), generator=generator, device=images.device)
-    return 2 * draw - 1
+@cache
+def _grey(device: torch.device) -> torch.Tensor:
+    return torch.tensor(GREY, device=device).view(1, 3, 1, 1)
 
 
-def _flip(images: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:
-    return _where(images.flip(dim), images, generator)
+@cache
+def _stains(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the maps from stains to red, green and blue and back; copying them to a GPU each time would stop it."""
+    to_rgb = F.normalize(torch.tensor(STAINS), dim=1)
+    return to_rgb.to(device), torch.linalg.inv(to_rgb).to(device)
 
 
-def _where(changed: torch.Tensor, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.where(_uniform(images, generator) < 0, changed, images)
+def _flip(images: torch.Tensor, dim: int, draws: Iterator[torch.Tensor]) -> torch.Tensor:
+    return _where(images.flip(dim), images, draws)
+
+
+def _where(changed: torch.Tensor, images: torch.Tensor, draws: Iterator[torch.Tensor]) -> torch.Tensor:
+    return torch.where(next(draws) < 0, changed, images)

@@ -46,6 +46,18 @@ class SentenceFeed:
         manifest = self.loader.reader.manifest
         return BatchShape(self.batch_sentences // world_size, manifest.sentence_length * 3 * manifest.tile_size_px**2)
 
+    def tiles_per_step(self, world_size: int) -> int:
+        """Returns how many tiles a rank takes in a step, at most."""
+        return self.batch_shape(world_size).num_rows * self.loader.reader.manifest.sentence_length
+
+    def min_tiles(self, row: dict[str, object]) -> int:
+        """Returns the number of tiles of a stream row if it is below two, else 2."""
+        if row["group"] == -1:
+            return 0
+        sentences = (("section_id", "group"), ("expression_section", "expression_group"))
+        groups = [self.loader.reader.manifest.section(str(row[a])).row_groups[int(str(row[b]))] for a, b in sentences]
+        return min(2, *(group.num_rows for group in groups))
+
     def ids(self, batch: Batch) -> list[str | int]:
         """Returns the ids of the sentences in a batch."""
         return [str(name) for name in batch["sentence_id"] if name]
@@ -73,6 +85,14 @@ class SpotFeed:
     def batch_shape(self, world_size: int) -> BatchShape:
         """Returns what a rank takes in a step."""
         return BatchShape(1, self.batch_spots // world_size * 3 * self.loader.tile_size_px**2)
+
+    def tiles_per_step(self, world_size: int) -> int:
+        """Returns how many tiles a rank takes in a step, at most."""
+        return self.batch_spots // world_size
+
+    def min_tiles(self, row: dict[str, object]) -> int:
+        """Returns the number of tiles of a stream row if it is below two, else 2."""
+        return min(2, int((np.asarray(row["spots"]) >= 0).sum()))
 
     def ids(self, batch: Batch) -> list[str | int]:
         """Returns the numbers of the spots in a batch."""
@@ -106,6 +126,18 @@ def tower_feed(config: Config, loader: TowerLoader) -> SentenceFeed:
     sentences = stream.sentence_index(loader.reader.manifest, loader.scores)
     seen = [each for each in sentences if loader.has_spots(each.section_id, each.group)]
     return SentenceFeed(seen, loader, config.train.batch_sentences, config.train.seed, shuffle_pairs=False)
+
+
+def short_steps(feed: Feed, epoch: int, consumed: Ids, world_size: int) -> set[int]:
+    """Returns the steps of the rest of an epoch, counted from 0, in which a rank has fewer than two tiles.
+
+    Every rank finds the same from the rows of all ranks, without asking the others.
+    """
+    size, short = feed.batch_shape(world_size).num_rows, set[int]()
+    for rank in range(world_size):
+        tiles = [feed.min_tiles(row) for row in feed.rows(epoch, consumed, rank, world_size)]
+        short |= {start // size for start in range(0, len(tiles), size) if sum(tiles[start : start + size]) < 2}
+    return short
 
 
 def open_batches(feed: Feed, epochs: Iterable[Rows], world_size: int, share: StreamShare) -> Iterator[Batch]:

@@ -39,12 +39,13 @@ _FREE_TRAIN_SETTINGS = {
     "keep_checkpoints",
     "max_failures",
     "compile",
+    "micro_batch",
 }
 """Settings of `train` that say where and how a run is computed, and may change when it goes on."""
 _LATER_SETTINGS = {
     "genes": {"min_sections", "total"},
     "model": {"image_layers", "image_views", "feature_dtype", "image_directions", "input_dropout"},
-    "train": {"feature_draws", "min_steps", "cross_fit"},
+    "train": {"feature_draws", "min_steps", "cross_fit", "micro_batch"},
     "retrieval": {"effective_donors"},
 }
 """Settings that earlier versions did not have, by block; their defaults give the same result as those versions."""

@@ -3,24 +3,29 @@
 Every rank computes the same full loss over the gathered embeddings (the matrix is small, the image tower dominates),
 so that loss and gradients equal those of one process on the joined batch.
 
-Shapes: S sentences of the rank's share, L spots of a sentence, G genes, D embedding, N = S * L slots.
+Nothing here waits for a GPU but `check_losses`.
+
+Shapes: S sentences of the rank's share, L spots of a sentence, n real tiles, D embedding, N slots of all ranks.
 """
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from mclstexp.config import Config
-from mclstexp.data.spots import Batch
 from mclstexp.errors import RunError
-from mclstexp.model.augment import augment
+from mclstexp.model.augment import draw
 from mclstexp.model.losses import gather, program_loss, require_loss
-from mclstexp.model.towers import Network, uses_bf16
+from mclstexp.model.towers import Network
 from mclstexp.settings import TrainConfig
 from mclstexp.training.checkpoint import TrainState
+from mclstexp.training.forward import Forward
+from mclstexp.training.share import Share
+
+CHECK_EVERY = 10
+"""Steps between looks at the losses: each look makes a GPU wait."""
 
 
 @dataclass
@@ -29,63 +34,63 @@ class RankState:
 
     config: Config
     model: Network
-    parallel: torch.nn.Module
-    """`model`, inside DistributedDataParallel if there are several ranks."""
+    parallel: nn.Module
+    """`Forward` of `model`, inside DistributedDataParallel if there are several ranks."""
     optimizer: torch.optim.Optimizer
     device: torch.device
     rank: int
     world_size: int
     total_steps: int
     state: TrainState
+    micro_batch: int | None = None
+    """Tiles that the image tower takes at a time; None: all of the rank's batch."""
     fresh_ids: list[str | int] = field(default_factory=list)
     """Ids that this rank consumed since the last checkpoint of the epoch."""
     next_checkpoint: float = 0.0
     """Time of the monotonic clock from which the next checkpoint is due; only rank 0's counts."""
+    unchecked: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    """Newest steps and their losses, which nobody has looked at yet."""
 
 
-def train_step(rank_state: RankState, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Takes one optimiser step; returns the global loss (scalar) and the global number of spots.
+def lone_rank(config: Config, model: Network, total_steps: int) -> RankState:
+    """Returns the state of a run's only rank at step 0, on the device of the model."""
+    device, state = next(model.parameters()).device, TrainState(config.model_dump(mode="json"))
+    size = config.train.micro_batch
+    forward, optimizer = Forward(model, config, size), make_optimizer(model, config.train)
+    return RankState(config, model, forward, optimizer, device, 0, 1, total_steps, state, size)
+
+
+def train_step(rank_state: RankState, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
+    """Takes one optimiser step; returns the global loss and the global number of spots, scalars on the device.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss of one of the last `CHECK_EVERY` steps is not finite.
     """
     _set_learning_rate(rank_state)
     _seed(rank_state)
-    mask_SL = torch.as_tensor(batch["mask"], device=rank_state.device)
-    valid_N = gather(mask_SL.reshape(-1, 1).float()).squeeze(1) > 0
-    _choose_statistics(rank_state, int(valid_N.view(rank_state.world_size, -1).sum(dim=1).min()))
-    images = prepare_images(rank_state, batch, mask_SL)
-    loss = _global_loss(rank_state, batch, images, mask_SL, valid_N)
-    if not torch.isfinite(loss):
-        raise RunError(f"the loss is {loss.item()} at step {rank_state.state.step}; lower train.tower_lr or use fp32")
+    valid_N = gather(share["mask"].reshape(-1, 1).float()).squeeze(1) > 0
+    loss = _global_loss(rank_state, share, valid_N)
+    rank_state.unchecked.append((rank_state.state.step, loss.detach()))
+    if len(rank_state.unchecked) >= CHECK_EVERY:
+        check_losses(rank_state)
     rank_state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     rank_state.optimizer.step()
     rank_state.model.bound_logit_scale()
-    return loss.detach(), int(valid_N.sum())
+    return loss.detach(), valid_N.sum()
 
 
-def prepare_images(rank_state: RankState, batch: Batch, mask_SL: torch.Tensor) -> torch.Tensor:
-    """Returns the real tiles of a batch, augmented, float (n, 3, size, size), or their stored features, float32 (n, F).
+def check_losses(rank_state: RankState) -> None:
+    """Looks at the losses of the newest steps; call it before anything of the model is stored, scored or posted.
 
-    A rank that has none gets a blank one.
+    Raises:
+        RunError: one is not finite.
     """
-    reads_features = "features" in batch
-    tiles = torch.as_tensor(batch["features" if reads_features else "image"]).flatten(0, 1)
-    tiles = tiles[mask_SL.flatten().cpu()].to(rank_state.device)
-    if not len(tiles):
-        tiles = tiles.new_zeros(1, *tiles.shape[1:])
-    if reads_features:
-        return tiles
-    generator = torch.Generator(rank_state.device).manual_seed(_step_seed(rank_state, rank_state.rank))
-    images = augment(tiles, rank_state.config.train.augmentation, generator)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def autocast(rank_state: RankState) -> AbstractContextManager[object]:
-    """Returns the arithmetic of the towers, as `train.precision` chooses it for the device."""
-    enabled = uses_bf16(rank_state.config.train.precision, rank_state.device)
-    return torch.autocast(rank_state.device.type, torch.bfloat16, enabled=enabled)
+    unchecked, rank_state.unchecked = rank_state.unchecked, []
+    losses = torch.stack([loss for _, loss in unchecked]).tolist() if unchecked else []
+    for (step, _), loss in zip(unchecked, losses, strict=True):
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} at step {step}; lower train.tower_lr or use fp32")
 
 
 def make_optimizer(model: Network, config: TrainConfig) -> torch.optim.Optimizer:
@@ -140,49 +145,42 @@ def _step_seed(rank_state: RankState, rank: int) -> int:
     return hash((rank_state.config.train.seed, rank_state.state.epoch, rank_state.state.step, rank)) % 2**63
 
 
-def _choose_statistics(rank_state: RankState, fewest_images: int) -> None:
-    """Makes batch norm use running statistics when a rank's batch is too small (fewer than two tiles).
-
-    That happens only in an epoch's last step. All ranks do the same, so that synchronised statistics wait for no rank.
-    """
-    rank_state.model.image_tower.train(fewest_images > 1)
-
-
-def _global_loss(
-    rank_state: RankState, batch: Batch, images: torch.Tensor, mask_SL: torch.Tensor, valid_N: torch.Tensor
-) -> torch.Tensor:
+def _global_loss(rank_state: RankState, share: Share, valid_N: torch.Tensor) -> torch.Tensor:
     """Returns the loss over all ranks' spots; the towers run on the rank's own share."""
-    train, regresses = rank_state.config.train, rank_state.config.model.predictor == "regression"
-    sentence = _sentence(rank_state, batch, mask_SL)
-    with autocast(rank_state):
-        outputs = (rank_state.parallel(images), sentence[0]) if regresses else rank_state.parallel(images, *sentence)
-    image_ND = gather(_in_slots(outputs[0].float(), mask_SL))
-    spot_ND = outputs[1].float().flatten(0, 1)
+    train, mask_SL = rank_state.config.train, share["mask"]
+    sentence = _sentence(train, share)
+    image_nD, spot_SLD = rank_state.parallel(share["tiles"], _draws(rank_state, share), *sentence)
+    image_ND = gather(_in_slots(image_nD.float(), share["slots"], mask_SL.numel()))
+    spot_ND = (sentence[0] if spot_SLD is None else spot_SLD).float().flatten(0, 1)
     if train.batching == "sentences":
         spot_ND = gather(spot_ND)
     scale = rank_state.model.logit_scale
     if rank_state.config.model.predictor == "programs":
-        scores_NR = gather(torch.as_tensor(batch["scores"], device=rank_state.device).flatten(0, 1))
-        sentence_N = torch.arange(len(valid_N), device=rank_state.device) // mask_SL.shape[1]
+        scores_NR = gather(share["scores"].flatten(0, 1))
+        sentence_N = torch.arange(len(valid_N), device=valid_N.device) // mask_SL.shape[1]
         return program_loss(image_ND, spot_ND, valid_N, scale, scores_NR, sentence_N)
     return require_loss(rank_state.config)(image_ND, spot_ND, valid_N, scale)
 
 
-def _sentence(
-    rank_state: RankState, batch: Batch, mask_SL: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _draws(rank_state: RankState, share: Share) -> list[torch.Tensor]:
+    """Returns the random numbers that augment the rank's tiles in this step; none for stored features."""
+    if rank_state.config.model.freeze_encoder:
+        return []
+    generator = torch.Generator(rank_state.device).manual_seed(_step_seed(rank_state, rank_state.rank))
+    return draw(rank_state.config.train.augmentation, len(share["tiles"]), generator)
+
+
+def _sentence(train: TrainConfig, share: Share) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (expression, position, mask) of the rank's sentences, or of the one global sentence of random spots."""
-    expression, position = (
-        torch.as_tensor(batch[name], device=rank_state.device) for name in ("expression", "position")
-    )
-    if rank_state.config.train.batching == "sentences":
+    expression, position, mask_SL = (share[name] for name in ("expression", "position", "mask"))
+    if train.batching == "sentences":
         return expression, position, mask_SL
     parts = (expression.flatten(0, 1), position.flatten(0, 1), mask_SL.reshape(-1, 1).float())
     expression, position, mask = (gather(part)[None] for part in parts)
     return expression, position, mask.squeeze(-1) > 0
 
 
-def _in_slots(features: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
-    """Returns the features of the real tiles, (n, D), in their slots, (S * L, D), with zeros in the empty ones."""
-    slots = features.new_zeros(mask_SL.numel(), features.shape[1])
-    return slots.masked_scatter(mask_SL.reshape(-1, 1), features[: int(mask_SL.sum())])
+def _in_slots(image_nD: torch.Tensor, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Returns what the real tiles became, (n, D), in their slots, (num_slots, D), with zeros in the empty ones."""
+    empty = image_nD.new_zeros(num_slots, image_nD.shape[1])
+    return empty.index_copy(0, slots, image_nD[: len(slots)])

@@ -23,9 +23,12 @@ from mclstexp.model.towers import build_network
 from mclstexp.progress import Metrics
 from mclstexp.settings import TrainConfig
 from mclstexp.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from mclstexp.training.feed import Feed, open_batches
+from mclstexp.training.feed import Feed, open_batches, short_steps
+from mclstexp.training.forward import Forward
 from mclstexp.training.history import local_checkpoint, newest_checkpoint
-from mclstexp.training.step import RankState, make_optimizer, train_step
+from mclstexp.training.memory import micro_batch
+from mclstexp.training.share import Share, on_device
+from mclstexp.training.step import RankState, check_losses, make_optimizer, train_step
 from mclstexp.training.validation import VALIDATION_PCC, ValidationSet, validate
 
 POST_EVERY_S = 0.5
@@ -60,13 +63,14 @@ def train_worker(settings: dict[str, TrainPlan]) -> None:
     rank_state = build(plan)
     resume(rank_state, plan.run_uri)
     batches = open_batches(plan.feed, epochs_left(rank_state, plan.feed), rank_state.world_size, plan.share)
+    shares = on_device(batches, rank_state.device)
     plan = replace(plan, validation=plan.validation and plan.validation.keeping())
     for epoch in range(rank_state.state.epoch, rank_state.config.train.epochs):
         if is_out_of_patience(rank_state):
             return
         if epoch != rank_state.state.epoch:
             rank_state.state.epoch, rank_state.state.consumed, rank_state.fresh_ids = epoch, [], []
-        run_epoch(rank_state, plan, batches)
+        run_epoch(rank_state, plan, shares)
 
 
 def build(plan: TrainPlan) -> RankState:
@@ -78,18 +82,21 @@ def build(plan: TrainPlan) -> RankState:
     model = build_network(config.model, plan.num_genes, plan.num_positions, plan.tile_size_px)
     model.load_state_dict(ray.get(plan.initial_weights))
     model = model.to(device).to(memory_format=torch.channels_last)
+    forward, num_tiles = Forward(model, config), plan.feed.tiles_per_step(context.get_world_size())
+    forward.micro_batch = micro_batch(forward, config, num_tiles, plan.tile_size_px, context.get_local_world_size())
     if config.train.compile:
         model.image_tower.compile()
     return RankState(
         config=config,
         model=model,
-        parallel=ray.train.torch.prepare_model(model),
+        parallel=ray.train.torch.prepare_model(forward),
         optimizer=make_optimizer(model, config.train),
         device=device,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         total_steps=config.train.epochs * plan.feed.num_steps(),
         state=TrainState(plan.config),
+        micro_batch=forward.micro_batch,
     )
 
 
@@ -118,26 +125,41 @@ def epochs_left(rank_state: RankState, feed: Feed) -> Iterator[Rows]:
     )
 
 
-def run_epoch(rank_state: RankState, plan: TrainPlan, batches: Iterator[Batch]) -> None:
+def run_epoch(rank_state: RankState, plan: TrainPlan, batches: Iterator[tuple[Batch, Share]]) -> None:
     """Trains on the rest of the current epoch, with checkpoints on the way and one at its end."""
     state, train = rank_state.state, rank_state.config.train
     steps_left = plan.feed.num_steps(len(state.consumed))
     rank_state.parallel.train()
+    short = steps_without_statistics(rank_state, plan.feed)
     meter = Meter(plan.board if rank_state.rank == 0 else None)
-    for num_steps, (batch, waited_s) in enumerate(timed(islice(batches, steps_left)), start=1):
-        loss, num_spots = train_step(rank_state, batch)
+    for num_steps, ((batch, share), waited_s) in enumerate(timed(islice(batches, steps_left)), start=1):
+        rank_state.model.image_tower.train(num_steps - 1 not in short)
+        loss, num_spots = train_step(rank_state, share)
         rank_state.fresh_ids += plan.feed.ids(batch)
         state.step += 1
         meter.count(num_spots, waited_s)
 
         is_last, scores = num_steps == steps_left, Metrics()
         if is_last and plan.validation and is_validated(state.epoch, train):
+            check_losses(rank_state)
             scores = {VALIDATION_PCC: validate(rank_state, plan.validation)}
             state.judge(scores[VALIDATION_PCC])
         is_end = is_last and state.epoch + 1 == train.epochs
         if scores or is_end or ((is_last or num_steps % train.checkpoint_every == 0) and is_due(rank_state)):
             checkpoint(rank_state, loss, scores)
-        meter.post(state, loss, scores, is_last)
+        meter.post(rank_state, loss, scores, is_last)
+
+
+def steps_without_statistics(rank_state: RankState, feed: Feed) -> set[int]:
+    """Returns the steps of the rest of the epoch in which batch norm uses running statistics, counted from 0.
+
+    Those are steps in which a rank has fewer than two tiles. All ranks do the same, so that synchronised statistics
+    wait for no rank.
+    """
+    model = rank_state.config.model
+    if model.freeze_encoder or model.batch_norm == "frozen":
+        return set()
+    return short_steps(feed, rank_state.state.epoch, rank_state.state.consumed, rank_state.world_size)
 
 
 def is_validated(epoch: int, train: TrainConfig) -> bool:
@@ -166,12 +188,14 @@ def checkpoint(rank_state: RankState, loss: torch.Tensor, scores: Metrics) -> No
     crash right after could lose several checkpoints.
     """
     started = time.monotonic()
+    check_losses(rank_state)
     rank_state.state.consumed += _all_ids(rank_state)
     group = ray.util.get_current_placement_group()
     state = {"step": rank_state.state.step, "epoch": rank_state.state.epoch}
     # With early stopping Ray orders the checkpoints by their scores, so that each needs one.
     unscored = {VALIDATION_PCC: float("nan")} if rank_state.config.train.patience else {}
-    metrics = {"loss": loss.item(), **state, **unscored, **scores, PLACEMENT_GROUP: group.id.hex() if group else ""}
+    numbers = {"loss": loss.item(), **state, **unscored, **scores, **in_micro_batches(rank_state)}
+    metrics = {**numbers, PLACEMENT_GROUP: group.id.hex() if group else ""}
     rank_state.state.metrics = metrics
     if rank_state.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +208,12 @@ def checkpoint(rank_state: RankState, loss: torch.Tensor, scores: Metrics) -> No
     rank_state.next_checkpoint = ended + (ended - started) / CHECKPOINT_SHARE
 
 
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+def in_micro_batches(rank_state: RankState) -> Metrics:
+    """Returns what a run records of how its image tower was run; nothing if it took whole batches."""
+    return {"micro_batch": rank_state.micro_batch} if rank_state.micro_batch else {}
+
+
+def timed(batches: Iterator[tuple[Batch, Share]]) -> Iterator[tuple[tuple[Batch, Share], float]]:
     """Yields each batch with the seconds of waiting for it."""
     while True:
         started = time.perf_counter()
@@ -195,30 +224,33 @@ def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 class Meter:
-    """Rank 0's rates since its last post."""
+    """Rank 0's rates since its last post. It counts on the device, and looks only when it posts."""
 
     def __init__(self, board: ray.actor.ActorHandle | None) -> None:
         self._board = board
+        self._spots: int | torch.Tensor = 0
         self._clear()
 
-    def count(self, num_spots: int, waited_s: float) -> None:
+    def count(self, num_spots: torch.Tensor, waited_s: float) -> None:
         """Adds one step."""
-        self._spots += num_spots
+        self._spots = self._spots + num_spots
         self._waited_s += waited_s
 
-    def post(self, state: TrainState, loss: torch.Tensor, scores: Metrics, is_last: bool) -> None:
+    def post(self, rank_state: RankState, loss: torch.Tensor, scores: Metrics, is_last: bool) -> None:
         """Posts loss, scores and rates, at most every `POST_EVERY_S` and at an epoch's last step."""
         elapsed_s = time.perf_counter() - self._since
         if self._board is None or (elapsed_s < POST_EVERY_S and not is_last):
             return
+        check_losses(rank_state)
         metrics = {
-            "epoch": state.epoch,
+            "epoch": rank_state.state.epoch,
             "loss": loss.item(),
-            "spots_per_s": self._spots / elapsed_s,
+            "spots_per_s": int(self._spots) / elapsed_s,
             "data_wait_share": self._waited_s / elapsed_s,
+            **in_micro_batches(rank_state),
             **scores,
         }
-        self._board.post.remote(state.step, metrics)
+        self._board.post.remote(rank_state.state.step, metrics)
         self._clear()
 
     def _clear(self) -> None:
