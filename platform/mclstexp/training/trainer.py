@@ -17,13 +17,14 @@ from mclstexp import cluster, storage
 from mclstexp.config import config_from
 from mclstexp.data.spots import num_positions
 from mclstexp.data.stream import StreamShare
-from mclstexp.errors import RunError, UserError
+from mclstexp.errors import RunError
 from mclstexp.model.losses import require_loss
 from mclstexp.model.retrieval import resolve
 from mclstexp.model.towers import ImageTower, build_network, plain_tensors
 from mclstexp.model.training_spots import TrainingSpots
 from mclstexp.model.weights import load_weights
 from mclstexp.progress import Log, ProgressBoard, Show, followed, hidden
+from mclstexp.training.failures import cause_of
 from mclstexp.training.feed import Feed, make_feed, tower_feed
 from mclstexp.training.fitted_parts import fitted_parts
 from mclstexp.training.history import StoredCheckpoint, best_checkpoint, mend_snapshot, newest_checkpoint
@@ -111,7 +112,7 @@ def fit(
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _cause(error, train.max_failures) from error
+            raise cause_of(error, run.config) from error
     return _best(run, says=left_out is None) if early_stopping else _known(run, newest_checkpoint(run.uri)).uri
 
 
@@ -172,12 +173,3 @@ def _known(run: Run, checkpoint: StoredCheckpoint | None) -> StoredCheckpoint:
     if checkpoint is None:
         raise RunError(f"the run {run.name} ended without a checkpoint; see its log")
     return checkpoint
-
-
-def _cause(error: ray.train.TrainingFailedError, max_failures: int) -> UserError:
-    """Returns the error of a worker that a user can fix, else one that counts the restarts."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, UserError):
-            return cause
-    return RunError(f"training failed after {max_failures} restarts (train.max_failures): {error}")
