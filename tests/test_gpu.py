@@ -4,7 +4,7 @@ Tests that take a device run on the CPU too, where they show no more than that t
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 from random_version import random_version
 
-from mclstexp.config import override
+from mclstexp.config import Config, override
 from mclstexp.model import nearest
 from mclstexp.model.answer import answerer_of
 from mclstexp.model.augment import augment
 from mclstexp.model.losses import gather, pairs_loss
-from mclstexp.model.towers import ImageTower, TwoTowers, native_bf16
+from mclstexp.model.towers import ImageTower, TwoTowers, build_network, native_bf16
 from mclstexp.settings import ModelConfig, TrainConfig
-from mclstexp.training.step import make_optimizer
+from mclstexp.training.forward import Forward
+from mclstexp.training.memory import micro_batch
+from mclstexp.training.share import on_device, share_of
+from mclstexp.training.step import RankState, check_losses, lone_rank, make_optimizer, train_step
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
@@ -104,6 +107,63 @@ def test_nccl_with_one_worker_gathers() -> None:
         assert torch.isfinite(loss)
     finally:
         dist.destroy_process_group()
+
+
+def _rank_state() -> RankState:
+    settings = {
+        "model.batch_norm": "frozen",
+        "model.spot_width": 32,
+        "train.micro_batch": 5,
+        "train.batch_sentences": 2,
+    }
+    config = override(Config(), settings)
+    torch.manual_seed(0)
+    network = build_network(config.model, GENES, 0, SIZE).to("cuda").to(memory_format=torch.channels_last)
+    return lone_rank(config, network, total_steps=10)
+
+
+def _host_batches() -> Iterator[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    for num_spots in (12, 7, 0):
+        yield {
+            "image": rng.integers(0, 256, (2, 6, SIZE, SIZE, 3), np.uint8),
+            "expression": rng.random((2, 6, GENES), np.float32),
+            "position": rng.random((2, 6, 2), np.float32),
+            "mask": (np.arange(12) < num_spots).reshape(2, 6),
+        }
+
+
+@needs_gpu
+def test_batches_are_copied_ahead_unchanged() -> None:
+    copied = list(on_device(_host_batches(), torch.device("cuda")))
+    for (_, share), batch in zip(copied, _host_batches(), strict=True):
+        for name, values in share_of(batch).items():
+            assert share[name].is_cuda
+            assert torch.equal(share[name].cpu(), values), name
+
+
+@needs_gpu
+def test_no_step_waits_for_the_gpu() -> None:
+    rank_state = _rank_state()
+    shares = [share for _, share in on_device(_host_batches(), torch.device("cuda"))]
+    train_step(rank_state, shares[0])  # constants are copied once, and kernels are chosen
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for share in shares:
+            train_step(rank_state, share)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check_losses(rank_state)
+
+
+@needs_gpu
+def test_a_default_size_follows_from_the_free_memory() -> None:
+    rank_state = _rank_state()
+    config = override(rank_state.config, {"train.micro_batch": None})
+    forward = Forward(rank_state.model, config)
+    assert micro_batch(forward, config, 16, SIZE, workers_here=1) is None, "16 tiles fit"
+    assert micro_batch(forward, config, 10**9, SIZE, workers_here=1) in {2**power for power in range(1, 30)}
 
 
 @needs_gpu

@@ -251,7 +251,7 @@ class TrainConfig(ConfigBlock):
     micro_batch: int | None = Field(None, ge=1)
     """Tiles of a worker's batch that the image tower takes at a time, which limits memory and changes no result beyond
     rounding; a second forward pass is the price. Needs a trained encoder with `model.batch_norm=frozen`. Empty: as many
-    as fit into half of the free memory."""
+    as fit into half of the free memory; set it where several runs share a machine."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one. With `model.freeze_encoder` some are left
     out, so that checkpoints take at most a twentieth of the time."""

@@ -30,7 +30,7 @@ def micro_batch(forward: Forward, config: Config, num_tiles: int, size_px: int, 
         config: the settings.
         num_tiles: tiles of a rank's batch, at most.
         size_px: edge of a tile.
-        workers_here: training workers of this node, which share its memory; GPUs are not shared.
+        workers_here: training workers of this node, which share its memory.
     """
     if config.model.freeze_encoder or config.model.batch_norm != "frozen":
         return None
@@ -38,7 +38,8 @@ def micro_batch(forward: Forward, config: Config, num_tiles: int, size_px: int, 
     if size is None:
         device = next(forward.parameters()).device
         learnt = sum(each.numel() * each.element_size() for each in forward.parameters() if each.requires_grad)
-        free = free_bytes(device) / (1 if device.type == "cuda" else workers_here) - _COPIES * learnt
+        part = config.train.gpus_per_worker if device.type == "cuda" else 1 / workers_here
+        free = part * free_bytes(device) - _COPIES * learnt
         size = fitting(SHARE * free / max(1, activation_bytes(forward, config, size_px)), num_tiles)
     return size if size < num_tiles else None
 
