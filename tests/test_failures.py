@@ -9,7 +9,7 @@ import ray.train
 import torch
 from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.data_parallel_trainer import DataParallelTrainer
+from ray.train.torch import TorchTrainer
 
 from mclstexp.config import Config, override
 from mclstexp.errors import RunError
@@ -43,7 +43,7 @@ def test_a_worker_that_dies_of_memory_is_one_sentence_with_the_setting(
 ) -> None:
     error = _failure(work, tmp_path)
     assert str(cause_of(error, FROZEN)) == (
-        f"training failed after 0 restarts (train.max_failures): {text}; set train.micro_batch, to 16 for example, or "
+        f"training failed (train.max_failures=0 restarts allowed): {text}; set train.micro_batch, to 16 for example, or "
         "lower train.batch_sentences=4"
     )
 
@@ -55,7 +55,7 @@ def test_a_worker_that_dies_of_something_else_says_what(ray_session: None, tmp_p
 
 def _failure(work: object, folder: Path) -> ray.train.TrainingFailedError:
     """Returns the error of a run whose only worker does this."""
-    trainer = DataParallelTrainer(
+    trainer = TorchTrainer(
         work,  # type: ignore[arg-type]
         scaling_config=ScalingConfig(num_workers=1),
         run_config=RunConfig(name="run", storage_path=str(folder), failure_config=FailureConfig(max_failures=0)),

@@ -1,6 +1,5 @@
 """Why training workers failed, in a sentence: Ray's own text of a dead worker fills a page and names no setting."""
 
-import ray.train
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
@@ -13,18 +12,23 @@ _NODE_DIED = "node has died"
 """In Ray's message of an actor that was lost with its machine."""
 
 
-def cause_of(error: ray.train.TrainingFailedError, config: Config) -> UserError:
-    """Returns the error of a worker that a user can fix, else one that counts the restarts."""
-    failures = list(getattr(error, "worker_failures", {}).values())
+def cause_of(error: Exception, config: Config) -> UserError:
+    """Returns the error of a worker that a user can fix, else one that states the restarts.
+
+    Args:
+        error: `ray.train.TrainingFailedError`: of workers, or of the controller, which a worker's death may reach first.
+        config: the settings of the run.
+    """
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", error)]
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
     for cause in causes:
         if isinstance(cause, UserError):
             return cause
-    restarts = f"after {config.train.max_failures} restarts (train.max_failures)"
+    failed = f"training failed (train.max_failures={config.train.max_failures} restarts allowed)"
     for cause in causes:
         if what := _out_of_memory(cause):
-            return RunError(f"training failed {restarts}: {what}; {against_memory(config)}")
-    return RunError(f"training failed {restarts}: {error}")
+            return RunError(f"{failed}: {what}; {against_memory(config)}")
+    return RunError(f"{failed}: {error}")
 
 
 def against_memory(config: Config) -> str:
