@@ -22,35 +22,25 @@ def _killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _greedy() -> None:
-    torch.empty(2**60)
-
-
-def _broken() -> None:
-    raise KeyError("gene")
-
-
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("work", "text"),
-    [
-        (_killed, "a worker was killed from outside, as the system does when memory runs out"),
-        (_greedy, "a worker's node has too little memory"),
-    ],
-)
-def test_a_worker_that_dies_of_memory_is_one_sentence_with_the_setting(
-    work: object, text: str, ray_session: None, tmp_path: Path
-) -> None:
-    error = _failure(work, tmp_path)
-    assert str(cause_of(error, FROZEN)) == (
-        f"training failed (train.max_failures=0 restarts allowed): {text}; set train.micro_batch, to 16 for example, or "
-        "lower train.batch_sentences=4"
+def test_a_worker_that_is_killed_is_one_sentence_with_the_setting(ray_session: None, tmp_path: Path) -> None:
+    assert str(cause_of(_failure(_killed, tmp_path), FROZEN)) == (
+        "training failed (train.max_failures=0 restarts allowed): a worker was killed from outside, as the system does "
+        "when memory runs out; set train.micro_batch, to 16 for example, or lower train.batch_sentences=4"
     )
 
 
-@pytest.mark.ray
-def test_a_worker_that_dies_of_something_else_says_what(ray_session: None, tmp_path: Path) -> None:
-    assert "KeyError: 'gene'" in str(cause_of(_failure(_broken, tmp_path), FROZEN))
+def test_memory_that_torch_cannot_get_is_one_sentence_with_the_setting() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)
+    text = str(cause_of(WorkerGroupError("a page", {0: caught.value}), FROZEN))
+    assert text.endswith("a worker's node has too little memory; " + against_memory(FROZEN))
+
+
+def test_what_is_no_lack_of_memory_is_told_as_ray_tells_it() -> None:
+    error = WorkerGroupError("KeyError: 'gene'", {0: KeyError("gene")})
+    assert "KeyError: 'gene'" in str(cause_of(error, FROZEN))
+    assert "micro_batch" not in str(cause_of(error, FROZEN))
 
 
 def _failure(work: object, folder: Path) -> ray.train.TrainingFailedError:

@@ -16,7 +16,7 @@ def cause_of(error: Exception, config: Config) -> UserError:
     """Returns the error of a worker that a user can fix, else one that states the restarts.
 
     Args:
-        error: `ray.train.TrainingFailedError`: of workers, or of the controller, which a worker's death may reach first.
+        error: `ray.train.TrainingFailedError`, of workers or of the controller, which may see a death first.
         config: the settings of the run.
     """
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", error)]
