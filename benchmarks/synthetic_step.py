@@ -4,8 +4,8 @@ import torch
 
 from mclstexp.config import Config, override
 from mclstexp.model.towers import build_network
-from mclstexp.training.checkpoint import TrainState
-from mclstexp.training.step import RankState, make_optimizer, train_step
+from mclstexp.training.share import Share
+from mclstexp.training.step import lone_rank, train_step
 
 SENTENCE = 128
 GENES = 1000
@@ -28,30 +28,21 @@ class SyntheticStep:
         model = model.to(device).to(memory_format=torch.channels_last)
         if self.config.train.compile:
             model.image_tower.compile()
-        self.rank_state = RankState(
-            config=self.config,
-            model=model,
-            parallel=model,
-            optimizer=make_optimizer(model, self.config.train),
-            device=device,
-            rank=0,
-            world_size=1,
-            total_steps=1000,
-            state=TrainState({}),
-        )
+        self.rank_state = lone_rank(self.config, model, total_steps=1000)
 
-    def batch(self, num_spots: int, sentence: int = SENTENCE) -> dict[str, torch.Tensor]:
+    def batch(self, num_spots: int, sentence: int = SENTENCE) -> Share:
         """Returns a batch of whole sentences on the device."""
         shape, device = (num_spots // sentence, sentence), self.device
-        size = (self.size_px, self.size_px, 3)
+        size = (num_spots, self.size_px, self.size_px, 3)
         return {
-            "image": torch.randint(0, 256, (*shape, *size), dtype=torch.uint8, device=device),
+            "tiles": torch.randint(0, 256, size, dtype=torch.uint8, device=device),
+            "slots": torch.arange(num_spots, device=device),
             "expression": torch.rand((*shape, self.num_genes), device=device),
             "position": 300 * torch.randn((*shape, 2), device=device),
             "mask": torch.ones(shape, dtype=torch.bool, device=device),
         }
 
-    def take(self, batch: dict[str, torch.Tensor]) -> None:
+    def take(self, batch: Share) -> None:
         """Takes one optimiser step."""
-        train_step(self.rank_state, batch)  # type: ignore[arg-type]  # it takes arrays and tensors alike
+        train_step(self.rank_state, batch)
         self.rank_state.state.step += 1

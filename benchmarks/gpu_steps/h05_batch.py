@@ -59,6 +59,11 @@ def main() -> None:
         change(step)
         tries = Tries(here, step)
         state(name, [largest(sizes, tries)], f"bf16, 224 px, frozen batch norm; next size {tries.fault}")
+    part = here.choose(512, 4)
+    in_parts = SyntheticStep(here.choose(settings, small(settings)) | {"train.micro_batch": part}, here.device)
+    tries = Tries(here, in_parts)
+    found = largest(here.choose((8192, 16384, 32768), (16, 32)), tries)
+    state("H5 cached-gradient", [found], f"of {part} tiles, else as above; of three sizes tried, next {tries.fault}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from synthetic_step import SyntheticStep  # noqa: E402
 from tile_stream import SIZE_PX, tile_table  # noqa: E402
 
 from mclstexp.data.spots import Batch  # noqa: E402
+from mclstexp.training.share import share_of  # noqa: E402
 
 SETTINGS = {"model.image_encoder": "small_cnn", "tiles.size_px": SIZE_PX}
 REPEATS = 2
@@ -34,7 +35,7 @@ def rate(step: SyntheticStep, batches: Iterable[Batch]) -> float:
     """Returns the tiles per second of steps on batches, without the first."""
     started, num_tiles = 0.0, 0
     for index, batch in enumerate(batches):
-        step.take(batch)  # type: ignore[arg-type]  # arrays and tensors alike
+        step.take(share_of(batch))
         if index == 0:
             started = time.perf_counter()
         else:
