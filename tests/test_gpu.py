@@ -109,16 +109,11 @@ def test_nccl_with_one_worker_gathers() -> None:
         dist.destroy_process_group()
 
 
-def _rank_state() -> RankState:
-    settings = {
-        "model.batch_norm": "frozen",
-        "model.spot_width": 32,
-        "train.micro_batch": 5,
-        "train.batch_sentences": 2,
-    }
-    config = override(Config(), settings)
+def _rank_state(device: str = "cuda", size: int | None = 5, **settings: object) -> RankState:
+    fixed = {"model.batch_norm": "frozen", "model.spot_width": 32, "train.batch_sentences": 2}
+    config = override(Config(), fixed | settings | {"train.micro_batch": size})
     torch.manual_seed(0)
-    network = build_network(config.model, GENES, 0, SIZE).to("cuda").to(memory_format=torch.channels_last)
+    network = build_network(config.model, GENES, 0, SIZE).to(device).to(memory_format=torch.channels_last)
     return lone_rank(config, network, total_steps=10)
 
 
@@ -131,6 +126,20 @@ def _host_batches() -> Iterator[dict[str, np.ndarray]]:
             "position": rng.random((2, 6, 2), np.float32),
             "mask": (np.arange(12) < num_spots).reshape(2, 6),
         }
+
+
+TINY = {"model.image_encoder": "small_cnn", "model.spot_layers": 1, "train.precision": "fp32"}
+
+
+@on_each
+def test_micro_batches_have_the_gradients_of_the_whole_batch(device: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    whole, parts = (_rank_state(device, size, **TINY) for size in (None, 5))
+    share = {name: values.to(device) for name, values in share_of(next(_host_batches())).items()}
+    losses = [train_step(rank_state, share)[0].item() for rank_state in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for (name, ours), theirs in zip(parts.model.named_parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @needs_gpu
