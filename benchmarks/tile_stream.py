@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 
 from ingest.prepare import prepare
 from ingest.synthetic import CohortSpec, make_cohort
@@ -81,6 +82,14 @@ def tile_table(data: str | None, folder: str) -> TileTable:
     num_tiles = sum(entry.num_spots for entry in manifest.sections if entry.measured)
     detail = f"{num_tiles} {'real' if data else 'painted'} tiles of {SIZE_PX} px, JPEG {manifest.jpeg_quality}"
     return TileTable(f"{folder}/tiles", manifest, detail)
+
+
+def stored_bytes(path: str) -> int:
+    """Returns the bytes of the tiles in a section's file."""
+    footer = pq.read_metadata(path)
+    groups = map(footer.row_group, range(footer.num_row_groups))
+    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
+    return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == "image")
 
 
 class CpuMeter:

@@ -16,9 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 
 import numpy as np  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
 from goals import say  # noqa: E402
-from tile_stream import SIZE_PX, TileTable, tile_table  # noqa: E402
+from tile_stream import SIZE_PX, TileTable, stored_bytes, tile_table  # noqa: E402
 
 from mclstexp.data.table import read_sentence  # noqa: E402
 from mclstexp.slides.codec import decode_tile, encode_tile  # noqa: E402
@@ -35,14 +34,6 @@ def share_at(table: TileTable, quality: int) -> float:
         for tile in read_sentence(table.root, table.manifest.section(name), group)["image"]
     ]
     return float(np.mean(sizes)) / RAW_BYTES
-
-
-def stored_bytes(path: str) -> int:
-    """Returns the bytes of the tiles in a section's file."""
-    footer = pq.read_metadata(path)
-    groups = map(footer.row_group, range(footer.num_row_groups))
-    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
-    return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == "image")
 
 
 def main() -> None:
