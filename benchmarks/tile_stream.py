@@ -20,7 +20,7 @@ from mclstexp.data.genes import GenePanel
 from mclstexp.data.schema import Manifest, load_genes, load_manifest
 from mclstexp.data.spots import Batch, SentenceLoader, make_reader
 
-SIZE_PX, BATCH_SENTENCES, CPUS, MAX_GENES = 224, 2, 2, 1000
+SIZE_PX, CPUS, MAX_GENES = 224, 2, 1000
 PAINTED = CohortSpec(num_patients=6, sections_per_patient=1, pitch_px=112)
 _SAMPLE_S = 0.2
 
@@ -32,6 +32,7 @@ class TileTable:
     root: str
     manifest: Manifest
     detail: str
+    batch_sentences: int = 2
 
     @property
     def section_ids(self) -> list[str]:
@@ -58,11 +59,11 @@ class TileTable:
         """Returns a lone worker's rows of an epoch in which every sentence comes `repeats` times."""
         sentences = stream.sentence_index(self.manifest, self.section_ids)
         orders = (stream.epoch_order(sentences, 0, epoch * repeats + each) for each in range(repeats))
-        return list(chain(*(stream.rank_slice(order, BATCH_SENTENCES, 0, 1, epoch) for order in orders)))
+        return list(chain(*(stream.rank_slice(order, self.batch_sentences, 0, 1, epoch) for order in orders)))
 
     def batches(self, loader: SentenceLoader, epochs: list[stream.Rows], cpus: int = CPUS) -> Iterator[Batch]:
         """Returns the training stream of some epochs."""
-        shape = stream.BatchShape(BATCH_SENTENCES, self.manifest.sentence_length * 3 * SIZE_PX**2)
+        shape = stream.BatchShape(self.batch_sentences, self.manifest.sentence_length * 3 * SIZE_PX**2)
         return stream.stream(epochs, loader, shape, stream.StreamShare(cpus, 500 * 2**20, None))
 
 

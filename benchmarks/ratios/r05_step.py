@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -27,8 +28,7 @@ from tile_stream import SIZE_PX, tile_table  # noqa: E402
 from mclstexp.data.spots import Batch  # noqa: E402
 from mclstexp.training.share import share_of  # noqa: E402
 
-SETTINGS = {"model.image_encoder": "small_cnn", "tiles.size_px": SIZE_PX}
-REPEATS = 2
+SETTINGS = {"model.image_encoder": "small_cnn", "tiles.size_px": SIZE_PX, "train.augmentation": "none"}
 
 
 def rate(step: SyntheticStep, batches: Iterable[Batch]) -> float:
@@ -50,15 +50,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        table = tile_table(arguments.data, folder)
-        loader, rows = table.loader(), table.rows(0, REPEATS)
+        table = replace(tile_table(arguments.data, folder), batch_sentences=1)
+        loader, rows = table.loader(), table.rows(0)
         batch, *others = table.batches(loader, [rows], cpus=1)
         step = SyntheticStep(SETTINGS, torch.device("cpu"), batch["expression"].shape[-1])
         rounds = []
         for _ in range(arguments.rounds):
             in_memory = rate(step, repeat(batch, 1 + len(others)))
             rounds.append((rate(step, table.batches(loader, [rows], cpus=1)), in_memory))
-        detail = f"{len(others)} steps of about {table.num_tiles * REPEATS // (1 + len(others))} tiles by small_cnn"
+        detail = (
+            f"{len(others)} steps of about {table.num_tiles // (1 + len(others))} tiles by small_cnn, not augmented"
+        )
         say("R5", rounds, "tiles/s", f"{table.detail}; {detail}")
 
 
