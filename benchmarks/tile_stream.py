@@ -22,7 +22,7 @@ from mclstexp.data.spots import Batch, SentenceLoader, make_reader
 
 SIZE_PX, CPUS, MAX_GENES = 224, 2, 1000
 PAINTED = CohortSpec(num_patients=6, sections_per_patient=1, pitch_px=112)
-_SAMPLE_S = 0.2
+_SAMPLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class CpuMeter:
 
 @contextmanager
 def cpu_meter() -> Iterator[CpuMeter]:
-    """Counts the CPU time of this process and of all below it, such as Ray's, sampled five times a second."""
+    """Counts the CPU time of this process and of all below it, such as Ray's, sampled once a second."""
     meter = CpuMeter()
     meter.start()
     thread = threading.Thread(target=meter.run, daemon=True)
