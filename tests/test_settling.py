@@ -1,4 +1,4 @@
-"""Settling many slides: how they share tasks, the order of requests, the rate at a slow store, a process that dies."""
+"""Settling many slides: shared tasks, requests and their order, the rate at a slow store, a process that dies."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from mclstexp.prediction.cohort import Cohort
 from mclstexp.prediction.finishing import Finishing
 from mclstexp.prediction.ledger import Entry
 from mclstexp.prediction.pipeline import NOTHING_LEFT, WorkerCounts
-from mclstexp.prediction.plan import CohortPlan, SlideSource
+from mclstexp.prediction.plan import CohortPlan, SlideSource, fingerprint
 from mclstexp.prediction.publish import Outcome, Staged, finish_slide, finish_slides
 from mclstexp.prediction.writers.slide import OutputInfo
 from mclstexp.settings import TilesConfig
@@ -51,14 +51,8 @@ def test_a_task_that_is_free_is_not_awaited_and_a_full_one_is() -> None:
 def test_claim_files_table_and_answer_come_in_this_order(
     staged: dict[str, Slide], s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket = s3.removeprefix("s3://")
     storage.upload_folder(staged["C"].staging, f"{s3}/staging/C-key", last="slide.json")
-    seen: list[str] = []
-    client = boto3.client("s3")
-    client.meta.events.register(
-        "before-send.s3", lambda request, **_: seen.append(f"{request.method} {request.url.partition(f'{bucket}/')[2]}")
-    )
-    monkeypatch.setattr(object_store, "client", lambda: client)
+    seen = _requests(s3, monkeypatch)
     assert finish_slide("C", f"{s3}/staging/C-key", s3, INFO, ("key",)).entry is not None
 
     staging = {f"GET staging/C-key/{name}" for name in ("slide.json", "thumbnail.jpg", "preview.jpg", "grid.parquet")}
@@ -71,6 +65,31 @@ def test_claim_files_table_and_answer_come_in_this_order(
     assert seen[12:15] == ["PUT C.parquet", "PUT ledger/C.json", "DELETE staging/C-key/slide.json"]
     assert len(seen) == 17, "a listing of the staging folder, and a request that empties it"
     assert storage.list_files(f"{s3}/staging") == []
+
+
+def test_a_run_starts_with_one_request_per_image_and_one_per_entry(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("A.svs", "B.svs"):
+        storage.write(f"{s3}/slides/{name}", b"x")
+    entry = Entry(slide_id="A", key="key", state="done")
+    storage.write(f"{s3}/ledger/A.json", entry.model_dump_json().encode())
+    seen = _requests(s3, monkeypatch)
+    size, etag = storage.size(f"{s3}/slides/A.svs"), str(storage.version(f"{s3}/slides/A.svs")).strip('"')
+    assert fingerprint(f"{s3}/slides/A.svs") == f"{size}-{etag}"
+    assert seen[2:] == ["HEAD slides/A.svs"]
+    assert ledger.entries(s3, ["A", "B"]) == {"A": entry}
+    assert seen[4:] == ["GET ledger/A.json"], "behind a listing"
+    with pytest.raises(FileNotFoundError):
+        fingerprint(f"{s3}/slides/none.svs")
+
+
+def _requests(s3: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list to which each further request of this process is added."""
+    bucket, seen, client = s3.removeprefix("s3://"), [], boto3.client("s3")
+    client.meta.events.register(
+        "before-send.s3", lambda request, **_: seen.append(f"{request.method} {request.url.partition(f'{bucket}/')[2]}")
+    )
+    monkeypatch.setattr(object_store, "client", lambda: client)
+    return seen
 
 
 @pytest.mark.ray
