@@ -34,8 +34,8 @@ from mclstexp.prediction.pipeline import (
     Read,
     Row,
     WorkerCounts,
+    Write,
     worker_counts,
-    write,
 )
 from mclstexp.prediction.plan import SlideSource
 from mclstexp.settings import TilesConfig
@@ -262,14 +262,14 @@ def test_remote_slides_are_released_and_faults_of_the_store_may_pass(s3, tmp_pat
 
 def test_a_part_that_cannot_be_written_is_a_row_with_the_reason(tmp_path):
     row = Row("a", "a.tif", str(tmp_path / "staging"), part=3, num_tiles=2, num_left=1, answer=b"file")
-    assert write(row.batch()) == replace(row, answer=None).batch()
+    assert Write()(row.batch()) == replace(row, answer=None).batch()
     assert (tmp_path / "staging" / "tiles" / "00003.safetensors").read_bytes() == b"file"
     (tmp_path / "full").write_text("a file where the folder should be")
-    failed = flat(write(replace(row, staging=str(tmp_path / "full")).batch()))
+    failed = flat(Write()(replace(row, staging=str(tmp_path / "full")).batch()))
     assert (failed["state"], failed["num_tiles"]) == (FAILED, 2)
     assert "cannot write" in failed["reason"]
     untouched = replace(row, state=QUARANTINED, reason="damaged", part=-1, answer=b"")
-    assert write(untouched.batch()) == replace(untouched, answer=None).batch()
+    assert Write()(untouched.batch()) == replace(untouched, answer=None).batch()
 
 
 def test_workers_share_the_cpus_that_inspection_leaves():

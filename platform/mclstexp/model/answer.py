@@ -15,9 +15,10 @@ import torch
 from mclstexp.model.bank import Bank
 from mclstexp.model.blend import ProgramModel, spread
 from mclstexp.model.calibration import SPREAD
+from mclstexp.model.device import turn
 from mclstexp.model.embed import ImageHead, ImageNetwork, head_of, network_of
 from mclstexp.model.nearest import Keys
-from mclstexp.model.retrieval import Retrieved, regressed, resolve, retrieve
+from mclstexp.model.retrieval import Neighbours, Retrieved, neighbours, regressed, resolve, weigh
 from mclstexp.model.version import ModelVersion
 from mclstexp.settings import RetrievalConfig
 
@@ -45,7 +46,8 @@ class Answerer:
     programs: ProgramModel | None = None
 
     def build(self, device: torch.device) -> Callable[[tuple[np.ndarray, ...], np.ndarray], TileAnswers]:
-        """Returns the map from tiles to answers.
+        """Returns the map from tiles to answers, for several threads at once: while one weighs what it found, the
+        device embeds and searches for another.
 
         It takes the tiles, as `ImageNetwork.build` or `ImageHead.build` say, and which are complete, bool (n,).
         """
@@ -53,7 +55,10 @@ class Answerer:
         keys = None if self.bank is None else Keys(self.bank.directions, device)
 
         def answer(inputs: tuple[np.ndarray, ...], complete: np.ndarray) -> TileAnswers:
-            return self._answer(embed(*inputs), complete, keys)
+            with turn(device):
+                embedding = embed(*inputs)
+                found = None if keys is None else self._found(embedding, keys)
+            return self._answer(embedding, complete, found)
 
         return answer
 
@@ -61,14 +66,18 @@ class Answerer:
         """Returns what the bank is searched for, float32 (n, D), by embeddings of tiles as the network gives them."""
         return embedding if self.programs is None else self.programs.queries(embedding)
 
-    def _answer(self, embedding: np.ndarray, complete: np.ndarray, keys: Keys | None) -> TileAnswers:
-        if self.bank is None:
+    def _found(self, embedding: np.ndarray, keys: Keys) -> Neighbours:
+        assert self.bank is not None
+        return neighbours(self.queries(embedding), self.bank, self.retrieval, keys)
+
+    def _answer(self, embedding: np.ndarray, complete: np.ndarray, found: Neighbours | None) -> TileAnswers:
+        if self.bank is None or found is None:
             return _of(regressed(embedding))
+        answer = weigh(found, self.bank, self.retrieval)
         if self.programs is None:
-            return _of(retrieve(embedding, self.bank, self.retrieval, keys))
-        found = retrieve(self.queries(embedding), self.bank, self.retrieval, keys)
-        tiles = self.programs.tile_scores(embedding, found.prediction, complete)
-        confidence = _confidence(found) | {SPREAD: spread(found.prediction)}
+            return _of(answer)
+        tiles = self.programs.tile_scores(embedding, answer.prediction, complete)
+        confidence = _confidence(answer) | {SPREAD: spread(answer.prediction)}
         return TileAnswers(tiles.values, tiles.sums, confidence)
 
 

@@ -1,20 +1,46 @@
-"""What computing on a CPU and on a GPU have in common: copies to the device, and float32 that is float32."""
+"""What computing on a CPU and on a GPU have in common: turns of threads, copies, and float32 that is float32."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+_CPU_TURN = threading.RLock()
 _PRECISION_LOCK = threading.Lock()  # the flags hold for the whole process
+_FREE_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+@contextmanager
+def turn(device: torch.device) -> Iterator[None]:
+    """Lets a thread compute on a device: one at a time on a CPU, whose actor reserved one core.
+
+    On a GPU each thread has a stream of its own: while one waits for its result, the device works for the next.
+    """
+    if device.type != "cuda":
+        with _CPU_TURN:
+            yield
+        return
+    free = _FREE_STREAMS[device]
+    stream = free.pop() if free else torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))  # weights and keys come by that one
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        free.append(stream)
 
 
 def sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Returns an array on a device; a GPU reads it from pinned memory while this process goes on."""
-    values = values if values.flags.writeable else values.copy()  # torch warns of what it cannot write
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    """Returns an array on a device; a GPU reads it from pinned memory while this thread goes on."""
+    if device.type != "cuda":
+        return torch.from_numpy(values if values.flags.writeable else values.copy())  # else torch warns
+    dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
+    pinned = torch.empty(values.shape, dtype=dtype, pin_memory=True)
+    pinned.numpy()[...] = values
+    return pinned.to(device, non_blocking=True)
 
 
 @contextmanager

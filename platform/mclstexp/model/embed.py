@@ -15,6 +15,7 @@ import torch
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import Batch, pad
 from mclstexp.errors import ModelError
+from mclstexp.model.device import sent
 from mclstexp.model.extract import features, wanted
 from mclstexp.model.extractor import colours
 from mclstexp.model.tile_stream import TILES_AT_ONCE, stream_sentences
@@ -58,16 +59,17 @@ class ImageNetwork:
         bf16 = uses_bf16(self.precision, device)
         size = batch or TILES_AT_ONCE[device.type]
 
-        def forward(views: list[np.ndarray]) -> np.ndarray:
+        def forward(views: list[np.ndarray]) -> torch.Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 features = torch.cat([tower(_images(tiles, device)) for tiles in views], dim=1)
-                return head(features).float().cpu().numpy()
+                return head(features).float()
 
         @torch.inference_mode()
         def embed(*views: np.ndarray) -> np.ndarray:
             turned = [fixed_turns(tiles) if config.test_turns else tiles for tiles in views]
             starts = range(0, len(turned[0]), size)
-            return np.concatenate([forward([tiles[start : start + size] for tiles in turned]) for start in starts])
+            found = [forward([tiles[start : start + size] for tiles in turned]) for start in starts]
+            return torch.cat(found).cpu().numpy()  # a GPU is waited for once
 
         return embed
 
@@ -96,7 +98,7 @@ class ImageHead:
         @torch.inference_mode()
         def embed(features: np.ndarray) -> np.ndarray:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return head(torch.from_numpy(features).to(device)).float().cpu().numpy()
+                return head(sent(features, device)).float().cpu().numpy()
 
         return embed
 
@@ -151,7 +153,7 @@ def _part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.T
 
 def _images(tiles: np.ndarray, device: torch.device) -> torch.Tensor:
     """Returns tiles, uint8 (n, size, size, 3), as float (n, 3, size, size) in [0, 1]."""
-    images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float() / 255
+    images = sent(tiles, device).permute(0, 3, 1, 2).float() / 255
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mclstexp.model.device import full_precision, sent
+from mclstexp.model.device import full_precision, sent, turn
 
 QUERY_BLOCK = 256
 """Queries searched at a time: it limits memory and changes no result."""
@@ -77,12 +77,13 @@ class Keys:
             k: neighbours.
         """
         k = min(k, len(self._directions))
-        scaled = sent(directions(queries).astype(np.float64) / _STEPS**2, self._device)
         ids = np.empty((len(queries), k), np.int64)
         cosines = np.empty((len(queries), k), np.float32)
         for start in range(0, len(queries), QUERY_BLOCK):
             rows = slice(start, start + QUERY_BLOCK)
-            self._search(scaled[rows], ids[rows], cosines[rows])
+            scaled = directions(queries[rows]).astype(np.float64) / _STEPS**2
+            with turn(self._device):
+                self._search(sent(scaled, self._device), ids[rows], cosines[rows])
         return ids, cosines
 
     def _search(self, scaled: torch.Tensor, ids: np.ndarray, cosines: np.ndarray) -> None:

@@ -90,8 +90,24 @@ def retrieve(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Key
     """
     keys = keys or Keys(bank.directions)
     starts = range(0, max(1, len(queries)), QUERY_BLOCK)
-    blocks = [vars(_answer(queries[start : start + QUERY_BLOCK], bank, config, keys)) for start in starts]
+    found = (neighbours(queries[start : start + QUERY_BLOCK], bank, config, keys) for start in starts)
+    blocks = [vars(weigh(each, bank, config)) for each in found]
     return Retrieved(**{name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
+
+
+def weigh(found: Neighbours, bank: Bank, config: RetrievalConfig) -> Retrieved:
+    """Returns the answer that the neighbours of Q queries give."""
+    weight = weights(found, config)
+    patients, patient = np.unique(bank.patient_code[found.ids], return_inverse=True)
+    by_patient = np.zeros((len(weight), len(patients)))
+    np.add.at(by_patient, (np.arange(len(weight))[:, None], patient), weight)
+    return Retrieved(
+        prediction=weighted_mean(found.ids, weight, bank),
+        similarity=found.similarity[:, 0],
+        effective_donors=(1 / (weight**2).sum(axis=1)).astype(np.float32),
+        donor_share=by_patient.max(axis=1, initial=0).astype(np.float32),
+        spread=np.full(len(weight), np.nan, np.float32),
+    )
 
 
 def explain(
@@ -217,22 +233,6 @@ def _measured_values(bank: Bank, rows: np.ndarray, column: int) -> np.ndarray:
     if bank.measured is None:
         return values
     return np.where(bank.measured[bank.section_code[rows], column], values, np.float32(np.nan))
-
-
-def _answer(queries: np.ndarray, bank: Bank, config: RetrievalConfig, keys: Keys) -> Retrieved:
-    """Returns the answer to at most QUERY_BLOCK queries."""
-    found = neighbours(queries, bank, config, keys)
-    weight = weights(found, config)
-    patients, patient = np.unique(bank.patient_code[found.ids], return_inverse=True)
-    by_patient = np.zeros((len(weight), len(patients)))
-    np.add.at(by_patient, (np.arange(len(weight))[:, None], patient), weight)
-    return Retrieved(
-        prediction=weighted_mean(found.ids, weight, bank),
-        similarity=found.similarity[:, 0],
-        effective_donors=(1 / (weight**2).sum(axis=1)).astype(np.float32),
-        donor_share=by_patient.max(axis=1, initial=0).astype(np.float32),
-        spread=np.full(len(queries), np.nan, np.float32),
-    )
 
 
 def _distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray, order: int) -> np.ndarray:

@@ -4,7 +4,8 @@ A stretch is what one task reads: long enough to pay for opening a slide, short 
 large one; a plain image, which each of them would decode whole, is a single stretch. Every row is a block of its own,
 and Ray stops a reader that is two blocks ahead, so that memory depends on the number of readers and not on the size of
 a slide. Images go no further than the step that answers; behind it a row carries the answer as bytes, so that embedders
-do not wait for the store.
+do not wait for the store. Answering and writing are actors of several threads, so that the device embeds one part while
+others are unpacked, weighed and written.
 
 Rows come in any order and state where they belong; a fault of a slide is a row too. A process that dies is started
 again a few times; then its parts stay missing, and the caller sees it.
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from mclstexp import storage
 from mclstexp.cluster import MAX_RETRIES, ordered
@@ -49,6 +50,10 @@ TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined
 """States of a row: tiles of a part; all parts are written; the slide's own fault; a fault that may pass."""
 STRETCH_PARTS = 16
 """Most parts of a pyramid that one task reads: 4,096 tiles."""
+PARTS_ON_GPU, PARTS_ON_CPU = 4, 2
+"""Parts that an embedder has under way at once; as many more wait for it."""
+WRITES_AT_ONCE = 16
+"""Parts that one process writes at once: it waits for the store."""
 NO_PROGRESS_S = 6 * 3600.0
 """Without a row for so long, the run ends with an error."""
 _NO_PART = -1
@@ -181,16 +186,16 @@ def pipeline(sources: Sequence[SlideSource], plan: CohortPlan, model: "ModelVers
             .map_batches(
                 Answer,
                 fn_constructor_args=(ray.put(answerer_for(model, plan)), workers.uses_gpu),  # once for all actors
-                compute=ActorPoolStrategy(min_size=1, max_size=workers.num_embedders),
+                compute=_threads(PARTS_ON_GPU if workers.uses_gpu else PARTS_ON_CPU, workers.num_embedders),
                 num_gpus=1 if workers.uses_gpu else None,
                 num_cpus=0 if workers.uses_gpu else 1,
                 **_ACTOR,
             )
             .map_batches(
-                write,  # type: ignore[arg-type]
-                compute=TaskPoolStrategy(size=workers.num_embedders),
+                Write,
+                compute=_threads(WRITES_AT_ONCE, workers.num_embedders),
                 num_cpus=0,  # it waits for the store
-                **_TASK,
+                **_ACTOR,
             )
         )
 
@@ -290,7 +295,7 @@ class Read:
 
 
 class Answer:
-    """The actor that answers a part's tiles."""
+    """The actor that answers parts, each in a thread."""
 
     def __init__(self, answerer: ray.ObjectRef, uses_gpu: bool) -> None:
         self._answer = ray.get(answerer).build(embedding_device(uses_gpu))
@@ -309,19 +314,33 @@ class Answer:
             return _failed(answered, error).batch()
 
 
-def write(batch: Batch) -> Batch:
-    """The task that writes a part into its slide's staging folder."""
-    row = Row.of(batch)
-    written = replace(row, answer=None)
-    if row.state != TILES:
-        return written.batch()
-    assert row.part is not None
-    assert row.answer is not None
-    try:
-        write_part(row.staging, row.part, row.answer)
-        return written.batch()
-    except Exception as error:  # a full store, perhaps
-        return _failed(written, error).batch()
+class Write:
+    """The actor that writes parts into their slides' staging folders, each in a thread."""
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Takes a part with its answer, returns it without."""
+        row = Row.of(batch)
+        written = replace(row, answer=None)
+        if row.state != TILES:
+            return written.batch()
+        assert row.part is not None
+        assert row.answer is not None
+        try:
+            write_part(row.staging, row.part, row.answer)
+            return written.batch()
+        except Exception as error:  # a full store, perhaps
+            return _failed(written, error).batch()
+
+
+def _threads(number: int, num_actors: int) -> ActorPoolStrategy:
+    """Returns a pool of actors that work in threads. Twice as many parts in flight keep them busy, and let it grow."""
+    return ActorPoolStrategy(
+        min_size=1,
+        max_size=num_actors,
+        max_concurrent_calls_per_actor=number,
+        max_tasks_in_flight_per_actor=2 * number,
+        enable_true_multi_threading=True,  # else Ray calls a class in one thread
+    )
 
 
 @contextmanager
