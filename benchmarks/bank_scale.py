@@ -137,7 +137,7 @@ def whole_bank(num_keys: int, num_genes: int, k: int) -> None:
         bank.save(folder, {})
         mapped = Bank.load(folder)
         read: Retrieved = timer.time("mapped", lambda: retrieve(queries, mapped, config))
-    same = all(np.array_equal(values, vars(read)[name]) for name, values in vars(resident).items())
+    same = all(np.array_equal(values, vars(read)[name], equal_nan=True) for name, values in vars(resident).items())
     print(f"  bank with {num_genes} genes, {size_mib:.0f} MiB; answers {'identical' if same else 'DIFFER'}")
     for name in ("in memory", "mapped"):
         print(f"  {name:10} {timer.rate(name):9.1f} queries/CPU-s", flush=True)
