@@ -166,17 +166,16 @@ class Blocks:
         if done and (not self.points or done // self.size > last // self.size):
             memory = psutil.Process().memory_full_info().uss / MIB
             self.points.append((done, time.monotonic(), memory, time.process_time()))
+            if len(self.points) > 1:
+                num, seconds, _, cpu_s = np.subtract(self.points[-1], self.points[-2])
+                each = f"driver {memory:6.0f} MiB, {cpu_s / num * 1000:5.1f} CPU-ms each"
+                print(f"{done:6} slides: {num / seconds:6.1f}/s, {each}", flush=True)
 
-    def print(self) -> None:
-        """Prints a line for each block, and the last over the first."""
-        rates, memories = [], []
-        for before, after in zip(self.points, self.points[1:], strict=False):
-            num, seconds = after[0] - before[0], after[1] - before[1]
-            rates.append(num / seconds)
-            memories.append(after[2])
-            cpu_ms = (after[3] - before[3]) / num * 1000
-            print(f"{after[0]:6} slides: {rates[-1]:6.1f}/s, driver {memories[-1]:6.0f} MiB, {cpu_ms:5.1f} CPU-ms each")
-        print(f"last over first: rate {rates[-1] / rates[0]:.2f}, memory {memories[-1] / memories[0]:.2f}")
+    def summary(self) -> str:
+        """Returns the last block over the first."""
+        steps = np.diff(np.array(self.points), axis=0)
+        rates, memories = steps[:, 0] / steps[:, 1], [memory for _, _, memory, _ in self.points[1:]]
+        return f"last over first: rate {rates[-1] / rates[0]:.2f}, memory {memories[-1] / memories[0]:.2f}"
 
 
 def cohort_of(root: str, num_slides: int, model: ModelVersion, config: Config) -> Cohort:
@@ -199,6 +198,7 @@ def predict(model: ModelVersion, cohort: Cohort, config: Config, sleeps_s: list[
     }
     for name, stage in stages.items():
         setattr(pipeline, name, stage)
+    run.worker_counts = lambda *_: pipeline.WorkerCounts(4, 2, False)  # leaves the other CPUs to inspect slides
     return run.predict_cohort(model, cohort, cohort.plan.out, blocks, config.predict)
 
 
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=200, help="slides of a line that is printed")
     parser.add_argument("--delay-ms", type=float, default=30.0, help="of each request to the store")
     parser.add_argument("--genes", type=int, default=100)
-    parser.add_argument("--cpus", type=int, default=12, help="logical CPUs of Ray, most of which sleep")
+    parser.add_argument("--cpus", type=int, default=14, help="logical CPUs of Ray, all but 6 inspect slides")
     parser.add_argument("--sleep-ms", default="100,100,50", help="of inspecting, reading and answering a slide")
     arguments = parser.parse_args()
     sleeps_s = [float(sleep) / 1000 for sleep in arguments.sleep_ms.split(",")]
@@ -238,7 +238,7 @@ def main() -> None:
             report = predict(model, cohort, override(config, {"predict.num_gpus": 0}), sleeps_s, blocks)
             seconds = time.monotonic() - started
             print(f"{dict(report.counts())} in {seconds:.0f} s", flush=True)
-            blocks.print()
+            print(blocks.summary())
             ray.shutdown()
 
 

@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # the steps before the answer start without torch
 
 TILES, NOTHING_LEFT, QUARANTINED, FAILED = "tiles", "nothing_left", "quarantined", "failed"
 """States of a row: tiles of a part; all parts are written; the slide's own fault; a fault that may pass."""
+CPUS_PER_INSPECTION = 8
+"""CPUs that read or inspect, for each one that inspects."""
 STRETCH_PARTS = 16
 """Most parts of a pyramid that one task reads: 4,096 tiles."""
 PARTS_ON_GPU, PARTS_ON_CPU = 4, 2
@@ -137,7 +139,9 @@ def cluster_size(config: PredictConfig) -> tuple[int, int]:
 
 
 def worker_counts(num_cpus: int, num_gpus: int) -> WorkerCounts:
-    """Returns how many actors share a cluster: one CPU inspects, the others read and, without GPUs, half of them embed.
+    """Returns how many actors share a cluster: without GPUs half of the CPUs embed; of the others most read.
+
+    They leave one CPU in `CPUS_PER_INSPECTION` to inspect slides, which takes half a CPU-second and several requests.
 
     Raises:
         ResourceError: there are too few CPUs for one of each, so that the run would wait for ever.
@@ -150,7 +154,8 @@ def worker_counts(num_cpus: int, num_gpus: int) -> WorkerCounts:
             "add a node"
         )
     embedders = num_gpus or max(1, (num_cpus - 1) // 2)
-    return WorkerCounts(num_cpus - 1 - (0 if num_gpus else embedders), embedders, bool(num_gpus))
+    others = num_cpus - (0 if num_gpus else embedders)
+    return WorkerCounts(others - max(1, others // CPUS_PER_INSPECTION), embedders, bool(num_gpus))
 
 
 def pipeline(sources: Sequence[SlideSource], plan: CohortPlan, model: "ModelVersion", workers: WorkerCounts) -> Dataset:
