@@ -27,6 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from untrained_model import save_untrained
 
+from mclstexp.cluster import KEEPING_MEMORY
 from mclstexp.model.answer import answerer_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import plan_of
@@ -37,7 +38,6 @@ from mclstexp.prediction.publish import publish_slide
 from mclstexp.prediction.tile_reader import TileReader
 from mclstexp.prediction.writers.slide import OutputInfo
 from mclstexp.settings import PredictConfig
-from mclstexp.training.trainer import GLIBC_MALLOC_ENV
 
 STAGE = "stage: "
 EMBED, SEARCH = f"{STAGE}embed tiles", f"{STAGE}search the bank and weigh"
@@ -194,10 +194,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="in tiny sizes, on a CPU")
     arguments = parser.parse_args()
-    if arguments.work == "train" and not GLIBC_MALLOC_ENV.items() <= os.environ.items():
-        os.execve(
-            sys.executable, [sys.executable, *sys.argv], os.environ | GLIBC_MALLOC_ENV
-        )  # as training workers have
+    keeping = KEEPING_MEMORY["env_vars"]  # as the processes have that train and embed
+    if not keeping.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | keeping)
     device = torch.device("cpu" if arguments.toy else arguments.device)
     {"train": train, "predict": predict}[arguments.work](device, arguments.toy)
 

@@ -7,6 +7,7 @@ other work on the machine hardly changes. Pixels are noise and weights random; n
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from mclstexp.cluster import KEEPING_MEMORY  # noqa: E402
 from mclstexp.config import Config, override  # noqa: E402
 from mclstexp.model.embed import ImageNetwork  # noqa: E402
 from mclstexp.model.towers import ImageTower  # noqa: E402
@@ -38,6 +40,9 @@ def timed(embed: Callable[[np.ndarray], np.ndarray], tiles: np.ndarray) -> tuple
 
 
 def main() -> None:
+    keeping = KEEPING_MEMORY["env_vars"]  # as the processes have that embed
+    if not keeping.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | keeping)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="densenet121", help="as model.image_encoder")
     parser.add_argument("--size-px", type=int, default=224, help="edge of a tile")

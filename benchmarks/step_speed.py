@@ -20,9 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import torch  # noqa: E402
 
+from mclstexp.cluster import KEEPING_MEMORY  # noqa: E402
 from mclstexp.model.towers import ImageTower, native_bf16  # noqa: E402
 from mclstexp.settings import ModelConfig  # noqa: E402
-from mclstexp.training.trainer import GLIBC_MALLOC_ENV  # noqa: E402
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         thread.start()
         thread.join()
         return
-    for name, changed in (("system default", {}), ("freed memory kept", GLIBC_MALLOC_ENV)):
+    for name, changed in (("system default", {}), ("freed memory kept", KEEPING_MEMORY["env_vars"])):
         print(f"{name}:", flush=True)
         subprocess.run([sys.executable, *sys.argv, "--measure"], env=os.environ | changed, check=True)
 

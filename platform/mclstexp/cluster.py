@@ -31,6 +31,18 @@ from mclstexp.settings import FITTED_PANELS
 
 MAX_RETRIES = 2
 """Restarts of a task or actor whose process died."""
+KEEPING_MEMORY = {
+    "env_vars": {
+        "MALLOC_MMAP_THRESHOLD_": str(2**32),
+        "MALLOC_TRIM_THRESHOLD_": str(2**36),
+        "MALLOC_ARENA_MAX": "1",
+    }
+}
+"""Runtime environment in which glibc keeps freed memory, for processes that compute with an encoder: by default it
+returns each batch's activations to the system and requests them again.
+
+One arena, because Ray calls these processes in threads, and the arenas of threads hold no block of over 64 MiB.
+"""
 _NUM_STARTS = 2
 _START_S = 120  # Ray allows 30, in which a busy machine may not start it
 _JOIN_S = 10.0

@@ -10,7 +10,7 @@ from typing import Any, cast
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from mclstexp.cluster import MAX_RETRIES, ordered
+from mclstexp.cluster import KEEPING_MEMORY, MAX_RETRIES, ordered
 from mclstexp.data.schema import Manifest
 from mclstexp.data.spots import Batch, TileLoader
 from mclstexp.errors import ResourceError
@@ -61,6 +61,7 @@ def stream_sentences(
                 compute=ActorPoolStrategy(size=min(actors, len(rows))),
                 num_gpus=1 if num_gpus else None,
                 num_cpus=None if num_gpus else 1,
+                runtime_env=KEEPING_MEMORY,
                 max_restarts=MAX_RETRIES,
                 max_task_retries=MAX_RETRIES,
             )

@@ -21,7 +21,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from mclstexp import storage
-from mclstexp.cluster import MAX_RETRIES, ordered
+from mclstexp.cluster import KEEPING_MEMORY, MAX_RETRIES, ordered
 from mclstexp.data.spots import Batch
 from mclstexp.errors import ResourceError, SourceError, UserError
 from mclstexp.prediction.feature_slides import FeatureReader
@@ -194,6 +194,7 @@ def pipeline(sources: Sequence[SlideSource], plan: CohortPlan, model: "ModelVers
                 compute=_threads(PARTS_ON_GPU if workers.uses_gpu else PARTS_ON_CPU, workers.num_embedders),
                 num_gpus=1 if workers.uses_gpu else None,
                 num_cpus=0 if workers.uses_gpu else 1,
+                runtime_env=KEEPING_MEMORY,
                 **_ACTOR,
             )
             .map_batches(

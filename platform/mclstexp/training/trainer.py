@@ -36,11 +36,6 @@ from mclstexp.training.validation import VALIDATION_PCC, ValidationSet
 from mclstexp.training.worker import TrainPlan, train_worker
 
 GROUP_TIMEOUT_S = 300
-GLIBC_MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_ARENA_MAX": "1"}
-"""Makes glibc keep freed memory; by default it returns each batch's activations to the system and requests them again.
-
-One arena, because Ray Train calls the worker in a thread, and the arenas of threads hold no block of over 64 MiB.
-"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ def fit(
             ),
             failure_config=FailureConfig(max_failures=train.max_failures),
             callbacks=list(callbacks),  # type: ignore[arg-type]  # the same
-            worker_runtime_env={"env_vars": GLIBC_MALLOC_ENV},
+            worker_runtime_env=cluster.KEEPING_MEMORY,
         ),
     )
     with followed(plan.board, config_from(plan.config).train.epochs * plan.feed.num_steps(), log, show):
