@@ -23,14 +23,16 @@ def turn(device: torch.device) -> Iterator[None]:
         with _CPU_TURN:
             yield
         return
-    free = _FREE_STREAMS[device]
-    stream = free.pop() if free else torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.default_stream(device))  # weights and keys come by that one
+    try:
+        stream = _FREE_STREAMS[device].pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))  # on which weights and keys are copied
     try:
         with torch.cuda.stream(stream):
             yield
     finally:
-        free.append(stream)
+        _FREE_STREAMS[device].append(stream)
 
 
 def sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -45,7 +47,10 @@ def sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Multiplies float32 matrices in float32, whatever settings allow elsewhere (TF32, bfloat16, autocast)."""
+    """Multiplies float32 matrices in float32, whatever torch's settings allow otherwise (TF32, bfloat16, autocast).
+
+    The settings are those of the process: meanwhile its other threads compute so too.
+    """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     with _PRECISION_LOCK, torch.autocast(device.type, enabled=False):
         before = [backend.fp32_precision for backend in backends]

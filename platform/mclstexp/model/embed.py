@@ -60,7 +60,7 @@ class ImageNetwork:
         size = batch or TILES_AT_ONCE[device.type]
 
         def forward(views: list[np.ndarray]) -> torch.Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 features = torch.cat([tower(_images(tiles, device)) for tiles in views], dim=1)
                 return head(features).float()
 
@@ -97,7 +97,7 @@ class ImageHead:
 
         @torch.inference_mode()
         def embed(features: np.ndarray) -> np.ndarray:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 return head(sent(features, device)).float().cpu().numpy()
 
         return embed

@@ -162,7 +162,7 @@ def nearest(queries: np.ndarray, key_directions: np.ndarray, k: int) -> tuple[np
 
 
 def _bound(width: int) -> float:
-    """Returns how far a cosine computed in single precision lies from the exact one, at most.
+    """Returns how far a cosine computed in single precision is from the exact one, at most.
 
     A sum of D products in any order, with fused operations or without, errs by at most D u / (1 - D u) times the sum of
     their absolute values (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), which is at most

@@ -339,7 +339,10 @@ class Write:
 
 
 def _threads(number: int, num_actors: int) -> ActorPoolStrategy:
-    """Returns a pool of actors that work in threads. Twice as many parts in flight keep them busy, and let it grow."""
+    """Returns a pool of actors that work in threads. Twice as many parts in flight keep them busy, and let it grow.
+
+    The price: if an actor dies, all of these are tried again.
+    """
     return ActorPoolStrategy(
         min_size=1,
         max_size=num_actors,

@@ -1,9 +1,9 @@
 """Pyramids whose storage tiles are JPEG: each is decoded once, and regions are cut from them as OpenSlide shows them.
 
-OpenSlide paints each region anew, which costs more than decoding. Here the last decoded storage tiles are kept, because
-neighbouring tiles share them, in memory that is used again, because fresh memory costs nearly as much as decoding. Only
-what is sound and usual is read so; OpenSlide reads every other region, so that it alone decides what an odd or damaged
-file shows. The price is up to 64 MiB for each open slide.
+OpenSlide paints each region from its parts, which costs more than decoding. Here the last decoded storage tiles are
+kept, because neighbouring tiles share them, in memory that is used again, because fresh memory costs nearly as much as
+decoding. Only what is sound and usual is read so; OpenSlide reads every other region, so that it alone decides what an
+odd or damaged file shows. The price is up to 64 MiB for each open slide.
 """
 
 import math
