@@ -27,8 +27,8 @@ def _model_and_optimizer(optimizer: str, seed: int) -> tuple[TwoTowers, torch.op
 
 def _step(model: TwoTowers, optimizer: torch.optim.Optimizer, seed: int) -> None:
     torch.manual_seed(seed)
-    inputs = (torch.rand(4, 3, SIZE, SIZE), torch.rand(1, 4, GENES), torch.rand(1, 4, 2), torch.ones(1, 4).bool())
-    images, spots = model(*inputs)
+    images = model.embed_images(torch.rand(4, 3, SIZE, SIZE))
+    spots = model.embed_spots(torch.rand(1, 4, GENES), torch.rand(1, 4, 2), torch.ones(1, 4).bool())
     optimizer.zero_grad()
     ((images - spots[0]) ** 2 * torch.rand(8)).sum().backward()
     optimizer.step()

@@ -51,7 +51,8 @@ def _towers(device: str) -> TwoTowers:
 
 
 def _loss(towers: TwoTowers, device: str) -> torch.Tensor:
-    images, spots = towers(*_batch(device))
+    tiles, *sentence = _batch(device)
+    images, spots = towers.embed_images(tiles), towers.embed_spots(*sentence)
     valid = torch.ones(12, dtype=torch.bool, device=device)
     return pairs_loss(gather(images.float()), gather(spots.float().flatten(0, 1)), valid, towers.logit_scale)
 
@@ -99,10 +100,13 @@ def test_nccl_with_one_worker_gathers() -> None:
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     dist.init_process_group("nccl", init_method=address, rank=0, world_size=1)
     try:
-        parallel = torch.nn.parallel.DistributedDataParallel(_towers("cuda"))
-        images, spots = parallel(*_batch("cuda"))
+        towers, (images, *sentence) = _towers("cuda"), _batch("cuda")
+        config = Config(model=CONFIG, train=TrainConfig(augmentation="none"))
+        parallel = torch.nn.parallel.DistributedDataParallel(Forward(towers, config))
+        tiles = (images.permute(0, 2, 3, 1) * 255).byte()
+        image_nD, spot_SLD = parallel(tiles, [], *sentence)
         valid = torch.ones(12, dtype=torch.bool, device="cuda")
-        loss = pairs_loss(images, spots.flatten(0, 1), valid, parallel.module.logit_scale)
+        loss = pairs_loss(image_nD, spot_SLD.flatten(0, 1), valid, towers.logit_scale)
         loss.backward()
         assert torch.isfinite(loss)
     finally:

@@ -18,6 +18,7 @@ from mclstexp.model import infonce
 from mclstexp.model.losses import LOSSES, REGRESSION, gather, pairs_loss, regression_loss, require_loss, soft_loss
 from mclstexp.model.towers import TwoTowers
 from mclstexp.settings import ModelConfig, TrainConfig
+from mclstexp.training.forward import Forward
 
 SENTENCES, LENGTH, GENES, SIZE = 4, 6, 5, 16
 MODEL = ModelConfig(
@@ -175,11 +176,15 @@ def _batch() -> dict[str, torch.Tensor]:
     mask[1, 4:] = False
     mask[3] = False
     return {
-        "image": torch.rand(SENTENCES, LENGTH, 3, SIZE, SIZE, generator=generator),
+        "image": torch.randint(256, (SENTENCES, LENGTH, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator),
         "expression": torch.rand(SENTENCES, LENGTH, GENES, generator=generator),
         "position": 500 * torch.randn(SENTENCES, LENGTH, 2, generator=generator),
         "mask": mask,
     }
+
+
+def _forward(towers: TwoTowers) -> Forward:
+    return Forward(towers, Config(model=MODEL, train=TrainConfig(augmentation="none", precision="fp32")))
 
 
 def _loss(model: torch.nn.Module, towers: TwoTowers, part: dict[str, torch.Tensor], one_sentence: bool) -> torch.Tensor:
@@ -190,7 +195,7 @@ def _loss(model: torch.nn.Module, towers: TwoTowers, part: dict[str, torch.Tenso
         flat = (part["expression"].flatten(0, 1), part["position"].flatten(0, 1), mask.reshape(-1, 1).float())
         expression, position, everybody = (gather(values)[None] for values in flat)
         sentence = (expression, position, everybody.squeeze(-1) > 0)
-    images, spots = model(part["image"].flatten(0, 1), *sentence)
+    images, spots = model(part["image"].flatten(0, 1), [], *sentence)
     spots = spots.flatten(0, 1)
     valid = gather(mask.reshape(-1, 1).float()).squeeze(1) > 0
     return pairs_loss(gather(images), spots if one_sentence else gather(spots), valid, towers.logit_scale)
@@ -208,7 +213,7 @@ def _run_rank(rank: int, world_size: int, port: int, one_sentence: bool, folder:
     towers = _towers()
     share = SENTENCES // world_size
     part = {name: values[rank * share : (rank + 1) * share] for name, values in _batch().items()}
-    parallel = DistributedDataParallel(towers)  # must outlive backward, or nothing is averaged
+    parallel = DistributedDataParallel(_forward(towers))  # must outlive backward, or nothing is averaged
     loss = _loss(parallel, towers, part, one_sentence)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in towers.named_parameters()}
@@ -226,7 +231,7 @@ def test_ranks_together_equal_one_process_on_the_joined_batch(
         port = probe.getsockname()[1]
     mp.spawn(_run_rank, (world_size, port, one_sentence, str(tmp_path)), nprocs=world_size)
     towers, batch = _towers(), _batch()
-    expected = _loss(towers, towers, batch, one_sentence)
+    expected = _loss(_forward(towers), towers, batch, one_sentence)
     expected.backward()
     with torch.no_grad():
         _agrees_with_numpy(towers, batch, one_sentence, expected.item())
@@ -242,7 +247,7 @@ def _agrees_with_numpy(towers: TwoTowers, batch: dict[str, torch.Tensor], one_se
     sentence = [batch[name] for name in ("expression", "position", "mask")]
     if one_sentence:
         sentence = [values.flatten(0, 1)[None] for values in sentence]
-    images = towers.embed_images(batch["image"].flatten(0, 1))[valid].double().numpy()
+    images = _forward(towers).embed_images(batch["image"].flatten(0, 1))[valid].double().numpy()
     spots = towers.embed_spots(*sentence).flatten(0, 1)[valid].double().numpy()
     assert loss == pytest.approx(_reference(images, spots, towers.logit_scale.item())[0], rel=1e-4)
 

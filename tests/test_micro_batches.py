@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -107,6 +108,36 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
 
 RANKS = {"unequal": (6, 5, 3, 0), "empty": (6, 6, 0, 0)}
 """Spots of the sentences of two ranks, two each."""
+
+
+SHARED: dict[str, object] = {
+    "train__batching": "random_spots",
+    "train__num_workers": 2,
+    "model__position": "none",
+    "model__spot_dropout": 0.3,
+}
+"""Both ranks embed the one sentence of all spots, and drop values in it."""
+
+
+def _run_shared(rank: int, folder: str) -> None:
+    """Takes a step of random spots with dropout in both towers, on two ranks with unequally many tiles."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    rank_state = _rank_state(**SHARED, train__batch_spots=2 * LENGTH, train__augmentation="none")
+    rank_state.model.image_tower.register_forward_hook(lambda _, __, features: nn.functional.dropout(features, 0.5))
+    rank_state.parallel = DistributedDataParallel(rank_state.parallel)
+    rank_state.rank, rank_state.world_size = rank, 2
+    part = {key: values[rank : rank + 1] for key, values in _batch(_mask(6, 3)).items()}
+    loss, _ = train_step(rank_state, share_of(part))
+    torch.save(loss, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_drop_the_same_values_of_shared_spots_however_many_images_they_have(tmp_path: Path) -> None:
+    mp.spawn(_run_shared, (str(tmp_path),), nprocs=2)
+    here, there = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert here == there
 
 
 @pytest.mark.slow
@@ -212,6 +243,12 @@ def test_the_size_is_the_setting_or_fits_the_memory_that_is_free(
 def test_free_memory_is_the_machines() -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < memory.free_bytes(torch.device("cpu")) < total
+
+
+def test_memory_that_others_use_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = psutil.virtual_memory()._replace(available=12345)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: left)
+    assert memory.free_bytes(torch.device("cpu")) == 12345
 
 
 @pytest.mark.parametrize(

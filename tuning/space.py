@@ -27,9 +27,9 @@ VARIED_BLOCKS = ("model", "train", "retrieval")
 FIXED = (
     *("train.epochs", "train.min_steps", "train.patience", "train.validate_every", "train.cross_fit"),
     *("train.num_workers", "train.use_gpu", "train.gpus_per_worker", "train.cpus_per_worker"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.max_failures"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.max_failures", "train.micro_batch", "train.compile"),
 )
-"""Settings that all trials share: early stopping sets a trial's length, the others say where it runs."""
+"""Settings that all trials share: early stopping sets a trial's length, the others say where and how it runs."""
 
 OF_FEATURES = (
     *("model.freeze_encoder", "model.image_encoder", "model.image_weights", "model.image_layers", "model.image_views"),

@@ -81,12 +81,9 @@ class Config(ConfigBlock):
             )
         if len(set(model.image_views)) < len(model.image_views):
             raise ValueError(f"model.image_views={','.join(model.image_views)} names a view twice")
-        if train.micro_batch is not None and (model.freeze_encoder or model.batch_norm != "frozen"):
-            reason = f"model.batch_norm={model.batch_norm} takes its statistics from the whole batch; use frozen"
-            if model.freeze_encoder:
-                reason = "model.freeze_encoder=true trains none; use false with model.batch_norm=frozen"
+        if train.micro_batch is not None and (fault := self._fault_of_parts()):
             raise ValueError(
-                f"train.micro_batch={train.micro_batch} runs a trained image tower in parts of a batch: {reason}, or "
+                f"train.micro_batch={train.micro_batch} runs a trained image tower in parts of a batch: {fault}, or "
                 "leave train.micro_batch empty"
             )
         if train.feature_draws and (not model.freeze_encoder or train.augmentation == "none"):
@@ -143,6 +140,14 @@ class Config(ConfigBlock):
                 f"genes.input; use genes.input={self.genes.target}"
             )
         return self
+
+    def _fault_of_parts(self) -> str | None:
+        """Returns why a batch cannot be run in parts, and what to use; None if it can."""
+        if self.model.freeze_encoder:
+            return "model.freeze_encoder=true trains none; use false with model.batch_norm=frozen"
+        if self.model.batch_norm != "frozen":
+            return f"model.batch_norm={self.model.batch_norm} takes its statistics from the whole batch; use frozen"
+        return None
 
     def _fault_of_program_towers(self) -> str | None:
         """Returns a setting that towers beside a program model cannot have, and what to use; None if there is none."""

@@ -249,9 +249,10 @@ class TrainConfig(ConfigBlock):
     """CPUs, and threads, of each training worker; empty: all cores for the only worker of a run on this machine, else
     1."""
     micro_batch: int | None = Field(None, ge=1)
-    """Tiles of a worker's batch that the image tower takes at a time, which limits memory and changes no result beyond
-    rounding; a second forward pass is the price. Needs a trained encoder with `model.batch_norm=frozen`. Empty: as many
-    as fit into half of the free memory; set it where several runs share a machine."""
+    """Tiles of a worker's batch that the image tower takes at a time, which limits memory; a second forward pass is the
+    price. Results change by rounding alone, except that an encoder with dropout draws anew for each part. Needs a
+    trained encoder with `model.batch_norm=frozen`. Empty: as many as fit into half of the free memory; set it where
+    several runs share a machine without GPUs (sweeps, cross-validation), of which each would take that half."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one. With `model.freeze_encoder` some are left
     out, so that checkpoints take at most a twentieth of the time."""

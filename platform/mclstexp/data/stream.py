@@ -106,11 +106,10 @@ def rank_slice(order: list[Sentence], batch_sentences: int, rank: int, world_siz
     last step is filled with empty rows (group -1), which count neither in the loss nor as negatives.
     """
     num_steps = -(-len(order) // batch_sentences)
-    rows = [_row(sentence, epoch) for sentence in order]
-    rows += [_row(_EMPTY, epoch)] * (num_steps * batch_sentences - len(rows))
+    filled = order + [_EMPTY] * (num_steps * batch_sentences - len(order))
     share = batch_sentences // world_size
     starts = [step * batch_sentences + rank * share for step in range(num_steps)]
-    return [row for start in starts for row in rows[start : start + share]]
+    return [_row(sentence, epoch) for start in starts for sentence in filled[start : start + share]]
 
 
 def _row(sentence: Sentence, epoch: int) -> dict[str, object]:

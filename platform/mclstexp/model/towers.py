@@ -328,12 +328,6 @@ class TwoTowers(nn.Module):
         if self.config.learn_temperature:
             self.log_scale.clamp_(max=math.log(self.config.max_logit_scale))
 
-    def forward(
-        self, images: torch.Tensor, expression_SLG: torch.Tensor, position_SL2: torch.Tensor, mask_SL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns image embeddings (N, D) and spot embeddings (S, L, D); for `images` see `embed_images`."""
-        return self.embed_images(images), self.embed_spots(expression_SLG, position_SL2, mask_SL)
-
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         """Returns embeddings (N, D) of images in [0, 1], float (N, 3, size, size), or of stored features (N, F)."""
         return self.image_head(self.image_tower(images))

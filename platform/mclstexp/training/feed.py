@@ -50,13 +50,15 @@ class SentenceFeed:
         """Returns how many tiles a rank takes in a step, at most."""
         return self.batch_shape(world_size).num_rows * self.loader.reader.manifest.sentence_length
 
-    def min_tiles(self, row: dict[str, object]) -> int:
-        """Returns the number of tiles of a stream row if it is below two, else 2."""
-        if row["group"] == -1:
-            return 0
+    def min_tiles(self, rows: Rows) -> list[int]:
+        """Returns the number of tiles of each stream row, 2 where it is more."""
+        groups = {entry.section_id: entry.row_groups for entry in self.loader.reader.manifest.sections}
+
+        def num_tiles(row: dict[str, object], section: str, group: str) -> int:
+            return 0 if row[group] == -1 else groups[str(row[section])][int(str(row[group]))].num_rows
+
         sentences = (("section_id", "group"), ("expression_section", "expression_group"))
-        groups = [self.loader.reader.manifest.section(str(row[a])).row_groups[int(str(row[b]))] for a, b in sentences]
-        return min(2, *(group.num_rows for group in groups))
+        return [min(2, *(num_tiles(row, *names) for names in sentences)) for row in rows]
 
     def ids(self, batch: Batch) -> list[str | int]:
         """Returns the ids of the sentences in a batch."""
@@ -90,9 +92,9 @@ class SpotFeed:
         """Returns how many tiles a rank takes in a step, at most."""
         return self.batch_spots // world_size
 
-    def min_tiles(self, row: dict[str, object]) -> int:
-        """Returns the number of tiles of a stream row if it is below two, else 2."""
-        return min(2, int((np.asarray(row["spots"]) >= 0).sum()))
+    def min_tiles(self, rows: Rows) -> list[int]:
+        """Returns the number of tiles of each stream row, 2 where it is more."""
+        return [min(2, int((np.asarray(row["spots"]) >= 0).sum())) for row in rows]
 
     def ids(self, batch: Batch) -> list[str | int]:
         """Returns the numbers of the spots in a batch."""
@@ -135,7 +137,7 @@ def short_steps(feed: Feed, epoch: int, consumed: Ids, world_size: int) -> set[i
     """
     size, short = feed.batch_shape(world_size).num_rows, set[int]()
     for rank in range(world_size):
-        tiles = [feed.min_tiles(row) for row in feed.rows(epoch, consumed, rank, world_size)]
+        tiles = feed.min_tiles(feed.rows(epoch, consumed, rank, world_size))
         short |= {start // size for start in range(0, len(tiles), size) if sum(tiles[start : start + size]) < 2}
     return short
 

@@ -34,6 +34,7 @@ class Forward(nn.Module):
         self.model, self.micro_batch = model, micro_batch
         self._reads_features = config.model.freeze_encoder
         self._augmentation, self._precision = config.train.augmentation, config.train.precision
+        self._shares_spots = config.train.batching == "random_spots" and config.train.num_workers > 1
 
     def forward(
         self, tiles: torch.Tensor, draws: Sequence[torch.Tensor], *sentence: torch.Tensor
@@ -51,6 +52,8 @@ class Forward(nn.Module):
         images.append(self.embed_images(*parts[-1]))
         spots = None
         if isinstance(self.model, TwoTowers):
+            if self._shares_spots:  # ranks drop the same values, however many numbers their images have drawn
+                torch.manual_seed(torch.initial_seed())
             with self._autocast(tiles.device):
                 spots = self.model.embed_spots(*sentence)
         return torch.cat(images), spots

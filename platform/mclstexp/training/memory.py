@@ -5,6 +5,7 @@ Nothing is known of an encoder beforehand: what autograd keeps of a tile is coun
 
 import math
 
+import psutil
 import torch
 from ray._private.utils import estimate_available_memory
 from torch.autograd.graph import saved_tensors_hooks
@@ -59,11 +60,14 @@ def activation_bytes(forward: Forward, config: Config, size_px: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the memory of a device that is free, or kept by torch for reuse; a container limits that of the CPU."""
+    """Returns the memory of a device that is free, or kept by torch for reuse.
+
+    That of the CPU is limited by a container, and by what processes outside it use.
+    """
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
-    return int(estimate_available_memory())
+    return min(int(estimate_available_memory()), psutil.virtual_memory().available)
 
 
 def _kept_bytes(forward: Forward, config: Config, size_px: int, num_tiles: int) -> int:
