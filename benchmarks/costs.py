@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from untrained_model import save_untrained
 
 from mclstexp.cluster import KEEPING_MEMORY
-from mclstexp.model.answer import answerer_of
+from mclstexp.model.answer import TileAnswers, answerer_of
 from mclstexp.model.version import ModelVersion
 from mclstexp.prediction.cohort import plan_of
 from mclstexp.prediction.inspect import inspect
@@ -42,6 +42,7 @@ from mclstexp.settings import PredictConfig
 STAGE = "stage: "
 EMBED, SEARCH = f"{STAGE}embed tiles", f"{STAGE}search the bank and weigh"
 SHOWN = 8
+Answer = Callable[[tuple[np.ndarray, ...], np.ndarray], TileAnswers]
 GENES, KEYS = 1000, 20_000
 RECIPE = {
     "model.image_encoder": "densenet121",
@@ -145,7 +146,7 @@ class Labelled:
 
 
 def predict(device: torch.device, is_toy: bool) -> None:
-    """Profiles the prediction of a slide by the default recipe, after a part that warms up."""
+    """Profiles the prediction of a slide by the default recipe, after one of a tenth of its tiles that warms up."""
     num_tiles = 40 if is_toy else 10 * PART_TILES if device.type == "cuda" else PART_TILES
     toy = {
         "model.image_encoder": "small_cnn",
@@ -158,21 +159,24 @@ def predict(device: torch.device, is_toy: bool) -> None:
         settings = RECIPE | (toy if is_toy else {})
         save_untrained(folder / "model", settings, GENES, 100 if is_toy else KEYS)
         model = ModelVersion.load(folder / "model")
-        write_slide(folder / "slide.tif", num_tiles, model.tile_size_px)
+        answerer = answerer_of(model)
+        answer = replace(answerer, network=cast(Any, Labelled(answerer.network))).build(device)
+        for name, number in (("first", num_tiles // 10), ("slide", num_tiles)):
+            (folder / name).mkdir()
+            write_slide(folder / name / "slide.tif", number, model.tile_size_px)
+        predict_slide(model, answer, folder / "first")
         with profiled(device) as averages:
-            predict_slide(model, folder, device)
+            predict_slide(model, answer, folder / "slide")
         tell("predicting a slide, by stage", stages(averages()))
         tell("predicting a slide, by operation", operations(averages(), device))
 
 
-def predict_slide(model: ModelVersion, folder: Path, device: torch.device) -> None:
-    """Predicts a slide stage by stage."""
+def predict_slide(model: ModelVersion, answer: Answer, folder: Path) -> None:
+    """Predicts the slide of a folder stage by stage."""
     plan = plan_of(model, str(folder), PredictConfig(), None)
     image = str(folder / "slide.tif")
     with record_function(f"{STAGE}inspect the slide"):
         found = inspect(SlideSource("slide", "slide", "", image, None), plan)
-    answerer = answerer_of(model)
-    answer = replace(answerer, network=cast(Any, Labelled(answerer.network))).build(device)
     grid = read_grid(found.staging, found.record.num_tiles)
     with TileReader(plan) as reader:
         for part in range(num_parts(found.record.num_tiles)):

@@ -4,14 +4,24 @@ Each file `ratios/r*.py` measures one ratio or more in a process of its own, bot
 each. Each file `gpu_steps/h*.py` measures figures of one GPU, and calls `state` for each as soon as it has it.
 """
 
+import datetime
 import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 FOUND, FIGURE, COSTS = "ratio: ", "figure: ", "costs: "
 """Begin the lines that state a ratio, a figure of a GPU, and the largest costs of some work."""
+
+
+VERDICTS = ("met", "floor met", "**missed**")
+"""From best to worst."""
+
+
+def today() -> str:
+    """Returns the date, such as 2026-11-29."""
+    return datetime.date.today().isoformat()
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Goal:
     def verdict(self, value: float) -> str:
         """Returns which goal a ratio or a figure meets."""
         reached = [value <= goal if self.lower_is_better else value >= goal for goal in (self.target, self.floor)]
-        return "met" if reached[0] else "floor met" if reached[1] else "**missed**"
+        return VERDICTS[reached.index(True) if any(reached) else 2]
 
 
 GOALS = {
@@ -49,6 +59,9 @@ GOALS = {
     "R15": Goal("work of a cohort killed half way and resumed / one calm pass", 1.15, 1.05, lower_is_better=True),
     "R16": Goal("steps repeated after a worker is killed / steps between checkpoints", 1.0, 0.6, True),
 }
+
+BESIDE = {"R11 wide view": "wide views read per CPU-second from storage tiles of JPEG: ours / ours over OpenSlide"}
+"""Rows without a goal."""
 
 GPU_GOALS = {
     "H1": Goal("tiles embedded per second: DenseNet-121, bf16, 224 px", 12_000, 20_000, unit="tiles/s"),
@@ -79,28 +92,45 @@ class Found:
     unit: str
     detail: str
     """Data and sizes, in a few words."""
+    date: str = field(default_factory=today)
+    """When it was measured."""
 
     @property
-    def goal(self) -> Goal:
-        """What it should be."""
-        return GOALS[self.id.split()[0]]
+    def goal(self) -> Goal | None:
+        """What it should be; None for a row that stands beside others."""
+        return None if self.id in BESIDE else GOALS[self.id.split()[0]]
 
     @property
     def ratios(self) -> list[float]:
         """Ours / theirs of each round, sorted."""
         return sorted(ours / theirs for ours, theirs in self.rounds)
 
+    @property
+    def ratio(self) -> float:
+        """The median of all rounds."""
+        return statistics.median(self.ratios)
+
+    @property
+    def verdict(self) -> str:
+        """Which goal the ratio meets; nothing without a goal."""
+        return self.goal.verdict(self.ratio) if self.goal else ""
+
     def row(self) -> str:
         """Returns the row of docs/performance.md."""
-        median, sides = statistics.median(self.ratios), zip(*self.rounds, strict=True)
-        ours, theirs = (f"{statistics.median(side):.4g}" for side in sides)
-        spread = f"{self.ratios[0]:.3g} to {self.ratios[-1]:.3g}"
-        sign = "at most " if self.goal.lower_is_better else ""
-        what = f"{self.goal.what} ({self.detail})"
-        sizes = f"{ours} and {theirs} {self.unit}"
-        return f"| {self.id} | {what} | {sizes} | {median:.3g} | {spread} | {sign}{self.goal.target} | " + (
-            f"{self.goal.verdict(median)} |"
-        )
+        goal = self.goal
+        ours, theirs = (f"{statistics.median(side):.4g}" for side in zip(*self.rounds, strict=True))
+        cells = [
+            self.id,
+            f"{goal.what if goal else BESIDE[self.id]} ({self.detail})",
+            f"{ours} and {theirs} {self.unit}",
+            f"{self.ratio:.3g}",
+            f"{self.ratios[0]:.3g} to {self.ratios[-1]:.3g}",
+            f"{len(self.rounds)}",
+            f"{'at most ' * goal.lower_is_better}{goal.target}" if goal else "",
+            self.verdict,
+            self.date,
+        ]
+        return f"| {' | '.join(cells)} |"
 
 
 def say(id: str, rounds: Sequence[tuple[float, float]], unit: str, detail: str) -> None:
@@ -120,6 +150,8 @@ class Figure:
     """Of each round, in the goal's unit; none: it could not be measured."""
     detail: str
     """Data and sizes in a few words, or why there is no value."""
+    date: str = field(default_factory=today)
+    """When it was measured."""
 
     @property
     def goal(self) -> Goal:
@@ -131,10 +163,10 @@ class Figure:
         goal, sign = self.goal, "at most " if self.goal.lower_is_better else ""
         target = f"{sign}{_short(goal.target)} {goal.unit}".rstrip()
         if not self.values:
-            return f"| {self.id} | {goal.what} | not measured: {self.detail} | | {target} | |"
+            return f"| {self.id} | {goal.what} | not measured: {self.detail} | | {target} | | {self.date} |"
         value, spread = statistics.median(self.values), f"{_short(min(self.values))} to {_short(max(self.values))}"
         what, median = f"{goal.what} ({self.detail})", f"{_short(value)} {goal.unit}".rstrip()
-        return f"| {self.id} | {what} | {median} | {spread} | {target} | {goal.verdict(value)} |"
+        return f"| {self.id} | {what} | {median} | {spread} | {target} | {goal.verdict(value)} | {self.date} |"
 
 
 def _short(value: float) -> str:

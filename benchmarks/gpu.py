@@ -6,7 +6,8 @@
 
 Each step is a process of its own, `gpu_steps/h*.py`, with a time limit; one that fails or is late stops no other. Every
 figure is written to benchmarks/results/DATE-MACHINE.json and into docs/performance.md as soon as it is stated, so that
-a run that is cut off keeps it. A toy run writes only a file of its own. Results that were brought from another machine
+a run that is cut off keeps it; what is not measured now keeps the row, with its date, that this machine gave with the
+same torch. A toy run writes only a file of its own. Results that were brought from another machine
 are entered by `python benchmarks/gpu.py --enter FILE`.
 """
 
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from goals import COSTS, FIGURE, GPU_GOALS, Figure
+from goals import COSTS, FIGURE, GPU_GOALS, Figure, today
 from measurements import (
     HERE,
     PAGE,
     RESULTS,
     ROOT,
     chosen,
+    ids,
     in_order,
     load,
     machine,
@@ -40,7 +42,7 @@ from measurements import (
 
 LIMIT_S, TOTAL_S = 90.0, 420.0
 """Most time of a step, and of all."""
-HEAD = "| | figure | median | range | target | |\n|---|---|---|---|---|---|\n"
+HEAD = "| | figure | median | range | target | | date |\n" + "|---" * 7 + "|\n"
 TESTS = ("-m", "pytest", "-m", "gpu", "-q", "-W", "ignore::pytest.PytestConfigWarning", str(ROOT / "tests/test_gpu.py"))
 """Without a plugin that pyproject.toml configures, pytest warns."""
 
@@ -88,9 +90,12 @@ class Record:
     def add(self, kind: str, name: str, value: Any) -> None:
         """Adds one result of a kind: a figure, the costs of some work, or why a step failed."""
         self._results.setdefault(kind, {})[name] = value
-        save(self.path, self._results)
-        if self._is_shown:
-            write_table("gpu", page_of(self._results, self.path.name))
+        self._write()
+
+    def begin(self, step: Step) -> None:
+        """Forgets an earlier fault of a step."""
+        if self._results.get("faults", {}).pop(step.name, None):
+            self._write()
 
     def rows(self) -> str:
         """Returns the table of all figures."""
@@ -103,11 +108,17 @@ class Record:
             if name not in self._results.get("figures", {}):
                 self.figure(Figure(name, [], reason))
 
+    def _write(self) -> None:
+        save(self.path, self._results)
+        if self._is_shown:
+            write_table("gpu", page_of(self._results, self.path.name))
+
 
 def run_steps(planned: Sequence[Step], record: Record, limit_s: float = LIMIT_S, total_s: float = TOTAL_S) -> list[str]:
     """Runs steps one after the other; returns those that failed or were late, with the reason."""
     faults, until = [], time.monotonic() + total_s
     for step in planned:
+        record.begin(step)
         started = time.monotonic()
         left_s = min(limit_s, until - started)
         try:
@@ -117,7 +128,7 @@ def run_steps(planned: Sequence[Step], record: Record, limit_s: float = LIMIT_S,
                 if kind == FIGURE:
                     record.figure(Figure(**found))
                 else:
-                    record.add("costs", found["work"], found)
+                    record.add("costs", found["work"], found | {"date": today()})
         except RuntimeError as error:
             faults.append(f"{step.name}: {error}")
             record.fail(step, str(error))
@@ -133,19 +144,19 @@ def table_of(results: dict[str, Any]) -> str:
 
 def page_of(results: dict[str, Any], file: str) -> str:
     """Returns what docs/performance.md shows."""
-    about, lines = results["machine"], []
+    lines = []
     for work, found in results.get("costs", {}).items():
         largest = ", ".join(f"{cost['what']} {cost['share']:.0%}" for cost in found["costs"][:3])
-        lines.append(f"- largest costs of {work}: {largest}")
+        lines.append(f"- largest costs of {work}, {found['date']}: {largest}")
     for step, reason in results.get("faults", {}).items():
         lines.append(f"- **failed**: {step}: {reason}")
-    measured = f"Measured on {results['date']} on {named(about)}, torch {about['torch']}: `benchmarks/results/{file}`."
+    measured = f"Measured on {named(results['machine'])}: `benchmarks/results/{file}`."
     return "\n".join([measured, "", table_of(results), *lines]).rstrip() + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="ids such as H1,H6; then no costs and no tests")
+    parser.add_argument("--only", type=ids(GPU_GOALS), default=[], help="ids such as H1,H6; then no costs and no tests")
     parser.add_argument("--toy", action="store_true", help="every step on a CPU, in tiny sizes")
     parser.add_argument("--out", type=Path, help="folder of the file of results; default benchmarks/results")
     parser.add_argument("--enter", type=Path, help="file of results from another machine: writes it into the page")
@@ -160,8 +171,7 @@ def main() -> None:
         sys.exit("there is no CUDA device; `--toy` runs every step on a CPU, and measures nothing")
     folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.toy else RESULTS)
     record = Record(results_file(folder, about), is_shown=not arguments.toy)
-    only = arguments.only.split(",") if arguments.only else []
-    faults = run_steps(steps(only, ["--toy"] if arguments.toy else []), record)
+    faults = run_steps(steps(arguments.only, ["--toy"] if arguments.toy else []), record)
     print("Toy sizes on a CPU, which measure nothing:\n" * arguments.toy + record.rows())
     print(
         "\n".join(

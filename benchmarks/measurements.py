@@ -1,6 +1,6 @@
 """Runs measurements in processes of their own; keeps what they state in benchmarks/results/ and docs/performance.md."""
 
-import datetime
+import argparse
 import json
 import os
 import platform
@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from goals import today
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -99,29 +100,30 @@ def _gpu() -> str | None:
         return None
     if shutil.which("nvidia-smi") is None:
         return torch.cuda.get_device_name()
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], stdout=subprocess.PIPE, text=True
-    )
-    return listed.stdout.splitlines()[0].strip()
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    names = [] if listed.returncode else listed.stdout.split("\n")
+    return (names and names[0].strip()) or torch.cuda.get_device_name()
 
 
 def named(about: dict[str, Any]) -> str:
-    """Returns a machine in words."""
+    """Returns a machine and its torch in words."""
     cores = f"{about['cores']} cores of {about['cpu']}"
-    return f"{cores}, no GPU" if about["gpu"] is None else f"one {about['gpu']} and {cores}"
+    place = f"{cores}, no GPU" if about["gpu"] is None else f"one {about['gpu']} and {cores}"
+    return f"{place}, torch {about['torch']}"
 
 
 def results_file(folder: Path, about: dict[str, Any]) -> Path:
-    """Returns the file of today's results on a machine."""
-    name = f"{about['gpu'] or ''} {about['cores']} {about['cpu']}".lower()
-    return folder / f"{datetime.date.today().isoformat()}-{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.json"
+    """Returns the file of today's results on a machine with its torch: other versions have files of their own."""
+    name = f"{about['gpu'] or ''} {about['cores']} {about['cpu']} torch {about['torch']}".lower()
+    return folder / f"{today()}-{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.json"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Returns what a file of results has, or what a new one begins with."""
-    if path.exists():
-        return json.loads(path.read_text())
-    return {"date": datetime.date.today().isoformat(), "machine": machine()}
+    """Returns what a file of results has; a new one begins with what the last one of its machine and torch has."""
+    dated = f"????-??-??{path.name.removeprefix(today())}"
+    files = [path] if path.exists() else sorted(path.parent.glob(dated))
+    return json.loads(files[-1].read_text()) if files else {"machine": machine()}
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
@@ -141,6 +143,19 @@ def write_table(mark: str, text: str) -> None:
 def in_order(ids: Sequence[str]) -> list[str]:
     """Returns ids such as `R11 unaligned` by number, then by name."""
     return sorted(ids, key=lambda name: (int(name.split()[0][1:]), name))
+
+
+def ids(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Returns what reads ids with commas, such as `R1,R9`, for argparse."""
+    names = list(dict.fromkeys(name.split()[0] for name in known))
+
+    def read(text: str) -> list[str]:
+        wanted = text.split(",")
+        if unknown := [name for name in wanted if name not in names]:
+            raise argparse.ArgumentTypeError(f"nothing measures {', '.join(unknown)}; there are {', '.join(names)}")
+        return wanted
+
+    return read
 
 
 def chosen(folder: Path, letter: str, only: Sequence[str]) -> list[Path]:

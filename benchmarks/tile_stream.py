@@ -1,7 +1,7 @@
 """The training stream over a prepared tile table, and the CPU time of a tree of processes, for measurements."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -94,9 +94,10 @@ def stored_bytes(path: str) -> int:
 
 
 class CpuMeter:
-    """CPU-seconds of this process and all below it, from `start` on."""
+    """CPU-seconds of this process and all below it, from `start` on, but for some children and all below those."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Container[psutil.Process]) -> None:
+        self._left_out = left_out
         self._taken: dict[tuple[int, float], float] = {}
         self._before: dict[tuple[int, float], float] = {}
         self._stop = threading.Event()
@@ -122,15 +123,23 @@ class CpuMeter:
         self._stop.set()
 
     def _sample(self) -> None:
-        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        for process in self._processes():
             with suppress(psutil.Error):
                 self._taken[process.pid, process.create_time()] = sum(process.cpu_times()[:2])
 
+    def _processes(self) -> Iterator[psutil.Process]:
+        yield psutil.Process()
+        for child in psutil.Process().children():
+            if child not in self._left_out:
+                yield child
+                with suppress(psutil.Error):
+                    yield from child.children(recursive=True)
+
 
 @contextmanager
-def cpu_meter() -> Iterator[CpuMeter]:
+def cpu_meter(left_out: Container[psutil.Process] = ()) -> Iterator[CpuMeter]:
     """Counts the CPU time of this process and of all below it, such as Ray's, sampled once a second."""
-    meter = CpuMeter()
+    meter = CpuMeter(left_out)
     meter.start()
     thread = threading.Thread(target=meter.run, daemon=True)
     thread.start()

@@ -90,6 +90,28 @@ def test_a_step_that_fails_or_is_late_is_stated_and_stops_no_other(tmp_path: Pat
     assert "| H11 | time to the first batch of training on a warm cluster (toy) | 5 s |" in shown
 
 
+def test_a_step_that_runs_again_has_no_fault(tmp_path: Path, gpu: ModuleType) -> None:
+    file = tmp_path / "results.json"
+    script = _script(tmp_path, "h04_x", "sys.exit(1)")
+    assert gpu.run_steps([gpu.Step.of(script)], gpu.Record(file, is_shown=False))
+    script.write_text(STATES.format(id="H4", value=3))
+    assert gpu.run_steps([gpu.Step.of(script)], gpu.Record(file, is_shown=False)) == []
+    assert json.loads(file.read_text())["faults"] == {}
+
+
+def test_another_day_keeps_rows_with_their_date_and_another_torch_none(tmp_path: Path, gpu: ModuleType) -> None:
+    about = {"gpu": None, "cores": 2, "cpu": "EPYC", "torch": "2.11"}
+    former = gpu.results_file(tmp_path, about)
+    gpu.Record(former, is_shown=False).figure(gpu.Figure("H4", [3.0], "toy", "2020-01-02"))
+    former.rename(tmp_path / f"2020-01-02{former.name.removeprefix(gpu.today())}")
+    record = gpu.Record(gpu.results_file(tmp_path, about), is_shown=False)
+    record.figure(gpu.Figure("H11", [5.0], "toy"))
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert [row.split("|")[-2].strip() for row in record.rows().splitlines()[2:]] == ["2020-01-02", gpu.today()]
+    other = gpu.Record(gpu.results_file(tmp_path, about | {"torch": "2.12"}), is_shown=False)
+    assert "H4" not in other.rows()
+
+
 def test_a_figure_is_written_before_its_step_ends(tmp_path: Path, gpu: ModuleType) -> None:
     file = tmp_path / "results.json"
     waits = f'import json, pathlib\nwhile not pathlib.Path("{file}").exists(): time.sleep(0.05)\n'

@@ -5,6 +5,7 @@ Tests that take a device run on the CPU too, where they show no more than that t
 
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -211,6 +212,24 @@ def test_tiles_are_answered_as_on_the_cpu(device: str) -> None:
     np.testing.assert_allclose(answer.values, expected.values, rtol=1e-2, atol=1e-3)
     for name, values in expected.confidence.items():
         np.testing.assert_allclose(answer.confidence[name], values, rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+@on_each
+@pytest.mark.parametrize("free_share", [1.0, 0.0], ids=["resident", "sent block by block"])
+def test_threads_answer_as_one_does(device: str, free_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "_MAX_FREE_SHARE", free_share)
+    monkeypatch.setitem(nearest._KEY_BLOCK, device, 8)  # of 30 keys
+    answer = answerer_of(random_version()).build(torch.device(device))
+    tiles = np.random.default_rng(0).integers(0, 256, (30, 4, 32, 32, 3), np.uint8)
+    complete = np.ones(4, bool)
+    expected = [answer((part,), complete) for part in tiles]
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda part: answer((part,), complete), tiles))
+    for found, alone in zip(answers, expected, strict=True):
+        assert np.array_equal(found.values, alone.values)
+        for name, values in alone.confidence.items():
+            assert np.array_equal(found.confidence[name], values, equal_nan=True), name
+    assert not np.array_equal(expected[0].values, expected[1].values), "parts differ"
 
 
 @on_each
