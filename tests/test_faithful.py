@@ -173,7 +173,8 @@ def test_training_loss_of_a_short_batch(config: Config, model: TwoTowers, sectio
     valid = torch.arange(len(tiles) + 3) < len(tiles)
     padded = [torch.tensor(np.pad(v, ((0, 3), (0, 0)))).float()[None] for v in (expression, position)]
     with torch.no_grad():
-        images, spots = model(augment(torch.from_numpy(tiles), "none", torch.Generator()), *padded, valid[None])
+        images = model.embed_images(augment(torch.from_numpy(tiles), "none", torch.Generator()))
+        spots = model.embed_spots(*padded, valid[None])
         images = torch.cat([images, torch.zeros(3, images.shape[1])])
         loss = require_loss(config)(images, spots[0], valid, model.logit_scale)
     assert wanted > 1  # far from a fit, where any loss is zero
