@@ -27,7 +27,7 @@ from sleeping_stages import SleepingNetwork, Slow, predict_slowly  # noqa: E402
 from mclstexp.prediction.parts import PART_TILES  # noqa: E402
 
 SLOW = Slow(network=0.6, weighing=0.4, store=1.5)
-NUM_SLIDES = 6
+NUM_SLIDES = 8
 
 
 def alone() -> float:

@@ -92,7 +92,7 @@ def main() -> None:
     if arguments.all:
         kinds |= {"2 strong": (2, SENTENCES), "4 weak": (4, 4 * SENTENCES), "4 strong": (4, 2 * SENTENCES)}
     with tempfile.TemporaryDirectory() as scratch:
-        ray.init(num_cpus=NUM_CPUS, log_to_driver=False)
+        ray.init(address="local", num_cpus=NUM_CPUS, log_to_driver=False)
         found = measure(scratch, kinds, arguments.rounds)
         ray.shutdown()
     for kind, watches in found.items():

@@ -69,7 +69,7 @@ def main() -> None:
     tuning.sweep.run_trial = timed_trial  # the sweep passes it to Ray Tune by this name
     with tempfile.TemporaryDirectory() as scratch:
         os.environ[TIMES] = f"{scratch}/times"
-        ray.init(num_cpus=12, log_to_driver=False)
+        ray.init(address="local", num_cpus=12, log_to_driver=False)
         data = make_table(scratch)
         found = [sweep_s(data, Path(scratch, f"sweep-{number}")) for number in range(num_rounds)]
         ray.shutdown()

@@ -63,7 +63,7 @@ def predict(folder: Path, out: str, file: str) -> None:
     """Predicts the slides of a folder, as far as that is left to do."""
     model, config = ModelVersion.load(folder / "model"), Config()
     pipeline.answerer_for = lambda model, plan: Counting(answerer_of(model), file)  # type: ignore[assignment]
-    ray.init(num_cpus=NUM_CPUS, object_store_memory=400 * 2**20, log_to_driver=False)
+    ray.init(address="local", num_cpus=NUM_CPUS, object_store_memory=400 * 2**20, log_to_driver=False)
     predict_cohort(model, open_cohort(str(folder / "slides"), model, out, config.predict), out, hidden, config.predict)
     ray.shutdown()
 

@@ -61,7 +61,7 @@ def main() -> None:
     config = configuration(train__num_workers=1, train__batch_sentences=1, train__checkpoint_every=EVERY)
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        ray.init(num_cpus=NUM_CPUS, log_to_driver=False)
+        ray.init(address="local", num_cpus=NUM_CPUS, log_to_driver=False)
         data = make_table(scratch)
         for number, after in enumerate(AFTER[:num_rounds]):
             killer = Killer(EVERY + after)
