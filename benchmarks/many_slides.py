@@ -3,7 +3,8 @@
     python benchmarks/many_slides.py --slides 2000 --delay-ms 30
 
 Inspecting, reading and answering sleep, then stage real slides of one part; the cohort, Ray Data's stream, the writing
-of parts, finishing and the ledger are the engine's own. The store is an S3 server on this machine behind a proxy that
+of parts, finishing and the ledger are the engine's own. Most CPUs inspect, more than prediction would take, so that
+settling is the limit. The store is an S3 server on this machine behind a proxy that
 keeps each answer back for `--delay-ms`. Flat: the driver's memory in the last block is at most 1.2 times that of the
 first, its rate at least 0.8 times. The first block begins when its first slide is settled.
 """

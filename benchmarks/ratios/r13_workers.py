@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
 import psutil  # noqa: E402
 import ray  # noqa: E402
 from goals import say  # noqa: E402
-from small_table import SPOTS, configuration, make_table  # noqa: E402
+from painted_table import SPOTS, configuration, make_table  # noqa: E402
 
 from mclstexp.config import Config  # noqa: E402
 from mclstexp.progress import Metrics  # noqa: E402

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
 
 import ray  # noqa: E402
 from goals import say  # noqa: E402
-from small_table import configuration, make_table  # noqa: E402
+from painted_table import configuration, make_table  # noqa: E402
 
 import tuning.sweep  # noqa: E402
 from mclstexp.data.schema import load_manifest  # noqa: E402

@@ -4,6 +4,7 @@ Errors of boto come back as the project's own: a missing object as a FileNotFoun
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ _MAX_PUT_BYTES = 8 * 2**20
 """Up to this size a file is uploaded in one request."""
 _MAX_BODY_TRIES = 4  # boto retries requests, but not a body that breaks off
 _BODY_WAIT_S = 0.5  # doubles with each try
+_CLIENT_LOCK = threading.Lock()  # boto's default session makes one client at a time
 
 
 def get(uri: str, start: int, length: int | None) -> tuple[bytes, str]:
@@ -138,8 +140,9 @@ def delete_all(uris: Sequence[str]) -> None:
 
 
 def client() -> "S3Client":
-    """Returns this process's S3 client."""
-    return _client_of(os.getpid())
+    """Returns this process's S3 client, the same for all threads."""
+    with _CLIENT_LOCK:
+        return _client_of(os.getpid())
 
 
 @cache

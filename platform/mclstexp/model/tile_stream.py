@@ -16,7 +16,7 @@ from mclstexp.data.spots import Batch, TileLoader
 from mclstexp.errors import ResourceError
 
 TILES_AT_ONCE = {"cpu": 16, "cuda": 64}
-"""Tiles that go through a network at once on a device; larger batches are slower on a CPU (docs/scaling.md)."""
+"""Tiles that go through a network at once on a device; another size may round differently."""
 _MIN_TILES_PER_ACTOR = 256  # below this, starting another actor (importing torch) costs more than it saves
 
 

@@ -170,7 +170,7 @@ class CohortRun:
     def _failed(self, name: str, reason: str) -> Entry:
         try:
             return self._set_aside(name, "failed", reason, also_predictions=name in self._unsure)
-        except StorageError as error:  # its entry cannot be written; the summary has it
+        except UserError as error:  # its entry cannot be read or written; the summary has it
             return self._fault_entry(name, "failed", f"{reason}; {error}")
 
     def _try(self, slide_ids: Sequence[str]) -> None:
