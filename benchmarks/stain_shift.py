@@ -146,7 +146,7 @@ def stained_features(table: Table, section_id: str, scratch: Path) -> dict[str, 
     entry, views = table.manifest.section(section_id), stored.views
     columns = read_columns(table.root, entry, list(views))
     sizes = {view: table.manifest.view_size_px(view) for view in views}
-    tiles = Tiles({view: decode_tiles(columns[view], sizes[view]) for view in views})
+    tiles = Tiles({view: decode_tiles(columns[view].to_pylist(), sizes[view]) for view in views})
     plain = stored.manifest.model_copy(update={"num_draws": 0, "augmentation": "none"})
     encoder = frozen_encoder(table.config.model, table.manifest.tile_size_px, table.config.train.seed)
     encode = Extractor(encoder.state(), plain, torch.device("cpu"))

@@ -206,7 +206,7 @@ def _assert_stored_features_are_the_encoders(study: Study, tiles: str) -> None:
     for name in measured:
         entry = manifest.section(name)
         images = [read_sentence(tiles, entry, group)["image"] for group in range(len(entry.row_groups))]
-        pixels = np.concatenate([decode_tiles(image, manifest.tile_size_px) for image in images])
+        pixels = np.concatenate([decode_tiles(image.to_pylist(), manifest.tile_size_px) for image in images])
         with torch.inference_mode():
             found = tower(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).numpy()
         assert stored.read_section(name) == pytest.approx(found, rel=1e-4, abs=1e-5)

@@ -147,7 +147,7 @@ def _copied(tiles: str, folder: Path) -> tuple[str, Manifest]:
 def _expected(root: str, manifest: Manifest, name: str, encoder: FrozenEncoder) -> np.ndarray:
     entry = manifest.section(name)
     tables = [read_sentence(root, entry, group) for group in range(len(entry.row_groups))]
-    return np.concatenate([_independent(encoder, decode_tiles(each["image"], 32)) for each in tables])
+    return np.concatenate([_independent(encoder, decode_tiles(each["image"].to_pylist(), 32)) for each in tables])
 
 
 @pytest.mark.ray

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mclstexp.config import Config, override
-from mclstexp.data.spots import Batch, SpotReader
+from mclstexp.data.spots import Batch, SpotReader, decode_tiles
 from mclstexp.evaluation.scores import gene_scores
 from mclstexp.model.embed import network_of
 from mclstexp.model.probe import Probe
@@ -97,8 +97,9 @@ def _scores(tiles: str, folder: Path, shuffle_pairs: bool) -> dict[str, pd.Serie
 
 
 def _spots(reader: SpotReader, names: tuple[str, ...]) -> Batch:
-    parts = [reader.read(*sentence) for sentence in reader.manifest.sentences(names)]
-    return {column: np.concatenate([part[column] for part in parts]) for column in ("image", "payload")}
+    parts = [reader.read(*sentence)["image"] for sentence in reader.manifest.sentences(names)]
+    payload = np.concatenate([reader.read_section(name)["payload"] for name in names])
+    return {"image": decode_tiles(np.concatenate(parts), reader.manifest.tile_size_px), "payload": payload}
 
 
 def _colour(tiles: np.ndarray) -> np.ndarray:

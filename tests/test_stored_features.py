@@ -44,7 +44,7 @@ def _row(section_id: str, group: int, epoch: int = 0) -> dict[str, object]:
     return stream.rank_slice([own], 1, 0, 1, epoch)[0]
 
 
-def _load(loader: SentenceLoader, row: dict[str, object]) -> spots.Batch:
+def _load(loader: stream.Load, row: dict[str, object]) -> spots.Batch:
     return loader({name: np.array([value]) for name, value in row.items()})
 
 
@@ -157,7 +157,7 @@ def test_random_spots_take_their_own_features_and_draws_in_turn(stored, monkeypa
     joined = np.concatenate([np.stack([_joined(each, k) for k in range(DRAWS)], axis=1) for each in blocks.values()])
     for epoch in range(2):
         (row,) = random_spots.rank_slice(np.array([8, 0, 3]), 4, 0, 1, epoch)
-        batch = stream._load_all([row], loader)
+        batch = _load(loader, row)
         assert batch["spot"].tolist() == [[8, 0, 3, -1]]
         for slot, spot in enumerate([8, 0, 3]):
             assert np.array_equal(batch["features"][0, slot], joined[spot, (spot + epoch) % DRAWS])

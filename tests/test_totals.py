@@ -79,8 +79,8 @@ def test_shared_totals_are_over_the_genes_that_all_training_sections_measure(tmp
     np.testing.assert_array_equal(section.totals, counts[name][:, SHARED].sum(axis=1))
     np.testing.assert_allclose(section.expression(reader.target), expected, rtol=1e-5)
     np.testing.assert_allclose(thinned(section, reader.target)[0], expected, rtol=1e-5)
-    sentences = [reader.read_encoded(name, group)[0]["payload"] for group in range(2)]
-    np.testing.assert_array_equal(np.concatenate(sentences), spots["payload"])
+    sentences = [reader.read_encoded(name, group)[0]["expression"] for group in range(2)]
+    np.testing.assert_array_equal(np.concatenate(sentences), spots["expression"])
 
 
 def test_a_score_card_divides_by_the_models_own_totals(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from tile_stream import SIZE_PX, TileTable, cpu_meter, tile_table  # noqa: E402
 
 from mclstexp.slides.codec import decode_tile  # noqa: E402
 
-REPEATS, BATCH_TILES = 6, 256
+REPEATS, BATCH_TILES = 12, 256
 
 
 def copies(table: TileTable, folder: str) -> list[str]:

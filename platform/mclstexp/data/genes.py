@@ -224,15 +224,17 @@ def panel_counts(
     """
     genes, values = (column.combine_chunks() for column in (gene_index, count))
     lengths = np.diff(genes.offsets.to_numpy())
-    spots = np.repeat(np.arange(len(genes)), lengths)
-    gene, value = genes.flatten().to_numpy(), values.flatten().to_numpy().astype(np.float64)
+    gene, value = genes.flatten().to_numpy(), values.flatten().to_numpy()
     column_of = np.full(max(gene.max(initial=0), columns.max(initial=0)) + 1, -1)
     column_of[columns[columns >= 0]] = np.flatnonzero(columns >= 0)
+    column = column_of[gene]
+    wanted = np.flatnonzero(column >= 0)
+    spots = np.repeat(np.arange(len(genes)), lengths)[wanted]
     dense = np.zeros((len(genes), len(columns)), np.float32)
-    wanted = column_of[gene] >= 0
-    dense[spots[wanted], column_of[gene[wanted]]] = value[wanted]
-    counted = value if total is None else value * total[gene]
-    return dense, np.bincount(spots, weights=counted, minlength=len(genes))
+    dense.ravel()[spots * len(columns) + column[wanted]] = value[wanted]
+    counted = np.append(0, np.cumsum(value if total is None else value * total[gene], dtype=np.int64))
+    ends = np.cumsum(lengths)
+    return dense, (counted[ends] - counted[ends - lengths]).astype(np.float64)
 
 
 def gene_totals(root: str, manifest: Manifest, entry: SectionEntry, columns: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 
 from mclstexp.cluster import MAX_RETRIES
-from mclstexp.data.spots import Batch, SpotReader, decode_tiles, pad
+from mclstexp.data.spots import Batch, SpotReader, decode_sentences, each_row, joined, pad
 from mclstexp.errors import ConfigError
 
 MAX_BYTES = 4 * 2**30
@@ -103,7 +103,7 @@ def rank_slice(order: np.ndarray, batch_spots: int, rank: int, world_size: int, 
 
 @dataclass(frozen=True)
 class SpotLoader:
-    """The map function of the stream: takes one row of spot numbers, returns their padded arrays."""
+    """The map function of the stream: takes rows of spot numbers, returns their padded arrays."""
 
     encoded: ray.ObjectRef
     tile_size_px: int
@@ -117,18 +117,22 @@ class SpotLoader:
         return self
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Returns spot (-1: none), image or features, expression, position and mask with leading shape (1, share)."""
-        wanted = np.asarray(rows["spots"][0])
-        real = wanted[wanted >= 0]
-        spots: EncodedSpots = ray.get(self.encoded)  # `tiles.take` would copy all tiles, and fail beyond 2 GiB
-        source = real if self.partner is None else self.partner[real]
-        arrays = {"expression": spots.expression[source], "position": spots.position[source]}
-        arrays |= self._images(spots, real, int(rows["epoch"][0]))
-        return pad(arrays, len(wanted)) | {"spot": wanted[None]}
+        """Returns spot (-1: none), image or features, expression, position and mask with leading shape (n, share)."""
+        spots: EncodedSpots = ray.get(self.encoded)
+        wanted = np.stack([np.asarray(row["spots"]) for row in each_row(rows)])
+        real = [numbers[numbers >= 0] for numbers in wanted]
+        arrays = [self._arrays(spots, *each) for each in zip(real, rows["epoch"].tolist(), strict=True)]
+        batch = joined([pad(each, wanted.shape[1]) for each in arrays]) | {"spot": wanted}
+        if spots.tiles is None:
+            return batch
+        # `tiles.take` would copy all tiles, and fail beyond 2 GiB
+        encoded = [[spots.tiles[number].as_py() for number in numbers.tolist()] for numbers in real]
+        return batch | {"image": decode_sentences(encoded, wanted.shape[1], self.tile_size_px)}
 
-    def _images(self, spots: EncodedSpots, wanted: np.ndarray, epoch: int) -> Batch:
-        """Returns the tiles of some spots, or their features; stored draws are taken in turn over the epochs."""
-        if spots.tiles is not None:
-            return {"image": decode_tiles([spots.tiles[spot] for spot in wanted.tolist()], self.tile_size_px)}
-        assert spots.features is not None
-        return {"features": spots.features[wanted, (wanted + epoch) % spots.features.shape[1]]}
+    def _arrays(self, spots: EncodedSpots, wanted: np.ndarray, epoch: int) -> Batch:
+        """Returns the arrays of some spots, without their tiles; stored draws are taken in turn over the epochs."""
+        source = wanted if self.partner is None else self.partner[wanted]
+        arrays = {"expression": spots.expression[source], "position": spots.position[source]}
+        if spots.features is None:
+            return arrays
+        return arrays | {"features": spots.features[wanted, (wanted + epoch) % spots.features.shape[1]]}

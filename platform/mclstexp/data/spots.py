@@ -6,9 +6,10 @@ that decode tasks start fast; the parts of a table that it needs travel with it.
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,8 +71,8 @@ class SpotReader:
     def read(self, section_id: str, group: int, keep: np.ndarray | None = None, draw: int | None = None) -> Batch:
         """Returns one sentence's spots, or only its rows `keep`.
 
-        The arrays are those of `read_spots`, and image uint8 (n, size, size, 3) or, with stored features and without
-        reading any tile, features float32 (n, F).
+        The arrays are those of `read_spots`, and image, the encoded tiles, bytes (n,), or, with stored features and
+        without reading any tile, features float32 (n, F).
 
         Args:
             section_id: the section.
@@ -86,30 +87,27 @@ class SpotReader:
             features = self.features.read(section_id, group, draw)
             return rows_of(self.read_spots(section_id, group) | {"features": features}, keep)
         spots, tiles = self.read_encoded(section_id, group)
-        tiles = tiles if keep is None else tiles.take(pa.array(keep))
-        return rows_of(spots, keep) | {"image": decode_tiles(tiles, self.manifest.tile_size_px)}
+        return rows_of(spots | {"image": tiles.to_numpy(zero_copy_only=False)}, keep)
 
     def read_encoded(self, section_id: str, group: int) -> tuple[Batch, pa.Array]:
         """Returns the arrays of `read_spots`, and the encoded tiles."""
         table = read_sentence(self.root, self.manifest.section(section_id), group)
-        return self._spots(section_id, group, table), table["image"].combine_chunks()
+        return self._spots(section_id, table), table["image"].combine_chunks()
 
     def read_spots(self, section_id: str, group: int) -> Batch:
         """Returns one sentence's spots without their tiles.
 
-        The arrays are position float32 (n, 2); row int32 (n,), the row in the section; and for measured sections
-        expression and payload float32 (n, G), in the input and the target normalisation. A gene that the section does
-        not measure is NaN in payload, and in expression NaN or its `stand_in`.
+        The arrays are position float32 (n, 2) and, for measured sections, expression float32 (n, G), in the input
+        normalisation. A gene that the section does not measure is NaN, or its `stand_in`.
         """
         columns = [*position_columns(self.position), "gene_index", "count"]
         table = read_columns(self.root, self.manifest.section(section_id), columns, group)
-        return self._spots(section_id, group, table)
+        return self._spots(section_id, table)
 
     def read_none(self) -> Batch:
-        """Returns what the towers take of a sentence without spots: image or features, expression and position."""
-        size = self.manifest.tile_size_px
+        """Returns what `read` does of a sentence without spots: image or features, expression and position."""
         if self.features is None:
-            images = {"image": np.zeros((0, size, size, 3), np.uint8)}
+            images = {"image": np.zeros(0, object)}
         else:
             images = {"features": np.zeros((0, self.features.num_features), np.float32)}
         return images | {
@@ -118,41 +116,45 @@ class SpotReader:
         }
 
     def read_section(self, section_id: str) -> Batch:
-        """Returns a measured section's expression, payload and position in stored order, without reading its images.
+        """Returns a measured section's spots in stored order, without their images.
 
-        They come with section_id, patient_id and spot_id, n strings each. Micrometre positions are relative to their
-        sentence.
+        The arrays are those of `read_spots`; payload float32 (n, G), expression in the target normalisation, NaN where
+        the section does not measure a gene; and section_id, patient_id and spot_id, n strings each. Micrometre
+        positions are relative to their sentence.
         """
         entry = self.manifest.section(section_id)
         table = read_columns(self.root, entry, ["spot_id", *position_columns(self.position), "gene_index", "count"])
         starts = np.cumsum([0, *(group.num_rows for group in entry.row_groups)])
         sentences = [table.slice(start, stop - start) for start, stop in pairwise(starts)]
+        counts, totals = panel_counts(table["gene_index"], table["count"], self.columns, self.total)
         names = {"section_id": entry.section_id, "patient_id": entry.patient_id}
         return {
-            **self._expression(section_id, table),
+            "expression": self._expression(section_id, counts, totals),
+            "payload": self._payload(section_id, counts, totals),
             "position": np.concatenate([positions(sentence, self.position) for sentence in sentences]),
             "spot_id": np.array(table["spot_id"].to_pylist(), object),
             **{column: np.full(entry.num_spots, name, object) for column, name in names.items()},
         }
 
-    def _spots(self, section_id: str, group: int, table: pa.Table) -> Batch:
-        entry = self.manifest.section(section_id)
-        first = sum(part.num_rows for part in entry.row_groups[:group])
-        spots = {
-            "position": positions(table, self.position),
-            "row": np.arange(first, first + table.num_rows, dtype=np.int32),
-        }
-        return spots | (self._expression(section_id, table) if entry.measured else {})
+    def _spots(self, section_id: str, table: pa.Table) -> Batch:
+        spots = {"position": positions(table, self.position)}
+        if not self.manifest.section(section_id).measured:
+            return spots
+        counts = panel_counts(table["gene_index"], table["count"], self.columns, self.total)
+        return spots | {"expression": self._expression(section_id, *counts)}
 
-    def _expression(self, section_id: str, table: pa.Table) -> Batch:
-        counts, totals = panel_counts(table["gene_index"], table["count"], self.columns, self.total)
-        section_totals = self.gene_totals.get(section_id)
-        expression, payload = (each.apply(counts, totals, section_totals) for each in (self.input, self.target))
+    def _expression(self, section_id: str, counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+        expression = self.input.apply(counts, totals, self.gene_totals.get(section_id))
         if section_id in self.unmeasured:
             genes = self.unmeasured[section_id]
             expression[:, genes] = np.nan if self.stand_in is None else self.stand_in[genes]
-            payload[:, genes] = np.nan
-        return {"expression": expression, "payload": payload}
+        return expression
+
+    def _payload(self, section_id: str, counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+        payload = self.target.apply(counts, totals, self.gene_totals.get(section_id))
+        if section_id in self.unmeasured:
+            payload[:, self.unmeasured[section_id]] = np.nan
+        return payload
 
 
 class Kept:
@@ -205,15 +207,28 @@ class KeptReader:
         return self._kept.once((section_id, group), read)
 
 
-def decode_tiles(tiles: Sequence[pa.Scalar], size_px: int) -> np.ndarray:
-    """Returns n encoded tiles (an Arrow array or a list of its values) as uint8 (n, size_px, size_px, 3).
+def decode_tiles(tiles: Sequence[bytes] | np.ndarray, size_px: int) -> np.ndarray:
+    """Returns n encoded tiles as uint8 (n, size_px, size_px, 3).
 
     Raises:
         TableError: a tile cannot be decoded, or has another size.
     """
-    images = np.empty((len(tiles), size_px, size_px, 3), np.uint8)
-    for index, tile in enumerate(tiles):
-        decode_tile(tile.as_py(), images[index])
+    return decode_sentences([tiles], len(tiles), size_px)[0]
+
+
+def decode_sentences(sentences: Sequence[Sequence[bytes] | np.ndarray], length: int, size_px: int) -> np.ndarray:
+    """Returns the encoded tiles of n sentences as uint8 (n, length, size_px, size_px, 3), padded with zeros.
+
+    Each tile is decoded to its place, because copying it would take a tenth of the time, and more in new memory.
+
+    Raises:
+        TableError: a tile cannot be decoded, or has another size.
+    """
+    images = np.empty((len(sentences), length, size_px, size_px, 3), np.uint8)
+    for places, tiles in zip(images, sentences, strict=True):
+        places[len(tiles) :] = 0
+        for place, tile in zip(places[: len(tiles)], tiles, strict=True):
+            decode_tile(tile, place)
     return images
 
 
@@ -320,7 +335,7 @@ def _largest_coordinate(reader: SpotReader, entry: SectionEntry) -> int:
 
 @dataclass(frozen=True)
 class SentenceLoader:
-    """The map function of the training stream: one descriptor row in, one padded sentence out."""
+    """The map function of the training stream: descriptor rows in, padded sentences out."""
 
     reader: SpotReader | KeptReader
     drop_spots: float
@@ -329,20 +344,16 @@ class SentenceLoader:
     """Stored draws of augmented tiles that the epochs take in turn; 0: the plain tiles."""
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Returns sentence_id, image or features, expression, position and mask of one sentence.
+        """Returns sentence_id, image or features, expression, position and mask of n sentences.
 
-        The leading shape is (1, sentence_length).
+        The leading shape is (n, sentence_length).
         """
-        length = self.reader.manifest.sentence_length
-        section_id, group, sentence_id = (rows[key][0] for key in ("section_id", "group", "sentence_id"))
-        if group < 0:
-            spots = self.reader.read_none()
-        else:
-            spots = self._kept(str(section_id), int(group), str(sentence_id), int(rows["epoch"][0]))
-            partner = (str(rows["expression_section"][0]), int(rows["expression_group"][0]))
-            if partner != (section_id, group):
-                spots = self._mispaired(spots, partner)
-        return pad(spots, length) | {"sentence_id": np.array([sentence_id])}
+        manifest, sentences = self.reader.manifest, [self._sentence(**row) for row in each_row(rows)]
+        tiles = [] if self.reads_features else [spots.pop("image") for spots in sentences]
+        batch = joined([pad(spots, manifest.sentence_length) for spots in sentences])
+        if tiles:
+            batch["image"] = decode_sentences(tiles, manifest.sentence_length, manifest.tile_size_px)
+        return batch | {"sentence_id": rows["sentence_id"]}
 
     @property
     def reads_features(self) -> bool:
@@ -353,6 +364,20 @@ class SentenceLoader:
         """Returns a loader of stored features that keeps what it reads, for all epochs of one process."""
         assert isinstance(self.reader, SpotReader)
         return replace(self, reader=KeptReader(self.reader))
+
+    def _sentence(
+        self,
+        sentence_id: str,
+        section_id: str,
+        group: int,
+        expression_section: str,
+        expression_group: int,
+        epoch: int,
+    ) -> Batch:
+        if group < 0:
+            return self.reader.read_none()
+        spots, partner = self._kept(section_id, group, sentence_id, epoch), (expression_section, expression_group)
+        return spots if partner == (section_id, group) else self._mispaired(spots, partner)
 
     def _kept(self, section_id: str, group: int, sentence_id: str, epoch: int) -> Batch:
         num_spots = self.reader.manifest.section(section_id).row_groups[group].num_rows
@@ -370,7 +395,7 @@ class SentenceLoader:
 
 @dataclass(frozen=True)
 class TileLoader:
-    """The map function of embedding: one descriptor row in, the tiles of one padded sentence out, in each view.
+    """The map function of embedding: descriptor rows in, the tiles of padded sentences out, in each view.
 
     It is defined here and not in `model`, so that tasks that decode import no torch.
     """
@@ -381,16 +406,33 @@ class TileLoader:
     """Views to decode; `schema.require_views` checks on the driver that the table has them."""
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Returns one padded sentence: each view's tiles, uint8 (1, L, size, size, 3), mask (1, L), and its names."""
-        entry = self.manifest.section(str(rows["section_id"][0]))
-        table = read_sentence(self.root, entry, int(rows["group"][0]))
-        tiles = {view: decode_tiles(table[view], self.manifest.view_size_px(view)) for view in self.views}
-        return pad(tiles, self.manifest.sentence_length) | {name: rows[name] for name in ("section_id", "group")}
+        """Returns n padded sentences: each view's tiles, uint8 (n, L, size, size, 3), mask (n, L), and their names."""
+        length, names = self.manifest.sentence_length, zip(rows["section_id"], rows["group"], strict=True)
+        tables = [read_sentence(self.root, self.manifest.section(str(name)), int(group)) for name, group in names]
+        tiles = {
+            view: decode_sentences(
+                [table[view].to_pylist() for table in tables], length, self.manifest.view_size_px(view)
+            )
+            for view in self.views
+        }
+        mask = np.arange(length) < np.array([[table.num_rows] for table in tables])
+        return tiles | {"mask": mask} | {name: rows[name] for name in ("section_id", "group")}
 
 
 def rows_of(spots: Batch, keep: np.ndarray | None) -> Batch:
     """Returns some rows of per-spot arrays; all with None."""
     return spots if keep is None else {name: values[keep] for name, values in spots.items()}
+
+
+def each_row(rows: Batch) -> Iterator[dict[str, Any]]:
+    """Yields rows one by one, as Python values by column."""
+    columns = [values.tolist() for values in rows.values()]
+    return (dict(zip(rows, values, strict=True)) for values in zip(*columns, strict=True))
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Returns arrays of the same names one behind the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def kept_spots(num_spots: int, drop_spots: float, seed: int, epoch: int, sentence_id: str) -> np.ndarray:

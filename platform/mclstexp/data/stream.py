@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 from ray.data import ExecutionResources
 
@@ -38,6 +39,8 @@ class Sentence:
 
 Rows = list[dict[str, object]]
 """What a rank loads, in this order."""
+Load = Callable[[dict[str, np.ndarray]], Batch]
+"""What loads rows, given by column, n values each."""
 _READ_THREADS, _BATCHES_AHEAD = 4, 4
 _TASK_BYTES = 16 * 2**20
 """Decoded tiles of a task: starting one takes as long as decoding a few MiB."""
@@ -124,9 +127,7 @@ def _row(sentence: Sentence, epoch: int) -> dict[str, object]:
     }
 
 
-def stream(
-    epochs: Iterable[Rows], load: Callable[[dict[str, np.ndarray]], Batch], batch: BatchShape, share: StreamShare
-) -> Iterator[Batch]:
+def stream(epochs: Iterable[Rows], load: Load, batch: BatchShape, share: StreamShare) -> Iterator[Batch]:
     """Yields batches of loaded rows in the order of `epochs`, decoded ahead by Ray Data's CPU tasks.
 
     Only this function decides how a rank is fed (see `docs/decisions.md`): by its own Ray Datasets over its slices.
@@ -137,9 +138,9 @@ def stream(
     task_rows = batch.num_rows * max(1, _TASK_BYTES // (batch.num_rows * batch.row_bytes))
     for rows in _joined(epochs, _DATASET_TASKS * task_rows):
         with ordered(ExecutionResources.for_limits(cpu=share.cpus, object_store_memory=share.object_store_bytes)):
-            dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // task_rows)).map_batches(
+            dataset = ray.data.from_arrow([pa.Table.from_pylist(part) for part in _parts(rows, task_rows)]).map_batches(
                 load,  # type: ignore[arg-type]  # Ray's type names every batch format at once
-                batch_size=1,
+                batch_size=None,
                 num_cpus=1,
                 max_retries=MAX_RETRIES,
                 label_selector={"pool": share.pool} if share.pool else None,
@@ -149,9 +150,7 @@ def stream(
         )
 
 
-def read_ahead(
-    epochs: Iterable[Rows], load: Callable[[dict[str, np.ndarray]], Batch], batch_size: int
-) -> Iterator[Batch]:
+def read_ahead(epochs: Iterable[Rows], load: Load, batch_size: int) -> Iterator[Batch]:
     """Yields the batches of `stream`, loaded ahead by threads of this process.
 
     It suits stored features, which take no decoding: starting a Ray Dataset would take longer than an epoch.
@@ -159,12 +158,16 @@ def read_ahead(
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         waiting: deque[Future[Batch]] = deque()
         for rows in epochs:
-            for start in range(0, len(rows), batch_size):
-                waiting.append(pool.submit(_load_all, rows[start : start + batch_size], load))
+            for part in _parts(rows, batch_size):
+                waiting.append(pool.submit(load, {name: np.array([row[name] for row in part]) for name in part[0]}))
                 if len(waiting) > _BATCHES_AHEAD:
                     yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _parts(rows: Rows, size: int) -> Iterator[Rows]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _joined(epochs: Iterable[Rows], min_rows: int) -> Iterator[Rows]:
@@ -177,8 +180,3 @@ def _joined(epochs: Iterable[Rows], min_rows: int) -> Iterator[Rows]:
             rows = []
     if rows:
         yield rows
-
-
-def _load_all(rows: Rows, load: Callable[[dict[str, np.ndarray]], Batch]) -> Batch:
-    parts = [load({name: np.array([value]) for name, value in row.items()}) for row in rows]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -26,7 +26,8 @@ def share_of(batch: Batch) -> Share:
     if not len(tiles):
         tiles = np.zeros((1, *images.shape[2:]), images.dtype)
     arrays = {name: batch[name] for name in ("mask", "expression", "position", "scores") if name in batch}
-    return {name: torch.as_tensor(values) for name, values in (arrays | {"tiles": tiles, "slots": slots}).items()}
+    arrays |= {"tiles": tiles, "slots": slots}
+    return {name: torch.from_numpy(np.require(values, requirements="W")) for name, values in arrays.items()}
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, Share]]:

@@ -18,7 +18,7 @@ import torch
 from mclstexp.config import Config
 from mclstexp.data.genes import Normaliser
 from mclstexp.data.measured import MeasuredSection, read_measured
-from mclstexp.data.spots import Batch, Kept, SpotReader, kept_spots, pad, rows_of
+from mclstexp.data.spots import Batch, Kept, SpotReader, each_row, joined, kept_spots, pad, rows_of
 from mclstexp.model.standardise import CLIP
 from mclstexp.model.thinning import shares_of, thinned
 from mclstexp.model.towers import TwoTowers
@@ -59,7 +59,7 @@ def fit_spot_inputs(sections: Sequence[MeasuredSection], unit: Normaliser) -> Sp
 
 @dataclass(frozen=True)
 class TowerLoader:
-    """The map function of towers' training: one descriptor row in, one padded sentence out.
+    """The map function of towers' training: descriptor rows in, padded sentences out.
 
     Features are read in the worker itself, and kept; see `keeping`.
     """
@@ -81,16 +81,14 @@ class TowerLoader:
         return replace(self, kept=Kept())
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Returns sentence_id, features, expression, position, scores and mask of one sentence.
+        """Returns sentence_id, features, expression, position, scores and mask of n sentences.
 
-        The leading shape is (1, sentence_length).
+        The leading shape is (n, sentence_length).
         """
-        section_id, group, sentence_id = (rows[key][0] for key in ("section_id", "group", "sentence_id"))
-        if group < 0:
-            spots = self._none()
-        else:
-            spots = self._drawn(str(section_id), int(group), str(sentence_id), int(rows["epoch"][0]))
-        return pad(spots, self.reader.manifest.sentence_length) | {"sentence_id": np.array([sentence_id])}
+        names = ("section_id", "group", "sentence_id", "epoch")
+        drawn = [self._drawn(*(row[name] for name in names)) for row in each_row(rows)]
+        length = self.reader.manifest.sentence_length
+        return joined([pad(spots, length) for spots in drawn]) | {"sentence_id": rows["sentence_id"]}
 
     def spots(self, section_id: str, group: int, depth: int = 0) -> Batch:
         """Returns expression, float32 (n, G), as the spot tower sees it, and position (n, 2) of all of a sentence."""
@@ -116,6 +114,8 @@ class TowerLoader:
         return slice(first, first + groups[group].num_rows)
 
     def _drawn(self, section_id: str, group: int, sentence_id: str, epoch: int) -> Batch:
+        if group < 0:
+            return self._none()
         scores = self.scores[section_id][self._rows(section_id, group)]
         name = zlib.crc32(sentence_id.encode())
         depth = int(np.random.default_rng([self.seed, epoch, name, 1]).integers(len(self.inputs.shares[section_id])))

@@ -107,7 +107,9 @@ def _embedder(rank_state: RankState, reader: SpotReader) -> Callable[[str, int],
         of_features = head.build(rank_state.device)
         return lambda section_id, group: of_features(features.read(section_id, group))
     of_tiles = image_network(config.model, size_px, weights, config.train.precision).build(rank_state.device)
-    return lambda section_id, group: of_tiles(decode_tiles(reader.read_encoded(section_id, group)[1], size_px))
+    return lambda section_id, group: of_tiles(
+        decode_tiles(reader.read_encoded(section_id, group)[1].to_pylist(), size_px)
+    )
 
 
 def _gathered(rank_state: RankState, share: dict[_SentenceKey, np.ndarray]) -> dict[_SentenceKey, np.ndarray]:
