@@ -4,11 +4,13 @@
 
 DenseNet-121 on tiles of 224 px, streamed and trained by the product. Rates are those of the steps behind the second;
 CPU time is that of the workers, over all their steps. On fewer cores than workers the cores are shared, and an ideal
-rate is that of the cores.
+rate is that of the cores. What the cores themselves lose is stated beside: the rate of two processes that take such
+steps from memory and share nothing, over twice that of one.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,9 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform"), str(ROOT / "benchmarks")]
 
 import psutil  # noqa: E402
 import ray  # noqa: E402
+import torch  # noqa: E402
 from goals import say  # noqa: E402
 from painted_table import SPOTS, configuration, make_table  # noqa: E402
+from synthetic_step import SyntheticStep  # noqa: E402
 
+from mclstexp.cluster import KEEPING_MEMORY  # noqa: E402
 from mclstexp.config import Config  # noqa: E402
 from mclstexp.progress import Metrics  # noqa: E402
 from mclstexp.training.run import open_run  # noqa: E402
@@ -32,6 +37,8 @@ from mclstexp.training.trainer import fit  # noqa: E402
 
 SENTENCES, SKIPPED = 2, 2
 """Sentences of a worker's step, and first steps that are not counted."""
+ALONE_S = 15.0
+"""Seconds for which a process takes steps from memory, without the first two steps."""
 NUM_CPUS = 12  # logical ones: each worker and each stream takes one
 WORKER = "RayTrainWorker"
 
@@ -87,7 +94,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", help="unused")
     parser.add_argument("--all", action="store_true", help="4 workers and equal batches too")
+    parser.add_argument("--alone", action="store_true", help="take steps from memory in this process, print the rate")
     arguments = parser.parse_args()
+    if arguments.alone:
+        print(steps_alone())
+        return
     kinds = {"1": (1, SENTENCES), "2 weak": (2, 2 * SENTENCES)}
     if arguments.all:
         kinds |= {"2 strong": (2, SENTENCES), "4 weak": (4, 4 * SENTENCES), "4 strong": (4, 2 * SENTENCES)}
@@ -101,8 +112,31 @@ def main() -> None:
             f"{kind}: {median(rates):.1f} tiles/s ({min(rates):.1f} to {max(rates):.1f}), waiting for data "
             f"{median(watch.data_wait for watch in watches):.0%}, {median(watch.cpu_s for watch in watches):.0f} CPU-s"
         )
+    unshared = [rate_of_processes(2) / (2 * rate_of_processes(1)) for _ in range(arguments.rounds)]
     pairs = [(two.spots_per_s, 2 * one.spots_per_s) for two, one in zip(found["2 weak"], found["1"], strict=True)]
-    say("R13", pairs, "tiles/s", f"DenseNet-121, 224 px, {SPOTS * SENTENCES} tiles a worker and step")
+    detail = f"DenseNet-121, 224 px, {SPOTS * SENTENCES} tiles a worker and step"
+    say("R13", pairs, "tiles/s", f"{detail}; two processes that share nothing {median(unshared):.2f}")
+
+
+def steps_alone() -> float:
+    """Returns the tiles per second of steps over one batch in memory."""
+    step = SyntheticStep(configuration().model_dump(), torch.device("cpu"))
+    batch = step.batch(SPOTS * SENTENCES, SPOTS)
+    for _ in range(SKIPPED):
+        step.take(batch)
+    taken, started = 0, time.perf_counter()
+    while time.perf_counter() - started < ALONE_S:
+        step.take(batch)
+        taken += 1
+    return taken * SPOTS * SENTENCES / (time.perf_counter() - started)
+
+
+def rate_of_processes(number: int) -> float:
+    """Returns the tiles per second of processes that run `steps_alone` at once."""
+    command = [sys.executable, __file__, "--alone"]
+    environment = os.environ | KEEPING_MEMORY["env_vars"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(number)]
+    return sum(float(process.communicate()[0]) for process in running)
 
 
 def measure(scratch: str, kinds: dict[str, tuple[int, int]], rounds: int) -> dict[str, list[Watch]]:

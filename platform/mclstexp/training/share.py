@@ -26,8 +26,8 @@ def share_of(batch: Batch) -> Share:
     if not len(tiles):
         tiles = np.zeros((1, *images.shape[2:]), images.dtype)
     arrays = {name: batch[name] for name in ("mask", "expression", "position", "scores") if name in batch}
-    arrays |= {"tiles": tiles, "slots": slots}
-    return {name: torch.from_numpy(np.require(values, requirements="W")) for name, values in arrays.items()}
+    writable = {name: np.require(values, requirements="W") for name, values in arrays.items()}
+    return {name: torch.from_numpy(values) for name, values in (writable | {"tiles": tiles, "slots": slots}).items()}
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, Share]]:
