@@ -107,7 +107,7 @@ def write_manifest(root, entry, **wide):
         tile_size_px=16,
         mpp=0.5,
         encoding="jpeg",
-        jpeg_quality=90,
+        jpeg_quality=85,
         sentence_length=16,
         genes_file="genes.parquet",
         genes_sha256="",

@@ -105,7 +105,7 @@ def predict_slowly(folder: Path, slow: Slow, num_slides: int) -> float:
         path, unit = folder / f"s{number}.tif", {"resolution": (1e4 / MPP,) * 2, "resolutionunit": "CENTIMETER"}
         tifffile.imwrite(path, tissue_image(number), tile=(128, 128), photometric="rgb", compression="deflate", **unit)
         sources.append(SlideSource(f"s{number}", "P", "", str(path), None))
-    plan = round_slide.make_plan(folder, tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=90))
+    plan = round_slide.make_plan(folder, tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=85))
     answerer_for, write = pipeline.answerer_for, pipeline.Write
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see this folder
     try:

@@ -31,7 +31,7 @@ def empty_manifest(mpp: float = 0.5) -> Manifest:
         tile_size_px=32,
         mpp=mpp,
         encoding="jpeg",
-        jpeg_quality=90,
+        jpeg_quality=85,
         sentence_length=16,
         genes_file="",
         genes_sha256="",
@@ -118,7 +118,7 @@ def make_table(
         tile_size_px=8,
         mpp=1.0,
         encoding="jpeg",
-        jpeg_quality=90,
+        jpeg_quality=85,
         sentence_length=64,
         genes_file="genes.parquet",
         genes_sha256=sha256((root / "genes.parquet").read_bytes()).hexdigest(),
@@ -144,5 +144,5 @@ def manifest_of(groups: dict[str, int], spots: int = 10) -> Manifest:
     ]
     genes = {"genes_file": "g", "genes_sha256": "", "num_genes": 3}
     return Manifest(
-        tile_size_px=32, mpp=1.0, encoding="jpeg", jpeg_quality=90, sentence_length=16, sections=tuple(entries), **genes
+        tile_size_px=32, mpp=1.0, encoding="jpeg", jpeg_quality=85, sentence_length=16, sections=tuple(entries), **genes
     )

@@ -97,7 +97,7 @@ def test_a_study_of_another_kind_is_refused(tiles: str, tmp_path: Path, mlflow_t
 
 def _cohort(*patients: str) -> Manifest:
     """A manifest of one measured section per patient, with nothing in it."""
-    tiles = {"tile_size_px": 8, "mpp": 1.0, "encoding": "jpeg", "jpeg_quality": 90, "sentence_length": 2}
+    tiles = {"tile_size_px": 8, "mpp": 1.0, "encoding": "jpeg", "jpeg_quality": 85, "sentence_length": 2}
     genes = {"genes_file": "", "genes_sha256": "", "num_genes": 1}
     return Manifest(**tiles, **genes, sections=tuple(section_entry(f"{name}1", name) for name in patients))
 

@@ -10,7 +10,7 @@ from mclstexp.errors import SplitError
 from mclstexp.evaluation.evaluate import _notes, held_out
 from mclstexp.model.version import ModelVersion, TrainingRecord
 
-TILES = {"tile_size_px": 224, "mpp": 1.0, "encoding": "jpeg", "jpeg_quality": 90, "sentence_length": 2}
+TILES = {"tile_size_px": 224, "mpp": 1.0, "encoding": "jpeg", "jpeg_quality": 85, "sentence_length": 2}
 RECORD = {"manifest_digest": "", "test_sections": ("D1",), "epochs": 1, "sections": ("A1",), "patients": ("A",)}
 OF_B = {"validation_sections": ("B1",), "validation_patients": ("B",)}
 

@@ -43,7 +43,7 @@ from mclstexp.slides.codec import decode_tile, encode_tile
 from mclstexp.slides.slide import Slide
 
 ROOT = Path(__file__).parents[1]
-make_plan = partial(round_slide.make_plan, tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=90))
+make_plan = partial(round_slide.make_plan, tiles=TilesConfig(size_px=TILE, min_tissue=0.3, jpeg_quality=85))
 
 
 def write_slide(path, image, mpp=MPP):
@@ -79,7 +79,7 @@ def expected_tiles(image, staging, part):
     tiles = []
     for x, y in zip(table["x_px"].to_numpy()[rows], table["y_px"].to_numpy()[rows], strict=True):
         left, top = int(x) - TILE // 2, int(y) - TILE // 2
-        tiles.append(decode_tile(encode_tile(image[top : top + TILE, left : left + TILE], "jpeg", 90)))
+        tiles.append(decode_tile(encode_tile(image[top : top + TILE, left : left + TILE], "jpeg", 85)))
     return np.stack(tiles)
 
 

@@ -296,7 +296,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
     manifest = _manifest(tmp_path / "table", "ABC")
 
     def name(space: Space = SPACE, search: str = "random", trials: int = 3, **changed: object) -> str:
-        config = override(Config(), {"train.batch_sentences": 2} | changed)
+        config = override(Config(), {"train.batch_sentences": 2, "tiles.jpeg_quality": 90} | changed)
         return default_name(str(tmp_path / "sweeps"), manifest, config, space, search, trials)
 
     return name
@@ -318,7 +318,7 @@ def test_a_sweep_without_a_name_is_another_one_with_another_space_search_length_
 
 
 def test_a_sweep_goes_on_under_the_default_name_of_earlier_versions(named: Callable[..., str], tmp_path: Path) -> None:
-    config = override(Config(), {"train.batch_sentences": 2})
+    config = override(Config(), {"train.batch_sentences": 2, "tiles.jpeg_quality": 90})
     manifest = load_manifest(str(tmp_path / "table"))
     former = f"sweep-fd59f790e3aa-{manifest.digest()[:6]}-df4c18-random3"
     assert named() != former

@@ -153,7 +153,7 @@ def _manifest(*entries):
         tile_size_px=8,
         mpp=1.0,
         encoding="jpeg",
-        jpeg_quality=90,
+        jpeg_quality=85,
         sentence_length=2,
         genes_file="",
         genes_sha256="",

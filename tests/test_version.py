@@ -146,7 +146,7 @@ def test_a_table_with_other_tiles_is_refused_with_both_values(folder: Path) -> N
         model.require_table(manifest.model_copy(update={"mpp": 0.511}))
     with pytest.raises(ModelError, match="takes tiles of 32 px, the table has 64 px"):
         model.require_table(manifest.model_copy(update={"tile_size_px": 64}))
-    with pytest.raises(ModelError, match=r"tiles are jpeg of quality 90, the table's png, .*--tiles.encoding jpeg"):
+    with pytest.raises(ModelError, match=r"tiles are jpeg of quality 85, the table's png, .*--tiles.encoding jpeg"):
         model.require_table(manifest.model_copy(update={"encoding": "png"}))
     with pytest.raises(ModelError, match="the table's jpeg of quality 95"):
         model.require_table(manifest.model_copy(update={"jpeg_quality": 95}))

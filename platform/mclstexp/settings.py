@@ -75,7 +75,7 @@ class TilesConfig(ConfigBlock):
     """Whether slides may be enlarged by more than 1.5 to reach `mpp`."""
     encoding: Literal["jpeg", "png"] = "jpeg"
     """Encoding of stored tiles: jpeg (small, lossy) or png (exact)."""
-    jpeg_quality: int = Field(90, ge=1, le=100)
+    jpeg_quality: int = Field(85, ge=1, le=100)
     """JPEG quality of stored tiles."""
     sentence_length: int = Field(128, ge=2, le=4096)
     """Maximum number of spots in a sentence, the unit of reading and of attention."""

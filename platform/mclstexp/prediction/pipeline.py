@@ -139,7 +139,7 @@ def cluster_size(config: PredictConfig) -> tuple[int, int]:
 
 
 def worker_counts(num_cpus: int, num_gpus: int) -> WorkerCounts:
-    """Returns how many actors share a cluster: without GPUs most CPUs embed, because reading takes a tenth of that.
+    """Returns how many actors share a cluster: without GPUs most CPUs embed, because reading takes far less.
 
     Of the other CPUs all read but one in `CPUS_PER_INSPECTION`, which inspects slides: half a CPU-second and several
     requests each.
