@@ -33,21 +33,24 @@ from ray._private.internal_api import memory_summary  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from mclstexp.data import spots, stream  # noqa: E402
-from mclstexp.slides.codec import decode_tile, encode_tile  # noqa: E402
+from mclstexp.slides.codec import encode_tile  # noqa: E402
 
 SPOTS, SIZE, GENES, EPOCHS, STEP = 16, 64, 200, 3, 4
 BATCH = stream.BatchShape(STEP, SPOTS * 3 * SIZE**2)
 TASK_ROWS = STEP * (stream._TASK_BYTES // (STEP * BATCH.row_bytes))
 
 
-def load(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Reads and decodes one sentence (a row group), as the training stream does."""
-    tiles: list[bytes] = []
-    if rows["group"][0] >= 0:  # not the filler of a last step
-        tiles = pq.ParquetFile(str(rows["section_id"][0])).read_row_group(int(rows["group"][0]))["image"].to_pylist()
-    images = np.array([decode_tile(tile) for tile in tiles], np.uint8).reshape(-1, SIZE, SIZE, 3)
-    sentence = {"image": images, "expression": np.zeros((len(images), GENES), np.float32)}
-    return spots.pad(sentence, SPOTS) | {"sentence_id": rows["sentence_id"]}
+def load(rows: dict[str, np.ndarray]) -> spots.Batch:
+    """Reads and decodes sentences (a row group each), as the training stream does."""
+    sentences = [read(str(row["section_id"]), row["group"]) for row in spots.each_row(rows)]
+    empty = np.zeros((SPOTS, GENES), np.float32)
+    batch = spots.joined([spots.pad({"expression": empty[: len(tiles)]}, SPOTS) for tiles in sentences])
+    return batch | {"image": spots.decode_sentences(sentences, SPOTS, SIZE), "sentence_id": rows["sentence_id"]}
+
+
+def read(path: str, group: int) -> list[bytes]:
+    """Returns a sentence's encoded tiles; none of the filler of a last step."""
+    return pq.ParquetFile(path).read_row_group(group)["image"].to_pylist() if group >= 0 else []
 
 
 def write_tables(folder: str, num_sentences: int, num_files: int = 10) -> list[stream.Sentence]:
@@ -127,7 +130,7 @@ def start(mode: str, index: list[stream.Sentence], num_ranks: int) -> tuple[list
     dataset = (
         ray.data.from_items(rows, override_num_blocks=-(-len(rows) // TASK_ROWS))
         .randomize_block_order()
-        .map_batches(load, batch_size=1)
+        .map_batches(load, batch_size=None)
     )
     splits = dataset.streaming_split(num_ranks, equal=True)
     return ranks, [actor.split_stream.remote(part) for actor, part in zip(ranks, splits, strict=True)]
