@@ -274,8 +274,7 @@ def test_a_part_that_cannot_be_written_is_a_row_with_the_reason(tmp_path):
 
 def test_workers_share_the_cpus_that_inspection_leaves():
     assert worker_counts(3, 0) == WorkerCounts(num_readers=1, num_embedders=1, uses_gpu=False)
-    assert worker_counts(8, 0) == WorkerCounts(num_readers=2, num_embedders=5, uses_gpu=False)
-    assert worker_counts(64, 0) == WorkerCounts(num_readers=15, num_embedders=47, uses_gpu=False)
+    assert worker_counts(8, 0) == WorkerCounts(num_readers=4, num_embedders=3, uses_gpu=False)
     assert worker_counts(8, 2) == WorkerCounts(num_readers=7, num_embedders=2, uses_gpu=True)
     assert worker_counts(64, 4) == WorkerCounts(num_readers=56, num_embedders=4, uses_gpu=True), "8 inspect"
     for too_few in ((2, 0), (1, 1)):

@@ -109,9 +109,9 @@ def test_batches_come_in_the_order_of_the_epochs(
 ) -> None:
     loader, epochs = _real_epochs(tiles)
     made: list[ray.data.Dataset] = []
-    plainly = ray.data.from_arrow
+    plainly = ray.data.from_blocks
     monkeypatch.setattr(
-        ray.data, "from_arrow", lambda *given, **named: made.append(plainly(*given, **named)) or made[-1]
+        ray.data, "from_blocks", lambda *given, **named: made.append(plainly(*given, **named)) or made[-1]
     )
     monkeypatch.setattr(stream, "_DATASET_TASKS", dataset_tasks)
     share = stream.StreamShare(2, 100 * 2**20, None)

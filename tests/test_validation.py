@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mclstexp.config import Config, override
+from mclstexp.data.spots import decode_tiles
 from mclstexp.evaluation.metrics import pearson_per_gene
 from mclstexp.model.bank import Bank
 from mclstexp.model.embed import network_of
@@ -103,8 +104,8 @@ def _score(run: Run, model: ModelVersion) -> float:
     scores = []
     for name in ("P2S1", "P2S2"):
         parts = [run.reader.read(*sentence) for sentence in run.manifest.sentences([name])]
-        truth = np.concatenate([part["payload"] for part in parts])
-        embedding = np.concatenate([embed(part["image"]) for part in parts])
+        truth = run.reader.read_section(name)["payload"]
+        embedding = np.concatenate([embed(decode_tiles(part["image"], run.manifest.tile_size_px)) for part in parts])
         predicted = model.predict(embedding, np.zeros((len(embedding), 2))).prediction
         scores.append(np.nan_to_num(pearson_per_gene(truth, predicted)).mean())
     return float(np.mean(scores))

@@ -99,6 +99,7 @@ def answer(root: str, way: str) -> None:
         read_sentence(root, manifest.section(name), group)["image"].combine_chunks()
         for name, group in manifest.sentences(names)
     ]
+    print("ready", flush=True)
     for _ in sys.stdin:
         print(rate(WAYS[way], tiles), flush=True)
 
@@ -116,6 +117,7 @@ def asked(root: str, way: str) -> Iterator[Callable[[], float]]:
             print(file=asks, flush=True)
             return float(answers.readline())
 
+        answers.readline()
         yield ask
         asks.close()
 

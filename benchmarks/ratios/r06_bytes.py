@@ -23,7 +23,7 @@ from mclstexp.data.table import read_sentence  # noqa: E402
 from mclstexp.slides.codec import decode_tile, encode_tile  # noqa: E402
 
 RAW_BYTES = 3 * SIZE_PX**2
-OTHER_QUALITIES = (75, 80, 85)
+OTHER_QUALITIES = (75, 80, 90)
 
 
 def share_at(table: TileTable, quality: int) -> float:

@@ -26,7 +26,7 @@ import psutil  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
 from goals import say  # noqa: E402
-from painted_table import SPOTS, configuration, make_table  # noqa: E402
+from painted_table import SETTINGS, SPOTS, configuration, make_table  # noqa: E402
 from synthetic_step import SyntheticStep  # noqa: E402
 
 from mclstexp.cluster import KEEPING_MEMORY  # noqa: E402
@@ -120,7 +120,7 @@ def main() -> None:
 
 def steps_alone() -> float:
     """Returns the tiles per second of steps over one batch in memory."""
-    step = SyntheticStep(configuration().model_dump(), torch.device("cpu"))
+    step = SyntheticStep(SETTINGS, torch.device("cpu"), configuration().genes.num_genes)
     batch = step.batch(SPOTS * SENTENCES, SPOTS)
     for _ in range(SKIPPED):
         step.take(batch)
@@ -136,7 +136,9 @@ def rate_of_processes(number: int) -> float:
     command = [sys.executable, __file__, "--alone"]
     environment = os.environ | KEEPING_MEMORY["env_vars"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(number)]
-    return sum(float(process.communicate()[0]) for process in running)
+    rates = [float(process.communicate()[0]) for process in running]
+    assert not any(process.returncode for process in running)
+    return sum(rates)
 
 
 def measure(scratch: str, kinds: dict[str, tuple[int, int]], rounds: int) -> dict[str, list[Watch]]:

@@ -234,7 +234,7 @@ def runs_at_once(config: Config) -> int:
 def share_of_run(config: Config) -> dict[str, float]:
     """Returns the `cpu` and `gpu` that each of `runs_at_once` may use to embed tiles while the others train or embed.
 
-    Embedders take most of it (`tile_stream.num_embedders`), which leaves a CPU to read tiles whatever the other runs
+    Embedders take half of it (`tile_stream.num_embedders`), which leaves a CPU to read tiles whatever the other runs
     do. At least two CPUs and one GPU: with fewer a run could never embed.
     """
     nodes, runs = _alive_nodes(), runs_at_once(config)

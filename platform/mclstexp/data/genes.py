@@ -21,7 +21,7 @@ import pyarrow as pa
 from mclstexp.data.gene_names import gene_names
 from mclstexp.data.schema import GENE_SCHEMA, Manifest, SectionEntry
 from mclstexp.data.table import read_counts
-from mclstexp.errors import ConfigError, ModelError
+from mclstexp.errors import ConfigError, ModelError, TableError
 from mclstexp.messages import did_you_mean, some_of
 from mclstexp.settings import GenesConfig
 
@@ -221,9 +221,14 @@ def panel_counts(
         gene_index, count: the table's sparse columns.
         columns: row of each panel gene in the gene table, (G,); a gene at -1 gets zeros.
         total: the genes that make a total, bool (genes,); None: all.
+
+    Raises:
+        TableError: the columns do not fit each other.
     """
     genes, values = (column.combine_chunks() for column in (gene_index, count))
     lengths = np.diff(genes.offsets.to_numpy())
+    if not np.array_equal(lengths, np.diff(values.offsets.to_numpy())):
+        raise TableError("a spot has more gene indices than counts, or fewer: the file is damaged; prepare it again")
     gene, value = genes.flatten().to_numpy(), values.flatten().to_numpy()
     column_of = np.full(max(gene.max(initial=0), columns.max(initial=0)) + 1, -1)
     column_of[columns[columns >= 0]] = np.flatnonzero(columns >= 0)

@@ -44,6 +44,8 @@ Load = Callable[[dict[str, np.ndarray]], Batch]
 _READ_THREADS, _BATCHES_AHEAD = 4, 4
 _TASK_BYTES = 16 * 2**20
 """Decoded tiles of a task: starting one takes as long as decoding a few MiB."""
+_CALL_BYTES = 128 * 2**20
+"""Decoded tiles that a task has in memory at once; Ray hands larger blocks on in parts too."""
 _DATASET_TASKS = 64
 """Tasks that make the start of a Dataset short beside their work."""
 _EMPTY = Sentence("", -1, ("", -1))
@@ -138,9 +140,11 @@ def stream(epochs: Iterable[Rows], load: Load, batch: BatchShape, share: StreamS
     task_rows = batch.num_rows * max(1, _TASK_BYTES // (batch.num_rows * batch.row_bytes))
     for rows in _joined(epochs, _DATASET_TASKS * task_rows):
         with ordered(ExecutionResources.for_limits(cpu=share.cpus, object_store_memory=share.object_store_bytes)):
-            dataset = ray.data.from_arrow([pa.Table.from_pylist(part) for part in _parts(rows, task_rows)]).map_batches(
+            dataset = ray.data.from_blocks(
+                [pa.Table.from_pylist(part) for part in _parts(rows, task_rows)]
+            ).map_batches(
                 load,  # type: ignore[arg-type]  # Ray's type names every batch format at once
-                batch_size=None,
+                batch_size=max(1, _CALL_BYTES // batch.row_bytes),
                 num_cpus=1,
                 max_retries=MAX_RETRIES,
                 label_selector={"pool": share.pool} if share.pool else None,

@@ -73,7 +73,7 @@ def stream_sentences(
 
 
 def num_embedders(num_cpus: int, num_gpus: int) -> int:
-    """Number of actors that embed on so many CPUs and GPUs: one per GPU or, without GPUs, on three of four CPUs.
+    """Number of actors that embed on so many CPUs and GPUs: one per GPU or, without GPUs, one per two CPUs.
 
     Raises:
         ResourceError: no CPU is left for reading; tasks that read would wait forever while actors occupy every CPU.
@@ -84,7 +84,7 @@ def num_embedders(num_cpus: int, num_gpus: int) -> int:
             f"embedding needs {needed} CPU(s), the cluster has {num_cpus}; raise cluster.local_cpus on one machine, or "
             "add a node"
         )
-    return num_gpus or num_cpus - max(1, num_cpus // 4)
+    return num_gpus or num_cpus // 2
 
 
 def allowed_resources() -> tuple[int, int]:

@@ -139,10 +139,9 @@ def cluster_size(config: PredictConfig) -> tuple[int, int]:
 
 
 def worker_counts(num_cpus: int, num_gpus: int) -> WorkerCounts:
-    """Returns how many actors share a cluster: without GPUs most CPUs embed, because reading takes far less.
+    """Returns how many actors share a cluster: without GPUs half of the CPUs embed; of the others most read.
 
-    Of the other CPUs all read but one in `CPUS_PER_INSPECTION`, which inspects slides: half a CPU-second and several
-    requests each.
+    They leave one CPU in `CPUS_PER_INSPECTION` to inspect slides, which takes half a CPU-second and several requests.
 
     Raises:
         ResourceError: there are too few CPUs for one of each, so that the run would wait for ever.
@@ -154,7 +153,7 @@ def worker_counts(num_cpus: int, num_gpus: int) -> WorkerCounts:
             f"inspect slides), it has {num_cpus}; raise predict.num_cpus, or cluster.local_cpus on one machine, or "
             "add a node"
         )
-    embedders = num_gpus or num_cpus - 1 - max(1, num_cpus // 4)
+    embedders = num_gpus or max(1, (num_cpus - 1) // 2)
     others = num_cpus - (0 if num_gpus else embedders)
     return WorkerCounts(others - max(1, others // CPUS_PER_INSPECTION), embedders, bool(num_gpus))
 
