@@ -37,8 +37,9 @@ from mclstexp.training.trainer import fit  # noqa: E402
 
 SENTENCES, SKIPPED = 2, 2
 """Sentences of a worker's step, and first steps that are not counted."""
-ALONE_S = 15.0
+ALONE_S = 10.0
 """Seconds for which a process takes steps from memory, without the first two steps."""
+NUM_UNSHARED = 2
 NUM_CPUS = 12  # logical ones: each worker and each stream takes one
 WORKER = "RayTrainWorker"
 
@@ -112,7 +113,7 @@ def main() -> None:
             f"{kind}: {median(rates):.1f} tiles/s ({min(rates):.1f} to {max(rates):.1f}), waiting for data "
             f"{median(watch.data_wait for watch in watches):.0%}, {median(watch.cpu_s for watch in watches):.0f} CPU-s"
         )
-    unshared = [rate_of_processes(2) / (2 * rate_of_processes(1)) for _ in range(arguments.rounds)]
+    unshared = [rate_of_processes(2) / (2 * rate_of_processes(1)) for _ in range(NUM_UNSHARED)]
     pairs = [(two.spots_per_s, 2 * one.spots_per_s) for two, one in zip(found["2 weak"], found["1"], strict=True)]
     detail = f"DenseNet-121, 224 px, {SPOTS * SENTENCES} tiles a worker and step"
     say("R13", pairs, "tiles/s", f"{detail}; two processes that share nothing {median(unshared):.2f}")

@@ -140,10 +140,10 @@ def stream(epochs: Iterable[Rows], load: Load, batch: BatchShape, share: StreamS
     task_rows = batch.num_rows * max(1, _TASK_BYTES // (batch.num_rows * batch.row_bytes))
     for rows in _joined(epochs, _DATASET_TASKS * task_rows):
         with ordered(ExecutionResources.for_limits(cpu=share.cpus, object_store_memory=share.object_store_bytes)):
-            dataset = ray.data.from_blocks(
+            dataset = ray.data.from_blocks(  # `from_arrow` would start a task for each
                 [pa.Table.from_pylist(part) for part in _parts(rows, task_rows)]
             ).map_batches(
-                load,  # type: ignore[arg-type]  # Ray's type names every batch format at once
+                load,
                 batch_size=max(1, _CALL_BYTES // batch.row_bytes),
                 num_cpus=1,
                 max_retries=MAX_RETRIES,
