@@ -38,6 +38,8 @@ from goals import say  # noqa: E402
 from PIL import Image  # noqa: E402
 from tile_stream import SIZE_PX, TileTable, cpu_meter, tile_table  # noqa: E402
 
+from mclstexp.data import stream  # noqa: E402
+from mclstexp.data.spots import SentenceLoader  # noqa: E402
 from mclstexp.slides.codec import decode_tile  # noqa: E402
 
 REPEATS, BATCH_TILES = 12, 256
@@ -59,6 +61,13 @@ def bare_loop(files: list[str]) -> None:
             images = np.empty((len(tiles), SIZE_PX, SIZE_PX, 3), np.uint8)
             for index, tile in enumerate(tiles):
                 images[index] = decode_tile(tile.as_py())
+
+
+def without_ray(loader: SentenceLoader, rows: stream.Rows) -> None:
+    """Loads the rows of an epoch in this process, a step at a time."""
+    for start in range(0, len(rows), TileTable.batch_sentences):
+        part = rows[start : start + TileTable.batch_sentences]
+        loader({name: np.array([row[name] for row in part]) for name in part[0]})
 
 
 def by_rows(files: list[str]) -> Iterable[Any]:
@@ -115,11 +124,14 @@ def main() -> None:
             pass
         for _ in stocked.iter_batches(batch_size=BATCH_TILES):  # the first epoch of all
             pass
-        bare, rows, first, joined = [], [], [], []
+        bare, rows, first, joined, loads = [], [], [], [], []
         for _ in range(arguments.rounds):
             started = time.process_time()
             bare_loop(files)
             alone = 1e3 * (time.process_time() - started) / num_tiles
+            started = time.process_time()
+            without_ray(loader, epochs[0])
+            loads.append(1e3 * (time.process_time() - started) / num_tiles)
             ours = taken_by(table.batches(loader, epochs[:1]), num_tiles)
             rowwise = taken_by(by_rows(files), num_tiles)
             bare.append((ours, alone))
@@ -132,7 +144,8 @@ def main() -> None:
                 next(both)
             joined.append(first_s(both))
         detail = f"{table.detail}, each {REPEATS} times"
-        say("R2", bare, "CPU-ms", detail)
+        loaded = f"{detail}; the stream's own loading without Ray {statistics.median(loads):.2f}"
+        say("R2", bare, "CPU-ms", loaded)
         say("R3", rows, "CPU-ms", detail)
         waits = f"{detail}; where epochs share a Dataset {1e3 * statistics.median(joined):.0f} ms"
         say("R4", first, "s", waits)
