@@ -25,8 +25,11 @@ def configuration(**settings: object) -> Config:
     return override(Config(), SETTINGS | {name.replace("__", "."): value for name, value in settings.items()})
 
 
-def make_table(folder: str) -> str:
-    """Writes a tile table of two patients that train and one that is left out, and returns its URI; needs Ray."""
-    spec = CohortSpec(num_patients=3, sections_per_patient=1, array_side=8)
+def make_table(folder: str, array_side: int = 8) -> str:
+    """Writes a tile table of two patients that train and one that is left out, and returns its URI; needs Ray.
+
+    Each has a section of at most `array_side` squared spots.
+    """
+    spec = CohortSpec(num_patients=3, sections_per_patient=1, array_side=array_side)
     prepare(make_cohort(f"{folder}/cohort", spec), f"{folder}/tiles", configuration())
     return f"{folder}/tiles"

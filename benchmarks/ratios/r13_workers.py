@@ -2,8 +2,8 @@
 
     python benchmarks/bench.py --only R13
 
-DenseNet-121 on tiles of 224 px, streamed and trained by the product. Rates are those of the steps after the first
-epoch, in which Ray still starts processes; CPU time is that of the workers, over all their steps. On fewer cores than
+DenseNet-121 on tiles of 224 px, streamed and trained by the product. Rates are those of the steps behind the second,
+within one epoch: its end scores and stores. CPU time is that of the workers, from their start. On fewer cores than
 workers the cores are shared, and an ideal rate is that of the cores. What the cores themselves lose is stated beside:
 the rate of two processes that take such steps from memory and share nothing, over twice that of one.
 """
@@ -35,8 +35,10 @@ from mclstexp.progress import Metrics  # noqa: E402
 from mclstexp.training.run import open_run  # noqa: E402
 from mclstexp.training.trainer import fit  # noqa: E402
 
-SENTENCES, EPOCHS, SKIPPED = 8, 4, 1
-"""Sentences of a worker's step, epochs, and first steps from memory that are not counted."""
+SENTENCES, SKIPPED = 8, 2
+"""Sentences of a worker's step, and first steps that are not counted."""
+ARRAY_SIDE = 16
+"""An epoch has some 14 steps of one worker."""
 ALONE_S = 10.0
 """Seconds for which a process takes steps from memory, without the first two steps."""
 NUM_UNSHARED = 2
@@ -69,19 +71,14 @@ class Watch:
         self._stop.set()
 
     @property
-    def counted(self) -> list[Metrics]:
-        """The steps after the first epoch."""
-        return self.steps[len(self.steps) // EPOCHS :]
-
-    @property
     def spots_per_s(self) -> float:
         """Median rate."""
-        return median(metrics["spots_per_s"] for metrics in self.counted)
+        return median(metrics["spots_per_s"] for metrics in self.steps[SKIPPED:])
 
     @property
     def data_wait(self) -> float:
         """Median share of a step that waits for data."""
-        return median(metrics["data_wait_share"] for metrics in self.counted)
+        return median(metrics["data_wait_share"] for metrics in self.steps[SKIPPED:])
 
 
 def train(data: str, out: str, name: str, config: Config) -> Watch:
@@ -149,7 +146,7 @@ def rate_of_processes(number: int) -> float:
 
 def measure(scratch: str, kinds: dict[str, tuple[int, int]], rounds: int) -> dict[str, list[Watch]]:
     """Trains each kind in turn, in each round."""
-    data = make_table(scratch)
+    data = make_table(scratch, ARRAY_SIDE)
     found: dict[str, list[Watch]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind, (workers, sentences) in kinds.items():
