@@ -150,7 +150,7 @@ def measure(scratch: str, kinds: dict[str, tuple[int, int]], rounds: int) -> dic
     found: dict[str, list[Watch]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind, (workers, sentences) in kinds.items():
-            config = configuration(train__num_workers=workers, train__batch_sentences=sentences, train__epochs=EPOCHS)
+            config = configuration(train__num_workers=workers, train__batch_sentences=sentences)
             started = time.monotonic()
             found[kind].append(train(data, f"{scratch}/runs", f"{kind.replace(' ', '-')}-{number}", config))
             print(f"{kind}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
