@@ -3,9 +3,10 @@
     python benchmarks/bench.py --only R13
 
 DenseNet-121 on tiles of 224 px, streamed and trained by the product. Rates are those of the steps behind the eighth,
-when their memory no longer grows, within one epoch: its end scores and stores. CPU time is that of the workers, from their start. On fewer cores than
-workers the cores are shared, and an ideal rate is that of the cores. What the cores themselves lose is stated beside:
-the rate of two processes that take such steps from memory and share nothing, over twice that of one.
+when a worker's memory no longer grows, within one epoch, because its end scores and stores. CPU time is that of the
+workers, from their start. On fewer cores than workers the cores are shared, and an ideal rate is that of the cores.
+What the cores themselves lose is stated beside: the rate of two processes that take such steps from memory and share
+nothing, over twice that of one.
 """
 
 import argparse
