@@ -85,8 +85,14 @@ def _kill_a_training_worker(job: subprocess.Popen[str]) -> None:
 
 
 def _kill_the_driver(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Kills the driver and, because they would train on for a moment, the training workers, their controller first."""
     family = psutil.Process(job.pid).children(recursive=True)
     os.kill(job.pid, signal.SIGKILL)
+    for name in ("TrainController", "RayTrainWorker"):
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                if name in " ".join(process.cmdline()):
+                    process.kill()
     job.wait()
     return family
 

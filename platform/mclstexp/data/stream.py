@@ -144,7 +144,7 @@ def stream(epochs: Iterable[Rows], load: Load, batch: BatchShape, share: StreamS
                 [pa.Table.from_pylist(part) for part in _parts(rows, task_rows)]
             ).map_batches(
                 load,
-                batch_size=max(1, _CALL_BYTES // batch.row_bytes),
+                batch_size=min(task_rows, max(1, _CALL_BYTES // batch.row_bytes)),  # more would join blocks
                 num_cpus=1,
                 max_retries=MAX_RETRIES,
                 label_selector={"pool": share.pool} if share.pool else None,
