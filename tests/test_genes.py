@@ -10,7 +10,7 @@ from small_table import make_sentence, make_table, random_counts
 from mclstexp.data import genes
 from mclstexp.data.genes import AFTER_NAME, GenePanel, Normaliser, unique_labels
 from mclstexp.data.schema import GENE_SCHEMA
-from mclstexp.errors import ConfigError, ModelError
+from mclstexp.errors import ConfigError, ModelError, TableError
 
 
 def test_genes_are_aligned_by_ensembl_id_and_else_by_symbol() -> None:
@@ -69,6 +69,12 @@ def test_panel_counts_are_the_dense_columns(tmp_path: Path) -> None:
         wanted[:, 1] = 0
         np.testing.assert_array_equal(dense, wanted)
         np.testing.assert_array_equal(totals, expected.sum(axis=1))
+
+
+def test_a_spot_with_other_numbers_of_genes_and_counts_is_refused() -> None:
+    gene_index, count = (pa.chunked_array([pa.array(rows)]) for rows in ([[0, 1], [2]], [[5], [6, 7]]))
+    with pytest.raises(TableError, match="more gene indices than counts"):
+        genes.panel_counts(gene_index, count, np.arange(3))
 
 
 def test_gene_totals_are_over_the_section(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/bench.py --only R13
 
 DenseNet-121 on tiles of 224 px, streamed and trained by the product. Rates are those of the steps behind the eighth,
-when a worker's memory no longer grows, within one epoch, because its end scores and stores. CPU time is that of the
+for the first are slower, and within one epoch, because its end scores and stores. CPU time is that of the
 workers, from their start. On fewer cores than workers the cores are shared, and an ideal rate is that of the cores.
 What the cores themselves lose is stated beside: the rate of two processes that take such steps from memory and share
 nothing, over twice that of one.
@@ -41,7 +41,7 @@ SENTENCES, SKIPPED = 4, 8
 ARRAY_SIDE = 16
 """Spots along a section: an epoch has 32 steps of one worker."""
 ALONE_S = 10.0
-"""Seconds for which a process takes steps from memory, without the first two steps."""
+"""Seconds for which a process takes steps from memory, behind the first ones."""
 NUM_UNSHARED = 2
 NUM_CPUS = 12  # logical ones: each worker and each stream takes one
 WORKER = "RayTrainWorker"

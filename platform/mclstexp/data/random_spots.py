@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 
 from mclstexp.cluster import MAX_RETRIES
-from mclstexp.data.spots import Batch, SpotReader, decode_sentences, each_row, joined, pad
+from mclstexp.data.spots import Batch, SpotReader, decode_sentences, joined, pad
 from mclstexp.errors import ConfigError
 
 MAX_BYTES = 4 * 2**30
@@ -119,7 +119,7 @@ class SpotLoader:
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
         """Returns spot (-1: none), image or features, expression, position and mask with leading shape (n, share)."""
         spots: EncodedSpots = ray.get(self.encoded)
-        wanted = np.stack([np.asarray(row["spots"]) for row in each_row(rows)])
+        wanted = np.stack(list(rows["spots"]))
         real = [numbers[numbers >= 0] for numbers in wanted]
         arrays = [self._arrays(spots, *each) for each in zip(real, rows["epoch"].tolist(), strict=True)]
         batch = joined([pad(each, wanted.shape[1]) for each in arrays]) | {"spot": wanted}
